@@ -1,0 +1,316 @@
+"""The configuration: its schema, its only defaults, and every check that needs no data.
+
+`load()` merges the schema, a YAML file and `key=value` overrides, in that order, into frozen
+dataclasses. What is wrong is told in one line that names the key, the value and the mend.
+"""
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+
+class ConfigError(ValueError):
+    """A request that cannot be carried out as it stands; its text is one line for the user."""
+
+
+def _num(default: Any, *, low: float = -math.inf, above: float = -math.inf, high: float = math.inf) -> Any:
+    """A field whose number, or each of whose numbers, is finite, >= low, > above and <= high."""
+    bounds = {"low": low, "above": above, "high": high}
+    return field(default=default, metadata=bounds)
+
+
+def _out_of_bounds(value: float, bounds: Mapping[str, float]) -> str:
+    """What `value` should be; empty if it is that."""
+    if math.isfinite(value) and bounds["low"] <= value <= bounds["high"] and value > bounds["above"]:
+        return ""
+    limits = {"low": "at least", "above": "above", "high": "at most"}
+    return " and ".join(f"{words} {bounds[k]:g}" for k, words in limits.items() if math.isfinite(bounds[k])) or "finite"
+
+
+class Section:
+    """Checks the bounds that a section's fields declare."""
+
+    @classmethod
+    def key(cls, name: str) -> str:
+        return f"{cls.__name__.removesuffix('Config').lower()}.{name}"
+
+    def __post_init__(self) -> None:
+        for f in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            if value is not None and "low" in f.metadata:
+                for number in value if isinstance(value, (list, tuple)) else [value]:
+                    wanted = _out_of_bounds(number, f.metadata)
+                    self.require(not wanted, f.name, f"must be {wanted}")
+
+    def require(self, holds: bool, name: str, mend: str) -> None:
+        """Raise ConfigError naming this section's field `name`, its value, and `mend`."""
+        if not holds:
+            raise ConfigError(f"{self.key(name)}={_show(getattr(self, name))}: {mend}")
+
+
+def _show(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"), default=str)
+
+
+@dataclass(frozen=True)
+class RunConfig(Section):
+    name: str | None = None  # a name used before resumes that run; null makes a new one
+    storage: str = "runs"  # directory of all runs; on a cluster, one that every node mounts
+    seed: int = _num(0, low=0, high=2**63 - 1)
+    stop_at_step: int | None = _num(None, low=1)  # end this session there, after a checkpoint
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # A leading dot would hide the run, a slash would leave the storage directory.
+        legal = self.name is None or re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", self.name) is not None
+        self.require(legal, "name", "use letters, digits, '.', '_' and '-', at most 100, not starting with '.' or '-'")
+        self.require(bool(self.storage.strip()), "storage", "name a directory, such as runs")
+        remote = "://" in self.storage
+        self.require(not remote, "storage", "only a directory works so far; mount the storage and name its path")
+
+
+@dataclass(frozen=True)
+class DataConfig(Section):
+    train: str = ""  # a folder of class/image files, or an index file; must be given
+    val: str = ""  # likewise
+    image_size: int = _num(224, low=8, high=4096)  # height and width of what the model sees, pixels
+    val_resize: int = _num(256, low=8, high=4096)  # evaluation: short side before the centre crop, pixels
+    crop_scale: tuple[float, float] = _num((0.08, 1.0), above=0, high=1)  # area of the random crop
+    crop_ratio: tuple[float, float] = _num((3 / 4, 4 / 3), above=0)  # width / height of the random crop
+    flip: float = _num(0.5, low=0, high=1)  # probability of a horizontal flip
+    decode_threads: int | None = _num(None, low=1)  # per worker; null: its share of the node's cores
+    read_threads: int = _num(4, low=1, high=256)  # per worker, reading files ahead
+    prefetch: int = _num(2, low=1, high=64)  # batches decoded ahead of the one in use
+    max_bad_fraction: float = _num(0.01, low=0, high=1)  # of all images; more broken ones stop the run
+    allow_changed: bool = False  # resume although the images' index is another than the checkpoint's
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.val_resize >= self.image_size, "val_resize", f"must be at least image_size={self.image_size}")
+        for name in ("crop_scale", "crop_ratio"):
+            low, high = getattr(self, name)
+            self.require(low <= high, name, "must be [low,high] with low <= high")
+
+
+@dataclass(frozen=True)
+class ModelConfig(Section):
+    depth: Literal[18, 34, 50, 101, 152] = 152
+    stride_on: Literal["3x3", "1x1"] = "3x3"  # of a downsampling bottleneck: v1.5, or the paper's v1
+    zero_init_residual: bool = True  # the last BN of each branch starts at 0, so blocks start as identity
+
+
+@dataclass(frozen=True)
+class OptimConfig(Section):
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: float = _num(0.1, above=0)  # at the top of the schedule, for the recipe's global batch
+    momentum: float = _num(0.9, low=0, high=0.9999)  # SGD
+    nesterov: bool = True  # SGD
+    betas: tuple[float, float] = _num((0.9, 0.999), low=0, high=0.999999)  # AdamW
+    weight_decay: float = _num(1e-4, low=0)  # not on parameters with ndim <= 1
+    schedule: Literal["cosine", "step", "linear"] = "cosine"
+    warmup_epochs: float = _num(5.0, low=0)  # linear from lr / warm-up steps
+    final_lr: float = _num(0.0, low=0)  # where cosine and linear end
+    step_epochs: tuple[float, ...] = _num((30.0, 60.0, 80.0), above=0)  # where "step" multiplies by step_gamma
+    step_gamma: float = _num(0.1, above=0, high=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.final_lr <= self.lr, "final_lr", f"must be at most lr={self.lr}")
+        self.require(not self.nesterov or self.momentum > 0 or self.name != "sgd", "nesterov", "needs optim.momentum")
+        self.require(list(self.step_epochs) == sorted(set(self.step_epochs)), "step_epochs", "must be rising")
+
+
+@dataclass(frozen=True)
+class TrainConfig(Section):
+    epochs: int = _num(90, low=1)
+    steps: int | None = _num(None, low=1)  # instead of epochs: the length of the schedule in steps
+    global_batch: int = _num(256, low=1)  # images per optimizer step over all workers
+    micro_batch: int | None = _num(None, low=1)  # images per forward pass of a worker; null: its whole share
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    label_smoothing: float = _num(0.0, low=0, high=0.9999)
+    clip_norm: float | None = _num(None, above=0)  # of the global gradient
+    ema_decay: float | None = _num(None, above=0, high=0.999999)  # per step; null: no averaged weights
+    log_every: int = _num(10, low=1)  # steps
+    eval_every: int = _num(1, low=1)  # epochs
+    eval_batch: int = _num(128, low=1)  # images per forward pass; part of the figures' exactness
+
+
+@dataclass(frozen=True)
+class CheckpointConfig(Section):
+    every: int = _num(1000, low=1)  # steps
+    keep: int = _num(3, low=1)  # the newest ones; the best is kept besides
+
+
+@dataclass(frozen=True)
+class MlflowConfig(Section):
+    uri: str | None = None  # null: $MLFLOW_TRACKING_URI, else SQLite in run.storage
+    experiment: str = "pipeline"
+    checkpoints: Literal["all", "best", "last", "none"] = "last"  # uploaded as artifacts
+    log_model: bool = True  # the final model with its signature
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(bool(self.experiment.strip()), "experiment", "name an experiment, such as pipeline")
+        refused = self.uri is not None and (self.uri.startswith("file:") or "://" not in self.uri)
+        self.require(
+            not refused, "uri", "MLflow keeps no runs in plain files; use sqlite:///FILE.db or http://HOST:PORT"
+        )
+
+
+@dataclass(frozen=True)
+class ClusterConfig(Section):
+    workers: int = _num(1, low=1)  # DDP ranks, one process each
+    device: Literal["auto", "cpu", "gpu"] = "auto"  # auto: a GPU for each worker where the cluster has them
+    cpus_per_worker: int | None = _num(None, low=1)  # null: the node's cores shared out
+    address: str | None = None  # of a running Ray cluster; null: $RAY_ADDRESS, else one on this machine
+    max_failures: int = _num(3, low=-1)  # worker failures to recover from; -1: without end
+    timeout_s: int = _num(600, low=10)  # a rank silent for so long counts as failed
+
+
+@dataclass(frozen=True)
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    mlflow: MlflowConfig = field(default_factory=MlflowConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("train", "val"):
+            self.data.require(
+                bool(getattr(self.data, name).strip()), name, "give a folder of class/image files or an index"
+            )
+        train, workers = self.train, self.cluster.workers
+        if train.global_batch < workers:
+            raise ConfigError(
+                f"train.global_batch={train.global_batch}: gives some of cluster.workers={workers} nothing; "
+                f"raise it to {workers} or lower cluster.workers"
+            )
+        if train.steps is None and self.optim.warmup_epochs > train.epochs:
+            raise ConfigError(
+                f"optim.warmup_epochs={self.optim.warmup_epochs}: longer than train.epochs={train.epochs}"
+            )
+
+
+def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Merge schema, file and overrides.
+
+    Args:
+        path: a YAML file, or None for the defaults alone.
+        overrides: `key=value` strings; the value is YAML.
+
+    Raises:
+        ConfigError: an unreadable file, or a wrong key, type or value.
+    """
+    settings = [] if path is None else list(_leaves(_read_yaml(Path(path))))
+    merged = OmegaConf.structured(Config)
+    for key, value in [*settings, *map(_parse_override, overrides)]:  # one at a time: the culprit is known
+        try:
+            merged = OmegaConf.merge(merged, _nest(key, value))
+        except OmegaConfBaseException:
+            raise ConfigError(_explain(key, value)) from None
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as e:
+        raise ConfigError(f"{e.full_key}: {str(e).splitlines()[0]}") from None
+    assert isinstance(config, Config)
+    return config
+
+
+def dump(config: Config) -> str:
+    """The whole configuration as YAML that `load()` reads back to an equal Config."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The whole configuration as nested plain containers."""
+    plain = OmegaConf.to_container(OmegaConf.structured(config))
+    assert isinstance(plain, dict)
+    return {str(k): v for k, v in plain.items()}
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """The configuration as {"section.key": value}."""
+    return dict(_leaves(to_dict(config)))
+
+
+def _read_yaml(path: Path) -> dict[Any, Any]:
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path))
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
+        raise ConfigError(
+            f"no config file {path}" + (f"; did you mean {path.parent / near[0]}?" if near else "")
+        ) from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"config file {path} cannot be read: {e}") from None
+    except (YAMLError, OmegaConfBaseException) as e:
+        raise ConfigError(f"config file {path} is not YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"config file {path} must hold sections such as 'train:', not a {type(content).__name__}")
+    return content
+
+
+def _leaves(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    key, equals, raw = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"{text!r} is not an override: write key=value, such as train.epochs=3")
+    try:
+        return key.strip(), OmegaConf.to_container(OmegaConf.create(f"value: {raw}"))["value"]  # type: ignore[index,call-overload]
+    except (YAMLError, OmegaConfBaseException):
+        raise ConfigError(f"{text}: the value is not YAML; quote it, as in {key}='\"...\"'") from None
+
+
+def _nest(key: str, value: Any) -> dict[str, Any]:
+    first, dot, rest = key.partition(".")
+    return {first: _nest(rest, value) if dot else value}
+
+
+def _explain(key: str, value: Any) -> str:
+    """Why OmegaConf refused `value` for `key`, and what it should be."""
+    sections = get_type_hints(Config)
+    known = {f"{name}.{k}": kind for name, section in sections.items() for k, kind in get_type_hints(section).items()}
+    if key in sections:
+        inside = ", ".join(k for k in known if k.startswith(f"{key}."))
+        return f"{key}={_show(value)}: is a section; set one of {inside}"
+    if key in known:
+        return f"{key}={_show(value)}: must be {_wanted(known[key])}"
+    return f"{key}={_show(value)}: no such key{_nearest(key, list(known))}"
+
+
+def _wanted(kind: Any) -> str:
+    """An annotation in words."""
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, get_args(kind)))
+    if get_origin(kind) is tuple:
+        return "a list of numbers, [a,b,...]" if Ellipsis in get_args(kind) else "a list of two numbers, [low,high]"
+    if isinstance(kind, UnionType):
+        return " or ".join(map(_wanted, get_args(kind)))
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}[kind]
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    names = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    names = names or [k for k in known if k.split(".")[-1] == key.split(".")[-1]][:1]
+    return f"; did you mean {names[0]}?" if names else "; `pipeline config CONFIG` lists all keys"

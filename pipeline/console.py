@@ -1,0 +1,114 @@
+"""What people see: a progress bar on a terminal, plain lines elsewhere."""
+
+import time
+from typing import IO, Any
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pipeline.job import Event
+
+
+class TrainingView:
+    """Shows the events of a training. Use as a context; call with each event."""
+
+    def __init__(self, file: IO[str]):
+        self._console = RichConsole(file=file, highlight=False, soft_wrap=True)
+        columns = [
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+        ]
+        self._bar = Progress(*columns, console=self._console) if self._console.is_terminal else None
+        self._task: Any = None
+        self._rate, self._num_steps, self._global_batch = 0.0, 0, 0
+        self._started = time.monotonic()
+
+    def __enter__(self) -> "TrainingView":
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def say(self, text: str) -> None:
+        self._console.print(text, markup=False)
+
+    def __call__(self, event: Event) -> None:
+        match event["kind"]:
+            case "start":
+                self._start(event)
+            case "step":
+                self._step(event)
+            case "evaluation":
+                count = int(event["count"])
+                self.say(
+                    f"step {event['step']}: val top-1 {event['top1']:.4f}, top-5 {event['top5']:.4f}, "
+                    f"loss {event['loss']:.4f} on {count} images"
+                )
+            case "checkpoint" if self._bar is None:
+                self.say(f"step {event['step']}: saved {event['path']}")
+            case "stopping":
+                self.say(f"{event['signal']}: saving a checkpoint at the next logged step; once more to stop at once")
+            case "warning":
+                self.say(f"warning: {event['text']}")
+
+    def _start(self, event: Event) -> None:
+        self._num_steps, self._global_batch = event["num_steps"], event["global_batch"]
+        where = f"resumed from {event['resumed_from']}" if event["resumed_from"] else "from the start"
+        self.say(
+            f"session {event['session']}: step {event['step']} of {self._num_steps}, {where}; "
+            f"{event['world_size']} workers x {event['num_threads']} threads on {event['device']}, "
+            f"ready after {time.monotonic() - self._started:.1f} s"
+        )
+        if self._bar and self._task is None:
+            self._task = self._bar.add_task("", total=self._num_steps, completed=event["step"])
+
+    def _step(self, event: Event) -> None:
+        rate = event["perf/images_per_s"]
+        self._rate = rate if not self._rate else 0.7 * self._rate + 0.3 * rate
+        text = f"loss {event['train/loss']:.4f}  {rate:.0f} images/s"
+        if self._bar:
+            self._bar.update(self._task, completed=event["step"], description=text)
+            return
+        left = (self._num_steps - event["step"]) * self._global_batch / self._rate
+        self.say(
+            f"step {event['step']}/{self._num_steps}  epoch {event['train/epoch']:.2f}  lr {event['train/lr']:.2e}  "
+            f"{text}  {_clock(left)} left"
+        )
+
+
+def _clock(seconds: float) -> str:
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}"
+
+
+def summary_lines(summary: dict[str, Any]) -> list[str]:
+    """The end of a training, for people."""
+    uri, run_id = summary["mlflow_uri"], summary["mlflow_run_id"]
+    place = f"#/experiments/{summary['mlflow_experiment_id']}/runs/{run_id}"
+    seconds = ", ".join(f"{name} {s:.0f} s" for name, s in sorted(summary["seconds"].items(), key=lambda i: -i[1]))
+    lines = [
+        f"{summary['status']} at step {summary['step']} of {summary['num_steps']}",
+        f"  top-1       {_figure(summary['top1'])}   top-5 {_figure(summary['top5'])}",
+        f"  speed       {_figure(summary['images_per_s'], '.1f')} images/s",
+        f"  time        {seconds}",
+        f"  checkpoint  {summary['checkpoint']}",
+        f"  MLflow run  {run_id or 'not reached'}",
+    ]
+    if uri.startswith("sqlite:"):
+        lines.append(f"  look at it  mlflow ui --port 5000 --backend-store-uri {uri}")
+        lines.append(f"              then open http://127.0.0.1:5000/{place}")
+    else:
+        lines.append(f"  look at it  {uri.rstrip('/')}/{place}")
+    if summary["status"] == "interrupted":
+        lines.append(f"  go on with  pipeline train --resume {summary['run_dir']}")
+    return lines
+
+
+def _figure(value: float | None, form: str = ".4f") -> str:
+    return "-" if value is None else format(value, form)

@@ -1,0 +1,119 @@
+"""Runs on disk: making one from a configuration, and finding one again.
+
+STORAGE/NAME/
+    index/{train,val}.arrow   where data.train or data.val is a folder
+    checkpoints/step_*/       see `checkpoint`
+    mlflow/                   what MLflow has not got yet, see `tracking`
+    run.json                  the training's identity and its sessions so far
+"""
+
+import dataclasses
+import difflib
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline import checkpoint
+from pipeline.checkpoint import Checkpoint
+from pipeline.config import Config, ConfigError, load
+from pipeline.data.index import Index, build_index, load_index
+from pipeline.data.sampling import steps_per_epoch
+from pipeline.job import Event, Job
+from pipeline.tracking import find_run_dir, tracking_uri
+
+MAX_NAMED = 20  # refused files that are named one by one
+
+
+def prepare(cfg: Config, label: str, watch: Callable[[Event], None], resume_from: Path | None = None) -> Job:
+    """Make or reopen the run that `cfg` describes: its name, its directory, its indexes.
+
+    Args:
+        label: what a run without a name is called, before the time.
+        resume_from: a checkpoint to begin with, where the run has none.
+
+    Raises:
+        ConfigError: data that cannot be trained on.
+    """
+    name = cfg.run.name or f"{label}-{time.strftime('%Y%m%d-%H%M%S')}"
+    storage = Path(cfg.run.storage).absolute()
+    data = dataclasses.replace(
+        cfg.data, train=str(Path(cfg.data.train).absolute()), val=str(Path(cfg.data.val).absolute())
+    )
+    run = dataclasses.replace(cfg.run, name=name, storage=str(storage))
+    cfg = dataclasses.replace(cfg, run=run, data=data)
+    run_dir = storage / name
+    train_index, train = _index(Path(data.train), run_dir / "index" / "train.arrow", watch)
+    val_index, val = _index(Path(data.val), run_dir / "index" / "val.arrow", watch)
+    val.with_classes(train.classes)
+    try:
+        steps_per_epoch(len(train), cfg.train.global_batch)
+    except ValueError as e:
+        raise ConfigError(str(e)) from None
+    return Job(cfg, run_dir, train_index, val_index, resume_from)
+
+
+def _index(source: Path, to: Path, watch: Callable[[Event], None]) -> tuple[Path, Index]:
+    """The index of a folder, built anew into `to`, or the index file that `source` is."""
+    if not source.is_dir():
+        return source, load_index(source)
+    index, refused = build_index(source)
+    for one in refused[:MAX_NAMED]:
+        watch({"kind": "warning", "text": f"left out {one}"})
+    if len(refused) > MAX_NAMED:
+        watch({"kind": "warning", "text": f"left out {len(refused) - MAX_NAMED} more; pipeline index lists them all"})
+    index.save(to)
+    return to, index
+
+
+def find(reference: str, overrides: list[str]) -> Checkpoint:
+    """The checkpoint that a user means by a run's name, an MLflow run id, or a path.
+
+    A run stands for its newest valid checkpoint.
+
+    Args:
+        overrides: `key=value` strings, of which run.storage and mlflow.uri say where to look.
+
+    Raises:
+        ConfigError: nothing of that name, or no valid checkpoint in it.
+    """
+    given = dict(o.split("=", 1) for o in overrides if "=" in o)
+    storage = Path(given.get("run.storage", "runs")).absolute()
+    path = Path(reference)
+    if (path / checkpoint.META).exists():
+        return _read(path.absolute())
+    for run_dir in (storage / reference, path.absolute()):
+        if (run_dir / "checkpoints").is_dir():
+            return _newest(run_dir)
+    if len(reference) == 32 and set(reference) <= set("0123456789abcdef"):  # the form of an MLflow run id
+        mlflow_cfg = load(
+            None, ["data.train=-", "data.val=-", *(f"{k}={v}" for k, v in given.items() if k == "mlflow.uri")]
+        ).mlflow
+        if run_dir_of_id := find_run_dir(tracking_uri(mlflow_cfg, storage), reference):
+            return _newest(run_dir_of_id)
+    known = sorted(p.parent.name for p in storage.glob("*/checkpoints"))
+    near = difflib.get_close_matches(reference, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"runs there: {', '.join(known[-5:]) or 'none'}"
+    raise ConfigError(f"no run, MLflow run id or checkpoint {reference!r}; looked in {storage} ({hint})")
+
+
+def config_to_resume(found: Checkpoint, overrides: list[str]) -> Config:
+    """The configuration of a checkpoint's run, with overrides; at the place where it lies now."""
+    run_dir = found.path.parent.parent
+    return load(
+        found.path / checkpoint.CONFIG, [f"run.storage={run_dir.parent}", f"run.name={run_dir.name}", *overrides]
+    )
+
+
+def _read(path: Path) -> Checkpoint:
+    try:
+        return checkpoint.read(path)
+    except checkpoint.CheckpointError as e:
+        raise ConfigError(str(e)) from None
+
+
+def _newest(run_dir: Path) -> Checkpoint:
+    problems: list[str] = []
+    found = checkpoint.newest_valid(run_dir / "checkpoints", problems.append)
+    if found is None:
+        raise ConfigError(f"{run_dir} has no valid checkpoint" + (f": {problems[0]}" if problems else " yet"))
+    return found

@@ -1,0 +1,108 @@
+"""`TrainState`: the only mutable thing that outlives a step, and so all that a checkpoint must hold.
+
+Data position and learning rate are functions of `step`; nothing else remembers anything.
+"""
+
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import Config
+from pipeline.model import ResNet
+from pipeline.optim import make_optimizer
+
+
+@dataclass
+class TrainState:
+    """step: optimizer steps done. ema: averaged weights, if kept. best_top1: of all evaluations so far."""
+
+    model: ResNet
+    ema: ResNet | None
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    step: int = 0
+    best_top1: float = -1.0
+
+    @classmethod
+    def create(cls, cfg: Config, num_classes: int, device: torch.device) -> "TrainState":
+        """The state before step 0: the same on every rank, by the seed."""
+        torch.manual_seed(cfg.run.seed)
+        model = ResNet(cfg.model, num_classes).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        ema = deepcopy(model).requires_grad_(False) if cfg.train.ema_decay else None
+        scaler = torch.amp.GradScaler(device.type, enabled=cfg.train.precision == "fp16")
+        return cls(model, ema, make_optimizer(model, cfg.optim), scaler)
+
+    @property
+    def best_model(self) -> ResNet:
+        """What is evaluated, exported and published: the averaged weights where there are any."""
+        return self.model if self.ema is None else self.ema
+
+    @torch.no_grad()
+    def update_ema(self, decay: float) -> None:
+        """ema <- d ema + (1 - d) model, over parameters and BN statistics, after `step` steps.
+
+        d = min(decay, (1 + step) / (10 + step)), so that the first steps' weights fade (TensorFlow's
+        ExponentialMovingAverage with num_updates).
+        """
+        if self.ema is None:
+            return
+        decay = min(decay, (1 + self.step) / (10 + self.step))
+        averaged, current = _tensors(self.ema), _tensors(self.model)
+        torch._foreach_lerp_(
+            [t for t in averaged if t.is_floating_point()], [t for t in current if t.is_floating_point()], 1 - decay
+        )
+        for mine, theirs in zip(averaged, current, strict=True):
+            if not mine.is_floating_point():  # BN's count of batches
+                mine.copy_(theirs)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values only, sharing the live tensors' memory."""
+        return {
+            "step": self.step,
+            "best_top1": self.best_top1,
+            "model": self.model.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Take over a saved state.
+
+        Raises:
+            ValueError: it belongs to another network; the message says where they differ.
+        """
+        load_weights(self.model, saved["model"])
+        if self.ema is not None:  # a run that begins to average starts from the weights it has
+            load_weights(self.ema, saved["ema"] or saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if self.scaler.is_enabled() and saved["scaler"]:
+            self.scaler.load_state_dict(saved["scaler"])
+        self.step, self.best_top1 = saved["step"], saved["best_top1"]
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Load a state dict whose names and shapes must be the model's.
+
+    Raises:
+        ValueError: naming the first difference.
+    """
+    own = model.state_dict()
+    for name in sorted(own.keys() | weights.keys()):
+        mine, theirs = own.get(name), weights.get(name)
+        if mine is None or theirs is None:
+            raise ValueError(
+                f"{name} is only in the {'model' if theirs is None else 'saved weights'}; the depths differ"
+            )
+        if mine.shape != theirs.shape:
+            raise ValueError(
+                f"{name} is {tuple(theirs.shape)} in the saved weights and {tuple(mine.shape)} in the model"
+            )
+    model.load_state_dict(weights)
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return list(model.state_dict().values())

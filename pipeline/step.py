@@ -1,0 +1,67 @@
+"""One optimizer step over a global batch, with arithmetic that does not depend on how it is split.
+
+Let G be the global batch, W the ranks, S_r rank r's sum of per-sample losses. DDP averages gradients
+over ranks, so rank r backpropagates S_r W / G, and the average is the gradient of sum_r S_r / G: the
+mean over the global batch, also where shares are uneven, and whether or not a rank accumulates it
+over micro-batches.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.config import TrainConfig
+from pipeline.data import Batch
+from pipeline.state import TrainState
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Mixed precision for `precision`; does nothing for fp32."""
+    return torch.autocast(device.type, AUTOCAST[precision], enabled=precision != "fp32")
+
+
+def train_step(
+    state: TrainState, net: nn.Module, batch: Batch, cfg: TrainConfig, *, lr: float, world_size: int
+) -> Tensor:
+    """Advance `state` by one step.
+
+    Args:
+        net: `state.model`, wrapped in DDP where there are several ranks.
+        batch: this rank's share of the global batch.
+
+    Returns:
+        A scalar on the device, detached: this rank's part of the mean loss over the global batch; the
+        sum over ranks is the mean. Nothing here waits for the device.
+    """
+    num_micro = -(-len(batch.labels) // (cfg.micro_batch or len(batch.labels)))
+    micro_batches = list(zip(batch.images.tensor_split(num_micro), batch.labels.tensor_split(num_micro), strict=True))
+    state.optimizer.zero_grad(set_to_none=True)
+    loss_part = torch.zeros((), device=batch.labels.device)
+    for i, (images, labels) in enumerate(micro_batches, 1):
+        with _sync_gradients(net, i == num_micro):
+            with autocast(cfg.precision, images.device):
+                logits = net(images)
+            losses = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=cfg.label_smoothing)
+            state.scaler.scale(losses * (world_size / cfg.global_batch)).backward()  # type: ignore[no-untyped-call]
+        loss_part += losses.detach() / cfg.global_batch
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr
+    if cfg.clip_norm is not None:
+        state.scaler.unscale_(state.optimizer)
+        nn.utils.clip_grad_norm_(state.model.parameters(), cfg.clip_norm)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.step += 1
+    if cfg.ema_decay is not None:
+        state.update_ema(cfg.ema_decay)
+    return loss_part
+
+
+def _sync_gradients(net: nn.Module, now: bool) -> AbstractContextManager[None]:
+    """All-reduce gradients in the last micro-batch's backward pass only."""
+    return net.no_sync() if isinstance(net, DistributedDataParallel) and not now else nullcontext()

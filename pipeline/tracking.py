@@ -1,0 +1,315 @@
+"""MLflow, off the training's path. The only file that imports `mlflow`.
+
+What is to be logged is appended to a spool, a file in the run's directory, and training goes on. A
+thread sends the spool's records to MLflow, in order, and notes how far it came. A server that is away
+therefore costs nothing but time: records wait, in this process or the next one that resumes the run.
+"""
+
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline import checkpoint
+from pipeline.config import MlflowConfig
+
+Record = dict[str, Any]
+
+MAX_METRICS = 1000  # in one request, MLflow's limit
+RETRY_SECONDS = (1, 2, 5, 10, 30)
+TRAINING_ID_TAG = "pipeline.training_id"
+RUN_DIR_TAG = "pipeline.run_dir"
+
+
+def tracking_uri(cfg: MlflowConfig, storage: Path) -> str:
+    """Where runs are logged: the config, else $MLFLOW_TRACKING_URI, else a SQLite file in `storage`."""
+    return cfg.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage.absolute() / 'mlflow.db'}"
+
+
+class Spool:
+    """Records in a file, one JSON object a line, and beside it how much of them was sent.
+
+    A metric's steps only rise: one at or below the last is dropped, so that steps which are trained again
+    after a fault are not logged again (their values are the same: training is deterministic).
+    """
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path, self._sent_path = folder / "spool.jsonl", folder / "sent.json"
+        sent = json.loads(self._sent_path.read_text()) if self._sent_path.exists() else {}
+        self._sent: int = sent.get("bytes", 0)
+        self._last_step: dict[str, int] = sent.get("last_step", {})
+        self._lock = threading.Lock()
+        self._file = self.path.open("a+b")
+        self._file.seek(self._sent)
+        whole = self._file.read().rpartition(b"\n")
+        self._file.truncate(self._sent + len(whole[0] + whole[1]))  # a killed process may leave half a line
+        for line in whole[0].splitlines():
+            self._note_steps(json.loads(line))
+
+    def append(self, record: Record) -> None:
+        with self._lock:
+            if record["kind"] == "metrics":
+                fresh = {k: v for k, v in record["values"].items() if record["step"] > self._last_step.get(k, -1)}
+                record = {**record, "values": fresh}
+                self._note_steps(record)
+            self._file.seek(0, os.SEEK_END)
+            self._file.write(json.dumps(record).encode() + b"\n")
+            self._file.flush()
+
+    def unsent(self) -> list[tuple[Record, int]]:
+        """The waiting records, oldest first, each with the offset at which it ends."""
+        with self._lock:
+            self._file.seek(self._sent)
+            end, waiting = self._sent, []
+            for line in self._file:
+                end += len(line)
+                waiting.append((json.loads(line), end))
+        return waiting
+
+    def mark_sent(self, offset: int) -> None:
+        """Records up to `offset` have arrived; once all have, the file starts anew."""
+        with self._lock:
+            if offset == self._file.seek(0, os.SEEK_END):
+                self._file.truncate(0)
+                offset = 0
+            self._sent = offset
+            temporary = self._sent_path.with_suffix(".tmp")
+            temporary.write_text(json.dumps({"bytes": offset, "last_step": self._last_step}))
+            temporary.replace(self._sent_path)
+
+    def _note_steps(self, record: Record) -> None:
+        if record["kind"] == "metrics":
+            self._last_step.update(dict.fromkeys(record["values"], record["step"]))
+
+
+class Tracker:
+    """Logs one training to one MLflow run, through restarts and resumes.
+
+    Args:
+        uri: of the MLflow store.
+        run_dir: the run's directory, whose name is shown in MLflow; the spool lies below it.
+        training_id: finds the same MLflow run again.
+        on_problem: called with a line for the user when MLflow cannot be reached or refuses a record.
+    """
+
+    def __init__(
+        self,
+        cfg: MlflowConfig,
+        uri: str,
+        run_dir: Path,
+        *,
+        training_id: str,
+        on_problem: Callable[[str], None],
+    ):
+        self.run_id: str | None = None
+        self.experiment_id: str | None = None
+        self._cfg, self._uri, self._run_dir = cfg, uri, run_dir
+        self._training_id, self._on_problem = training_id, on_problem
+        self._spool = Spool(run_dir / "mlflow")
+        self._wake, self._closing, self._drained = threading.Event(), threading.Event(), threading.Event()
+        self._put({"kind": "start"})
+        self._thread = threading.Thread(target=self._send_all, name="mlflow", daemon=True)
+        self._thread.start()
+
+    def params(self, values: dict[str, Any]) -> None:
+        """Log parameters; MLflow keeps the first value of each for good, and a later one is not sent."""
+        self._put({"kind": "params", "values": {k: str(v) for k, v in values.items()}})
+
+    def tags(self, values: dict[str, Any]) -> None:
+        self._put({"kind": "tags", "values": {k: str(v) for k, v in values.items()}})
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        self._put({"kind": "metrics", "step": step, "time": int(time.time() * 1000), "values": values})
+
+    def text(self, text: str, to: str) -> None:
+        """Log `text` as the artifact file `to`."""
+        self._put({"kind": "text", "text": text, "to": to})
+
+    def folder(self, source: Path, to: str) -> None:
+        """Log a directory's files below the artifact path `to`, as they are now.
+
+        They are hard-linked aside until they are sent, so that `source` may be deleted meanwhile.
+        """
+        aside = self._run_dir / "mlflow" / f"{source.name}.{time.time_ns()}"
+        try:
+            shutil.copytree(source, aside, copy_function=os.link)
+        except shutil.Error:  # a file system without hard links
+            shutil.rmtree(aside, ignore_errors=True)
+            shutil.copytree(source, aside)
+        self._put({"kind": "folder", "source": str(aside), "to": to})
+
+    def model(self, source: Path) -> None:
+        """Log the model of the checkpoint `source`, with its signature, as the run's model."""
+        self._put({"kind": "model", "source": str(source)})
+
+    def close(self, status: str, timeout_s: float) -> int:
+        """End the MLflow run and wait until all is sent.
+
+        Args:
+            status: FINISHED, KILLED (to be resumed) or FAILED.
+
+        Returns:
+            How many records still wait in the spool when the time is up.
+        """
+        self._put({"kind": "end", "status": status})
+        self._closing.set()
+        self._wake.set()
+        self._drained.wait(timeout_s)
+        return len(self._spool.unsent())
+
+    def _put(self, record: Record) -> None:
+        self._spool.append(record)
+        self._wake.set()
+
+    def _send_all(self) -> None:
+        """The thread: send what waits, retry what fails, until closed and empty."""
+        failures, client = 0, None
+        while True:
+            self._wake.clear()
+            try:
+                client = client or self._connect()
+                self._send_waiting(client)
+                failures = 0
+            except Exception as e:  # MLflow raises whatever its transport raises; none of it may end a training
+                if failures == 0:
+                    self._on_problem(
+                        f"MLflow at {self._uri} fails ({_first_line(e)}); records wait in {self._spool.path}"
+                    )
+                self._closing.wait(RETRY_SECONDS[min(failures, len(RETRY_SECONDS) - 1)])
+                failures += 1
+                time.sleep(0.2 if self._closing.is_set() else 0)
+                continue
+            if self._closing.is_set() and not self._spool.unsent():
+                self._drained.set()
+                return
+            self._wake.wait()
+
+    def _connect(self) -> Any:
+        # MLflow's own retries (7, of up to 120 s each) would hide for minutes that a server is away.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+        import mlflow
+
+        mlflow.set_tracking_uri(self._uri)
+        client = mlflow.MlflowClient(self._uri)
+        experiment = client.get_experiment_by_name(self._cfg.experiment)
+        if experiment is None:
+            # A SQLite store is a file of ours: keep the artifacts beside it. A server knows its own place.
+            database = self._uri.removeprefix("sqlite:///")
+            beside = str(Path(database).parent / "mlartifacts") if database != self._uri else None
+            self.experiment_id = client.create_experiment(self._cfg.experiment, artifact_location=beside)
+        else:
+            self.experiment_id = experiment.experiment_id
+        found = client.search_runs(
+            [self.experiment_id], f"tags.`{TRAINING_ID_TAG}` = '{self._training_id}'", max_results=1
+        )
+        if found:
+            self.run_id = found[0].info.run_id
+        else:
+            tags = {TRAINING_ID_TAG: self._training_id, RUN_DIR_TAG: str(self._run_dir)}
+            self.run_id = client.create_run(self.experiment_id, run_name=self._run_dir.name, tags=tags).info.run_id
+        return client
+
+    def _send_waiting(self, client: Any) -> None:
+        from mlflow.exceptions import MlflowException
+
+        waiting = self._spool.unsent()
+        while waiting:
+            batch = _leading_metrics(waiting) or waiting[:1]
+            try:
+                self._send(client, [record for record, _ in batch])
+            except (MlflowException, OSError, checkpoint.CheckpointError) as e:
+                if not _is_final(e):
+                    raise
+                self._on_problem(f"MLflow refused a record of kind {batch[0][0]['kind']}, dropped: {_first_line(e)}")
+            self._spool.mark_sent(batch[-1][1])
+            waiting = waiting[len(batch) :] or self._spool.unsent()
+
+    def _send(self, client: Any, records: list[Record]) -> None:
+        from mlflow.entities import Metric, Param, RunTag
+
+        record = records[0]
+        match record["kind"]:
+            case "metrics":
+                metrics = [Metric(k, v, r["time"], r["step"]) for r in records for k, v in r["values"].items()]
+                client.log_batch(self.run_id, metrics=metrics)
+            case "params":
+                known = client.get_run(self.run_id).data.params
+                client.log_batch(
+                    self.run_id, params=[Param(k, v) for k, v in record["values"].items() if k not in known]
+                )
+            case "tags":
+                client.log_batch(self.run_id, tags=[RunTag(k, v) for k, v in record["values"].items()])
+            case "text":
+                client.log_text(self.run_id, record["text"], record["to"])
+            case "folder":
+                client.log_artifacts(self.run_id, record["source"], record["to"])
+                shutil.rmtree(record["source"])
+            case "model":
+                _log_model(self.run_id, Path(record["source"]))
+            case "start":
+                client.update_run(self.run_id, status="RUNNING")
+            case "end":
+                client.set_terminated(self.run_id, record["status"])
+
+
+def find_run_dir(uri: str, run_id: str) -> Path | None:
+    """The directory of the run with this MLflow id, or None where the store has no such run."""
+    import mlflow
+
+    try:
+        return Path(mlflow.MlflowClient(uri).get_run(run_id).data.tags[RUN_DIR_TAG])
+    except (mlflow.MlflowException, KeyError):
+        return None
+
+
+def _log_model(run_id: str | None, source: Path) -> None:
+    """Log a checkpoint's model as an exported graph (pt2): loading it runs no pickled code."""
+    import mlflow
+    import numpy as np
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    model, cfg, classes = checkpoint.load_model(source)
+    size = cfg.data.image_size
+    signature = ModelSignature(
+        Schema([TensorSpec(np.dtype("uint8"), (-1, 3, size, size))]),
+        Schema([TensorSpec(np.dtype("float32"), (-1, len(classes)))]),
+    )
+    with mlflow.start_run(run_id=run_id):
+        mlflow.pytorch.log_model(
+            model,
+            name="model",
+            signature=signature,
+            input_example=np.zeros((2, 3, size, size), dtype=np.uint8),  # two: a batch of one would fix the size
+            pip_requirements=["torch", "numpy"],
+            metadata={"classes": list(classes), "checkpoint": source.name},
+            serialization_format="pt2",
+        )
+
+
+def _leading_metrics(waiting: list[tuple[Record, int]]) -> list[tuple[Record, int]]:
+    """The metrics records at the head of the queue that fit one request."""
+    batch, size = [], 0
+    for record, end in waiting:
+        size += len(record.get("values", ()))
+        if record["kind"] != "metrics" or size > MAX_METRICS:
+            break
+        batch.append((record, end))
+    return batch
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether sending the same record again must fail again."""
+    if isinstance(error, (FileNotFoundError, checkpoint.CheckpointError)):
+        return True
+    return getattr(error, "error_code", None) in {"INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST"}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -1,0 +1,135 @@
+"""The training loop, and what a rank needs to run it. Knows neither Ray nor MLflow."""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline import checkpoint
+from pipeline.checkpoint import Checkpoint
+from pipeline.config import Config
+from pipeline.data import EvalLoader, Place, TrainLoader
+from pipeline.data.index import Index, load_index
+from pipeline.data.sampling import batch_positions, permute
+from pipeline.evaluate import evaluate, sync_buffers
+from pipeline.job import Context, Job
+from pipeline.optim import Schedule, lr_at
+from pipeline.perf import Ledger
+from pipeline.record import Recorder
+from pipeline.state import TrainState
+from pipeline.step import train_step
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite; the text says at which step and on which samples."""
+
+
+def fit(job: Job, ctx: Context) -> dict[str, Any]:
+    """Train to the last step, from the newest valid checkpoint if there is one.
+
+    Returns:
+        On rank 0 the summary that `pipeline train --json` prints, elsewhere nothing.
+
+    Raises:
+        ConfigError: a checkpoint that does not fit. NonFiniteLossError. BadDataError.
+    """
+    ledger = Ledger("start-up")
+    torch.set_num_threads(ctx.num_threads)
+    cfg, index = job.cfg, load_index(job.train_index)
+    schedule = Schedule.create(cfg, len(index))
+    stop_step = min(schedule.num_steps, cfg.run.stop_at_step or schedule.num_steps)
+    state = TrainState.create(cfg, len(index.classes), ctx.device)
+    resumed = _resume(job, ctx, state, index)
+    recorder = Recorder(job, ctx, index, resumed, ledger, schedule.num_steps)
+    train_loader, val_loader = _loaders(job, ctx, index, recorder)
+    net: nn.Module = state.model
+    if ctx.world_size > 1:  # BN statistics stay local until they are read: see sync_buffers
+        net = DistributedDataParallel(state.model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def due(every: int) -> bool:
+        return state.step % every == 0 or state.step == schedule.num_steps
+
+    losses: list[Tensor] = []
+    ledger.switch("compute")
+    for batch in ledger.waits(train_loader.from_step(state.step, stop_step), "data wait"):
+        lr = lr_at(state.step, cfg.optim, schedule)
+        losses.append(train_step(state, net, batch, cfg.train, lr=lr, world_size=ctx.world_size))
+
+        logging, evaluating = due(cfg.train.log_every), due(cfg.train.eval_every * schedule.steps_per_epoch)
+        saving = due(cfg.checkpoint.every) or state.step == stop_step
+        if not (logging or evaluating or saving):
+            continue
+        values, stopping, num_bad = _gather(losses, recorder.num_bad, ctx)  # the only wait for the device
+        losses.clear()
+        _check_finite(values, state.step, cfg, schedule, len(index))
+        if logging:
+            with ledger.phase("logging"):
+                recorder.step(state.step, values[-1], lr, state.step / schedule.steps_per_epoch, num_bad)
+        scores, improved = None, False
+        if evaluating:
+            with ledger.phase("evaluation"):
+                sync_buffers(state.best_model)
+                scores = evaluate(state.best_model, val_loader, precision=cfg.train.precision, device=ctx.device)
+            improved = scores["top1"] > state.best_top1
+            state.best_top1 = max(state.best_top1, scores["top1"])
+            recorder.evaluation(state.step, scores)
+        if saving or improved or stopping:
+            with ledger.phase("checkpoint"):
+                recorder.save(state, scores)
+        if stopping:
+            break
+    return recorder.finished(state)
+
+
+def _resume(job: Job, ctx: Context, state: TrainState, index: Index) -> Checkpoint | None:
+    """Load the newest valid checkpoint, chosen by rank 0 for all, so that all ranks start from one state."""
+    found: Checkpoint | None = None
+    if ctx.rank == 0:
+        found = checkpoint.newest_valid(job.checkpoints, ctx.warn)
+        if found is None and job.resume_from is not None:
+            found = checkpoint.read(job.resume_from)
+    if ctx.world_size > 1:
+        chosen = [found]
+        dist.broadcast_object_list(chosen, src=0, device=ctx.device)
+        found = chosen[0]
+    if found is not None:
+        checkpoint.restore(state, found, job.cfg, index.fingerprint)
+    return found
+
+
+def _loaders(job: Job, ctx: Context, index: Index, recorder: Recorder) -> tuple[TrainLoader, EvalLoader]:
+    cfg = job.cfg
+    place = Place(ctx.rank, ctx.world_size, ctx.device, cfg.data.decode_threads or ctx.num_threads)
+    train = TrainLoader(
+        index, cfg.data, place, recorder.bad_image, global_batch=cfg.train.global_batch, seed=cfg.run.seed
+    )
+    val_index = load_index(job.val_index).with_classes(index.classes)
+    return train, EvalLoader(val_index, cfg.data, place, recorder.bad_image, batch=cfg.train.eval_batch)
+
+
+def _gather(losses: list[Tensor], num_bad: int, ctx: Context) -> tuple[list[float], bool, int]:
+    """Over all ranks: the loss of each step since the last call, whether to stop, the broken images met."""
+    host = torch.tensor([float(ctx.should_stop()), float(num_bad)], device=ctx.device)
+    sums = torch.cat([torch.stack(losses), host])
+    if ctx.world_size > 1:
+        dist.all_reduce(sums)
+    *values, stop, bad = sums.tolist()
+    return values, stop > 0, int(bad)
+
+
+def _check_finite(values: list[float], step: int, cfg: Config, schedule: Schedule, num_samples: int) -> None:
+    """Raise NonFiniteLossError for the first of the last `len(values)` steps whose loss is not a number."""
+    for done, value in enumerate(values, step - len(values) + 1):
+        if math.isfinite(value):
+            continue
+        epoch, start, stop = batch_positions(done - 1, num_samples, cfg.train.global_batch, 0, 1)
+        rows = permute(np.arange(start, stop), num_samples, cfg.run.seed, epoch)
+        raise NonFiniteLossError(
+            f"the loss of step {done} is {value} (epoch {epoch}, "
+            f"learning rate {lr_at(done - 1, cfg.optim, schedule):g}); "
+            f"checkpoints before it are untouched; rows of the index in its batch: {' '.join(map(str, rows))}"
+        )
