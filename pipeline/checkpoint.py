@@ -23,11 +23,13 @@ from typing import Any
 import torch
 
 import pipeline
-from pipeline.config import Config, ConfigError, dump, load
+from pipeline.config import Config, ConfigError
 from pipeline.model import ResNet
+from pipeline.settings import dump, flatten, load
 from pipeline.state import TrainState, load_weights
 
 FORMAT = 1
+STREAM_KEYS = ("run.seed", "train.global_batch")  # with the step they say which images come next
 STATE, CONFIG, META = "state.pt", "config.yaml", "meta.json"
 
 
@@ -136,7 +138,7 @@ def load_model(path: Path) -> tuple[ResNet, Config, tuple[str, ...]]:
     """
     found = read(path)
     cfg, classes = load(path / CONFIG), tuple(found.meta["classes"])
-    model = ResNet(cfg.model, len(classes)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = ResNet(cfg.model, len(classes)).to(memory_format=torch.channels_last)
     saved = found.state()
     load_weights(model, saved["ema"] or saved["model"])
     return model.eval(), cfg, classes
@@ -165,8 +167,15 @@ def restore(state: TrainState, checkpoint: Checkpoint, cfg: Config, fingerprint:
     """Load a checkpoint into `state`.
 
     Raises:
-        ConfigError: the images have changed, or the network is another than the checkpoint's.
+        ConfigError: the images, what orders them, or the network is another than the checkpoint's.
     """
+    saved, now = flatten(load(checkpoint.path / CONFIG)), flatten(cfg)
+    for key in STREAM_KEYS:
+        if saved[key] != now[key]:
+            raise ConfigError(
+                f"{key}={now[key]}: {checkpoint.path} was trained with {saved[key]}, and its step would mean other "
+                "images; keep it, or use another run.name"
+            )
     if checkpoint.meta["fingerprint"] != fingerprint and not cfg.data.allow_changed:
         raise ConfigError(
             f"{checkpoint.path} was trained on other images than data.train={cfg.data.train} holds now "

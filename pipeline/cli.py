@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline.config import Config, ConfigError, dump, load, to_dict
+from pipeline.config import Config, ConfigError
+from pipeline.settings import dump, load, to_dict
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 
@@ -93,7 +94,8 @@ def _evaluate(args: argparse.Namespace) -> Outcome:
 
     found = runs.find(args.run, args.overrides)
     scores = infer.evaluate_checkpoint(found.path, args.data)
-    text = f"top-1 {scores['top1']:.4f}  top-5 {scores['top5']:.4f}  loss {scores['loss']:.4f}  on {int(scores['count'])} images"
+    figures = f"top-1 {scores['top1']:.4f}  top-5 {scores['top5']:.4f}  loss {scores['loss']:.4f}"
+    text = f"{figures}  on {int(scores['count'])} images"
     return {"checkpoint": str(found.path), **scores}, [str(found.path), text], DONE
 
 

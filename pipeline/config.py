@@ -1,22 +1,14 @@
 """The configuration: its schema, its only defaults, and every check that needs no data.
 
-`load()` merges the schema, a YAML file and `key=value` overrides, in that order, into frozen
-dataclasses. What is wrong is told in one line that names the key, the value and the mend.
+What is wrong is told in one line that names the key, the value and the mend.
 """
 
-import difflib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
-
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from typing import Any, Literal
 
 
 class ConfigError(ValueError):
@@ -55,10 +47,11 @@ class Section:
     def require(self, holds: bool, name: str, mend: str) -> None:
         """Raise ConfigError naming this section's field `name`, its value, and `mend`."""
         if not holds:
-            raise ConfigError(f"{self.key(name)}={_show(getattr(self, name))}: {mend}")
+            raise ConfigError(f"{self.key(name)}={show(getattr(self, name))}: {mend}")
 
 
-def _show(value: Any) -> str:
+def show(value: Any) -> str:
+    """A value as one would write it in an override."""
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"), default=str)
 
 
@@ -203,114 +196,3 @@ class Config:
             raise ConfigError(
                 f"optim.warmup_epochs={self.optim.warmup_epochs}: longer than train.epochs={train.epochs}"
             )
-
-
-def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Merge schema, file and overrides.
-
-    Args:
-        path: a YAML file, or None for the defaults alone.
-        overrides: `key=value` strings; the value is YAML.
-
-    Raises:
-        ConfigError: an unreadable file, or a wrong key, type or value.
-    """
-    settings = [] if path is None else list(_leaves(_read_yaml(Path(path))))
-    merged = OmegaConf.structured(Config)
-    for key, value in [*settings, *map(_parse_override, overrides)]:  # one at a time: the culprit is known
-        try:
-            merged = OmegaConf.merge(merged, _nest(key, value))
-        except OmegaConfBaseException:
-            raise ConfigError(_explain(key, value)) from None
-    try:
-        config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as e:
-        raise ConfigError(f"{e.full_key}: {str(e).splitlines()[0]}") from None
-    assert isinstance(config, Config)
-    return config
-
-
-def dump(config: Config) -> str:
-    """The whole configuration as YAML that `load()` reads back to an equal Config."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
-
-
-def to_dict(config: Config) -> dict[str, Any]:
-    """The whole configuration as nested plain containers."""
-    plain = OmegaConf.to_container(OmegaConf.structured(config))
-    assert isinstance(plain, dict)
-    return {str(k): v for k, v in plain.items()}
-
-
-def flatten(config: Config) -> dict[str, Any]:
-    """The configuration as {"section.key": value}."""
-    return dict(_leaves(to_dict(config)))
-
-
-def _read_yaml(path: Path) -> dict[Any, Any]:
-    try:
-        content = OmegaConf.to_container(OmegaConf.load(path))
-    except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
-        raise ConfigError(
-            f"no config file {path}" + (f"; did you mean {path.parent / near[0]}?" if near else "")
-        ) from None
-    except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"config file {path} cannot be read: {e}") from None
-    except (YAMLError, OmegaConfBaseException) as e:
-        raise ConfigError(f"config file {path} is not YAML: {' '.join(str(e).split())}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"config file {path} must hold sections such as 'train:', not a {type(content).__name__}")
-    return content
-
-
-def _leaves(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _parse_override(text: str) -> tuple[str, Any]:
-    key, equals, raw = text.partition("=")
-    if not equals or not key.strip():
-        raise ConfigError(f"{text!r} is not an override: write key=value, such as train.epochs=3")
-    try:
-        return key.strip(), OmegaConf.to_container(OmegaConf.create(f"value: {raw}"))["value"]  # type: ignore[index,call-overload]
-    except (YAMLError, OmegaConfBaseException):
-        raise ConfigError(f"{text}: the value is not YAML; quote it, as in {key}='\"...\"'") from None
-
-
-def _nest(key: str, value: Any) -> dict[str, Any]:
-    first, dot, rest = key.partition(".")
-    return {first: _nest(rest, value) if dot else value}
-
-
-def _explain(key: str, value: Any) -> str:
-    """Why OmegaConf refused `value` for `key`, and what it should be."""
-    sections = get_type_hints(Config)
-    known = {f"{name}.{k}": kind for name, section in sections.items() for k, kind in get_type_hints(section).items()}
-    if key in sections:
-        inside = ", ".join(k for k in known if k.startswith(f"{key}."))
-        return f"{key}={_show(value)}: is a section; set one of {inside}"
-    if key in known:
-        return f"{key}={_show(value)}: must be {_wanted(known[key])}"
-    return f"{key}={_show(value)}: no such key{_nearest(key, list(known))}"
-
-
-def _wanted(kind: Any) -> str:
-    """An annotation in words."""
-    if get_origin(kind) is Literal:
-        return "one of " + ", ".join(map(str, get_args(kind)))
-    if get_origin(kind) is tuple:
-        return "a list of numbers, [a,b,...]" if Ellipsis in get_args(kind) else "a list of two numbers, [low,high]"
-    if isinstance(kind, UnionType):
-        return " or ".join(map(_wanted, get_args(kind)))
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}[kind]
-
-
-def _nearest(key: str, known: list[str]) -> str:
-    names = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    names = names or [k for k in known if k.split(".")[-1] == key.split(".")[-1]][:1]
-    return f"; did you mean {names[0]}?" if names else "; `pipeline config CONFIG` lists all keys"

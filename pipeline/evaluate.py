@@ -52,5 +52,5 @@ def sync_buffers(model: nn.Module) -> None:
     buffers = [b for b in model.buffers() if b.is_floating_point()]
     flat = torch.cat([b.flatten() for b in buffers])
     dist.broadcast(flat, src=0)
-    for buffer, values in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+    for buffer, values in zip(buffers, torch.split(flat, [b.numel() for b in buffers]), strict=True):
         buffer.copy_(values.view_as(buffer))

@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config
+
+if TYPE_CHECKING:  # the link's process starts faster without
+    import torch
 
 Event = dict[str, Any]  # {"kind": ...}: start, step, evaluation, checkpoint, warning, stopping
 
@@ -40,7 +41,7 @@ class Context:
 
     rank: int
     world_size: int
-    device: torch.device
+    device: "torch.device"
     num_threads: int
     emit: Callable[[Event], None]
     should_stop: Callable[[], bool]

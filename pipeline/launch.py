@@ -18,14 +18,11 @@ import ray.train
 import ray.train.torch
 
 from pipeline.config import Config, ConfigError
-from pipeline.data.dali import BadDataError
 from pipeline.job import Context, Event, Job
-from pipeline.train import NonFiniteLossError, fit
+from pipeline.link import Link
 
 POLL_SECONDS = 0.1
 OBJECT_STORE_BYTES = 100 * 2**20  # nothing goes through it but messages
-# Met again by every restart, so a restart is no cure.
-FATAL = (ConfigError, NonFiniteLossError, BadDataError)
 
 
 class TrainingFailedError(RuntimeError):
@@ -34,34 +31,6 @@ class TrainingFailedError(RuntimeError):
 
 class Interrupted(KeyboardInterrupt):
     """A second signal: the user does not wait for a checkpoint."""
-
-
-class Link:
-    """The actor between the driver and its workers: events one way, the wish to stop the other."""
-
-    def __init__(self) -> None:
-        self._events: list[Event] = []
-        self._stop = False
-        self._fatal: tuple[str, str] | None = None
-
-    def emit(self, event: Event) -> None:
-        self._events.append(event)
-
-    def take_events(self) -> list[Event]:
-        events, self._events = self._events, []
-        return events
-
-    def request_stop(self) -> None:
-        self._stop = True
-
-    def should_stop(self) -> bool:
-        return self._stop
-
-    def fail(self, kind: str, text: str) -> None:
-        self._fatal = self._fatal or (kind, text)
-
-    def fatal(self) -> tuple[str, str] | None:
-        return self._fatal
 
 
 def train(job: Job, watch: Callable[[Event], None]) -> dict[str, Any]:
@@ -135,6 +104,10 @@ def _fit(trainer: ray.train.torch.TorchTrainer, outcome: dict[str, Any]) -> None
 
 def _worker(config: dict[str, Any]) -> dict[str, Any]:
     """What each Ray worker runs; in a thread of its own, so it can install no signal handlers."""
+    # Late: the driver's and the controller's processes import this module and have no use for these.
+    from pipeline.data.dali import BadDataError
+    from pipeline.train import NonFiniteLossError, fit
+
     job, link = config["job"], config["link"]
     if ray.get(link.fatal.remote()):
         return {}
@@ -149,7 +122,7 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     )
     try:
         return fit(job, context)
-    except FATAL as e:
+    except (ConfigError, NonFiniteLossError, BadDataError) as e:  # a restart would meet it again
         ray.get(link.fail.remote(type(e).__name__, str(e)))
         raise
 

@@ -10,14 +10,15 @@ from typing import Any
 
 from pipeline import checkpoint
 from pipeline.checkpoint import Checkpoint
-from pipeline.config import dump, flatten
 from pipeline.data.index import Index
 from pipeline.job import Context, Job
 from pipeline.perf import Ledger
+from pipeline.settings import dump, flatten
 from pipeline.state import TrainState
 from pipeline.tracking import Tracker, tracking_uri
 
 CLOSE_TIMEOUT_S = 600.0  # for MLflow to take what waits at the end
+FAILURE_TIMEOUT_S = 10.0  # likewise before a restart, which can send the rest
 STEP_PHASES = ("compute", "data wait", "logging")
 
 
@@ -46,7 +47,7 @@ class Recorder:
         cfg, ctx, run_dir = self._job.cfg, self._ctx, self._job.run_dir
         identity = _next_session(run_dir)
         self._session = int(identity["sessions"])
-        self._uri = tracking_uri(cfg.mlflow, run_dir.parent)
+        self._uri = tracking_uri(cfg.mlflow.uri, run_dir.parent)
         self._tracker = Tracker(
             cfg.mlflow, self._uri, run_dir, training_id=identity["training_id"], on_problem=ctx.warn
         )
@@ -115,32 +116,36 @@ class Recorder:
         self.num_bad += 1
         self._ctx.warn(f"{path} is broken, a uniform image takes its place: {reason}")
 
-    def failed(self) -> None:
-        """End the session because of an error that a restart would only meet again."""
-        if self._ctx.rank == 0:
-            self._tracker.close("FAILED", CLOSE_TIMEOUT_S)
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Tell MLflow of an error that ends the session."""
+        if error is not None and self._ctx.rank == 0:
+            self._tracker.tags({f"pipeline.session_{self._session}.error": f"{type(error).__name__}: {error}"[:500]})
+            self._tracker.close("FAILED", FAILURE_TIMEOUT_S)
 
     def finished(self, state: TrainState) -> dict[str, Any]:
         """Publish what the configuration asks for, end the session and return its summary."""
         if self._ctx.rank != 0:
             return {}
-        done = state.step == self._num_steps
+        cfg, done = self._job.cfg, state.step == self._num_steps
         step_s = self._ledger.total(*STEP_PHASES)
-        images = (state.step - self._first_step) * self._job.cfg.train.global_batch
-        assert self._newest is not None
-        folder = self._job.checkpoints
-        top = checkpoint.best(folder)
-        if self._job.cfg.mlflow.checkpoints == "last":
+        images = (state.step - self._first_step) * cfg.train.global_batch
+        top = checkpoint.best(self._job.checkpoints)
+        assert self._newest is not None, "a session ends with a checkpoint"
+        if cfg.mlflow.checkpoints == "last":
             self._upload(self._newest)
-        elif self._job.cfg.mlflow.checkpoints == "best" and top:
+        elif cfg.mlflow.checkpoints == "best" and top:
             self._upload(top)
-        if done and self._job.cfg.mlflow.log_model:
+        if done and cfg.mlflow.log_model:
             self._tracker.model(self._newest.path)
         with self._ledger.phase("mlflow"):
             waiting = self._tracker.close("FINISHED" if done else "KILLED", CLOSE_TIMEOUT_S)
         if waiting:
-            text = f"MLflow is away: {waiting} records wait in {self._job.run_dir / 'mlflow'} until the run is started again"
-            self._ctx.emit({"kind": "warning", "text": text})
+            self._ctx.warn(
+                f"MLflow is away; {waiting} records wait in {self._tracker.spool} for the run's next session"
+            )
         return {
             "run": self._job.run_dir.name,
             "run_dir": str(self._job.run_dir),
@@ -165,12 +170,14 @@ class Recorder:
 def _next_session(run_dir: Path) -> dict[str, Any]:
     """The training's identity, with this session counted; a new run directory is a new training."""
     path = run_dir / "run.json"
-    identity = json.loads(path.read_text()) if path.exists() else {"training_id": uuid.uuid4().hex, "sessions": 0}
+    identity: dict[str, Any] = {"training_id": uuid.uuid4().hex, "sessions": 0}
+    if path.exists():
+        identity = json.loads(path.read_text())
     identity["sessions"] += 1
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(identity))
     temporary.replace(path)
-    return dict(identity)
+    return identity
 
 
 def _path(saved: Checkpoint | None) -> str | None:

@@ -9,16 +9,18 @@ STORAGE/NAME/
 
 import dataclasses
 import difflib
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from pipeline import checkpoint
 from pipeline.checkpoint import Checkpoint
-from pipeline.config import Config, ConfigError, load
+from pipeline.config import Config, ConfigError
 from pipeline.data.index import Index, build_index, load_index
 from pipeline.data.sampling import steps_per_epoch
 from pipeline.job import Event, Job
+from pipeline.settings import load
 from pipeline.tracking import find_run_dir, tracking_uri
 
 MAX_NAMED = 20  # refused files that are named one by one
@@ -36,14 +38,13 @@ def prepare(cfg: Config, label: str, watch: Callable[[Event], None], resume_from
     """
     name = cfg.run.name or f"{label}-{time.strftime('%Y%m%d-%H%M%S')}"
     storage = Path(cfg.run.storage).absolute()
-    data = dataclasses.replace(
-        cfg.data, train=str(Path(cfg.data.train).absolute()), val=str(Path(cfg.data.val).absolute())
-    )
+    train_source, val_source = Path(cfg.data.train).absolute(), Path(cfg.data.val).absolute()
+    data = dataclasses.replace(cfg.data, train=str(train_source), val=str(val_source))
     run = dataclasses.replace(cfg.run, name=name, storage=str(storage))
     cfg = dataclasses.replace(cfg, run=run, data=data)
     run_dir = storage / name
-    train_index, train = _index(Path(data.train), run_dir / "index" / "train.arrow", watch)
-    val_index, val = _index(Path(data.val), run_dir / "index" / "val.arrow", watch)
+    train_index, train = _index(train_source, run_dir / "index" / "train.arrow", watch)
+    val_index, val = _index(val_source, run_dir / "index" / "val.arrow", watch)
     val.with_classes(train.classes)
     try:
         steps_per_epoch(len(train), cfg.train.global_batch)
@@ -84,12 +85,10 @@ def find(reference: str, overrides: list[str]) -> Checkpoint:
     for run_dir in (storage / reference, path.absolute()):
         if (run_dir / "checkpoints").is_dir():
             return _newest(run_dir)
-    if len(reference) == 32 and set(reference) <= set("0123456789abcdef"):  # the form of an MLflow run id
-        mlflow_cfg = load(
-            None, ["data.train=-", "data.val=-", *(f"{k}={v}" for k, v in given.items() if k == "mlflow.uri")]
-        ).mlflow
-        if run_dir_of_id := find_run_dir(tracking_uri(mlflow_cfg, storage), reference):
-            return _newest(run_dir_of_id)
+    if re.fullmatch(r"[0-9a-f]{32}", reference):  # the form of an MLflow run id
+        logged = find_run_dir(tracking_uri(given.get("mlflow.uri"), storage), reference)
+        if logged is not None:
+            return _newest(logged)
     known = sorted(p.parent.name for p in storage.glob("*/checkpoints"))
     near = difflib.get_close_matches(reference, known, n=1)
     hint = f"did you mean {near[0]}?" if near else f"runs there: {', '.join(known[-5:]) or 'none'}"
@@ -97,11 +96,21 @@ def find(reference: str, overrides: list[str]) -> Checkpoint:
 
 
 def config_to_resume(found: Checkpoint, overrides: list[str]) -> Config:
-    """The configuration of a checkpoint's run, with overrides; at the place where it lies now."""
+    """The configuration of a checkpoint's run, with overrides; at the place where it lies now.
+
+    Raises:
+        ConfigError: the run has a newer checkpoint, from which it would go on instead.
+    """
     run_dir = found.path.parent.parent
-    return load(
-        found.path / checkpoint.CONFIG, [f"run.storage={run_dir.parent}", f"run.name={run_dir.name}", *overrides]
-    )
+    place = [f"run.storage={run_dir.parent}", f"run.name={run_dir.name}", "run.stop_at_step=null"]
+    cfg = load(found.path / checkpoint.CONFIG, [*place, *overrides])
+    newest = _newest(run_dir)
+    if newest.path != found.path and Path(cfg.run.storage, cfg.run.name or "").absolute() == run_dir:
+        raise ConfigError(
+            f"{found.path} is not the newest checkpoint of its run, {newest.path.name} is; "
+            "to branch off from it, give the branch a name: run.name=NAME"
+        )
+    return cfg
 
 
 def _read(path: Path) -> Checkpoint:

@@ -5,7 +5,6 @@ thread sends the spool's records to MLflow, in order, and notes how far it came.
 therefore costs nothing but time: records wait, in this process or the next one that resumes the run.
 """
 
-import json
 import os
 import shutil
 import threading
@@ -16,75 +15,18 @@ from typing import Any
 
 from pipeline import checkpoint
 from pipeline.config import MlflowConfig
-
-Record = dict[str, Any]
+from pipeline.spool import Record, Spool
 
 MAX_METRICS = 1000  # in one request, MLflow's limit
 RETRY_SECONDS = (1, 2, 5, 10, 30)
 TRAINING_ID_TAG = "pipeline.training_id"
 RUN_DIR_TAG = "pipeline.run_dir"
+MODEL_TAG = "pipeline.model_from"  # the checkpoint whose model is logged
 
 
-def tracking_uri(cfg: MlflowConfig, storage: Path) -> str:
-    """Where runs are logged: the config, else $MLFLOW_TRACKING_URI, else a SQLite file in `storage`."""
-    return cfg.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage.absolute() / 'mlflow.db'}"
-
-
-class Spool:
-    """Records in a file, one JSON object a line, and beside it how much of them was sent.
-
-    A metric's steps only rise: one at or below the last is dropped, so that steps which are trained again
-    after a fault are not logged again (their values are the same: training is deterministic).
-    """
-
-    def __init__(self, folder: Path):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path, self._sent_path = folder / "spool.jsonl", folder / "sent.json"
-        sent = json.loads(self._sent_path.read_text()) if self._sent_path.exists() else {}
-        self._sent: int = sent.get("bytes", 0)
-        self._last_step: dict[str, int] = sent.get("last_step", {})
-        self._lock = threading.Lock()
-        self._file = self.path.open("a+b")
-        self._file.seek(self._sent)
-        whole = self._file.read().rpartition(b"\n")
-        self._file.truncate(self._sent + len(whole[0] + whole[1]))  # a killed process may leave half a line
-        for line in whole[0].splitlines():
-            self._note_steps(json.loads(line))
-
-    def append(self, record: Record) -> None:
-        with self._lock:
-            if record["kind"] == "metrics":
-                fresh = {k: v for k, v in record["values"].items() if record["step"] > self._last_step.get(k, -1)}
-                record = {**record, "values": fresh}
-                self._note_steps(record)
-            self._file.seek(0, os.SEEK_END)
-            self._file.write(json.dumps(record).encode() + b"\n")
-            self._file.flush()
-
-    def unsent(self) -> list[tuple[Record, int]]:
-        """The waiting records, oldest first, each with the offset at which it ends."""
-        with self._lock:
-            self._file.seek(self._sent)
-            end, waiting = self._sent, []
-            for line in self._file:
-                end += len(line)
-                waiting.append((json.loads(line), end))
-        return waiting
-
-    def mark_sent(self, offset: int) -> None:
-        """Records up to `offset` have arrived; once all have, the file starts anew."""
-        with self._lock:
-            if offset == self._file.seek(0, os.SEEK_END):
-                self._file.truncate(0)
-                offset = 0
-            self._sent = offset
-            temporary = self._sent_path.with_suffix(".tmp")
-            temporary.write_text(json.dumps({"bytes": offset, "last_step": self._last_step}))
-            temporary.replace(self._sent_path)
-
-    def _note_steps(self, record: Record) -> None:
-        if record["kind"] == "metrics":
-            self._last_step.update(dict.fromkeys(record["values"], record["step"]))
+def tracking_uri(configured: str | None, storage: Path) -> str:
+    """Where runs are logged: as configured, else $MLFLOW_TRACKING_URI, else a SQLite file in `storage`."""
+    return configured or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage.absolute() / 'mlflow.db'}"
 
 
 class Tracker:
@@ -111,10 +53,15 @@ class Tracker:
         self._cfg, self._uri, self._run_dir = cfg, uri, run_dir
         self._training_id, self._on_problem = training_id, on_problem
         self._spool = Spool(run_dir / "mlflow")
-        self._wake, self._closing, self._drained = threading.Event(), threading.Event(), threading.Event()
+        self._wake, self._closing, self._abandoned = threading.Event(), threading.Event(), threading.Event()
         self._put({"kind": "start"})
         self._thread = threading.Thread(target=self._send_all, name="mlflow", daemon=True)
         self._thread.start()
+
+    @property
+    def spool(self) -> Path:
+        """The file of what MLflow has not got yet."""
+        return self._spool.path
 
     def params(self, values: dict[str, Any]) -> None:
         """Log parameters; MLflow keeps the first value of each for good, and a later one is not sent."""
@@ -159,8 +106,12 @@ class Tracker:
         self._put({"kind": "end", "status": status})
         self._closing.set()
         self._wake.set()
-        self._drained.wait(timeout_s)
-        return len(self._spool.unsent())
+        self._thread.join(timeout_s)
+        self._abandoned.set()
+        waiting = len(self._spool.unsent())
+        if not self._thread.is_alive():
+            self._spool.close()
+        return waiting
 
     def _put(self, record: Record) -> None:
         self._spool.append(record)
@@ -169,23 +120,19 @@ class Tracker:
     def _send_all(self) -> None:
         """The thread: send what waits, retry what fails, until closed and empty."""
         failures, client = 0, None
-        while True:
+        while not self._abandoned.is_set():
             self._wake.clear()
             try:
                 client = client or self._connect()
                 self._send_waiting(client)
-                failures = 0
             except Exception as e:  # MLflow raises whatever its transport raises; none of it may end a training
                 if failures == 0:
-                    self._on_problem(
-                        f"MLflow at {self._uri} fails ({_first_line(e)}); records wait in {self._spool.path}"
-                    )
-                self._closing.wait(RETRY_SECONDS[min(failures, len(RETRY_SECONDS) - 1)])
+                    self._on_problem(f"MLflow at {self._uri} fails, records wait in {self.spool}: {_first_line(e)}")
+                self._abandoned.wait(RETRY_SECONDS[min(failures, len(RETRY_SECONDS) - 1)])
                 failures += 1
-                time.sleep(0.2 if self._closing.is_set() else 0)
                 continue
+            failures = 0
             if self._closing.is_set() and not self._spool.unsent():
-                self._drained.set()
                 return
             self._wake.wait()
 
@@ -251,7 +198,10 @@ class Tracker:
                 client.log_artifacts(self.run_id, record["source"], record["to"])
                 shutil.rmtree(record["source"])
             case "model":
-                _log_model(self.run_id, Path(record["source"]))
+                source = Path(record["source"])
+                if client.get_run(self.run_id).data.tags.get(MODEL_TAG) != source.name:  # a finished run, run again
+                    _log_model(self.run_id, source)
+                    client.set_tag(self.run_id, MODEL_TAG, source.name)
             case "start":
                 client.update_run(self.run_id, status="RUNNING")
             case "end":

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import checkpoint
 from pipeline.checkpoint import Checkpoint
-from pipeline.config import Config
+from pipeline.config import Config, ConfigError
 from pipeline.data import EvalLoader, Place, TrainLoader
 from pipeline.data.index import Index, load_index
 from pipeline.data.sampling import batch_positions, permute
@@ -43,7 +43,7 @@ def fit(job: Job, ctx: Context) -> dict[str, Any]:
     schedule = Schedule.create(cfg, len(index))
     stop_step = min(schedule.num_steps, cfg.run.stop_at_step or schedule.num_steps)
     state = TrainState.create(cfg, len(index.classes), ctx.device)
-    resumed = _resume(job, ctx, state, index)
+    resumed = _resume(job, ctx, state, index, schedule.num_steps)
     recorder = Recorder(job, ctx, index, resumed, ledger, schedule.num_steps)
     train_loader, val_loader = _loaders(job, ctx, index, recorder)
     net: nn.Module = state.model
@@ -54,38 +54,39 @@ def fit(job: Job, ctx: Context) -> dict[str, Any]:
         return state.step % every == 0 or state.step == schedule.num_steps
 
     losses: list[Tensor] = []
-    ledger.switch("compute")
-    for batch in ledger.waits(train_loader.from_step(state.step, stop_step), "data wait"):
-        lr = lr_at(state.step, cfg.optim, schedule)
-        losses.append(train_step(state, net, batch, cfg.train, lr=lr, world_size=ctx.world_size))
+    with recorder:
+        ledger.switch("compute")
+        for batch in ledger.waits(train_loader.from_step(state.step, stop_step), "data wait"):
+            lr = lr_at(state.step, cfg.optim, schedule)
+            losses.append(train_step(state, net, batch, cfg.train, lr=lr, world_size=ctx.world_size))
 
-        logging, evaluating = due(cfg.train.log_every), due(cfg.train.eval_every * schedule.steps_per_epoch)
-        saving = due(cfg.checkpoint.every) or state.step == stop_step
-        if not (logging or evaluating or saving):
-            continue
-        values, stopping, num_bad = _gather(losses, recorder.num_bad, ctx)  # the only wait for the device
-        losses.clear()
-        _check_finite(values, state.step, cfg, schedule, len(index))
-        if logging:
-            with ledger.phase("logging"):
-                recorder.step(state.step, values[-1], lr, state.step / schedule.steps_per_epoch, num_bad)
-        scores, improved = None, False
-        if evaluating:
-            with ledger.phase("evaluation"):
-                sync_buffers(state.best_model)
-                scores = evaluate(state.best_model, val_loader, precision=cfg.train.precision, device=ctx.device)
-            improved = scores["top1"] > state.best_top1
-            state.best_top1 = max(state.best_top1, scores["top1"])
-            recorder.evaluation(state.step, scores)
-        if saving or improved or stopping:
-            with ledger.phase("checkpoint"):
-                recorder.save(state, scores)
-        if stopping:
-            break
-    return recorder.finished(state)
+            logging, evaluating = due(cfg.train.log_every), due(cfg.train.eval_every * schedule.steps_per_epoch)
+            saving = due(cfg.checkpoint.every) or state.step == stop_step
+            if not (logging or evaluating or saving):
+                continue
+            values, stopping, num_bad = _gather(losses, recorder.num_bad, ctx)  # the only wait for the device
+            losses.clear()
+            _check_finite(values, state.step, cfg, schedule, len(index))
+            if logging:
+                with ledger.phase("logging"):
+                    recorder.step(state.step, values[-1], lr, state.step / schedule.steps_per_epoch, num_bad)
+            scores, improved = None, False
+            if evaluating:
+                with ledger.phase("evaluation"):
+                    sync_buffers(state.best_model)
+                    scores = evaluate(state.best_model, val_loader, precision=cfg.train.precision, device=ctx.device)
+                improved = scores["top1"] > state.best_top1
+                state.best_top1 = max(state.best_top1, scores["top1"])
+                recorder.evaluation(state.step, scores)
+            if saving or improved or stopping:
+                with ledger.phase("checkpoint"):
+                    recorder.save(state, scores)
+            if stopping:
+                break
+        return recorder.finished(state)
 
 
-def _resume(job: Job, ctx: Context, state: TrainState, index: Index) -> Checkpoint | None:
+def _resume(job: Job, ctx: Context, state: TrainState, index: Index, num_steps: int) -> Checkpoint | None:
     """Load the newest valid checkpoint, chosen by rank 0 for all, so that all ranks start from one state."""
     found: Checkpoint | None = None
     if ctx.rank == 0:
@@ -98,6 +99,11 @@ def _resume(job: Job, ctx: Context, state: TrainState, index: Index) -> Checkpoi
         found = chosen[0]
     if found is not None:
         checkpoint.restore(state, found, job.cfg, index.fingerprint)
+        if found.step > num_steps:
+            raise ConfigError(
+                f"{found.path} is at step {found.step}, and this configuration ends at step {num_steps}; "
+                "raise train.epochs or train.steps, or use another run.name"
+            )
     return found
 
 

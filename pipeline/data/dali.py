@@ -142,7 +142,7 @@ class Decoder:
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         (images,) = pipe.run(stream)
         # Shares DALI's memory, which lives as long as the tensor: NHWC seen as channels_last NCHW.
-        nhwc: Tensor = torch.from_dlpack(images.as_tensor())
+        nhwc: Tensor = torch.utils.dlpack.from_dlpack(images.as_tensor())
         return nhwc.permute(0, 3, 1, 2)
 
     def _salvage(self, request: Request, encoded: Encoded) -> Tensor:

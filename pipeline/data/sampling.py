@@ -108,7 +108,7 @@ def uniforms(purpose: Purpose, seed: int, epoch: int, start: int, stop: int, num
     blocks = -(-num_draws // 4)  # a Philox counter yields four numbers
     bits = np.random.Philox(key=_key(seed, epoch), counter=_counter(purpose, start * blocks))
     raw = bits.random_raw((stop - start) * blocks * 4).reshape(stop - start, blocks * 4)[:, :num_draws]
-    return (raw >> np.uint64(11)) * 2.0**-53
+    return (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _key(seed: int, epoch: int) -> NDArray[np.uint64]:
@@ -160,7 +160,8 @@ def random_resized_crops(
 def _nearest_ratio(heights: IntArray, widths: IntArray, ratio: tuple[float, float]) -> IntArray:
     h = np.where(widths / heights < ratio[0], np.rint(widths / ratio[0]), heights)
     w = np.where(widths / heights > ratio[1], np.rint(heights * ratio[1]), widths)
-    return np.maximum(np.stack([h, w], axis=1), 1).astype(np.int64)
+    shapes: IntArray = np.maximum(np.stack([h, w], axis=1), 1).astype(np.int64)
+    return shapes
 
 
 def centre_crops(heights: IntArray, widths: IntArray, fraction: float) -> tuple[IntArray, IntArray]:
@@ -171,7 +172,8 @@ def centre_crops(heights: IntArray, widths: IntArray, fraction: float) -> tuple[
     """
     side = np.maximum(np.rint(np.minimum(heights, widths) * fraction), 1).astype(np.int64)
     shapes = np.stack([side, side], axis=1)
-    return (np.stack([heights, widths], axis=1) - shapes) // 2, shapes
+    anchors: IntArray = (np.stack([heights, widths], axis=1) - shapes) // 2
+    return anchors, shapes
 
 
 def flips(probability: float, draws: FloatArray) -> BoolArray:

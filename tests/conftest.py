@@ -1,0 +1,38 @@
+"""Shared by the tests: small data sets of real pixels, and running `fit` without Ray."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+# The tests of one machine are no census of a product's users.
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+
+import pytest
+
+from pipeline.data.index import build_index
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+import make_digits
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's images: a folder with train/ and val/."""
+    folder = tmp_path_factory.mktemp("data") / "digits"
+    make_digits.write(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def digits_index(digits: Path) -> Callable[[str], Path]:
+    """The index file of the demo's "train" or "val" images."""
+
+    def path(split: str) -> Path:
+        file = digits / f"{split}.arrow"
+        if not file.exists():
+            build_index(digits / split)[0].save(file)
+        return file
+
+    return path

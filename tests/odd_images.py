@@ -1,0 +1,69 @@
+"""A folder of everything that turns up in real image folders."""
+
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+
+def picture(height: int = 60, width: int = 80, seed: int = 0) -> Image.Image:
+    """A smooth colour picture."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def damaged_jpeg() -> bytes:
+    """Whole by its header and its end, broken in the middle: found out only by decoding it."""
+    whole = encode(picture(), "JPEG", quality=95)
+    return whole[:700] + bytes(64) + whole[764:]
+
+
+def write_odd_folder(root: Path) -> tuple[set[str], dict[str, str]]:
+    """Write class folders "good", "odd" and "void".
+
+    Returns:
+        The relative paths that can be trained on; and those that cannot, with a word of the reason.
+    """
+    sixteen_bit = Image.fromarray((np.asarray(picture().convert("L")).astype(np.uint16)) * 257)
+    usable = {
+        "good/plain.jpg": encode(picture(), "JPEG"),
+        "good/nested/deep/plain.png": encode(picture(), "PNG"),
+        "good/UPPER.JPEG": encode(picture(), "JPEG"),
+        "odd/cmyk.jpg": encode(picture().convert("CMYK"), "JPEG"),
+        "odd/sixteen_bit.png": encode(sixteen_bit, "PNG"),
+        "odd/grey.png": encode(picture().convert("L"), "PNG"),
+        "odd/alpha.png": encode(picture().convert("RGBA"), "PNG"),
+        "odd/palette.png": encode(picture().convert("P"), "PNG"),
+        "odd/one_pixel.png": encode(picture(1, 1), "PNG"),
+        "odd/one_pixel.jpg": encode(picture(1, 1), "JPEG"),
+        "odd/progressive.jpg": encode(picture(), "JPEG", progressive=True),
+        "odd/really_a_png.jpg": encode(picture(), "PNG"),
+        "odd/trailing_bytes.jpg": encode(picture(), "JPEG") + bytes(10_000),
+        "odd/web.webp": encode(picture(), "WEBP"),
+        "odd/bitmap.bmp": encode(picture(), "BMP"),
+    }
+    unusable = {
+        "odd/empty.jpg": (b"", "empty file"),
+        "odd/text.jpg": (b"this is not an image\n", "cannot identify image file"),
+        "odd/truncated.jpg": (encode(picture(), "JPEG", quality=95)[:1000], "truncated"),
+        "odd/truncated.png": (encode(picture(), "PNG")[:2000], "truncated"),
+        "odd/animation.png": (encode(picture().convert("P"), "GIF"), "format GIF is not decoded by DALI"),
+        "void": (None, "a class without a usable image"),
+    }
+    ignored = {"odd/notes.txt": b"hello", "odd/.hidden.jpg": b"x", ".git/objects/x.jpg": b"x", "good/Thumbs.db": b"x"}
+    for path, content in [*usable.items(), *((p, c) for p, (c, _) in unusable.items()), *ignored.items()]:
+        file = root / path
+        if content is None:
+            file.mkdir(parents=True)
+        else:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+    return set(usable), {path: reason for path, (_, reason) in unusable.items()}

@@ -1,0 +1,38 @@
+"""Run a function on several gloo ranks, each a process of its own, without Ray."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from pipeline.job import Context, Event
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    """`function(rank, world_size, *args)` of every rank, with one thread each; what they return, by rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(_rank, args=(function, world_size, folder, args), nprocs=world_size, start_method="spawn")
+        return [torch.load(Path(folder) / str(rank), weights_only=False) for rank in range(world_size)]
+
+
+def _rank(rank: int, function: Callable[..., Any], world_size: int, folder: str, args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    torch.save(function(rank, world_size, *args), Path(folder) / str(rank))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def context(rank: int = 0, world_size: int = 1, events: list[Event] | None = None) -> Context:
+    """A CPU rank that hands its events to a list and is never asked to stop."""
+    emit = _show if events is None else events.append
+    return Context(rank, world_size, torch.device("cpu"), 1, emit, lambda: False)
+
+
+def _show(event: Event) -> None:
+    if event["kind"] == "warning":
+        print(event["text"])

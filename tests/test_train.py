@@ -1,0 +1,204 @@
+"""Whole trainings through `fit`, without Ray: resuming is exact, faults are told, MLflow gets each step once."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import context, run_ranks
+
+from pipeline import checkpoint
+from pipeline.config import ConfigError
+from pipeline.job import Event, Job
+from pipeline.settings import load
+from pipeline.train import NonFiniteLossError, fit
+
+FAST = [
+    "data.image_size=32",
+    "data.val_resize=32",
+    "data.crop_scale=[0.7,1.0]",
+    "model.depth=18",
+    "optim.warmup_epochs=0.5",
+    "optim.lr=0.02",
+    "train.global_batch=64",
+    "train.ema_decay=0.99",
+    "train.steps=30",
+    "train.log_every=5",
+    "checkpoint.every=10",
+    "mlflow.log_model=false",
+    "mlflow.checkpoints=none",
+]
+
+
+@pytest.fixture
+def job(digits_index: Callable[[str], Path], tmp_path: Path) -> Callable[..., Job]:
+    """Makes a job by run name and overrides."""
+
+    def make(name: str, *overrides: str) -> Job:
+        train, val = digits_index("train"), digits_index("val")
+        cfg = load(None, [f"data.train={train}", f"data.val={val}", *FAST, f"run.storage={tmp_path}", *overrides])
+        (tmp_path / name).mkdir(exist_ok=True)
+        return Job(cfg, tmp_path / name, train, val)
+
+    return make
+
+
+def final_state(job: Job) -> dict[str, Any]:
+    found = checkpoint.newest_valid(job.checkpoints, pytest.fail)
+    assert found is not None
+    return found.state()
+
+
+def differences(a: Any, b: Any, place: str = "") -> list[str]:
+    """Where two nested states are not bitwise equal."""
+    if isinstance(a, torch.Tensor):
+        return [] if a.dtype == b.dtype and torch.equal(a, b) else [place]
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        return [d for key in a for d in differences(a[key], b[key], f"{place}.{key}")]
+    if isinstance(a, list):
+        assert len(a) == len(b)
+        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{place}[{i}]")]
+    return [] if a == b else [place]
+
+
+def train_and_resume(rank: int, world_size: int, whole: Job, parts: Job) -> None:
+    """30 steps; and 17 steps, stop, resume to 30."""
+    fit(whole, context(rank, world_size))
+    _barrier()
+    stopped = dataclasses.replace(parts, cfg=dataclasses.replace(parts.cfg, run=_stop_at(parts, 17)))
+    summary = fit(stopped, context(rank, world_size))
+    assert rank > 0 or (summary["step"], summary["status"]) == (17, "interrupted")
+    _barrier()
+    events: list[Event] = []
+    fit(parts, context(rank, world_size, events))
+    assert rank > 0 or events[0]["step"] == 17
+    _barrier()
+
+
+def _stop_at(job: Job, step: int) -> Any:
+    return dataclasses.replace(job.cfg.run, stop_at_step=step)
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_resume_mid_epoch_is_bitwise_one_worker(job: Callable[..., Job], precision: str) -> None:
+    whole, parts = (job(name, f"train.precision={precision}") for name in ("whole", "parts"))
+    torch.set_num_threads(1)
+    train_and_resume(0, 1, whole, parts)
+    assert final_state(whole)["step"] == 30
+    assert differences(final_state(whole), final_state(parts)) == []
+
+
+def test_resume_mid_epoch_is_bitwise_two_workers(job: Callable[..., Job]) -> None:
+    whole, parts = (job(name, "cluster.workers=2", "train.micro_batch=20") for name in ("whole", "parts"))
+    run_ranks(train_and_resume, 2, whole, parts)
+    assert final_state(whole)["step"] == 30
+    assert differences(final_state(whole), final_state(parts)) == []
+
+
+def test_resume_is_bitwise_with_adamw_and_fp16(job: Callable[..., Job]) -> None:
+    # Small: CPUs have no fast fp16 convolutions.
+    settings = ["optim.name=adamw", "optim.lr=0.001", "train.precision=fp16", "train.clip_norm=1.0"]
+    small = ["train.global_batch=8", "train.steps=20", "train.log_every=20", "train.eval_every=1000"]
+    whole, parts = (job(name, *settings, *small) for name in ("whole", "parts"))
+    train_and_resume(0, 1, whole, parts)
+    assert final_state(whole)["scaler"]
+    assert differences(final_state(whole), final_state(parts)) == []
+
+
+def test_mlflow_has_one_run_with_each_step_once(job: Callable[..., Job], tmp_path: Path) -> None:
+    """Also where steps were trained twice: the second session begins at an older checkpoint."""
+    settings = ["mlflow.log_model=true", "mlflow.checkpoints=last", "train.steps=20"]
+    first = job("run", *settings)
+    stopped = dataclasses.replace(first, cfg=dataclasses.replace(first.cfg, run=_stop_at(first, 15)))
+    one = fit(stopped, context())
+    newest = checkpoint.newest_valid(first.checkpoints, pytest.fail)
+    assert newest is not None
+    (newest.path / "state.pt").write_bytes(b"damaged")  # back to step 10
+    events: list[Event] = []
+    two = fit(first, context(events=events))
+    assert [e["text"] for e in events if e["kind"] == "warning" and "state.pt is damaged" in e["text"]]
+    assert next(e for e in events if e["kind"] == "start")["step"] == 10
+
+    assert one["mlflow_run_id"] == two["mlflow_run_id"]
+    client = mlflow.MlflowClient(two["mlflow_uri"])
+    assert len(client.search_runs([two["mlflow_experiment_id"]])) == 1
+    run = client.get_run(two["mlflow_run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["model.depth"] == "18"
+    assert run.data.tags["pipeline.sessions"] == "2"
+    for key in ("train/loss", "train/lr", "perf/images_per_s"):
+        history = client.get_metric_history(run.info.run_id, key)
+        assert sorted(m.step for m in history) == [5, 10, 15, 20], key
+    assert {m.step for m in client.get_metric_history(run.info.run_id, "val/top1")} == {20}
+    artifacts = {a.path for a in client.list_artifacts(run.info.run_id, "checkpoints/step_00000020")}
+    assert {Path(a).name for a in artifacts} == {"state.pt", "config.yaml", "meta.json"}
+    assert {a.path for a in client.list_artifacts(run.info.run_id, "config")} == {
+        "config/session_1.yaml",
+        "config/session_2.yaml",
+    }
+    assert_model_predicts_like_checkpoint(client, two)
+
+
+def assert_model_predicts_like_checkpoint(client: Any, summary: dict[str, Any]) -> None:
+    mlflow.set_tracking_uri(summary["mlflow_uri"])
+    (logged,) = client.get_run(summary["mlflow_run_id"]).outputs.model_outputs
+    served = mlflow.pyfunc.load_model(f"models:/{logged.model_id}")
+    assert str(served.metadata.signature.inputs.inputs[0].type) == "uint8"
+    model, _, classes = checkpoint.load_model(Path(summary["checkpoint"]))
+    pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    with torch.inference_mode():
+        expected = model(pixels)
+    predicted = torch.from_numpy(served.predict(pixels.numpy()))
+    assert predicted.shape == (3, len(classes))
+    torch.testing.assert_close(predicted, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_non_finite_loss_names_step_rate_and_samples(job: Callable[..., Job]) -> None:
+    broken = job("nan", "optim.lr=1.0e+6", "optim.warmup_epochs=0", "train.log_every=3", "checkpoint.every=1000")
+    with pytest.raises(
+        NonFiniteLossError, match=r"the loss of step (\d+) is (nan|inf).* rate \d+\).* batch: \d+( \d+){63}$"
+    ):
+        fit(broken, context())
+    assert not list(broken.checkpoints.glob("*"))
+
+
+def test_changed_images_or_order_are_refused(job: Callable[..., Job], digits: Path) -> None:
+    fit(job("run", "run.stop_at_step=2"), context())
+    with pytest.raises(ConfigError, match=r"train.global_batch=32: .*step_00000002 was trained with 64"):
+        fit(job("run", "train.global_batch=32"), context())
+    with pytest.raises(ConfigError, match=r"run.seed=1: "):
+        fit(job("run", "run.seed=1"), context())
+    with pytest.raises(ConfigError, match=r"does not fit this configuration: .* is only in"):
+        fit(job("run", "model.depth=34"), context())
+    with pytest.raises(ConfigError, match=r"is at step 2, and this configuration ends at step 1"):
+        fit(job("run", "train.steps=1"), context())
+    val = job("run").val_index
+    with pytest.raises(ConfigError, match="was trained on other images"):
+        fit(dataclasses.replace(job("run"), train_index=val), context())
+    allowed = job("run", "data.allow_changed=true", "run.stop_at_step=3")
+    assert fit(dataclasses.replace(allowed, train_index=val), context())["step"] == 3
+
+
+def test_a_finished_run_trains_no_more(job: Callable[..., Job]) -> None:
+    done = job("run", "train.steps=4")
+    first = fit(done, context())
+    again = fit(done, context())
+    assert (again["step"], again["status"], again["top1"]) == (4, "done", first["top1"])
+    assert again["images_per_s"] is None
+
+
+def test_stop_request_saves_and_ends(job: Callable[..., Job]) -> None:
+    asked = dataclasses.replace(context(), should_stop=lambda: True)
+    summary = fit(job("run"), asked)
+    assert (summary["status"], summary["step"]) == ("interrupted", 5)
+    assert Path(summary["checkpoint"]).name == "step_00000005"
