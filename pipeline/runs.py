@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from pipeline import checkpoint
 from pipeline.checkpoint import Checkpoint
@@ -20,7 +21,7 @@ from pipeline.config import Config, ConfigError
 from pipeline.data.index import Index, build_index, load_index
 from pipeline.data.sampling import steps_per_epoch
 from pipeline.job import Event, Job
-from pipeline.settings import load
+from pipeline.settings import load, parse_override
 from pipeline.tracking import find_run_dir, tracking_uri
 
 MAX_NAMED = 20  # refused files that are named one by one
@@ -77,7 +78,7 @@ def find(reference: str, overrides: list[str]) -> Checkpoint:
     Raises:
         ConfigError: nothing of that name, or no valid checkpoint in it.
     """
-    given = dict(o.split("=", 1) for o in overrides if "=" in o)
+    given = dict(map(parse_override, overrides))
     storage = Path(given.get("run.storage", "runs")).absolute()
     path = Path(reference)
     if (path / checkpoint.META).exists():
@@ -102,8 +103,11 @@ def config_to_resume(found: Checkpoint, overrides: list[str]) -> Config:
         ConfigError: the run has a newer checkpoint, from which it would go on instead.
     """
     run_dir = found.path.parent.parent
-    place = [f"run.storage={run_dir.parent}", f"run.name={run_dir.name}", "run.stop_at_step=null"]
-    cfg = load(found.path / checkpoint.CONFIG, [*place, *overrides])
+    cfg = load(found.path / checkpoint.CONFIG, overrides)
+    here: dict[str, Any] = {"storage": str(run_dir.parent), "name": run_dir.name, "stop_at_step": None}
+    given = {o.partition("=")[0] for o in overrides}
+    run = dataclasses.replace(cfg.run, **{k: v for k, v in here.items() if f"run.{k}" not in given})
+    cfg = dataclasses.replace(cfg, run=run)
     newest = _newest(run_dir)
     if newest.path != found.path and Path(cfg.run.storage, cfg.run.name or "").absolute() == run_dir:
         raise ConfigError(

@@ -29,7 +29,7 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """
     settings = [] if path is None else list(_leaves(_read_yaml(Path(path))))
     merged = OmegaConf.structured(Config)
-    for key, value in [*settings, *map(_parse_override, overrides)]:  # one at a time: the culprit is known
+    for key, value in [*settings, *map(parse_override, overrides)]:  # one at a time: the culprit is known
         try:
             merged = OmegaConf.merge(merged, _nest(key, value))
         except OmegaConfBaseException:
@@ -84,7 +84,8 @@ def _leaves(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{key}", value
 
 
-def _parse_override(text: str) -> tuple[str, Any]:
+def parse_override(text: str) -> tuple[str, Any]:
+    """Split `key=value`; the value is YAML."""
     key, equals, raw = text.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"{text!r} is not an override: write key=value, such as train.epochs=3")

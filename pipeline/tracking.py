@@ -142,7 +142,6 @@ class Tracker:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
         import mlflow
 
-        mlflow.set_tracking_uri(self._uri)
         client = mlflow.MlflowClient(self._uri)
         experiment = client.get_experiment_by_name(self._cfg.experiment)
         if experiment is None:
@@ -200,7 +199,7 @@ class Tracker:
             case "model":
                 source = Path(record["source"])
                 if client.get_run(self.run_id).data.tags.get(MODEL_TAG) != source.name:  # a finished run, run again
-                    _log_model(self.run_id, source)
+                    _log_model(self._uri, self.run_id, source)
                     client.set_tag(self.run_id, MODEL_TAG, source.name)
             case "start":
                 client.update_run(self.run_id, status="RUNNING")
@@ -218,7 +217,7 @@ def find_run_dir(uri: str, run_id: str) -> Path | None:
         return None
 
 
-def _log_model(run_id: str | None, source: Path) -> None:
+def _log_model(uri: str, run_id: str | None, source: Path) -> None:
     """Log a checkpoint's model as an exported graph (pt2): loading it runs no pickled code."""
     import mlflow
     import numpy as np
@@ -231,6 +230,7 @@ def _log_model(run_id: str | None, source: Path) -> None:
         Schema([TensorSpec(np.dtype("uint8"), (-1, 3, size, size))]),
         Schema([TensorSpec(np.dtype("float32"), (-1, len(classes)))]),
     )
+    mlflow.set_tracking_uri(uri)  # for the process: there is no log_model on a client
     with mlflow.start_run(run_id=run_id):
         mlflow.pytorch.log_model(
             model,

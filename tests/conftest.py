@@ -17,6 +17,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import make_digits
 
 
+@pytest.fixture(autouse=True)
+def no_tracking_uri(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow sets this variable where a program sets the URI, and so one test would reach the next."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's images: a folder with train/ and val/."""

@@ -5,9 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 from pipeline.job import Context, Event
 
@@ -15,7 +16,7 @@ from pipeline.job import Context, Event
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """`function(rank, world_size, *args)` of every rank, with one thread each; what they return, by rank."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_rank, args=(function, world_size, folder, args), nprocs=world_size, start_method="spawn")
+        spawn(_rank, args=(function, world_size, folder, args), nprocs=world_size)  # type: ignore[no-untyped-call]
         return [torch.load(Path(folder) / str(rank), weights_only=False) for rank in range(world_size)]
 
 
@@ -31,6 +32,11 @@ def context(rank: int = 0, world_size: int = 1, events: list[Event] | None = Non
     """A CPU rank that hands its events to a list and is never asked to stop."""
     emit = _show if events is None else events.append
     return Context(rank, world_size, torch.device("cpu"), 1, emit, lambda: False)
+
+
+def no_bad_image(path: str, reason: str) -> None:
+    """For loaders whose images are all sound."""
+    pytest.fail(f"{path}: {reason}")
 
 
 def _show(event: Event) -> None:

@@ -105,7 +105,7 @@ class Decoder:
                 pipe = self._build(source, self._max_batch)
                 while in_flight:
                     request, encoded = in_flight.popleft()
-                    yield request, self._salvage(request, encoded)
+                    yield request, self._salvage(request, encoded).contiguous(memory_format=torch.channels_last)
                 continue
             yield in_flight.popleft()[0], images
 
@@ -147,16 +147,17 @@ class Decoder:
 
     def _salvage(self, request: Request, encoded: Encoded) -> Tensor:
         """Decode a request that may hold broken images: by halves, down to the broken ones alone."""
+        once = iter([_dali_inputs(request, encoded)])
         try:
-            return self._run(self._build(iter([_dali_inputs(request, encoded)]).__next__, len(request)))
+            return self._run(self._build(lambda: next(once), len(request)))
         except RuntimeError as e:
             if len(request) == 1:
-                self._count_bad(int(request.rows[0]), _last_line(e))
+                self._count_bad(int(request.rows[0]), _reason(e))
                 stand_in = torch.tensor(STAND_IN, dtype=torch.uint8, device=self._device)
                 return stand_in.view(1, 3, 1, 1).expand(1, 3, self._size, self._size)
             half = len(request) // 2
             parts = [self._salvage(request[s], encoded[s]) for s in (slice(half), slice(half, None))]
-            return torch.cat(parts).contiguous(memory_format=torch.channels_last)
+            return torch.cat(parts)
 
     def _count_bad(self, row: int, reason: str) -> None:
         if row in self._bad:
@@ -180,7 +181,7 @@ def _dali_inputs(request: Request, encoded: Encoded) -> tuple[Any, ...]:
     )
 
 
-def _last_line(error: Exception) -> str:
-    """DALI's reason, out of its many lines of context."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+def _reason(error: Exception) -> str:
+    """What DALI's decoder says, out of the many lines around it."""
+    lines = [line.strip() for line in str(error).partition("encountered:")[2].splitlines() if line.strip()]
+    return lines[0] if lines else str(error).strip()

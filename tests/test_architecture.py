@@ -1,0 +1,62 @@
+"""The package's shape: imports point one way, heavy libraries stay in their own modules, files stay small."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "pipeline"
+# Each module may import those above it.
+ORDER = """__init__ config settings data.sampling data.index data.dali data model optim state step evaluate
+    checkpoint spool tracking perf job record train link runs infer launch console cli""".split()  # noqa: SIM905
+# Library -> the modules that may import it.
+OWNERS = {
+    "ray": {"launch"},
+    "mlflow": {"tracking"},
+    "nvidia": {"data.dali"},
+    "omegaconf": {"settings"},
+    "rich": {"console"},
+    "pyarrow": {"data.index"},
+}
+
+
+def modules() -> dict[str, Path]:
+    paths = {p.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): p for p in PACKAGE.rglob("*.py")}
+    return {name.removesuffix(".__init__"): path for name, path in paths.items()}
+
+
+def imports(path: Path) -> list[str]:
+    """What a file imports, as dotted names."""
+    found: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
+
+
+def test_every_module_has_its_place() -> None:
+    assert sorted(modules()) == sorted(ORDER)
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_imports_point_to_modules_above(module: str) -> None:
+    above = set(ORDER[: ORDER.index(module)])
+    for name in imports(modules()[module]):
+        if name.startswith("pipeline."):
+            inner = name.removeprefix("pipeline.")
+            candidates = {inner, inner.rpartition(".")[0] or "__init__"}
+            assert candidates & above, f"{module} imports {name}, which is not above it"
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_libraries_stay_with_their_owners(module: str) -> None:
+    for name in imports(modules()[module]):
+        owners = OWNERS.get(name.partition(".")[0])
+        assert owners is None or module in owners, f"{module} imports {name}"
+
+
+def test_files_are_short() -> None:
+    lengths = {name: len(path.read_text().splitlines()) for name, path in modules().items()}
+    assert max(lengths.values()) <= 300, lengths

@@ -1,0 +1,165 @@
+"""Checkpoints: whole or not there, damage is found and named, nothing of a file is executed."""
+
+import json
+import pickle
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline import checkpoint
+from pipeline.checkpoint import CheckpointError
+from pipeline.config import Config
+from pipeline.settings import load
+from pipeline.state import TrainState
+
+META: dict[str, Any] = {"fingerprint": "f", "classes": ["a", "b"], "metrics": {}, "mlflow_run_id": None}
+
+
+@pytest.fixture(scope="module")
+def cfg() -> Config:
+    return load(None, ["data.train=x", "data.val=x", "model.depth=18", "train.ema_decay=0.9"])
+
+
+@pytest.fixture(scope="module")
+def state(cfg: Config) -> TrainState:
+    return TrainState.create(cfg, 2, torch.device("cpu"))
+
+
+@pytest.fixture
+def save(tmp_path: Path, cfg: Config, state: TrainState) -> Callable[..., Path]:
+    """Saves the state as if it were at `step`."""
+
+    def save_at(step: int, top1: float | None = None) -> Path:
+        state.step = step
+        metrics = {} if top1 is None else {"top1": top1}
+        return checkpoint.save(tmp_path, state, cfg, {**META, "metrics": metrics}).path
+
+    return save_at
+
+
+def test_what_is_saved_is_what_is_read(save: Callable[..., Path], cfg: Config, state: TrainState) -> None:
+    path = save(7)
+    found = checkpoint.read(path)
+    assert found.step == 7
+    restored = TrainState.create(load(None, ["run.seed=5", *_minimal()]), 2, torch.device("cpu"))
+    restored.load_state_dict(found.state())
+    for name, value in state.model.state_dict().items():
+        assert torch.equal(restored.model.state_dict()[name], value)
+    assert load(path / "config.yaml") == cfg
+    model, loaded_cfg, classes = checkpoint.load_model(path)
+    assert (loaded_cfg, classes) == (cfg, ("a", "b"))
+    assert not model.training
+
+
+def _minimal() -> list[str]:
+    return ["data.train=x", "data.val=x", "model.depth=18", "train.ema_decay=0.9"]
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "state.pt is damaged": lambda p: (p / "state.pt").write_bytes((p / "state.pt").read_bytes()[:-100]),
+    "state.pt cannot be read": lambda p: (p / "state.pt").unlink(),
+    "config.yaml is damaged": lambda p: (p / "config.yaml").write_text("run: {}"),
+    "no usable meta.json": lambda p: (p / "meta.json").write_text("{"),
+    "no usable meta.json ": lambda p: (p / "meta.json").unlink(),
+    "no usable meta.json  ": lambda p: (p / "meta.json").write_text('{"format": 1}'),
+    "has format 99": lambda p: _edit_meta(p, format=99),
+    "no usable meta.json   ": lambda p: _empty(p),
+}
+
+
+def _empty(path: Path) -> None:
+    shutil.rmtree(path)
+    path.mkdir()
+
+
+def _edit_meta(path: Path, **changes: Any) -> None:
+    (path / "meta.json").write_text(json.dumps({**json.loads((path / "meta.json").read_text()), **changes}))
+
+
+@pytest.mark.parametrize("reason", DAMAGES)
+def test_damage_is_named_and_skipped(save: Callable[..., Path], tmp_path: Path, reason: str) -> None:
+    older, newer = save(1), save(2)
+    DAMAGES[reason](newer)
+    with pytest.raises(CheckpointError, match=reason.strip()):
+        checkpoint.read(newer)
+    reports: list[str] = []
+    found = checkpoint.newest_valid(tmp_path, reports.append)
+    assert found is not None
+    assert found.path == older
+    assert len(reports) == 1
+    assert "step_00000002" in reports[0]
+
+
+def test_a_flipped_bit_anywhere_is_found(save: Callable[..., Path]) -> None:
+    path, random_places = save(1), random.Random(0)
+    whole = bytearray((path / "state.pt").read_bytes())
+    for _ in range(5):
+        place = random_places.randrange(len(whole))
+        whole[place] ^= 1 << random_places.randrange(8)
+        (path / "state.pt").write_bytes(whole)
+        with pytest.raises(CheckpointError, match=r"state\.pt is damaged"):
+            checkpoint.read(path)
+        whole = bytearray(whole)
+
+
+def test_loading_executes_nothing(save: Callable[..., Path], tmp_path: Path) -> None:
+    path = save(1)
+    victim = tmp_path / "executed"
+
+    class Attack:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (victim,)
+
+    torch.save({"step": 1, "model": Attack()}, path / "state.pt")
+    _edit_meta(path, files={n: checkpoint._digest(path / n) for n in ("state.pt", "config.yaml")})
+    with pytest.raises(pickle.UnpicklingError):
+        checkpoint.read(path).state()
+    assert not victim.exists()
+
+
+def test_a_failed_save_leaves_nothing_behind(
+    save: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(1)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        save(2)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
+
+
+def test_saving_again_replaces_a_damaged_one(save: Callable[..., Path], tmp_path: Path) -> None:
+    (save(1) / "state.pt").write_bytes(b"")
+    save(1)
+    assert checkpoint.newest_valid(tmp_path, pytest.fail) is not None
+
+
+def test_pruning_keeps_the_newest_and_the_best(save: Callable[..., Path], tmp_path: Path) -> None:
+    for step, top1 in [(1, 0.2), (2, 0.9), (3, None), (4, 0.5), (5, None), (6, 0.9 - 1e-9)]:
+        save(step, top1)
+    (tmp_path / ".step_00000009.123").mkdir()
+    top = checkpoint.best(tmp_path)
+    assert top is not None
+    assert top.step == 2
+    checkpoint.prune(tmp_path, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000002", "step_00000005", "step_00000006"]
+
+
+def test_an_empty_or_missing_folder_has_no_checkpoint(tmp_path: Path) -> None:
+    assert checkpoint.newest_valid(tmp_path, pytest.fail) is None
+    assert checkpoint.newest_valid(tmp_path / "none", pytest.fail) is None
+    assert checkpoint.best(tmp_path) is None
+
+
+def test_a_moved_checkpoint_still_reads(save: Callable[..., Path], tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere" / "copy"
+    shutil.copytree(save(3), moved)
+    assert checkpoint.read(moved).step == 3

@@ -1,0 +1,162 @@
+"""The command line as a person meets it: what it prints, its JSON, its exit codes."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from odd_images import damaged_jpeg, write_odd_folder
+from ranks import context
+
+from pipeline import cli
+from pipeline.job import Job
+from pipeline.settings import load
+from pipeline.train import fit
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+SMALL = ["model.depth=18", "train.epochs=3", "optim.warmup_epochs=0.5", "checkpoint.every=40", "mlflow.log_model=false"]
+
+
+@pytest.fixture(scope="module")
+def trained(
+    digits: Path, digits_index: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """The summary of a short training of ResNet-18, whose run is called "small"."""
+    run_dir = tmp_path_factory.mktemp("runs") / "small"
+    run_dir.mkdir()
+    cfg = load(CONFIGS / "digits.yaml", SMALL)
+    data = dataclasses.replace(cfg.data, train=str(digits / "train"), val=str(digits / "val"))
+    return fit(Job(dataclasses.replace(cfg, data=data), run_dir, digits_index("train"), digits_index("val")), context())
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run a command: (exit code, stdout, stderr)."""
+
+    def run_cli(*args: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = cli.main([str(a) for a in args])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run_cli
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+def storage(trained: dict[str, Any]) -> str:
+    return f"run.storage={Path(trained['run_dir']).parent}"
+
+
+def test_config_prints_yaml_or_json(run: Run, tmp_path: Path) -> None:
+    code, out, _ = run("config", CONFIGS / "digits.yaml", "train.epochs=7")
+    assert code == 0
+    (tmp_path / "c.yaml").write_text(out)
+    assert load(tmp_path / "c.yaml").train.epochs == 7
+    code, out, _ = run("config", CONFIGS / "digits.yaml", "--json")
+    assert json.loads(out)["model"]["depth"] == 152
+
+
+def test_index_counts_and_names_what_it_leaves_out(run: Run, tmp_path: Path) -> None:
+    usable, unusable = write_odd_folder(tmp_path / "images")
+    code, out, err = run("index", tmp_path / "images", "--out", tmp_path / "i.arrow")
+    assert code == 0
+    assert f"{len(usable)} images of 2 classes, {len(unusable)} left out" in out
+    assert all(name in err for name in unusable)
+    code, out, _ = run("index", tmp_path / "images", "--out", tmp_path / "i.arrow", "--json")
+    found = json.loads(out)
+    assert (found["images"], len(found["refused"])) == (len(usable), len(unusable))
+    code, _, err = run("index", tmp_path / "nothing", "--out", tmp_path / "i.arrow")
+    assert (code, err.count("\n")) == (2, 1)
+
+
+def test_evaluate_repeats_the_trainings_figures(
+    run: Run, trained: dict[str, Any], digits: Path, tmp_path: Path
+) -> None:
+    code, out, _ = run("evaluate", "small", "--set", storage(trained), "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["count"] == 360
+    assert found["top1"] == trained["top1"]
+    assert found["loss"] == pytest.approx(trained["loss"], rel=1e-3)
+    assert found["checkpoint"] == trained["checkpoint"]
+    for reference in (trained["run_dir"], trained["checkpoint"]):
+        assert json.loads(run("evaluate", reference, "--json")[1]) == found
+    by_id = run("evaluate", trained["mlflow_run_id"], "--set", storage(trained), "--json")
+    assert json.loads(by_id[1]) == found
+    code, out, _ = run("evaluate", trained["run_dir"], "--data", digits / "train")
+    assert code == 0
+    assert "on 1437 images" in out
+
+
+def test_evaluate_refuses_what_it_cannot_score(run: Run, trained: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "3").mkdir()
+    (tmp_path / "3" / "x.jpg").write_bytes(damaged_jpeg())
+    code, _, err = run("evaluate", trained["run_dir"], "--data", tmp_path)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "3/x.jpg cannot be decoded" in err
+    (tmp_path / "3").rename(tmp_path / "three")
+    code, _, err = run("evaluate", trained["run_dir"], "--data", tmp_path)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "has class 'three', which the training images do not have" in err
+
+
+def test_predict_names_a_class_for_each_image(run: Run, trained: dict[str, Any], digits: Path, tmp_path: Path) -> None:
+    images = sorted((digits / "val").glob("*/*.jpg"))[::9]
+    code, out, _ = run("predict", trained["run_dir"], *images, "--top", 3, "--json")
+    predictions = json.loads(out)["predictions"]
+    assert code == 0
+    assert [p["image"] for p in predictions] == [str(i) for i in images]
+    right = sum(p["class"] == Path(p["image"]).parent.name for p in predictions)
+    assert right >= 0.5 * len(images)
+    assert all(1 >= p["top"][0]["probability"] >= p["top"][2]["probability"] >= 0 for p in predictions)
+    (tmp_path / "bad.jpg").write_bytes(b"not an image")
+    (tmp_path / "worse.jpg").write_bytes(damaged_jpeg())
+    broken = [tmp_path / "bad.jpg", tmp_path / "worse.jpg", Path("none.jpg")]
+    code, out, err = run("predict", trained["run_dir"], broken[0], images[0], *broken[1:])
+    assert code == 2
+    assert len(out.splitlines()) == 1
+    assert out.startswith(str(images[0]))
+    assert [line.split(":")[0] for line in err.splitlines()] == [str(path) for path in broken]
+    code, _, err = run("predict", trained["run_dir"], images[0], "--top", 11)
+    assert code == 2
+    assert "--top 11: must be from 1 to the model's 10 classes" in err
+
+
+def test_unknown_runs_name_the_nearest(run: Run, trained: dict[str, Any]) -> None:
+    code, _, err = run("evaluate", "smal", "--set", storage(trained))
+    assert (code, err.count("\n")) == (2, 1)
+    assert "did you mean small?" in err
+    code, _, err = run("train", "--resume", "nothing-like-it", storage(trained))
+    assert (code, err.count("\n")) == (2, 1)
+    assert "runs there: small" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["train"], "name a config file"),
+        (["train", "train.epochs=3"], "name a config file"),
+        (["train", "configs/none.yaml"], "no config file configs/none.yaml"),
+        (["train", "configs/digits.yaml", "--resume", "x"], "leave out configs/digits.yaml"),
+        (["train", "configs/digits.yaml", "data.train=/none"], "/none is not an index file"),
+        (["evaluate", "x", "--set", "nonsense"], "'nonsense' is not an override"),
+    ],
+)
+def test_wrong_commands_get_one_line(run: Run, args: list[str], message: str) -> None:
+    code, out, err = run(*args)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+
+
+def test_resume_from_an_older_checkpoint_needs_a_name(run: Run, trained: dict[str, Any]) -> None:
+    older = Path(trained["run_dir"]) / "checkpoints" / "step_00000040"
+    code, _, err = run("train", "--resume", older)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "is not the newest checkpoint of its run, step_00000066 is" in err
+    assert "run.name=NAME" in err

@@ -1,0 +1,116 @@
+"""Configurations: wrong requests get one line that names key, value and mend; right ones survive a round trip."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline import cli
+from pipeline.config import ConfigError
+from pipeline.settings import dump, load
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+DATA = ["data.train=a", "data.val=b"]
+
+# Override, and what its line must say after the value.
+WRONG = {
+    "train.epoch=3": "no such key; did you mean train.epochs?",
+    "epochs=3": "no such key; did you mean train.epochs?",
+    "optimizer.lr=0.1": "no such key; did you mean optim.lr?",
+    "nonsense=1": "no such key; `pipeline config CONFIG` lists all keys",
+    "train.epochs.x=3": "no such key; did you mean train.epochs?",
+    "train=3": "is a section; set one of train.epochs, ",
+    "train.epochs=many": "must be a whole number",
+    "train.epochs=2.5": "must be a whole number",
+    "train.epochs=true": "must be a whole number",
+    "train.epochs=0": "must be at least 1",
+    "train.steps=-5": "must be at least 1",
+    "train.log_every=null": "must be a whole number",
+    "train.precision=fp8": "must be one of bf16, fp16, fp32",
+    "train.label_smoothing=1.5": "must be at least 0 and at most 0.9999",
+    "train.ema_decay=1.0": "must be above 0 and at most 0.999999",
+    "train.clip_norm=0": "must be above 0",
+    "train.micro_batch=x": "must be a whole number or null",
+    "model.depth=20": "must be one of 18, 34, 50, 101, 152",
+    "model.stride_on=2x2": "must be one of 3x3, 1x1",
+    "model.zero_init_residual=maybe": "must be true or false",
+    "optim.name=lamb": "must be one of sgd, adamw",
+    "optim.lr=-1": "must be above 0",
+    "optim.lr=.nan": "must be above 0",
+    "optim.lr=.inf": "must be above 0",
+    "optim.schedule=poly": "must be one of cosine, step, linear",
+    "optim.betas=[0.9]": "must be a list of two numbers, [low,high]",
+    "optim.step_epochs=[30,20]": "must be rising",
+    "optim.step_epochs=[1,x]": "must be a list of numbers, [a,b,...]",
+    "optim.final_lr=9": "must be at most lr=0.4",
+    "optim.warmup_epochs=100": "longer than train.epochs=90",
+    "data.crop_scale=[0.5,0.2]": "must be [low,high] with low <= high",
+    "data.crop_scale=[0,1]": "must be above 0 and at most 1",
+    "data.crop_ratio=wide": "must be a list of two numbers, [low,high]",
+    "data.image_size=300": "must be at least image_size=300",
+    "data.flip=2": "must be at least 0 and at most 1",
+    "data.train=": "must be a text",
+    'data.train=""': "give a folder of class/image files or an index",
+    "run.name=../escape": "use letters, digits,",
+    "run.name=.hidden": "use letters, digits,",
+    "run.storage=s3://bucket": "only a directory works so far",
+    "run.seed=-1": "must be at least 0",
+    "mlflow.uri=file:/tmp/x": "MLflow keeps no runs in plain files; use sqlite:///FILE.db or http://HOST:PORT",
+    "mlflow.checkpoints=some": "must be one of all, best, last, none",
+    "cluster.workers=0": "must be at least 1",
+    "cluster.workers=3000": "raise it to 3000 or lower cluster.workers",
+    "cluster.device=tpu": "must be one of auto, cpu, gpu",
+    "checkpoint.keep=0": "must be at least 1",
+    "just-text": "write key=value",
+    "=3": "write key=value",
+    "train.epochs=[1": "the value is not YAML",
+    "run.name=${nothing}": "Interpolation key 'nothing' not found",
+}
+
+
+@pytest.mark.parametrize("override", WRONG)
+def test_wrong_settings_get_one_line_and_exit_code_2(override: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code = cli.main(["config", str(CONFIGS / "imagenet" / "resnet152.yaml"), override])
+    out, err = capsys.readouterr()
+    assert code == 2
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("pipeline: ")
+    assert (override.split("=")[0].split(".")[-1] or override) in err
+    assert WRONG[override] in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: [1, 2]", r"train=\[1,2\]: is a section"),
+        ("train:\n  epochz: 3", r"train.epochz=3: no such key; did you mean train.epochs\?"),
+        ("- a\n- b", "must hold sections such as 'train:', not a list"),
+        ("train: {epochs: ", "is not YAML"),
+        ("\x00", "is not YAML"),
+    ],
+)
+def test_wrong_files_are_told(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path / "c.yaml", DATA)
+
+
+def test_a_missing_file_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"no config file .*digit\.yaml; did you mean .*digits\.yaml\?"):
+        load(CONFIGS / "digit.yaml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load(CONFIGS)
+
+
+def test_later_settings_win_and_the_dump_reads_back(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("train: {epochs: 3}\noptim: {step_epochs: [1, 2], lr: 1e-3}\nrun: {name: 007}")
+    cfg = load(tmp_path / "c.yaml", [*DATA, "train.epochs=4", "train.epochs=5"])
+    assert (cfg.train.epochs, cfg.optim.lr, cfg.optim.step_epochs, cfg.run.name) == (5, 1e-3, (1.0, 2.0), "7")
+    (tmp_path / "d.yaml").write_text(dump(cfg))
+    assert load(tmp_path / "d.yaml") == cfg
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: p.stem)
+def test_every_config_file_loads(path: Path) -> None:
+    assert load(path).data.train

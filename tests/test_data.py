@@ -1,0 +1,217 @@
+"""The loaders: global batches that do not depend on ranks or resumes, pixels, and broken images."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from odd_images import damaged_jpeg, encode, picture, write_odd_folder
+from PIL import Image
+from ranks import no_bad_image
+from torchvision.transforms.v2 import functional as TF
+
+from pipeline.config import DataConfig
+from pipeline.data import EvalLoader, Place, TrainLoader
+from pipeline.data.dali import STAND_IN, BadDataError
+from pipeline.data.index import Index, build_index, load_index
+
+CPU = torch.device("cpu")
+SMALL = DataConfig(train="-", val="-", image_size=32, val_resize=32, crop_scale=(0.3, 1.0))
+
+
+def loader(index: Index, rank: int = 0, world_size: int = 1, cfg: DataConfig = SMALL, batch: int = 50) -> TrainLoader:
+    return TrainLoader(index, cfg, Place(rank, world_size, CPU, 1), no_bad_image, global_batch=batch, seed=3)
+
+
+Step = tuple[list[int], torch.Tensor, torch.Tensor]
+
+
+def global_batches(index: Index, world_size: int, start: int, stop: int) -> list[Step]:
+    """(rows, pixels, labels) of global batches [start, stop), put together from all ranks."""
+    ranks = [loader(index, rank, world_size).from_step(start, stop) for rank in range(world_size)]
+    return [
+        (
+            [int(row) for part in parts for row in part.rows],
+            torch.cat([part.images for part in parts]),
+            torch.cat([part.labels for part in parts]),
+        )
+        for parts in zip(*ranks, strict=True)
+    ]
+
+
+def assert_same(a: list[Step], b: list[Step]) -> None:
+    assert len(a) == len(b)
+    for (rows, pixels, labels), (other_rows, other_pixels, other_labels) in zip(a, b, strict=True):
+        assert rows == other_rows
+        assert torch.equal(pixels, other_pixels)
+        assert torch.equal(labels, other_labels)
+
+
+@pytest.fixture(scope="module")
+def index(digits_index: Callable[[str], Path]) -> Index:
+    return load_index(digits_index("train"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(index: Index) -> list[Step]:
+    """The first 20 global batches as one rank sees them; 50 images each, which 3 and 4 ranks do not divide."""
+    return global_batches(index, 1, 0, 20)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_batches_do_not_depend_on_the_world_size(index: Index, undisturbed: list[Step], world_size: int) -> None:
+    assert_same(global_batches(index, world_size, 0, 20), undisturbed)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_batches_after_a_resume_with_other_ranks(index: Index, undisturbed: list[Step], world_size: int) -> None:
+    assert_same(global_batches(index, world_size, 10, 20), undisturbed[10:])
+
+
+def test_batches_continue_into_the_next_epoch(index: Index) -> None:
+    per_epoch = len(index) // 50
+    across = global_batches(index, 2, per_epoch - 1, per_epoch + 1)
+    assert_same(across[1:], global_batches(index, 1, per_epoch, per_epoch + 1))
+    assert across[1][0] != global_batches(index, 1, 0, 1)[0][0]
+
+
+def test_threads_and_prefetch_do_not_change_pixels(index: Index, undisturbed: list[Step]) -> None:
+    cfg = DataConfig(
+        train="-", val="-", image_size=32, val_resize=32, crop_scale=(0.3, 1.0), prefetch=7, read_threads=1
+    )
+    many = TrainLoader(index, cfg, Place(0, 1, CPU, 3), no_bad_image, global_batch=50, seed=3)
+    assert_same([(b.rows.tolist(), b.images, b.labels) for b in many.from_step(0, 20)], undisturbed)
+
+
+def test_batches_are_uint8_channels_last_with_their_labels(index: Index) -> None:
+    batch = next(loader(index).from_step(0, 1))
+    assert batch.images.dtype == torch.uint8
+    assert batch.images.shape == (50, 3, 32, 32)
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    assert batch.labels.tolist() == [int(index.path(row).split("/")[0]) for row in batch.rows]
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Index:
+    """JPEGs of many sizes."""
+    for i, (height, width) in enumerate([(375, 500), (500, 375), (64, 64), (90, 700), (333, 257), (48, 36)]):
+        file = tmp_path / "a" / f"{i}.jpg"
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(encode(picture(height, width, seed=i), "JPEG", quality=95))
+    return build_index(tmp_path)[0]
+
+
+def test_pixels_equal_a_reference_decode_crop_resize_flip(pictures: Index) -> None:
+    """Against PIL's decode of the whole image, a crop, and torchvision's antialiased bilinear resize of it.
+
+    Decoding is bitwise libjpeg-turbo's in both. The resize filters are both triangular; DALI's weights are
+    float, torchvision's are 16-bit fixed point and it rounds between its two passes: at most 2 of 255 apart.
+    """
+    cfg = DataConfig(train="-", val="-", image_size=96, val_resize=96, crop_scale=(0.08, 1.0))
+    train = loader(pictures, cfg=cfg, batch=6)
+    flipped = 0
+    for step, batch in enumerate(train.from_step(0, 20)):
+        request = train.request(step)
+        for image, row, (y, x), (h, w), flip in zip(
+            batch.images, request.rows, request.anchors, request.shapes, request.flips, strict=True
+        ):
+            whole = TF.pil_to_tensor(Image.open(pictures.root / pictures.path(int(row))))
+            expected = TF.resize(whole[:, y : y + h, x : x + w], [96, 96], antialias=True)
+            expected = TF.horizontal_flip(expected) if flip else expected
+            flipped += int(flip)
+            gap = (image.int() - expected.int()).abs()
+            assert gap.max() <= 2
+            assert gap.float().mean() < 0.3
+    assert 30 < flipped < 90
+
+
+def test_evaluation_crops_are_resize_then_centre_crop(pictures: Index) -> None:
+    """Resizing the central square is resizing the whole and cutting the centre out, to within rounding the square."""
+    cfg = DataConfig(train="-", val="-", image_size=112, val_resize=128)
+    (_, batch), *rest = EvalLoader(pictures, cfg, Place(0, 1, CPU, 1), no_bad_image, batch=6)
+    assert not rest
+    for image, row in zip(batch.images, batch.rows, strict=True):
+        whole = TF.pil_to_tensor(Image.open(pictures.root / pictures.path(int(row))))
+        expected = TF.center_crop(TF.resize(whole, [128], antialias=True), [112])
+        assert (image.int() - expected.int()).abs().float().mean() < 4
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_evaluation_sees_every_row_once(digits_index: Callable[[str], Path], world_size: int) -> None:
+    index = load_index(digits_index("val"))
+    chunks = {
+        chunk: batch.rows.tolist()
+        for rank in range(world_size)
+        for chunk, batch in EvalLoader(index, SMALL, Place(rank, world_size, CPU, 1), no_bad_image, batch=128)
+    }
+    assert {chunk: len(rows) for chunk, rows in chunks.items()} == {0: 128, 1: 128, 2: 104}
+    assert [row for chunk in sorted(chunks) for row in chunks[chunk]] == list(range(360))
+
+
+def test_odd_images_decode(tmp_path: Path) -> None:
+    """CMYK, 16 bit, grey, alpha, palette, one pixel: each as PIL shows it in RGB."""
+    write_odd_folder(tmp_path)
+    index, _ = build_index(tmp_path)
+    cfg = DataConfig(train="-", val="-", image_size=48, val_resize=48)
+    ((_, batch),) = EvalLoader(index, cfg, Place(0, 1, CPU, 1), no_bad_image, batch=100)
+    for image, row in zip(batch.images, batch.rows, strict=True):
+        opened: Image.Image = Image.open(index.root / index.path(int(row)))
+        if opened.mode.startswith("I"):  # PIL clips 16 bits where DALI scales them
+            opened = Image.fromarray((np.asarray(opened) / 257).astype(np.uint8))
+        whole = TF.pil_to_tensor(opened.convert("RGB"))
+        side = min(whole.shape[1:])
+        expected = TF.resize(TF.center_crop(whole, [side, side]), [48, 48], antialias=True)
+        assert (image.int() - expected.int()).abs().float().mean() < 2, index.path(int(row))
+
+
+@pytest.fixture
+def partly_broken(tmp_path: Path) -> Path:
+    """40 images, of which 3, 17 and 18 turn out to be broken when decoded."""
+    for i in range(40):
+        file = tmp_path / "a" / f"{i:02d}.jpg"
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(damaged_jpeg() if i in (3, 17, 18) else encode(picture(seed=i), "JPEG"))
+    return tmp_path
+
+
+def test_broken_images_are_replaced_and_named_once(partly_broken: Path) -> None:
+    index, refused = build_index(partly_broken)
+    assert refused == []
+    cfg = DataConfig(train="-", val="-", image_size=32, val_resize=32, max_bad_fraction=0.1)
+    named: list[str] = []
+    train = TrainLoader(index, cfg, Place(0, 1, CPU, 1), lambda path, _: named.append(path), global_batch=10, seed=0)
+    batches = list(train.from_step(0, 12))  # three epochs
+    assert sorted(Path(path).stem for path in named) == ["03", "17", "18"]
+    stand_in = torch.tensor(STAND_IN, dtype=torch.uint8).view(3, 1, 1)
+    for batch in batches:
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+        for image, row in zip(batch.images, batch.rows, strict=True):
+            assert bool((image == stand_in).all()) == (row in (3, 17, 18))
+    healthy = [b for b in batches if not set(b.rows.tolist()) & {3, 17, 18}]
+    assert healthy
+    again = TrainLoader(index, cfg, Place(0, 1, CPU, 1), lambda *_: None, global_batch=10, seed=0)
+    for one, other in zip(batches, again.from_step(0, 12), strict=True):
+        assert torch.equal(one.images, other.images)
+
+
+def test_too_many_broken_images_stop_the_run(partly_broken: Path) -> None:
+    index, _ = build_index(partly_broken)
+    cfg = DataConfig(train="-", val="-", image_size=32, val_resize=32, max_bad_fraction=0.05)
+    train = TrainLoader(index, cfg, Place(0, 1, CPU, 1), lambda *_: None, global_batch=10, seed=0)
+    with pytest.raises(BadDataError, match=r"3 of 40 images in .* are broken.*: a/03\.jpg, a/17\.jpg, a/18\.jpg"):
+        list(train.from_step(0, 8))
+
+
+def test_a_deleted_file_is_a_broken_image(tmp_path: Path) -> None:
+    for i in range(4):
+        (tmp_path / "a").mkdir(exist_ok=True)
+        (tmp_path / "a" / f"{i}.jpg").write_bytes(encode(picture(), "JPEG"))
+    index, _ = build_index(tmp_path)
+    (tmp_path / "a" / "2.jpg").unlink()
+    reasons: dict[str, str] = {}
+    ((_, batch),) = EvalLoader(index, SMALL, Place(0, 1, CPU, 1), reasons.__setitem__, batch=4)
+    assert len(batch.images) == 4
+    ((path, reason),) = reasons.items()
+    assert path.endswith("a/2.jpg")
+    assert "No such file" in reason

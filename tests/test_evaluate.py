@@ -1,0 +1,91 @@
+"""Exact evaluation: every sample once, the same figures to the last bit for every world size."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import no_bad_image, run_ranks
+from torch.nn import functional as F
+
+from pipeline.config import DataConfig, ModelConfig
+from pipeline.data import EvalLoader, Place
+from pipeline.data.index import build_index, load_index
+from pipeline.evaluate import evaluate, sync_buffers
+from pipeline.model import ResNet
+
+CPU = torch.device("cpu")
+SMALL = DataConfig(train="-", val="-", image_size=32, val_resize=32)
+
+
+@pytest.fixture(scope="module")
+def index_of_359(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The validation images less one: a prime number of samples."""
+    folder = tmp_path_factory.mktemp("359")
+    for file in sorted((digits / "val").glob("*/*.jpg"))[:-1]:
+        (folder / file.parent.name).mkdir(exist_ok=True)
+        (folder / file.parent.name / file.name).symlink_to(file)
+    build_index(folder)[0].save(folder / "index.arrow")
+    return folder / "index.arrow"
+
+
+def scores(rank: int, world_size: int, index: Path, precision: str) -> dict[str, float]:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model = ResNet(ModelConfig(depth=18, zero_init_residual=False), 10).to(memory_format=torch.channels_last)
+    loader = EvalLoader(load_index(index), SMALL, Place(rank, world_size, CPU, 1), no_bad_image, batch=64)
+    return evaluate(model, loader, precision=precision, device=CPU)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_two_workers_count_359_and_score_as_one(index_of_359: Path, precision: str) -> None:
+    one = scores(0, 1, index_of_359, precision)
+    two = run_ranks(scores, 2, index_of_359, precision)
+    assert one["count"] == 359
+    assert two == [one, one]  # equal, not close
+
+
+def test_more_ranks_than_chunks(index_of_359: Path) -> None:
+    wide = run_ranks(scores_in_one_chunk, 3, index_of_359)
+    assert wide[0]["count"] == 359
+    assert wide == [wide[0]] * 3
+
+
+def scores_in_one_chunk(rank: int, world_size: int, index: Path) -> dict[str, float]:
+    torch.manual_seed(0)
+    model = ResNet(ModelConfig(depth=18), 10)
+    loader = EvalLoader(load_index(index), SMALL, Place(rank, world_size, CPU, 1), no_bad_image, batch=400)
+    return evaluate(model, loader, precision="fp32", device=CPU)
+
+
+def test_figures_are_their_definitions(digits_index: Callable[[str], Path]) -> None:
+    torch.manual_seed(0)
+    model = ResNet(ModelConfig(depth=18, zero_init_residual=False), 10).train()
+    index = load_index(digits_index("val"))
+    loader = EvalLoader(index, SMALL, Place(0, 1, CPU, 2), no_bad_image, batch=128)
+    found = evaluate(model, loader, precision="fp32", device=CPU)
+    assert model.training  # as it was
+    ((_, batch),) = EvalLoader(index, SMALL, Place(0, 1, CPU, 2), no_bad_image, batch=360)
+    with torch.inference_mode():
+        logits = model.eval()(batch.images)
+    assert found["top1"] == (logits.argmax(1) == batch.labels).double().mean().item()
+    in_five = (logits.argsort(1, descending=True)[:, :5] == batch.labels[:, None]).any(1)
+    assert found["top5"] == pytest.approx(in_five.double().mean().item())
+    assert found["loss"] == pytest.approx(F.cross_entropy(logits, batch.labels).item(), rel=1e-5)
+
+
+def test_buffers_become_rank_zeros() -> None:
+    means = run_ranks(synced_means, 2)
+    assert torch.equal(means[0][0], means[1][0])
+    assert torch.equal(means[0][0], torch.full((64,), 1.0))
+    assert means[0][1] == means[1][1]
+
+
+def synced_means(rank: int, world_size: int) -> Any:
+    model: Any = ResNet(ModelConfig(depth=18), 10)
+    model.bn1.running_mean = torch.full((64,), float(rank + 1))
+    sync_buffers(model)
+    assert dist.is_initialized()
+    return model.bn1.running_mean, model.layer4[1].bn2.running_var.sum().item()

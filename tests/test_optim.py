@@ -1,0 +1,66 @@
+"""Learning rate and parameter groups."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+from pipeline.config import ModelConfig, OptimConfig
+from pipeline.model import ResNet
+from pipeline.optim import Schedule, lr_at, make_optimizer
+from pipeline.settings import load
+
+TEN_BY_100 = Schedule(steps_per_epoch=100, num_steps=1000)
+
+
+def test_warm_up_rises_linearly_to_the_top() -> None:
+    cfg = OptimConfig(lr=0.5, warmup_epochs=2.0)
+    rates = [lr_at(step, cfg, TEN_BY_100) for step in range(201)]
+    assert rates[0] == pytest.approx(0.5 / 200)
+    assert rates[199] == rates[200] == pytest.approx(0.5)
+    assert all(b - a == pytest.approx(0.5 / 200) for a, b in pairwise(rates[:200]))
+
+
+def test_cosine_is_its_formula() -> None:
+    cfg = OptimConfig(lr=0.5, warmup_epochs=2.0, final_lr=0.1)
+    for step in (200, 321, 600, 999):
+        expected = 0.1 + 0.5 * (0.5 - 0.1) * (1 + math.cos(math.pi * (step - 200) / 800))
+        assert lr_at(step, cfg, TEN_BY_100) == pytest.approx(expected)
+
+
+def test_cosine_and_torchs_scheduler_agree() -> None:
+    cfg = OptimConfig(lr=0.5, warmup_epochs=0)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=1000)
+    for step in range(1000):
+        assert lr_at(step, cfg, TEN_BY_100) == pytest.approx(scheduler.get_last_lr()[0], abs=1e-9)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_linear_falls_evenly() -> None:
+    cfg = OptimConfig(lr=0.4, schedule="linear", warmup_epochs=0)
+    assert [lr_at(step, cfg, TEN_BY_100) for step in (0, 250, 500)] == pytest.approx([0.4, 0.3, 0.2])
+
+
+def test_step_schedule_of_the_paper() -> None:
+    cfg = OptimConfig(lr=0.1, schedule="step", warmup_epochs=0, step_epochs=(3.0, 6.0), step_gamma=0.1)
+    rates = [lr_at(step, cfg, TEN_BY_100) for step in (0, 299, 300, 599, 600, 999)]
+    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+
+
+def test_weight_decay_spares_norms_and_biases() -> None:
+    model = ResNet(ModelConfig(depth=50), num_classes=10)
+    decayed, spared = make_optimizer(model, OptimConfig(weight_decay=1e-4)).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (1e-4, 0.0)
+    assert all(p.ndim > 1 for p in decayed["params"])
+    assert {names[id(p)] for p in spared["params"]} >= {"bn1.weight", "layer1.0.downsample.1.weight", "fc.bias"}
+    assert len(decayed["params"]) + len(spared["params"]) == len(names)
+
+
+def test_length_in_steps_or_epochs() -> None:
+    data = ["data.train=a", "data.val=b", "train.global_batch=64"]
+    assert Schedule.create(load(None, [*data, "train.epochs=7"]), 1437) == Schedule(22, 154)
+    assert Schedule.create(load(None, [*data, "train.epochs=7", "train.steps=30"]), 1437) == Schedule(22, 30)

@@ -1,0 +1,156 @@
+"""The spool and the tracker: nothing waits, nothing is lost, nothing twice, in order."""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from pipeline.config import MlflowConfig
+from pipeline.spool import Spool
+from pipeline.tracking import Tracker, find_run_dir, tracking_uri
+
+
+def metric(step: int, value: float = 0.0, name: str = "loss") -> dict[str, object]:
+    return {"kind": "metrics", "step": step, "time": 0, "values": {name: value}}
+
+
+def test_spool_keeps_order_and_survives_its_process(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    for step in (1, 2, 3):
+        spool.append(metric(step))
+    spool.mark_sent(spool.unsent()[0][1])
+    spool.close()
+    with spool.path.open("ab") as f:
+        f.write(b'{"kind": "metr')  # a process killed while writing
+    reopened = Spool(tmp_path)
+    assert [r["step"] for r, _ in reopened.unsent()] == [2, 3]
+    reopened.append(metric(4))
+    assert [r["step"] for r, _ in reopened.unsent()] == [2, 3, 4]
+    reopened.close()
+
+
+def test_spool_drops_steps_that_were_logged_before(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    spool.append(metric(10))
+    spool.append(metric(20))
+    spool.mark_sent(spool.unsent()[-1][1])
+    assert spool.path.stat().st_size == 0  # what has arrived takes no room
+    spool.append(metric(20))
+    spool.append(metric(30))
+    spool.append(metric(10, name="other"))
+    spool.close()
+    reopened = Spool(tmp_path)
+    reopened.append(metric(30))
+    values = [(r["step"], r["values"]) for r, _ in reopened.unsent() if r["values"]]
+    assert values == [(30, {"loss": 0.0}), (10, {"other": 0.0})]
+    reopened.close()
+
+
+def tracker(uri: str, run_dir: Path, problems: list[str] | None = None) -> Tracker:
+    said: list[str] = [] if problems is None else problems
+    return Tracker(MlflowConfig(), uri, run_dir, training_id=f"id-{run_dir.name}", on_problem=said.append)
+
+
+def test_everything_logged_arrives_in_one_run_over_two_sessions(tmp_path: Path) -> None:
+    uri = tracking_uri(None, tmp_path)
+    source = tmp_path / "checkpoint"
+    source.mkdir()
+    (source / "state.pt").write_bytes(b"weights")
+    one = tracker(uri, tmp_path / "run")
+    one.params({"a": 1, "b": None})
+    one.metrics(1, {"loss": 2.5})
+    one.folder(source, "checkpoints/step_1")
+    (source / "state.pt").unlink()  # it was set aside already
+    assert one.close("KILLED", 60) == 0
+    two = tracker(uri, tmp_path / "run")
+    two.params({"a": 2, "c": 3})
+    two.metrics(1, {"loss": 9.0})
+    for step in range(2, 2000):
+        two.metrics(step, {"loss": 1.5, "lr": 0.1})
+    two.tags({"t": "x"})
+    two.text("k: v", "config/two.yaml")
+    assert two.close("FINISHED", 60) == 0
+    assert (one.run_id, one.experiment_id) == (two.run_id, two.experiment_id)
+    client = mlflow.MlflowClient(uri)
+    run = client.get_run(one.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {"a": "1", "b": "None", "c": "3"}
+    assert run.data.tags["t"] == "x"
+    history = sorted((m.step, m.value) for m in client.get_metric_history(one.run_id, "loss"))
+    assert history == [(1, 2.5), *((step, 1.5) for step in range(2, 2000))]
+    local = client.download_artifacts(one.run_id, "checkpoints/step_1/state.pt", str(tmp_path))
+    assert Path(local).read_bytes() == b"weights"
+    assert sorted(p.name for p in (tmp_path / "run" / "mlflow").iterdir()) == ["sent.json", "spool.jsonl"]
+    assert find_run_dir(uri, str(one.run_id)) == tmp_path / "run"
+    assert find_run_dir(uri, "0" * 32) is None
+
+
+def test_a_record_that_mlflow_refuses_is_told_and_does_not_block(tmp_path: Path) -> None:
+    problems: list[str] = []
+    one = tracker(tracking_uri(None, tmp_path), tmp_path / "run", problems)
+    one.metrics(1, {"not\nlegal": 1.0})
+    one.metrics(2, {"loss": 1.0})
+    assert one.close("FINISHED", 60) == 0
+    assert len(problems) == 1
+    assert "MLflow refused a record of kind metrics, dropped" in problems[0]
+    client = mlflow.MlflowClient(tracking_uri(None, tmp_path))
+    assert client.get_run(one.run_id).info.status == "FINISHED"
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@pytest.fixture
+def server(tmp_path: Path, port: int) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Filled by the test with the MLflow server that it starts; stopped at the end."""
+    started: list[subprocess.Popen[bytes]] = []
+    yield started
+    for process in started:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.mark.e2e
+def test_a_server_that_comes_late_gets_everything(
+    tmp_path: Path, port: int, server: list[subprocess.Popen[bytes]]
+) -> None:
+    """Nobody listens at first: logging does not wait, and all is there once a real server answers."""
+    problems: list[str] = []
+    uri = f"http://127.0.0.1:{port}"
+    late = tracker(uri, tmp_path / "run", problems)
+    started = time.perf_counter()
+    for step in range(1000):
+        late.metrics(step, {"loss": float(step)})
+    assert time.perf_counter() - started < 2
+    assert late.close("KILLED", 3) > 1000
+    assert len(problems) == 1
+    assert f"MLflow at {uri} fails, records wait in" in problems[0]
+    waiting = (tmp_path / "run" / "mlflow" / "spool.jsonl").read_text().splitlines()
+    assert [json.loads(line)["kind"] for line in waiting].count("metrics") == 1000
+
+    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
+    command += [
+        "--backend-store-uri",
+        f"sqlite:///{tmp_path}/server.db",
+        "--artifacts-destination",
+        str(tmp_path / "a"),
+    ]
+    with (tmp_path / "server.log").open("wb") as log:
+        server.append(subprocess.Popen(command, stdout=log, stderr=log))
+    again = tracker(uri, tmp_path / "run")
+    again.text("hello", "note.txt")
+    assert again.close("FINISHED", 120) == 0
+    client = mlflow.MlflowClient(uri)
+    history = [(m.step, m.value) for m in client.get_metric_history(str(again.run_id), "loss")]
+    assert history == [(step, float(step)) for step in range(1000)]
+    assert [a.path for a in client.list_artifacts(str(again.run_id))] == ["note.txt"]
