@@ -48,7 +48,7 @@ def fit(job: Job, ctx: Context) -> dict[str, Any]:
     train_loader, val_loader = _loaders(job, ctx, index, recorder)
     net: nn.Module = state.model
     if ctx.world_size > 1:  # BN statistics stay local until they are read: see sync_buffers
-        net = DistributedDataParallel(state.model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        net = DistributedDataParallel(state.model, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
     def due(every: int) -> bool:
         return state.step % every == 0 or state.step == schedule.num_steps

@@ -1,6 +1,7 @@
 """Run a function on several gloo ranks, each a process of its own, without Ray."""
 
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
 
 
 def _rank(rank: int, function: Callable[..., Any], world_size: int, folder: str, args: tuple[Any, ...]) -> None:
+    warnings.filterwarnings("error", module="pipeline")  # pytest's filters do not reach a child
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     torch.save(function(rank, world_size, *args), Path(folder) / str(rank))

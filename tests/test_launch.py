@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 from test_train import differences
 
@@ -23,36 +24,39 @@ ROOT = Path(__file__).parent.parent
 PIPELINE = str(Path(sys.executable).parent / "pipeline")
 
 
-@pytest.fixture
-def command(digits: Path, tmp_path: Path) -> Callable[..., list[str]]:
-    """A training of ResNet-18 on two workers, a few steps long."""
+Command = Callable[..., list[str]]
+Start = Callable[[list[str]], "subprocess.Popen[str]"]
 
-    def make(*settings: str) -> list[str]:
-        fast = ["model.depth=18", "train.steps=30", "train.log_every=5", "mlflow.log_model=false"]
-        data = [f"data.train={digits}/train", f"data.val={digits}/val", f"run.storage={tmp_path}/runs"]
-        return [
-            PIPELINE,
-            "train",
-            str(ROOT / "configs/digits.yaml"),
-            *data,
-            *fast,
-            "mlflow.log_model=false",
-            *settings,
-        ]
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all runs of this module go."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def command(digits: Path, storage: Path) -> Command:
+    """A training of ResNet-18 on two workers, 60 steps long."""
+
+    def make(name: str, *settings: str) -> list[str]:
+        fast = ["model.depth=18", "train.steps=60", "train.log_every=2", "checkpoint.every=20"]
+        quiet = ["mlflow.log_model=false", f"run.storage={storage}", f"run.name={name}"]
+        data = [f"data.train={digits}/train", f"data.val={digits}/val"]
+        return [PIPELINE, "train", str(ROOT / "configs/digits.yaml"), *data, *fast, *quiet, *settings]
 
     return make
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[[list[str]], "subprocess.Popen[str]"]]:
+def start(tmp_path: Path) -> Iterator[Start]:
     """Starts a command in a process group of its own; what still runs of it at the end is killed."""
     started: list[subprocess.Popen[str]] = []
 
-    def popen(command: list[str]) -> "subprocess.Popen[str]":
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        process = subprocess.Popen(command, text=True, cwd=tmp_path, start_new_session=True, **pipes)  # type: ignore[call-overload]
+    def popen(args: list[str]) -> "subprocess.Popen[str]":
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(args, text=True, cwd=tmp_path, start_new_session=True, stdout=pipe, stderr=pipe)
         started.append(process)
-        return process  # type: ignore[no-any-return]
+        return process
 
     yield popen
     for process in started:
@@ -61,12 +65,17 @@ def start(tmp_path: Path) -> Iterator[Callable[[list[str]], "subprocess.Popen[st
         process.communicate()
 
 
-Start = Callable[[list[str]], "subprocess.Popen[str]"]
-
-
 def finish(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
     out, err = process.communicate(timeout=150)
     return process.returncode, out, err
+
+
+def read_until(process: "subprocess.Popen[str]", beginning: str) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(beginning):
+            return
+    pytest.fail(f"no line began with {beginning!r}")
 
 
 def state_of(run_dir: Path) -> dict[str, Any]:
@@ -75,105 +84,99 @@ def state_of(run_dir: Path) -> dict[str, Any]:
     return found.state()
 
 
-def test_train_stop_resume_is_exact_and_one_mlflow_run(
-    command: Callable[..., list[str]], start: Start, tmp_path: Path
+@pytest.fixture(scope="module")
+def undisturbed(command: Command) -> tuple[dict[str, Any], str]:
+    """The summary of a training that nothing happens to, and what it said on stderr."""
+    done = subprocess.run([*command("whole"), "--json"], text=True, capture_output=True, check=False, timeout=150)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), done.stderr
+
+
+def test_train_tells_its_progress_and_its_result(undisturbed: tuple[dict[str, Any], str]) -> None:
+    summary, said = undisturbed
+    assert (summary["status"], summary["step"], summary["sessions"]) == ("done", 60, 1)
+    assert summary["top1"] > 0.5
+    assert "2 workers x 1 threads on cpu" in said
+    assert re.search(r"step 60/60 .* \d+ images/s  \d:\d\d:\d\d left", said)
+    assert Path(summary["checkpoint"]).name == "step_00000060"
+    assert set(summary["seconds"]) >= {"start-up", "compute", "data wait", "evaluation", "checkpoint", "mlflow"}
+
+
+def test_stopped_twice_and_resumed_is_bitwise_the_same(
+    command: Command, start: Start, storage: Path, undisturbed: tuple[dict[str, Any], str]
 ) -> None:
-    """Two workers: 30 steps; and 17, then the same run name to 30. JSON alone on stdout."""
-    code, out, err = finish(start([*command("run.name=whole"), "--json"]))
-    assert code == 0, err
-    whole = json.loads(out)
-    assert (whole["status"], whole["step"]) == ("done", 30)
-    assert "step 30/30" in err
-    assert re.search(r"\d+ images/s  \d:\d\d:\d\d left", err)
-    assert "2 workers x 1 threads on cpu" in err
-
-    code, out, err = finish(start([*command("run.name=parts", "run.stop_at_step=17"), "--json"]))
-    assert (code, json.loads(out)["step"]) == (0, 17), err
-    code, out, err = finish(start(command("run.name=parts")))
-    assert code == 0, err
-    assert "session 2: step 17 of 30, resumed from" in out
-    assert "done at step 30 of 30" in out
-    run_id = re.search(r"MLflow run +([0-9a-f]{32})", out)
-    assert run_id
-    assert f"mlflow ui --port 5000 --backend-store-uri sqlite:///{tmp_path}/runs/mlflow.db" in out
-    assert re.search(r"top-1 +0\.\d{4}", out)
-    assert differences(state_of(tmp_path / "runs/whole"), state_of(tmp_path / "runs/parts")) == []
-
-    resumed = [
-        PIPELINE,
-        "train",
-        "--resume",
-        run_id.group(1),
-        f"run.storage={tmp_path}/runs",
-        "train.steps=32",
-        "--json",
-    ]
-    code, out, err = finish(start([*resumed, "--json"]))
-    assert code == 0, err
-    summary = json.loads(out)
-    assert (summary["step"], summary["mlflow_run_id"], summary["sessions"]) == (32, run_id.group(1), 3)
-
-
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_signal_saves_a_checkpoint_and_exits_130(
-    command: Callable[..., list[str]], start: Start, tmp_path: Path, name: str
-) -> None:
-    """As Ctrl-C on a terminal does it, the signal goes to the whole process group."""
-    process = start(command("run.name=stopped", "train.steps=5000", "train.log_every=2"))
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step "):
-            break
-    os.killpg(process.pid, signal.Signals[name])
+    """Ctrl-C, which a terminal sends to the whole process group; SIGTERM to the driver; then to the end."""
+    process = start(command("parts"))
+    read_until(process, "step ")
+    os.killpg(process.pid, signal.SIGINT)
     code, out, err = finish(process)
     assert code == 130, out + err
-    assert f"{name}: saving a checkpoint" in out
-    step = re.search(r"interrupted at step (\d+) of 5000", out)
-    assert step
-    assert f"go on with  pipeline train --resume {tmp_path}/runs/stopped" in out
-    assert state_of(tmp_path / "runs/stopped")["step"] == int(step.group(1))
+    assert "SIGINT: saving a checkpoint" in out
+    first = re.search(r"interrupted at step (\d+) of 60", out)
+    assert first
+    assert f"go on with  pipeline train --resume {storage}/parts" in out
+
+    process = start(command("parts"))
+    read_until(process, f"session 2: step {first.group(1)} of 60, resumed from")
+    read_until(process, "step ")
+    process.terminate()
+    code, out, err = finish(process)
+    assert code == 130, out + err
+    assert re.search(r"interrupted at step \d+ of 60", out)
+
+    code, out, err = finish(start([PIPELINE, "train", "--resume", "parts", f"run.storage={storage}"]))
+    assert code == 0, out + err
+    assert "done at step 60 of 60" in out
+    run_id = re.search(r"MLflow run +([0-9a-f]{32})", out)
+    assert run_id
+    assert f"mlflow ui --port 5000 --backend-store-uri sqlite:///{storage}/mlflow.db" in out
+    assert differences(state_of(storage / "whole"), state_of(storage / "parts")) == []
+
+    client = mlflow.MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    whole, parts = (
+        [(m.step, m.value) for m in client.get_metric_history(i, "train/loss")]
+        for i in (undisturbed[0]["mlflow_run_id"], run_id.group(1))
+    )
+    assert whole == parts
+    assert [step for step, _ in whole] == list(range(2, 61, 2))
 
 
-def test_an_error_that_a_restart_would_meet_again_ends_at_once(command: Callable[..., list[str]], start: Start) -> None:
-    broken = command("run.name=nan", "optim.lr=1e6", "optim.warmup_epochs=0")
-    code, out, err = finish(start([*broken, "--json"]))
+def test_a_killed_worker_is_replaced_and_nothing_changes(
+    command: Command, start: Start, storage: Path, undisturbed: tuple[dict[str, Any], str]
+) -> None:
+    process = start(command("hurt"))
+    read_until(process, "step 20: saved")
+    victims = [pid for pid in descendants(process.pid) if "RayTrainWorker" in command_line(pid)]
+    assert len(victims) == 2
+    os.kill(victims[1], signal.SIGKILL)
+    code, out, err = finish(process)
+    assert code == 0, out + err
+    assert re.search(r"session 2: step \d+ of 60, resumed from", out)
+    assert differences(state_of(storage / "whole"), state_of(storage / "hurt")) == []
+
+
+def test_an_error_that_a_restart_would_meet_again_ends_at_once(command: Command, start: Start) -> None:
+    code, out, err = finish(start([*command("nan", "optim.lr=1e6", "optim.warmup_epochs=0"), "--json"]))
     assert code == 1
     assert re.search(r"the loss of step \d+ is (nan|inf)", json.loads(out)["error"])
     assert err.count("session") == 1
     assert "Traceback" not in out + err
 
 
-def test_a_request_that_does_not_fit_the_cluster_or_run_is_refused(
-    command: Callable[..., list[str]], start: Start
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("cluster.device=gpu", "cluster.workers=2: the cluster has 0 GPUs, and each worker takes one"),
+        ("train.global_batch=32", "train.global_batch=32: "),  # found out by the workers
+    ],
+)
+def test_what_does_not_fit_the_cluster_or_the_run_is_refused(
+    command: Command, start: Start, undisturbed: tuple[dict[str, Any], str], setting: str, message: str
 ) -> None:
-    code, _, err = finish(start(command("cluster.device=gpu")))
+    code, _, err = finish(start(command("whole", setting)))
     assert code == 2
-    assert "cluster.workers=2: the cluster has 0 GPUs, and each worker takes one" in err.splitlines()[-1]
-    assert finish(start(command("run.name=r", "run.stop_at_step=1")))[0] == 0
-    code, _, err = finish(start(command("run.name=r", "train.global_batch=32")))
-    assert code == 2
-    assert "train.global_batch=32: " in err
+    assert message in err
     assert "Traceback" not in err
-
-
-def test_a_killed_worker_is_replaced_and_nothing_changes(
-    command: Callable[..., list[str]], start: Start, tmp_path: Path
-) -> None:
-    settings = ["train.steps=120", "checkpoint.every=20", "train.log_every=2"]
-    code, _, err = finish(start([*command("run.name=calm", *settings), "--json"]))
-    assert code == 0, err
-    process = start(command("run.name=hurt", *settings))
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step 20: saved"):
-            break
-    victims = [pid for pid in descendants(process.pid) if "RayTrainWorker" in command_line(pid)]
-    assert len(victims) == 2
-    os.kill(victims[1], signal.SIGKILL)
-    code, out, err = finish(process)
-    assert code == 0, out + err
-    assert re.search(r"session 2: step \d+ of 120, resumed from", out)
-    assert differences(state_of(tmp_path / "runs/calm"), state_of(tmp_path / "runs/hurt")) == []
 
 
 def descendants(pid: int) -> list[int]:
@@ -198,12 +201,10 @@ def command_line(pid: int) -> str:
         return ""
 
 
-def test_a_terminal_shows_a_progress_bar(command: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_a_terminal_shows_a_progress_bar(command: Command, tmp_path: Path) -> None:
     master, slave = pty.openpty()
     env = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
-    process = subprocess.Popen(
-        command("run.name=bar", "train.steps=20"), stdout=slave, stderr=slave, cwd=tmp_path, env=env
-    )
+    process = subprocess.Popen(command("bar", "train.steps=20"), stdout=slave, stderr=slave, cwd=tmp_path, env=env)
     os.close(slave)
     shown, deadline = b"", time.monotonic() + 150
     while time.monotonic() < deadline:
