@@ -178,6 +178,7 @@ class Tracker:
 
     def _send(self, client: Any, records: list[Record]) -> None:
         from mlflow.entities import Metric, Param, RunTag
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
         record = records[0]
         match record["kind"]:
@@ -203,6 +204,8 @@ class Tracker:
                     client.set_tag(self.run_id, MODEL_TAG, source.name)
             case "start":
                 client.update_run(self.run_id, status="RUNNING")
+                # CPU, memory, disk, network and GPUs of this node; ends by itself when the run ends.
+                SystemMetricsMonitor(self.run_id, resume_logging=True, tracking_uri=self._uri).start()
             case "end":
                 client.set_terminated(self.run_id, record["status"])
 
