@@ -54,11 +54,16 @@ def train(job: Job, watch: Callable[[Event], None]) -> dict[str, Any]:
         trainer = _trainer(job, link)
         outcome: dict[str, Any] = {}
         fitting = threading.Thread(target=_fit, args=(trainer, outcome), daemon=True)
-        with _stop_on_signals(link, watch):
+        with _signals() as received:
             fitting.start()
+            told = False
             while fitting.is_alive():
                 fitting.join(POLL_SECONDS)
                 _pass_on(link, watch)
+                if received and not told:
+                    told = True
+                    link.request_stop.remote()
+                    watch({"kind": "stopping", "signal": received[0]})
         _pass_on(link, watch)
         fatal = ray.get(link.fatal.remote())
     if fatal:
@@ -90,8 +95,20 @@ def _trainer(job: Job, link: Any) -> ray.train.torch.TorchTrainer:
             name="ray",
             storage_path=str(job.run_dir),
             failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
+            callbacks=[_TellFaults(link)],
         ),
     )
+
+
+class _TellFaults(ray.train.UserCallback):  # type: ignore[misc]
+    """Runs in Ray Train's controller: passes on why workers failed, before they are started again."""
+
+    def __init__(self, link: Any):
+        self._link = link
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        for rank, error in worker_exceptions.items():
+            self._link.emit.remote({"kind": "warning", "text": f"worker {rank} failed: {_reason(error)}"})
 
 
 def _fit(trainer: ray.train.torch.TorchTrainer, outcome: dict[str, Any]) -> None:
@@ -157,21 +174,18 @@ def _cluster(cfg: Config) -> Iterator[None]:
 
 
 @contextmanager
-def _stop_on_signals(link: Any, watch: Callable[[Event], None]) -> Iterator[None]:
-    """First signal: ask the workers to checkpoint and end. Second: Interrupted."""
-    asked = False
+def _signals() -> Iterator[list[str]]:
+    """Collects the name of a first SIGINT or SIGTERM, for the main loop to act on; a second raises Interrupted."""
+    received: list[str] = []
 
     def handle(number: int, frame: Any) -> None:
-        nonlocal asked
-        if asked:
+        if received:
             raise Interrupted
-        asked = True
-        link.request_stop.remote()
-        watch({"kind": "stopping", "signal": signal.Signals(number).name})
+        received.append(signal.Signals(number).name)
 
     previous = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield received
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -151,6 +151,7 @@ def test_a_killed_worker_is_replaced_and_nothing_changes(
     os.kill(victims[1], signal.SIGKILL)
     code, out, err = finish(process)
     assert code == 0, out + err
+    assert re.search(r"warning: worker 1 failed: .*died", out), out
     assert re.search(r"session 2: step \d+ of 60, resumed from", out)
     assert differences(state_of(storage / "whole"), state_of(storage / "hurt")) == []
 
