@@ -17,8 +17,9 @@ from pipeline.settings import dump, flatten
 from pipeline.state import TrainState
 from pipeline.tracking import Tracker, tracking_uri
 
-CLOSE_TIMEOUT_S = 600.0  # for MLflow to take what waits at the end
-FAILURE_TIMEOUT_S = 10.0  # likewise before a restart, which can send the rest
+# How long a session's end goes on trying an MLflow that fails; what is left waits in the spool.
+PATIENCE_S = 30.0
+PATIENCE_BEFORE_RESTART_S = 5.0
 STEP_PHASES = ("compute", "data wait", "logging")
 
 
@@ -123,7 +124,7 @@ class Recorder:
         """Tell MLflow of an error that ends the session."""
         if error is not None and self._ctx.rank == 0:
             self._tracker.tags({f"pipeline.session_{self._session}.error": f"{type(error).__name__}: {error}"[:500]})
-            self._tracker.close("FAILED", FAILURE_TIMEOUT_S)
+            self._tracker.close("FAILED", PATIENCE_BEFORE_RESTART_S)
 
     def finished(self, state: TrainState) -> dict[str, Any]:
         """Publish what the configuration asks for, end the session and return its summary."""
@@ -141,7 +142,7 @@ class Recorder:
         if done and cfg.mlflow.log_model:
             self._tracker.model(self._newest.path)
         with self._ledger.phase("mlflow"):
-            waiting = self._tracker.close("FINISHED" if done else "KILLED", CLOSE_TIMEOUT_S)
+            waiting = self._tracker.close("FINISHED" if done else "KILLED", PATIENCE_S)
         if waiting:
             self._ctx.warn(
                 f"MLflow is away; {waiting} records wait in {self._tracker.spool} for the run's next session"

@@ -54,6 +54,8 @@ class Tracker:
         self._training_id, self._on_problem = training_id, on_problem
         self._spool = Spool(run_dir / "mlflow")
         self._wake, self._closing, self._abandoned = threading.Event(), threading.Event(), threading.Event()
+        self._failing = False
+        self._monitor: Any = None
         self._put({"kind": "start"})
         self._thread = threading.Thread(target=self._send_all, name="mlflow", daemon=True)
         self._thread.start()
@@ -94,20 +96,26 @@ class Tracker:
         """Log the model of the checkpoint `source`, with its signature, as the run's model."""
         self._put({"kind": "model", "source": str(source)})
 
-    def close(self, status: str, timeout_s: float) -> int:
+    def close(self, status: str, patience_s: float) -> int:
         """End the MLflow run and wait until all is sent.
 
         Args:
             status: FINISHED, KILLED (to be resumed) or FAILED.
+            patience_s: how long to go on trying an MLflow that fails; one that answers is waited for.
 
         Returns:
-            How many records still wait in the spool when the time is up.
+            How many records still wait in the spool.
         """
         self._put({"kind": "end", "status": status})
         self._closing.set()
         self._wake.set()
-        self._thread.join(timeout_s)
+        deadline = time.monotonic() + patience_s
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            self._thread.join(0.1)
+            if not self._failing:
+                deadline = time.monotonic() + patience_s
         self._abandoned.set()
+        self._thread.join(1)
         waiting = len(self._spool.unsent())
         if not self._thread.is_alive():
             self._spool.close()
@@ -126,12 +134,13 @@ class Tracker:
                 client = client or self._connect()
                 self._send_waiting(client)
             except Exception as e:  # MLflow raises whatever its transport raises; none of it may end a training
-                if failures == 0:
+                if not self._failing:
                     self._on_problem(f"MLflow at {self._uri} fails, records wait in {self.spool}: {_first_line(e)}")
+                self._failing = True
                 self._abandoned.wait(RETRY_SECONDS[min(failures, len(RETRY_SECONDS) - 1)])
                 failures += 1
                 continue
-            failures = 0
+            self._failing, failures = False, 0
             if self._closing.is_set() and not self._spool.unsent():
                 return
             self._wake.wait()
@@ -204,9 +213,12 @@ class Tracker:
                     client.set_tag(self.run_id, MODEL_TAG, source.name)
             case "start":
                 client.update_run(self.run_id, status="RUNNING")
-                # CPU, memory, disk, network and GPUs of this node; ends by itself when the run ends.
-                SystemMetricsMonitor(self.run_id, resume_logging=True, tracking_uri=self._uri).start()
+                # CPU, memory, disk, network and GPUs of this node.
+                self._monitor = SystemMetricsMonitor(self.run_id, resume_logging=True, tracking_uri=self._uri)
+                self._monitor.start()
             case "end":
+                if self._monitor is not None:  # its start may have been sent by an earlier session
+                    self._monitor.finish()
                 client.set_terminated(self.run_id, record["status"])
 
 
