@@ -15,7 +15,7 @@ DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    args = _parser().parse_args(argv)
+    args = _parse(argv)
     try:
         result, lines, code = args.command(args)
     except ConfigError as e:
@@ -29,6 +29,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         print("\n".join(lines))
     return int(code)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse, with KEY=VALUE also after an option, where argparse gives up on positionals."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if any(word.startswith("-") or not hasattr(args, "overrides") for word in rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
+    return args
 
 
 Outcome = tuple[Any, list[str], int]  # for --json, for people, exit code

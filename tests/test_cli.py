@@ -58,8 +58,8 @@ def test_config_prints_yaml_or_json(run: Run, tmp_path: Path) -> None:
     assert code == 0
     (tmp_path / "c.yaml").write_text(out)
     assert load(tmp_path / "c.yaml").train.epochs == 7
-    code, out, _ = run("config", CONFIGS / "digits.yaml", "--json")
-    assert json.loads(out)["model"]["depth"] == 152
+    code, out, _ = run("config", CONFIGS / "digits.yaml", "run.seed=1", "--json", "model.depth=50")
+    assert (json.loads(out)["model"]["depth"], json.loads(out)["run"]["seed"]) == (50, 1)
 
 
 def test_index_counts_and_names_what_it_leaves_out(run: Run, tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ import mlflow
 import pytest
 import torch
 import torch.distributed as dist
+from odd_images import damaged_jpeg, write_odd_folder
 from ranks import context, run_ranks
 
-from pipeline import checkpoint
+from pipeline import checkpoint, runs
 from pipeline.config import ConfigError
 from pipeline.job import Event, Job
 from pipeline.settings import load
@@ -202,3 +203,24 @@ def test_stop_request_saves_and_ends(job: Callable[..., Job]) -> None:
     summary = fit(job("run"), asked)
     assert (summary["status"], summary["step"]) == ("interrupted", 5)
     assert Path(summary["checkpoint"]).name == "step_00000005"
+
+
+def test_training_runs_on_the_rest_of_an_odd_folder(tmp_path: Path) -> None:
+    """From a folder as a user has it, by way of `runs.prepare`: what is left out is named, a broken image too."""
+    images = tmp_path / "images"
+    _, unusable = write_odd_folder(images)
+    (images / "odd" / "damaged.jpg").write_bytes(damaged_jpeg())
+    small = [s for s in FAST if not s.startswith("train.")]
+    settings = ["train.global_batch=8", "train.epochs=3", "train.log_every=1", f"run.storage={tmp_path}/runs"]
+    cfg = load(None, [f"data.train={images}", f"data.val={images}", *small, *settings, "run.name=odd"])
+    events: list[Event] = []
+    job = runs.prepare(cfg, "odd", events.append)
+    left_out = [e["text"] for e in events]
+    assert len(left_out) == 2 * len(unusable)  # of train and of val
+    for path, reason in unusable.items():
+        assert any(str(images / path) in text and reason in text for text in left_out)
+    summary = fit(job, context(events=events))
+    assert (summary["status"], summary["step"]) == ("done", 6)
+    named = [e["text"] for e in events if "a uniform image takes its place" in e.get("text", "")]
+    assert named
+    assert all("odd/damaged.jpg" in text for text in named)
