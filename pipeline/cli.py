@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,10 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("pipeline: interrupted", file=sys.stderr)
         return INTERRUPTED
-    if args.json:
-        print(json.dumps(result))
-    else:
-        print("\n".join(lines))
+    try:
+        print(json.dumps(result) if args.json else "\n".join(lines), flush=True)
+    except BrokenPipeError:  # the reader has gone; Python would complain once more when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return int(code)
 
 

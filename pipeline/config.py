@@ -192,6 +192,14 @@ class Config:
                 f"train.global_batch={train.global_batch}: gives some of cluster.workers={workers} nothing; "
                 f"raise it to {workers} or lower cluster.workers"
             )
+        shares = {train.global_batch // workers, -(-train.global_batch // workers)}
+        smallest = min(n // -(-n // (train.micro_batch or n)) for n in shares)
+        if smallest == 1 and self.data.image_size <= 32:
+            raise ConfigError(
+                f"train.global_batch={train.global_batch}: gives some forward pass a single image, which at "
+                f"data.image_size={self.data.image_size} is one value a channel, too few for BatchNorm; raise it or "
+                "train.micro_batch"
+            )
         if train.steps is None and self.optim.warmup_epochs > train.epochs:
             raise ConfigError(
                 f"optim.warmup_epochs={self.optim.warmup_epochs}: longer than train.epochs={train.epochs}"

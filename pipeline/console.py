@@ -35,7 +35,10 @@ class TrainingView:
             self._bar.stop()
 
     def say(self, text: str) -> None:
-        self._console.print(text, markup=False)
+        try:
+            self._console.print(text, markup=False)
+        except OSError:  # nobody reads any more (a closed pipe or terminal): no reason to end a training
+            self._console.quiet = True
 
     def __call__(self, event: Event) -> None:
         match event["kind"]:

@@ -36,7 +36,7 @@ class Interrupted(KeyboardInterrupt):
 def train(job: Job, watch: Callable[[Event], None]) -> dict[str, Any]:
     """Run a training on a Ray cluster and wait for its end.
 
-    SIGINT or SIGTERM once: checkpoint, then return a summary with status "interrupted".
+    SIGINT, SIGTERM or SIGHUP once: checkpoint, then return a summary with status "interrupted".
 
     Args:
         watch: called with each event in turn, in this thread.
@@ -175,7 +175,7 @@ def _cluster(cfg: Config) -> Iterator[None]:
 
 @contextmanager
 def _signals() -> Iterator[list[str]]:
-    """Collects the name of a first SIGINT or SIGTERM, for the main loop to act on; a second raises Interrupted."""
+    """Collects the name of a first signal to end, for the main loop to act on; a second one raises Interrupted."""
     received: list[str] = []
 
     def handle(number: int, frame: Any) -> None:
@@ -183,7 +183,7 @@ def _signals() -> Iterator[list[str]]:
             raise Interrupted
         received.append(signal.Signals(number).name)
 
-    previous = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    previous = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield received
     finally:

@@ -9,6 +9,7 @@ STORAGE/NAME/
 
 import dataclasses
 import difflib
+import os
 import re
 import time
 from collections.abc import Callable
@@ -44,6 +45,13 @@ def prepare(cfg: Config, label: str, watch: Callable[[Event], None], resume_from
     run = dataclasses.replace(cfg.run, name=name, storage=str(storage))
     cfg = dataclasses.replace(cfg, run=run, data=data)
     run_dir = storage / name
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        os.utime(run_dir)  # as a write would, this fails where the file system is read-only
+    except OSError as e:
+        raise ConfigError(
+            f"run.storage={storage}: cannot be written to ({e.strerror}); name another directory"
+        ) from None
     train_index, train = _index(train_source, run_dir / "index" / "train.arrow", watch)
     val_index, val = _index(val_source, run_dir / "index" / "val.arrow", watch)
     val.with_classes(train.classes)

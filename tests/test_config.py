@@ -80,6 +80,15 @@ def test_wrong_settings_get_one_line_and_exit_code_2(override: str, capsys: pyte
     assert "Traceback" not in err
 
 
+def test_a_single_small_image_in_a_forward_pass_is_refused() -> None:
+    small = [*DATA, "data.image_size=32", "optim.warmup_epochs=0"]
+    for settings in (["train.global_batch=3", "cluster.workers=2"], ["train.global_batch=3", "train.micro_batch=2"]):
+        with pytest.raises(ConfigError, match="too few for BatchNorm"):
+            load(None, [*small, *settings])
+    load(None, [*small, "train.global_batch=33", "train.micro_batch=32"])  # split into 17 and 16
+    load(None, [*DATA, "train.global_batch=2", "cluster.workers=2"])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

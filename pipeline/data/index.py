@@ -98,12 +98,20 @@ class Index:
         return other
 
     def save(self, path: Path) -> None:
-        """Write the index; a reader sees the old file or the new one, never half of it."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Write the index; a reader sees the old file or the new one, never half of it.
+
+        Raises:
+            ConfigError: the place cannot be written to.
+        """
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, self._table.schema) as writer:
-            writer.write_table(self._table.combine_chunks())
-        temporary.replace(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, self._table.schema) as writer:
+                writer.write_table(self._table.combine_chunks())
+            temporary.replace(path)
+        except OSError as e:
+            temporary.unlink(missing_ok=True)
+            raise ConfigError(f"the index cannot be written to {path}: {e.strerror or e}; name another file") from None
 
 
 def load_index(path: Path) -> Index:
