@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from pipeline.config import Config, ConfigError
-from pipeline.settings import dump, load, to_dict
+from pipeline.settings import dump, load, parse_override, to_dict
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 
@@ -21,12 +21,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         result, lines, code = args.command(args)
     except ConfigError as e:
         print(f"pipeline: {e}", file=sys.stderr)
+        if args.json:
+            print(json.dumps({"status": "wrong", "error": str(e)}))
         return WRONG
     except KeyboardInterrupt:
         print("pipeline: interrupted", file=sys.stderr)
         return INTERRUPTED
     try:
-        print(json.dumps(result) if args.json else "\n".join(lines), flush=True)
+        for line in [json.dumps(result)] if args.json else lines:
+            print(line, flush=True)
     except BrokenPipeError:  # the reader has gone; Python would complain once more when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return int(code)
@@ -49,17 +52,18 @@ Outcome = tuple[Any, list[str], int]  # for --json, for people, exit code
 def _train(args: argparse.Namespace) -> Outcome:
     cfg, label, resume_from = _config_to_train(args)
     # Late: Ray, torch and DALI take seconds to import, and a wrong request should be told at once.
-    from pipeline import launch, runs
+    from pipeline import launch, record, runs
     from pipeline.console import TrainingView, summary_lines
 
-    with TrainingView(_people(args)) as view:
-        job = runs.prepare(cfg, label, view, resume_from)
+    with TrainingView(_people(args)) as view, runs.prepare(cfg, label, view, resume_from) as job:
         view.say(f"run {job.cfg.run.name} in {job.run_dir}")
         try:
             summary = launch.train(job, view)
         except launch.TrainingFailedError as e:
+            record.mark_failed(job, str(e))
             return {"status": "failed", "run": job.cfg.run.name, "error": str(e)}, [f"failed: {e}"], FAILED
-    code = INTERRUPTED if summary["status"] == "interrupted" and not job.cfg.run.stop_at_step else DONE
+    summary["seconds"]["launch"] = round(max(0.0, view.ready_s - summary["seconds"]["start-up"]), 3)
+    code = INTERRUPTED if summary["status"] == "interrupted" else DONE
     return summary, summary_lines(summary), code
 
 
@@ -73,7 +77,8 @@ def _config_to_train(args: argparse.Namespace) -> tuple[Config, str, Path | None
         raise ConfigError(f"--resume takes the run's own configuration; leave out {words[0]}")
     from pipeline import runs
 
-    found = runs.find(args.resume, words)
+    given = dict(map(parse_override, words))
+    found = runs.find(args.resume, Path(given.get("run.storage", "runs")), given.get("mlflow.uri"))
     cfg = runs.config_to_resume(found, words)
     return cfg, found.path.parent.parent.name, found.path
 
@@ -104,7 +109,7 @@ def _index(args: argparse.Namespace) -> Outcome:
 def _evaluate(args: argparse.Namespace) -> Outcome:
     from pipeline import infer, runs
 
-    found = runs.find(args.run, args.overrides)
+    found = runs.find(args.run, args.storage, args.mlflow_uri)
     scores = infer.evaluate_checkpoint(found.path, args.data)
     figures = f"top-1 {scores['top1']:.4f}  top-5 {scores['top5']:.4f}  loss {scores['loss']:.4f}"
     text = f"{figures}  on {int(scores['count'])} images"
@@ -114,7 +119,7 @@ def _evaluate(args: argparse.Namespace) -> Outcome:
 def _predict(args: argparse.Namespace) -> Outcome:
     from pipeline import infer, runs
 
-    found = runs.find(args.run, args.overrides)
+    found = runs.find(args.run, args.storage, args.mlflow_uri)
     predictions = infer.predict(found.path, args.images, args.top)
     lines = []
     for one in predictions:
@@ -145,14 +150,8 @@ def _parser() -> argparse.ArgumentParser:
 
     def add_run(command: argparse.ArgumentParser) -> None:
         command.add_argument("run", metavar="RUN", help="a run's name, an MLflow run id, or a checkpoint's path")
-        command.add_argument(
-            "--set",
-            dest="overrides",
-            action="append",
-            default=[],
-            metavar="KEY=VALUE",
-            help="where to look: run.storage, mlflow.uri",
-        )
+        command.add_argument("--storage", type=Path, default=Path("runs"), metavar="DIR", help="where runs lie")
+        command.add_argument("--mlflow-uri", metavar="URI", help="the store that an MLflow run id is looked up in")
 
     train = add("train", _train, "Train; a run.name used before resumes that run.")
     train.add_argument("config", nargs="?", metavar="CONFIG", help="a YAML file (not with --resume)")

@@ -23,7 +23,8 @@ class TrainingView:
         self._bar = Progress(*columns, console=self._console) if self._console.is_terminal else None
         self._task: Any = None
         self._rate, self._num_steps, self._global_batch = 0.0, 0, 0
-        self._started = time.monotonic()
+        self._began = time.monotonic()
+        self.ready_s = 0.0  # until the first session's first step: indexing, Ray's start, the workers' start-up
 
     def __enter__(self) -> "TrainingView":
         if self._bar:
@@ -61,11 +62,12 @@ class TrainingView:
 
     def _start(self, event: Event) -> None:
         self._num_steps, self._global_batch = event["num_steps"], event["global_batch"]
+        self.ready_s = self.ready_s or time.monotonic() - self._began
         where = f"resumed from {event['resumed_from']}" if event["resumed_from"] else "from the start"
         self.say(
             f"session {event['session']}: step {event['step']} of {self._num_steps}, {where}; "
             f"{event['world_size']} workers x {event['num_threads']} threads on {event['device']}, "
-            f"ready after {time.monotonic() - self._started:.1f} s"
+            f"ready after {time.monotonic() - self._began:.1f} s"
         )
         if self._bar and self._task is None:
             self._task = self._bar.add_task("", total=self._num_steps, completed=event["step"])

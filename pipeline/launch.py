@@ -9,10 +9,11 @@ restart fails if a checkpoint in that record was pruned or damaged.
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import psutil
 import ray
 import ray.train
 import ray.train.torch
@@ -22,6 +23,7 @@ from pipeline.job import Context, Event, Job
 from pipeline.link import Link
 
 POLL_SECONDS = 0.1
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 OBJECT_STORE_BYTES = 100 * 2**20  # nothing goes through it but messages
 
 
@@ -156,21 +158,40 @@ def _cluster(cfg: Config) -> Iterator[None]:
             ray.init(address=address, **common)
         else:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            ray.init(
-                address="local",
-                # More workers than cores is slow but works: Ray's CPUs are slots.
-                num_cpus=max(_cores(), cfg.cluster.workers * (cfg.cluster.cpus_per_worker or 1)),
-                object_store_memory=OBJECT_STORE_BYTES,
-                include_dashboard=False,
-                **common,
-            )
+            with _blocked(ENDING_SIGNALS):
+                ray.init(
+                    address="local",
+                    # More workers than cores is slow but works: Ray's CPUs are slots.
+                    num_cpus=max(_cores(), cfg.cluster.workers * (cfg.cluster.cpus_per_worker or 1)),
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    include_dashboard=False,
+                    **common,
+                )
     except (ConnectionError, RuntimeError, ValueError) as e:
         where = f"cluster.address={address}" if address else "Ray on this machine"
         raise ConfigError(f"{where} cannot be reached: {str(e).splitlines()[0]}") from None
+    started = [] if address else psutil.Process().children(recursive=True)
     try:
         yield
     finally:
+        started += [] if address else psutil.Process().children(recursive=True)
         ray.shutdown()
+        for leftover in psutil.wait_procs(started, timeout=3)[1]:  # a second Ctrl-C can catch Ray in between
+            leftover.kill()
+
+
+@contextmanager
+def _blocked(signals: Iterable[signal.Signals]) -> Iterator[None]:
+    """Keep signals from the processes started inside, which inherit the mask.
+
+    `kill`, `timeout` and batch systems may signal the whole process group; Ray must live until the workers
+    have saved a checkpoint. Ray does the same for SIGINT.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
@@ -183,7 +204,7 @@ def _signals() -> Iterator[list[str]]:
             raise Interrupted
         received.append(signal.Signals(number).name)
 
-    previous = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    previous = {s: signal.signal(s, handle) for s in ENDING_SIGNALS}
     try:
         yield received
     finally:

@@ -37,7 +37,13 @@ def make_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:
     ]
     if cfg.name == "adamw":
         return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, fused=True)
-    return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.nesterov, fused=True)
+    sgd = torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.nesterov, fused=True)
+    if cfg.momentum:
+        # torch's fused SGD allocates its buffers without filling them, and a first step that fp16's
+        # scaler skips leaves them so. From zeros the first step is the same: 0 m + g.
+        for p in parameters:
+            sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return sgd
 
 
 def lr_at(step: int, cfg: OptimConfig, schedule: Schedule) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline import checkpoint
 from pipeline.checkpoint import Checkpoint
+from pipeline.config import ConfigError
 from pipeline.data.index import Index
 from pipeline.job import Context, Job
 from pipeline.perf import Ledger
@@ -131,6 +132,7 @@ class Recorder:
         if self._ctx.rank != 0:
             return {}
         cfg, done = self._job.cfg, state.step == self._num_steps
+        asked = cfg.run.stop_at_step is not None and state.step >= cfg.run.stop_at_step
         step_s = self._ledger.total(*STEP_PHASES)
         images = (state.step - self._first_step) * cfg.train.global_batch
         top = checkpoint.best(self._job.checkpoints)
@@ -150,7 +152,7 @@ class Recorder:
         return {
             "run": self._job.run_dir.name,
             "run_dir": str(self._job.run_dir),
-            "status": "done" if done else "interrupted",
+            "status": "done" if done else "stopped" if asked else "interrupted",
             "step": state.step,
             "num_steps": self._num_steps,
             **{name: self._scores.get(name) for name in ("top1", "top5", "loss")},
@@ -168,17 +170,42 @@ class Recorder:
         self._tracker.folder(saved.path, f"checkpoints/{saved.path.name}")
 
 
+def read_identity(run_dir: Path) -> dict[str, Any] | None:
+    """What run.json says: "training_id", which finds the MLflow run, and "sessions"; None for a new run.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    path = run_dir / "run.json"
+    if not path.exists():
+        return None
+    try:
+        identity = json.loads(path.read_text())
+        return {"training_id": str(identity["training_id"]), "sessions": int(identity["sessions"])}
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"{path} is damaged; delete it to go on in a new MLflow run") from None
+
+
 def _next_session(run_dir: Path) -> dict[str, Any]:
     """The training's identity, with this session counted; a new run directory is a new training."""
     path = run_dir / "run.json"
-    identity: dict[str, Any] = {"training_id": uuid.uuid4().hex, "sessions": 0}
-    if path.exists():
-        identity = json.loads(path.read_text())
+    identity = read_identity(run_dir) or {"training_id": uuid.uuid4().hex, "sessions": 0}
     identity["sessions"] += 1
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(identity))
     temporary.replace(path)
     return identity
+
+
+def mark_failed(job: Job, reason: str) -> None:
+    """Tell MLflow that a training has ended in failure, from outside it: its workers may be dead."""
+    identity = read_identity(job.run_dir)
+    if identity is None:
+        return
+    uri = tracking_uri(job.cfg.mlflow.uri, job.run_dir.parent)
+    tracker = Tracker(job.cfg.mlflow, uri, job.run_dir, training_id=identity["training_id"], on_problem=lambda _: None)
+    tracker.tags({"pipeline.failure": reason[:500]})
+    tracker.close("FAILED", PATIENCE_BEFORE_RESTART_S)
 
 
 def _path(saved: Checkpoint | None) -> str | None:

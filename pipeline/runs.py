@@ -9,10 +9,13 @@ STORAGE/NAME/
 
 import dataclasses
 import difflib
+import fcntl
 import os
 import re
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +25,23 @@ from pipeline.config import Config, ConfigError
 from pipeline.data.index import Index, build_index, load_index
 from pipeline.data.sampling import steps_per_epoch
 from pipeline.job import Event, Job
-from pipeline.settings import load, parse_override
+from pipeline.record import read_identity
+from pipeline.settings import load
 from pipeline.tracking import find_run_dir, tracking_uri
 
 MAX_NAMED = 20  # refused files that are named one by one
 
 
-def prepare(cfg: Config, label: str, watch: Callable[[Event], None], resume_from: Path | None = None) -> Job:
-    """Make or reopen the run that `cfg` describes: its name, its directory, its indexes.
+@contextmanager
+def prepare(cfg: Config, label: str, watch: Callable[[Event], None], resume_from: Path | None = None) -> Iterator[Job]:
+    """Make or reopen the run that `cfg` describes, its name, directory and indexes, and hold it for this process.
 
     Args:
         label: what a run without a name is called, before the time.
         resume_from: a checkpoint to begin with, where the run has none.
 
     Raises:
-        ConfigError: data that cannot be trained on.
+        ConfigError: data that cannot be trained on, or another process that trains the run.
     """
     name = cfg.run.name or f"{label}-{time.strftime('%Y%m%d-%H%M%S')}"
     storage = Path(cfg.run.storage).absolute()
@@ -52,14 +57,34 @@ def prepare(cfg: Config, label: str, watch: Callable[[Event], None], resume_from
         raise ConfigError(
             f"run.storage={storage}: cannot be written to ({e.strerror}); name another directory"
         ) from None
-    train_index, train = _index(train_source, run_dir / "index" / "train.arrow", watch)
-    val_index, val = _index(val_source, run_dir / "index" / "val.arrow", watch)
-    val.with_classes(train.classes)
-    try:
-        steps_per_epoch(len(train), cfg.train.global_batch)
-    except ValueError as e:
-        raise ConfigError(str(e)) from None
-    return Job(cfg, run_dir, train_index, val_index, resume_from)
+    with _held(run_dir):
+        read_identity(run_dir)  # tells of damage before any worker is started
+        train_index, train = _index(train_source, run_dir / "index" / "train.arrow", watch)
+        val_index, val = _index(val_source, run_dir / "index" / "val.arrow", watch)
+        val.with_classes(train.classes)
+        try:
+            steps_per_epoch(len(train), cfg.train.global_batch)
+        except ValueError as e:
+            raise ConfigError(str(e)) from None
+        yield Job(cfg, run_dir, train_index, val_index, resume_from)
+
+
+@contextmanager
+def _held(run_dir: Path) -> Iterator[None]:
+    """Keep other processes from training the run; the lock goes with the process, however it ends."""
+    with (run_dir / "lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise ConfigError(
+                f"run.name={run_dir.name}: is being trained by {file.read() or 'another process'}; wait for its end, "
+                "or use another name"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
 
 
 def _index(source: Path, to: Path, watch: Callable[[Event], None]) -> tuple[Path, Index]:
@@ -75,27 +100,26 @@ def _index(source: Path, to: Path, watch: Callable[[Event], None]) -> tuple[Path
     return to, index
 
 
-def find(reference: str, overrides: list[str]) -> Checkpoint:
+def find(reference: str, storage: Path, mlflow_uri: str | None) -> Checkpoint:
     """The checkpoint that a user means by a run's name, an MLflow run id, or a path.
 
     A run stands for its newest valid checkpoint.
 
     Args:
-        overrides: `key=value` strings, of which run.storage and mlflow.uri say where to look.
+        storage: where runs lie.
+        mlflow_uri: the store to look an MLflow run id up in; None is the usual one of `storage`.
 
     Raises:
         ConfigError: nothing of that name, or no valid checkpoint in it.
     """
-    given = dict(map(parse_override, overrides))
-    storage = Path(given.get("run.storage", "runs")).absolute()
-    path = Path(reference)
+    storage, path = storage.absolute(), Path(reference)
     if (path / checkpoint.META).exists():
         return _read(path.absolute())
     for run_dir in (storage / reference, path.absolute()):
         if (run_dir / "checkpoints").is_dir():
             return _newest(run_dir)
     if re.fullmatch(r"[0-9a-f]{32}", reference):  # the form of an MLflow run id
-        logged = find_run_dir(tracking_uri(given.get("mlflow.uri"), storage), reference)
+        logged = find_run_dir(tracking_uri(mlflow_uri, storage), reference)
         if logged is not None:
             return _newest(logged)
     known = sorted(p.parent.name for p in storage.glob("*/checkpoints"))

@@ -27,7 +27,8 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: an unreadable file, or a wrong key, type or value.
     """
-    settings = [] if path is None else list(_leaves(_read_yaml(Path(path))))
+    content = {} if path is None else _read_yaml(Path(path))
+    settings = list(_leaves({k: v for k, v in content.items() if v is not None}))  # "train:" alone says nothing
     merged = OmegaConf.structured(Config)
     for key, value in [*settings, *map(parse_override, overrides)]:  # one at a time: the culprit is known
         try:

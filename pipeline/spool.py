@@ -3,6 +3,7 @@
 import json
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,24 @@ class Spool:
     after a fault are not logged again (their values are the same: training is deterministic).
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, on_problem: Callable[[str], None]):
         folder.mkdir(parents=True, exist_ok=True)
         self.path, self._sent_path = folder / "spool.jsonl", folder / "sent.json"
-        sent = json.loads(self._sent_path.read_text()) if self._sent_path.exists() else {}
-        self._sent: int = sent.get("bytes", 0)
-        self._last_step: dict[str, int] = sent.get("last_step", {})
+        sent = _parse(self._sent_path.read_bytes()) if self._sent_path.exists() else None
+        self._sent: int = (sent or {}).get("bytes", 0)
+        self._last_step: dict[str, int] = (sent or {}).get("last_step", {})
         self._lock = threading.Lock()
         self._file = self.path.open("a+b")
         self._file.seek(self._sent)
-        whole = self._file.read().rpartition(b"\n")
-        self._file.truncate(self._sent + len(whole[0] + whole[1]))  # a killed process may leave half a line
-        for line in whole[0].splitlines():
-            self._note_steps(json.loads(line))
+        lines = self._file.read().rpartition(b"\n")[0].splitlines()  # a killed process may leave half a line
+        records = [record for line in lines if (record := _parse(line)) is not None]
+        if len(records) < len(lines):
+            on_problem(f"{len(lines) - len(records)} unreadable lines of {self.path} are left out")
+        self._file.truncate(self._sent)
+        self._file.writelines(json.dumps(record).encode() + b"\n" for record in records)
+        self._file.flush()
+        for record in records:
+            self._note_steps(record)
 
     def append(self, record: Record) -> None:
         with self._lock:
@@ -67,3 +73,11 @@ class Spool:
     def _note_steps(self, record: Record) -> None:
         if record["kind"] == "metrics":
             self._last_step.update(dict.fromkeys(record["values"], record["step"]))
+
+
+def _parse(line: bytes) -> Record | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None

@@ -52,7 +52,7 @@ class Tracker:
         self.experiment_id: str | None = None
         self._cfg, self._uri, self._run_dir = cfg, uri, run_dir
         self._training_id, self._on_problem = training_id, on_problem
-        self._spool = Spool(run_dir / "mlflow")
+        self._spool = Spool(run_dir / "mlflow", on_problem)
         self._wake, self._closing, self._abandoned = threading.Event(), threading.Event(), threading.Event()
         self._failing = False
         self._monitor: Any = None

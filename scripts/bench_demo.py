@@ -61,7 +61,8 @@ def whole(cfg: Config) -> float:
         if event["kind"] == "step":
             rates.append(event["perf/images_per_s"])
 
-    launch.train(runs.prepare(cfg, "bench", watch), watch)
+    with runs.prepare(cfg, "bench", watch) as job:
+        launch.train(job, watch)
     return statistics.harmonic_mean(rates[1:])
 
 

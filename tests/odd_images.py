@@ -53,7 +53,7 @@ def write_odd_folder(root: Path) -> tuple[set[str], dict[str, str]]:
     }
     unusable = {
         "odd/empty.jpg": (b"", "empty file"),
-        "odd/text.jpg": (b"this is not an image\n", "cannot identify image file"),
+        "odd/text.jpg": (b"this is not an image\n", "not an image in a known format"),
         "odd/truncated.jpg": (encode(picture(), "JPEG", quality=95)[:1000], "truncated"),
         "odd/truncated.png": (encode(picture(), "PNG")[:2000], "truncated"),
         "odd/animation.png": (encode(picture().convert("P"), "GIF"), "format GIF is not decoded by DALI"),

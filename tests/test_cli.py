@@ -50,7 +50,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 def storage(trained: dict[str, Any]) -> str:
-    return f"run.storage={Path(trained['run_dir']).parent}"
+    return str(Path(trained["run_dir"]).parent)
 
 
 def test_config_prints_yaml_or_json(run: Run, tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_index_counts_and_names_what_it_leaves_out(run: Run, tmp_path: Path) -> 
 def test_evaluate_repeats_the_trainings_figures(
     run: Run, trained: dict[str, Any], digits: Path, tmp_path: Path
 ) -> None:
-    code, out, _ = run("evaluate", "small", "--set", storage(trained), "--json")
+    code, out, _ = run("evaluate", "small", "--storage", storage(trained), "--json")
     found = json.loads(out)
     assert code == 0
     assert found["count"] == 360
@@ -87,7 +87,7 @@ def test_evaluate_repeats_the_trainings_figures(
     assert found["checkpoint"] == trained["checkpoint"]
     for reference in (trained["run_dir"], trained["checkpoint"]):
         assert json.loads(run("evaluate", reference, "--json")[1]) == found
-    by_id = run("evaluate", trained["mlflow_run_id"], "--set", storage(trained), "--json")
+    by_id = run("evaluate", trained["mlflow_run_id"], "--storage", storage(trained), "--json")
     assert json.loads(by_id[1]) == found
     code, out, _ = run("evaluate", trained["run_dir"], "--data", digits / "train")
     assert code == 0
@@ -129,10 +129,10 @@ def test_predict_names_a_class_for_each_image(run: Run, trained: dict[str, Any],
 
 
 def test_unknown_runs_name_the_nearest(run: Run, trained: dict[str, Any]) -> None:
-    code, _, err = run("evaluate", "smal", "--set", storage(trained))
+    code, _, err = run("evaluate", "smal", "--storage", storage(trained))
     assert (code, err.count("\n")) == (2, 1)
     assert "did you mean small?" in err
-    code, _, err = run("train", "--resume", "nothing-like-it", storage(trained))
+    code, _, err = run("train", "--resume", "nothing-like-it", f"run.storage={storage(trained)}")
     assert (code, err.count("\n")) == (2, 1)
     assert "runs there: small" in err
 
@@ -144,8 +144,8 @@ def test_unknown_runs_name_the_nearest(run: Run, trained: dict[str, Any]) -> Non
         (["train", "train.epochs=3"], "name a config file"),
         (["train", "configs/none.yaml"], "no config file configs/none.yaml"),
         (["train", "configs/digits.yaml", "--resume", "x"], "leave out configs/digits.yaml"),
-        (["train", "configs/digits.yaml", "data.train=/none"], "/none is not an index file"),
-        (["evaluate", "x", "--set", "nonsense"], "'nonsense' is not an override"),
+        (["train", "configs/digits.yaml", "data.train=/none"], "no folder or index file /none"),
+        (["train", "--resume", "x", "nonsense"], "leave out nonsense"),
     ],
 )
 def test_wrong_commands_get_one_line(run: Run, args: list[str], message: str) -> None:

@@ -140,6 +140,22 @@ def test_fp16_skips_an_overflowing_step_and_lowers_its_scale() -> None:
     assert scale == 2.0**16
 
 
+def test_a_skipped_first_step_leaves_no_trace() -> None:
+    """torch's fused SGD would go on from uninitialised momentum."""
+    cfg = config("train.precision=fp16", "train.global_batch=12")
+    skipped, plain = norm_free_state(cfg), norm_free_state(cfg)
+    junk = [torch.full_like(p, float("nan")) for p in plain.model.parameters()]
+    del junk  # what uninitialised memory would likely hold
+    first, second = random_batch(), random_batch()
+    skipped.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    train_step(skipped, skipped.model, first, cfg.train, lr=0.1, world_size=1)
+    skipped.scaler = torch.amp.GradScaler("cpu")
+    for state in (skipped, plain):
+        train_step(state, state.model, second, cfg.train, lr=0.1, world_size=1)
+    for mine, other in zip(skipped.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(mine, other)
+
+
 def test_bf16_computes_in_bf16_and_keeps_fp32_weights() -> None:
     cfg = config("train.precision=bf16", "train.global_batch=12")
     state = norm_free_state(cfg)

@@ -21,14 +21,14 @@ def metric(step: int, value: float = 0.0, name: str = "loss") -> dict[str, objec
 
 
 def test_spool_keeps_order_and_survives_its_process(tmp_path: Path) -> None:
-    spool = Spool(tmp_path)
+    spool = Spool(tmp_path, pytest.fail)
     for step in (1, 2, 3):
         spool.append(metric(step))
     spool.mark_sent(spool.unsent()[0][1])
     spool.close()
     with spool.path.open("ab") as f:
         f.write(b'{"kind": "metr')  # a process killed while writing
-    reopened = Spool(tmp_path)
+    reopened = Spool(tmp_path, pytest.fail)
     assert [r["step"] for r, _ in reopened.unsent()] == [2, 3]
     reopened.append(metric(4))
     assert [r["step"] for r, _ in reopened.unsent()] == [2, 3, 4]
@@ -36,7 +36,7 @@ def test_spool_keeps_order_and_survives_its_process(tmp_path: Path) -> None:
 
 
 def test_spool_drops_steps_that_were_logged_before(tmp_path: Path) -> None:
-    spool = Spool(tmp_path)
+    spool = Spool(tmp_path, pytest.fail)
     spool.append(metric(10))
     spool.append(metric(20))
     spool.mark_sent(spool.unsent()[-1][1])
@@ -45,10 +45,25 @@ def test_spool_drops_steps_that_were_logged_before(tmp_path: Path) -> None:
     spool.append(metric(30))
     spool.append(metric(10, name="other"))
     spool.close()
-    reopened = Spool(tmp_path)
+    reopened = Spool(tmp_path, pytest.fail)
     reopened.append(metric(30))
     values = [(r["step"], r["values"]) for r, _ in reopened.unsent() if r["values"]]
     assert values == [(30, {"loss": 0.0}), (10, {"other": 0.0})]
+    reopened.close()
+
+
+def test_spool_leaves_out_what_it_cannot_read(tmp_path: Path) -> None:
+    spool = Spool(tmp_path, pytest.fail)
+    spool.append(metric(1))
+    spool.close()
+    with spool.path.open("ab") as f:
+        f.write(b"garbage\n")
+    problems: list[str] = []
+    reopened = Spool(tmp_path, problems.append)
+    reopened.append(metric(2))
+    assert [r["step"] for r, _ in reopened.unsent()] == [1, 2]
+    assert len(problems) == 1
+    assert "1 unreadable lines of" in problems[0]
     reopened.close()
 
 

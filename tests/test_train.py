@@ -73,7 +73,7 @@ def train_and_resume(rank: int, world_size: int, whole: Job, parts: Job) -> None
     _barrier()
     stopped = dataclasses.replace(parts, cfg=dataclasses.replace(parts.cfg, run=_stop_at(parts, 17)))
     summary = fit(stopped, context(rank, world_size))
-    assert rank > 0 or (summary["step"], summary["status"]) == (17, "interrupted")
+    assert rank > 0 or (summary["step"], summary["status"]) == (17, "stopped")
     _barrier()
     events: list[Event] = []
     fit(parts, context(rank, world_size, events))
@@ -214,8 +214,13 @@ def test_training_runs_on_the_rest_of_an_odd_folder(tmp_path: Path) -> None:
     settings = ["train.global_batch=8", "train.epochs=3", "train.log_every=1", f"run.storage={tmp_path}/runs"]
     cfg = load(None, [f"data.train={images}", f"data.val={images}", *small, *settings, "run.name=odd"])
     events: list[Event] = []
-    job = runs.prepare(cfg, "odd", events.append)
-    left_out = [e["text"] for e in events]
+    with runs.prepare(cfg, "odd", events.append) as job:
+        left_out = [e["text"] for e in events]
+        with (
+            pytest.raises(ConfigError, match=r"run.name=odd: is being trained by process \d+"),
+            runs.prepare(cfg, "odd", print),
+        ):
+            pass
     assert len(left_out) == 2 * len(unusable)  # of train and of val
     for path, reason in unusable.items():
         assert any(str(images / path) in text and reason in text for text in left_out)

@@ -7,14 +7,14 @@ refuses by name what cannot be trained on. The rest of the program knows rows al
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from pipeline.config import ConfigError
 
@@ -120,6 +120,8 @@ def load_index(path: Path) -> Index:
     Raises:
         ConfigError: not an index, or of another format version.
     """
+    if not path.is_file():
+        raise ConfigError(f"no folder or index file {path}")
     try:
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         version = (table.schema.metadata or {}).get(b"pipeline.index")
@@ -189,19 +191,23 @@ def index_files(paths: list[Path]) -> tuple[Index | None, list[Refused]]:
     return (Index(_table(rows, Path(), ["unlabelled"])) if rows else None), refused
 
 
-def _images_below(folder: Path) -> Iterable[Path]:
-    return (
-        Path(parent) / name
-        for parent, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
-    )
+def _images_below(folder: Path) -> Iterator[Path]:
+    """Image files at any depth, through links to folders, but no folder twice: a link may lead to its own parent."""
+    seen: set[str] = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(parent))
+        folders[:] = sorted(f for f in folders if os.path.realpath(Path(parent) / f) not in seen)
+        for name in names:
+            if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."):
+                yield Path(parent) / name
 
 
 def read_header(path: Path) -> tuple[int, int, int] | Refused:
     """(bytes, height, width) of an image file, or why it cannot be trained on. Reads no pixels of a sound file."""
     try:
         str(path).encode()
+        if not path.is_file():
+            return Refused(str(path), "not a file" if path.exists() else "no such file")
         with path.open("rb") as f:
             size = f.seek(0, os.SEEK_END)
             if size == 0:
@@ -221,6 +227,8 @@ def read_header(path: Path) -> tuple[int, int, int] | Refused:
                     image.load()  # raises where the file is cut off
     except UnicodeEncodeError:
         return Refused(repr(str(path)), "the name is not UTF-8; rename it")
+    except UnidentifiedImageError:
+        return Refused(str(path), "not an image in a known format")
     except Exception as e:  # PIL raises what its format plug-ins raise: OSError, SyntaxError, struct.error, ...
         return Refused(str(path), f"not a readable image ({e})")
     return size, height, width
