@@ -18,7 +18,7 @@ from test_train import differences
 
 from pipeline import checkpoint
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]  # three sessions in one test, on a busy machine
 
 ROOT = Path(__file__).parent.parent
 PIPELINE = str(Path(sys.executable).parent / "pipeline")
@@ -105,7 +105,7 @@ def test_train_tells_its_progress_and_its_result(undisturbed: tuple[dict[str, An
 def test_stopped_twice_and_resumed_is_bitwise_the_same(
     command: Command, start: Start, storage: Path, undisturbed: tuple[dict[str, Any], str]
 ) -> None:
-    """Ctrl-C, which a terminal sends to the whole process group; SIGTERM to the driver; then to the end."""
+    """Ctrl-C as a terminal sends it, SIGTERM as `timeout` does, both to the whole process group; then to the end."""
     process = start(command("parts"))
     read_until(process, "step ")
     os.killpg(process.pid, signal.SIGINT)
@@ -119,7 +119,7 @@ def test_stopped_twice_and_resumed_is_bitwise_the_same(
     process = start(command("parts"))
     read_until(process, f"session 2: step {first.group(1)} of 60, resumed from")
     read_until(process, "step ")
-    process.terminate()
+    os.killpg(process.pid, signal.SIGTERM)
     code, out, err = finish(process)
     assert code == 130, out + err
     assert re.search(r"interrupted at step \d+ of 60", out)
@@ -154,6 +154,21 @@ def test_a_killed_worker_is_replaced_and_nothing_changes(
     assert re.search(r"warning: worker 1 failed: .*died", out), out
     assert re.search(r"session 2: step \d+ of 60, resumed from", out)
     assert differences(state_of(storage / "whole"), state_of(storage / "hurt")) == []
+
+
+def test_a_second_signal_stops_at_once_and_leaves_no_process(command: Command, start: Start) -> None:
+    process = start(command("hasty", "train.steps=5000", "train.log_every=1000"))
+    read_until(process, "session 1")
+    started = descendants(process.pid)
+    assert any("RayTrainWorker" in command_line(pid) for pid in started)
+    os.killpg(process.pid, signal.SIGINT)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)
+    begin = time.monotonic()
+    code, out, err = finish(process)
+    assert code == 130, out + err
+    assert time.monotonic() - begin < 20
+    assert [command_line(pid) for pid in started if command_line(pid)] == []
 
 
 def test_an_error_that_a_restart_would_meet_again_ends_at_once(command: Command, start: Start) -> None:
