@@ -1,5 +1,6 @@
 """The loaders: global batches that do not depend on ranks or resumes, pixels, and broken images."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -201,6 +202,14 @@ def test_too_many_broken_images_stop_the_run(partly_broken: Path) -> None:
     train = TrainLoader(index, cfg, Place(0, 1, CPU, 1), lambda *_: None, global_batch=10, seed=0)
     with pytest.raises(BadDataError, match=r"3 of 40 images in .* are broken.*: a/03\.jpg, a/17\.jpg, a/18\.jpg"):
         list(train.from_step(0, 8))
+
+
+def test_data_that_vanishes_stops_the_run(tmp_path: Path) -> None:
+    write_odd_folder(tmp_path)
+    index, _ = build_index(tmp_path)
+    shutil.rmtree(tmp_path)
+    with pytest.raises(BadDataError, match=r"2 of 15 images in .* are broken"):
+        list(EvalLoader(index, SMALL, Place(0, 1, CPU, 1), lambda *_: None, batch=4))
 
 
 def test_a_deleted_file_is_a_broken_image(tmp_path: Path) -> None:

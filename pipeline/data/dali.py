@@ -101,7 +101,9 @@ class Decoder:
                 images = self._run(pipe)
             except StopIteration:
                 return
-            except RuntimeError:  # a broken image: redo what the dead pipeline had in flight, go on with a new one
+            except RuntimeError as e:  # a broken image: redo what the dead pipeline had in flight, then go on anew
+                if isinstance(e, BadDataError) or not in_flight:
+                    raise
                 pipe = self._build(source, self._max_batch)
                 while in_flight:
                     request, encoded = in_flight.popleft()
