@@ -1,11 +1,12 @@
-"""What the whole pipeline costs: the demo's training beside the bare network on synthetic tensors.
+"""What the pipeline costs: the demo's training beside the bare network on synthetic tensors.
 
-    python scripts/bench_demo.py [--rounds 3] [--threads 2] [key=value ...]
+    python scripts/bench_demo.py [--windows 20] [--threads 2] [--json] [key=value ...]
 
-Each round trains twice, one after the other: a plain torch loop over one random batch that is
-already decoded, and `pipeline train` of configs/digits.yaml on one Ray worker, with DALI, MLflow and
-checkpoints on. Same network, batch, precision, optimizer and threads. Evaluation, checkpoints and the
-first window of steps (warm-up) are left out of both; the ratio's median and range are what counts.
+One process trains configs/digits.yaml through `fit` (index, DALI, mixed precision, MLflow on SQLite),
+and between two logged steps runs as many steps of a plain torch loop over one batch that is already
+decoded, so that both meet the same machine within seconds. Same network, batch, precision, optimizer
+and threads. Evaluation and checkpoints are left out, and so is Ray, whose part in a step is one
+message at a logged step. Each window gives a ratio; their median and quartiles are what counts.
 """
 
 import argparse
@@ -14,84 +15,100 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from pipeline import launch, runs
+from pipeline import runs
 from pipeline.config import Config
-from pipeline.job import Event
+from pipeline.job import Context, Event
 from pipeline.model import ResNet
 from pipeline.optim import make_optimizer
 from pipeline.settings import load
 from pipeline.step import autocast
+from pipeline.train import fit
 
 CONFIG = Path(__file__).parent.parent / "configs" / "digits.yaml"
 NUM_CLASSES = 10
+WINDOW = 4  # steps
+CPU = torch.device("cpu")
 
 
-def bare(cfg: Config, num_steps: int, warm_up: int) -> float:
-    """Images per second of forward, backward and update alone."""
-    torch.manual_seed(0)
-    cpu = torch.device("cpu")
-    model = ResNet(cfg.model, NUM_CLASSES).to(memory_format=torch.channels_last)
-    optimizer = make_optimizer(model, cfg.optim)
-    size = cfg.data.image_size
-    images = torch.randint(0, 256, (cfg.train.global_batch, 3, size, size), dtype=torch.uint8)
-    images = images.contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(0, NUM_CLASSES, (cfg.train.global_batch,))
-    started = 0.0
-    for step in range(num_steps):
-        if step == warm_up:
-            started = time.perf_counter()
-        optimizer.zero_grad(set_to_none=True)
-        with autocast(cfg.train.precision, cpu):
-            logits = model(images)
-        F.cross_entropy(logits.float(), labels, label_smoothing=cfg.train.label_smoothing).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-    return (num_steps - warm_up) * cfg.train.global_batch / (time.perf_counter() - started)
+class Bare:
+    """Forward, backward and update of the demo's network on one random batch."""
+
+    def __init__(self, cfg: Config):
+        self._cfg = cfg
+        self._model = ResNet(cfg.model, NUM_CLASSES).to(memory_format=torch.channels_last)
+        self._optimizer = make_optimizer(self._model, cfg.optim)
+        size, batch = cfg.data.image_size, cfg.train.global_batch
+        images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8)
+        self._images = images.contiguous(memory_format=torch.channels_last)
+        self._labels = torch.randint(0, NUM_CLASSES, (batch,))
+
+    def seconds(self, num_steps: int) -> float:
+        started = time.perf_counter()
+        for _ in range(num_steps):
+            self._optimizer.zero_grad(set_to_none=True)
+            with autocast(self._cfg.train.precision, CPU):
+                logits = self._model(self._images)
+            loss = F.cross_entropy(logits.float(), self._labels, label_smoothing=self._cfg.train.label_smoothing)
+            loss.backward()  # type: ignore[no-untyped-call]
+            self._optimizer.step()
+        return time.perf_counter() - started
 
 
-def whole(cfg: Config) -> float:
-    """Images per second of the pipeline's steps, by its own events, without the first window."""
-    rates: list[float] = []
+def measure(cfg: Config, num_threads: int) -> list[tuple[float, float]]:
+    """(pipeline, bare) seconds of each window; the first one, in which both warm up, is left out."""
+    bare, windows = Bare(cfg), list[tuple[float, float]]()
+    since = 0.0
 
     def watch(event: Event) -> None:
+        nonlocal since
         if event["kind"] == "step":
-            rates.append(event["perf/images_per_s"])
+            pipeline = time.perf_counter() - since
+            windows.append((pipeline, bare.seconds(WINDOW)))
+            since = time.perf_counter()
 
     with runs.prepare(cfg, "bench", watch) as job:
-        launch.train(job, watch)
-    return statistics.harmonic_mean(rates[1:])
+        fit(job, Context(0, 1, CPU, num_threads, watch, lambda: False))
+    return windows[1:]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--windows", type=int, default=20, help=f"of {WINDOW} steps")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true", help="figures as one JSON object")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    rounds: list[dict[str, Any]] = []
+    steps = (args.windows + 1) * WINDOW
     with tempfile.TemporaryDirectory() as storage:
-        fixed = ["cluster.workers=1", f"cluster.cpus_per_worker={args.threads}", f"run.storage={storage}"]
-        cfg = load(CONFIG, ["train.steps=40", "mlflow.log_model=false", *fixed, *args.overrides])
-        assert cfg.train.steps is not None
-        for _ in range(args.rounds):
-            one = {"bare": bare(cfg, cfg.train.steps, cfg.train.log_every), "whole": whole(cfg)}
-            rounds.append({**one, "ratio": one["whole"] / one["bare"]})
-            if not args.json:
-                print("  ".join(f"{name} {value:.3g}" for name, value in rounds[-1].items()), flush=True)
-    result = {name: statistics.median(r[name] for r in rounds) for name in ("bare", "whole", "ratio")}
-    spread = [min(r["ratio"] for r in rounds), max(r["ratio"] for r in rounds)]
+        fixed = [
+            f"train.steps={steps}",
+            f"train.log_every={WINDOW}",
+            "checkpoint.every=1000000",
+            "train.eval_every=1000",
+        ]
+        place = [f"run.storage={storage}", "cluster.workers=1", "mlflow.log_model=false", "mlflow.checkpoints=none"]
+        windows = measure(load(CONFIG, [*fixed, *place, *args.overrides]), args.threads)
+    images = WINDOW * load(CONFIG, args.overrides).train.global_batch
+    quartiles = statistics.quantiles([bare / pipeline for pipeline, bare in windows], n=4)
+    result = {
+        "pipeline_images_per_s": statistics.median(images / pipeline for pipeline, _ in windows),
+        "bare_images_per_s": statistics.median(images / bare for _, bare in windows),
+        "ratio": quartiles[1],
+        "ratio_quartiles": [quartiles[0], quartiles[2]],
+        "windows": len(windows),
+    }
     if args.json:
-        print(json.dumps({**result, "ratio_range": spread, "rounds": rounds}))
+        print(json.dumps(result))
     else:
         print(
-            f"median: bare {result['bare']:.1f} images/s, whole {result['whole']:.1f} images/s, "
-            f"ratio {result['ratio']:.3f} ({spread[0]:.3f} to {spread[1]:.3f})"
+            f"{len(windows)} windows of {WINDOW} steps: pipeline {result['pipeline_images_per_s']:.1f} images/s, "
+            f"bare {result['bare_images_per_s']:.1f} images/s, "
+            f"ratio {quartiles[1]:.3f} (quartiles {quartiles[0]:.3f} to {quartiles[2]:.3f})"
         )
 
 
