@@ -105,7 +105,9 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
         f"  checkpoint  {summary['checkpoint']}",
         f"  MLflow run  {run_id or 'not reached'}",
     ]
-    if uri.startswith("sqlite:"):
+    if run_id is None:
+        lines.append(f"  to send it  pipeline train --resume {summary['run_dir']}")
+    elif uri.startswith("sqlite:"):
         lines.append(f"  look at it  mlflow ui --port 5000 --backend-store-uri {uri}")
         lines.append(f"              then open http://127.0.0.1:5000/{place}")
     else:

@@ -33,7 +33,7 @@ class BasicBlock(nn.Module):
 
     def __init__(self, in_planes: int, planes: int, stride: int, stride_on: str, downsample: nn.Module | None):
         super().__init__()
-        # The first convolution of this block is its 3x3 and its first one alike: both variants agree.
+        # `stride_on` makes no difference here: the block's first convolution is a 3x3 in both variants.
         self.conv1 = conv3x3(in_planes, planes, stride)
         self.bn1 = nn.BatchNorm2d(planes)
         self.conv2 = conv3x3(planes, planes)
