@@ -5,8 +5,9 @@
         config.yaml   the resolved configuration
         meta.json     format, SHA-256 and size of each file, versions, index fingerprint, metrics, ids
 
-It is written under a temporary name, fsynced, and renamed: a crash leaves a temporary behind, never
-half a checkpoint. Which one to resume from is found by reading the storage, not by anyone's records.
+In a directory it is written under a temporary name, fsynced, and renamed; in an object store meta.json
+comes last. So a crash leaves something behind that has no meta.json, never half a checkpoint that has one.
+Which one to resume from is found by reading the storage, not by anyone's records.
 """
 
 import hashlib
@@ -27,6 +28,7 @@ from pipeline.config import Config, ConfigError
 from pipeline.model import ResNet
 from pipeline.settings import dump, flatten, load
 from pipeline.state import TrainState, load_weights
+from pipeline.storage import Storage, fsync
 
 FORMAT = 1
 STREAM_KEYS = ("run.seed", "train.global_batch")  # with the step they say which images come next
@@ -37,10 +39,18 @@ class CheckpointError(RuntimeError):
     """A checkpoint that must not be loaded; the text says which and why."""
 
 
+class IncompleteError(CheckpointError):
+    """A checkpoint that was never finished: it has no meta.json."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose files are what its meta.json says."""
+    """A checkpoint whose files were what its meta.json says.
 
+    place: where it lies. path: the same files on this machine.
+    """
+
+    place: Storage
     path: Path
     meta: dict[str, Any]
 
@@ -60,74 +70,114 @@ class Checkpoint:
         return loaded
 
 
-def save(folder: Path, state: TrainState, cfg: Config, meta: dict[str, Any]) -> Checkpoint:
-    """Write `state` to `folder/step_NNNNNNNN`, replacing what has that name.
+def save(folder: Storage, state: dict[str, Any], cfg: Config, meta: dict[str, Any]) -> Checkpoint:
+    """Write a checkpoint into `folder`, which must exist.
 
     Args:
-        meta: what else to remember: "fingerprint" of the training index, "classes", "metrics" of an evaluation
-            at this step, "training_id" and "mlflow_run_id".
+        state: of `TrainState.state_dict()`; nothing may change it meanwhile.
+        meta: what else belongs into meta.json: "fingerprint", "classes", "metrics", "training_id".
 
     Raises:
-        OSError: the disk is full or gone; nothing of that name has changed.
+        OSError: it could not be written; nothing is left of it, or nothing with a meta.json.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"step_{state.step:08d}"
-    temporary = folder / f".{target.name}.{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    name = f"step_{state['step']:08d}"
+    place, staging = folder / name, folder.scratch / f".{name}.{os.getpid()}"
+    if not folder.local:  # a local folder that has vanished, as with its mount, must not be made anew
+        folder.scratch.mkdir(parents=True, exist_ok=True)
     try:
-        torch.save(state.state_dict(), temporary / STATE)
-        (temporary / CONFIG).write_text(dump(cfg))
-        files = {name: _digest(temporary / name) for name in (STATE, CONFIG)}
-        full_meta = {"format": FORMAT, "step": state.step, "files": files, **_provenance(), **meta}
-        (temporary / META).write_text(json.dumps(full_meta, indent=2))
-        for name in (STATE, CONFIG, META):
-            _fsync(temporary / name)
-        _fsync(temporary)
-        shutil.rmtree(target, ignore_errors=True)  # a damaged one, or we would have resumed from it
-        temporary.rename(target)
-        _fsync(folder)
+        staging.mkdir()
+        with (staging / STATE).open("wb") as f:  # given a path instead, torch holds the GIL for long
+            torch.save(state, f)
+        (staging / CONFIG).write_text(dump(cfg))
+        files = {file: _digest(staging / file) for file in (STATE, CONFIG)}
+        full_meta = {"format": FORMAT, "step": state["step"], "files": files, **meta, **_provenance()}
+        (staging / META).write_text(json.dumps(full_meta, indent=1))
+        for file in (STATE, CONFIG, META):
+            fsync(staging / file)
+        fsync(staging)
+        place.remove()  # a damaged one, or we would have resumed from it
+        if not folder.local:
+            for file in (STATE, CONFIG, META):
+                place.upload(staging / file, file)
+        local = folder.scratch / name
+        shutil.rmtree(local, ignore_errors=True)
+        staging.rename(local)
+        fsync(folder.scratch)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
         raise
-    return Checkpoint(target, full_meta)
+    return Checkpoint(place, local, full_meta)
 
 
-def read(path: Path) -> Checkpoint:
-    """Open a checkpoint after checking every byte of it.
+def read(place: Storage) -> Checkpoint:
+    """Open a checkpoint after checking every byte of it, fetching it first where it lies elsewhere.
 
     Raises:
         CheckpointError: it is not what its meta.json says, or has none that this version reads.
+        OSError: the storage does not answer.
     """
-    try:
-        meta = json.loads((path / META).read_text())
-        version, files = meta["format"], meta["files"]
-        _ = meta["step"], meta["metrics"], meta["fingerprint"], meta["classes"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise CheckpointError(f"{path}: no usable {META} ({type(e).__name__}: {e})") from None
-    if version != FORMAT:
-        raise CheckpointError(f"{path}: has format {version}, this version reads {FORMAT}")
+    meta = _read_meta(place)
+    if meta["format"] != FORMAT:
+        raise CheckpointError(f"{place}: has format {meta['format']}, this version reads {FORMAT}")
+    sizes, files = place.sizes(), meta["files"]
     for name in (STATE, CONFIG):
-        try:
-            found = _digest(path / name)
-        except OSError as e:
-            raise CheckpointError(f"{path}: {name} cannot be read ({e.strerror})") from None
-        if found != files.get(name):
-            raise CheckpointError(f"{path}: {name} is damaged (size or SHA-256 differs from {META})")
-    return Checkpoint(path, meta)
+        if name not in sizes:
+            raise CheckpointError(f"{place}: {name} is missing")
+        if name not in files or sizes[name] != files[name]["size"]:
+            raise CheckpointError(f"{place}: {name} is damaged (its size differs from {META})")
+    path = place.local or place.parent.scratch / place.name
+    if not place.local:
+        path.mkdir(parents=True, exist_ok=True)
+        for name in (STATE, CONFIG):
+            if not (path / name).exists() or _digest(path / name) != files[name]:
+                place.download(name, path / name)
+    for name in (STATE, CONFIG):
+        if _digest(path / name) != files[name]:
+            raise CheckpointError(f"{place}: {name} is damaged (its SHA-256 differs from {META})")
+    return Checkpoint(place, path, meta)
 
 
-def newest_valid(folder: Path, report: Callable[[str], None]) -> Checkpoint | None:
-    """The newest undamaged checkpoint in `folder`; damaged newer ones are reported and skipped."""
-    for path in sorted(folder.glob("step_*"), reverse=True):
+def newest_valid(folder: Storage, report: Callable[[str], None], training_id: str | None = None) -> Checkpoint | None:
+    """The newest usable checkpoint in `folder`; newer ones that are not are reported and skipped.
+
+    Args:
+        training_id: of the run that goes on; checkpoints of another one are not its own.
+
+    Returns:
+        None where there is none, or none that was ever complete.
+
+    Raises:
+        CheckpointError: there were some, and all are damaged or foreign: to begin anew would hide that.
+        OSError: the storage does not answer.
+    """
+    problems: list[CheckpointError] = []
+    for name in sorted((n for n in folder.names() if n.startswith("step_")), reverse=True):
         try:
-            return read(path)
+            return _read_own(folder / name, training_id)
         except CheckpointError as e:
-            report(f"skipped a damaged checkpoint: {e}")
+            problems.append(e)
+        except OSError as e:
+            folder.names()  # raises where it is the whole storage that does not answer
+            problems.append(CheckpointError(f"{folder / name}: cannot be read ({e})"))
+        report(f"skipped a damaged checkpoint: {problems[-1]}")
+    if not all(isinstance(problem, IncompleteError) for problem in problems):
+        raise CheckpointError(
+            f"none of the {len(problems)} checkpoints in {folder} can be used (the newest: {problems[0]}); "
+            "move them away to begin at step 0"
+        )
     return None
 
 
-def load_model(path: Path) -> tuple[ResNet, Config, tuple[str, ...]]:
+def _read_own(place: Storage, training_id: str | None) -> Checkpoint:
+    found = read(place)
+    if f"step_{found.step:08d}" != place.name:
+        raise CheckpointError(f"{place}: is of step {found.step}")
+    if training_id not in (None, found.meta["training_id"]):
+        raise CheckpointError(f"{place}: belongs to another training")
+    return found
+
+
+def load_model(place: Storage) -> tuple[ResNet, Config, tuple[str, ...]]:
     """The network of a checkpoint (averaged weights where it has them), in eval mode on the CPU.
 
     Returns:
@@ -136,31 +186,34 @@ def load_model(path: Path) -> tuple[ResNet, Config, tuple[str, ...]]:
     Raises:
         CheckpointError: the checkpoint is damaged.
     """
-    found = read(path)
-    cfg, classes = load(path / CONFIG), tuple(found.meta["classes"])
+    found = read(place)
+    cfg, classes = load(found.path / CONFIG), tuple(found.meta["classes"])
     model = ResNet(cfg.model, len(classes)).to(memory_format=torch.channels_last)
     saved = found.state()
     load_weights(model, saved["ema"] or saved["model"])
     return model.eval(), cfg, classes
 
 
-def best(folder: Path) -> Checkpoint | None:
+def best(folder: Storage) -> Checkpoint | None:
     """The checkpoint with the highest top-1; of equals the newest. Reads no state."""
     scored = [(c.top1, c.step, c) for c in _listed(folder) if c.top1 is not None]
-    return max(scored)[2] if scored else None
+    return max(scored, key=lambda item: item[:2])[2] if scored else None
 
 
-def prune(folder: Path, keep: int) -> None:
+def prune(folder: Storage, keep: int) -> None:
     """Delete all but the newest `keep` and the best."""
     listed = sorted(_listed(folder), key=lambda c: c.step)
-    spared = {c.path for c in listed[-keep:]}
+    spared = {c.step for c in listed[-keep:]}
     if top := best(folder):
-        spared.add(top.path)
+        spared.add(top.step)
     for checkpoint in listed:
-        if checkpoint.path not in spared:
-            shutil.rmtree(checkpoint.path)
-    for leftover in folder.glob(".step_*"):  # of a killed process: only one process writes here at a time
+        if checkpoint.step not in spared:
+            checkpoint.place.remove()
+    for leftover in folder.scratch.glob(".step_*"):  # of a killed process: only one process writes here at a time
         shutil.rmtree(leftover, ignore_errors=True)
+    if not folder.local:  # the newest may be uploaded to MLflow, or be resumed from
+        for copy in sorted(folder.scratch.glob("step_*"))[:-1]:
+            shutil.rmtree(copy, ignore_errors=True)
 
 
 def restore(state: TrainState, checkpoint: Checkpoint, cfg: Config, fingerprint: str) -> None:
@@ -173,43 +226,49 @@ def restore(state: TrainState, checkpoint: Checkpoint, cfg: Config, fingerprint:
     for key in STREAM_KEYS:
         if saved[key] != now[key]:
             raise ConfigError(
-                f"{key}={now[key]}: {checkpoint.path} was trained with {saved[key]}, and its step would mean other "
+                f"{key}={now[key]}: {checkpoint.place} was trained with {saved[key]}, and its step would mean other "
                 "images; keep it, or use another run.name"
             )
     if checkpoint.meta["fingerprint"] != fingerprint and not cfg.data.allow_changed:
         raise ConfigError(
-            f"{checkpoint.path} was trained on other images than data.train={cfg.data.train} holds now "
+            f"{checkpoint.place} was trained on other images than data.train={cfg.data.train} holds now "
             f"(fingerprint {checkpoint.meta['fingerprint'][:12]}, now {fingerprint[:12]}); "
             "bring them back, use another run.name, or set data.allow_changed=true"
         )
     try:
         state.load_state_dict(checkpoint.state())
     except ValueError as e:
-        raise ConfigError(f"{checkpoint.path} does not fit this configuration: {e}; use another run.name") from None
+        raise ConfigError(f"{checkpoint.place} does not fit this configuration: {e}; use another run.name") from None
 
 
-def _listed(folder: Path) -> list[Checkpoint]:
+def _read_meta(place: Storage) -> dict[str, Any]:
+    try:
+        meta = json.loads(place.read_bytes(META))
+        _ = meta["format"], meta["files"], int(meta["step"]), meta["metrics"].get("top1")
+        _ = meta["fingerprint"], meta["classes"], meta["training_id"]
+    except (FileNotFoundError, NotADirectoryError):
+        raise IncompleteError(f"{place}: {META} is missing, it was never complete") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise CheckpointError(f"{place}: no usable {META} ({type(e).__name__}: {e})") from None
+    assert isinstance(meta, dict)
+    return meta
+
+
+def _listed(folder: Storage) -> list[Checkpoint]:
     """Checkpoints by their meta.json alone; those without a readable one are left to `newest_valid` to report."""
     listed = []
-    for path in folder.glob("step_*"):
-        try:
-            listed.append(Checkpoint(path, json.loads((path / META).read_text())))
-        except (OSError, ValueError):
-            continue
+    for name in folder.names():
+        if name.startswith("step_"):
+            try:
+                listed.append(Checkpoint(folder / name, folder.scratch / name, _read_meta(folder / name)))
+            except CheckpointError:
+                continue
     return listed
 
 
 def _digest(path: Path) -> dict[str, Any]:
     with path.open("rb") as f:
         return {"sha256": hashlib.file_digest(f, "sha256").hexdigest(), "size": path.stat().st_size}
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _provenance() -> dict[str, Any]:

@@ -50,24 +50,21 @@ Outcome = tuple[Any, list[str], int]  # for --json, for people, exit code
 
 
 def _train(args: argparse.Namespace) -> Outcome:
-    cfg, label, resume_from = _config_to_train(args)
-    # Late: Ray, torch and DALI take seconds to import, and a wrong request should be told at once.
-    from pipeline import launch, record, runs
+    from pipeline import supervise
     from pipeline.console import TrainingView, summary_lines
 
-    with TrainingView(_people(args)) as view, runs.prepare(cfg, label, view, resume_from) as job:
-        view.say(f"run {job.cfg.run.name} in {job.run_dir}")
+    cfg, label, resume_from = _config_to_train(args)
+    with TrainingView(_people(args)) as view:
         try:
-            summary = launch.train(job, view)
-        except launch.TrainingFailedError as e:
-            record.mark_failed(job, str(e))
-            return {"status": "failed", "run": job.cfg.run.name, "error": str(e)}, [f"failed: {e}"], FAILED
+            summary = supervise.train(cfg, label, resume_from, view)
+        except supervise.TrainingFailedError as e:
+            return {"status": "failed", "run": view.run, "error": str(e)}, [f"failed: {e}"], FAILED
     summary["seconds"]["launch"] = round(max(0.0, view.ready_s - summary["seconds"]["start-up"]), 3)
     code = INTERRUPTED if summary["status"] == "interrupted" else DONE
     return summary, summary_lines(summary), code
 
 
-def _config_to_train(args: argparse.Namespace) -> tuple[Config, str, Path | None]:
+def _config_to_train(args: argparse.Namespace) -> tuple[Config, str, str | None]:
     words = [args.config, *args.overrides] if args.config else []
     if args.resume is None:
         if not words or "=" in words[0]:
@@ -75,12 +72,27 @@ def _config_to_train(args: argparse.Namespace) -> tuple[Config, str, Path | None
         return load(words[0], words[1:]), Path(words[0]).stem, None
     if words and "=" not in words[0]:
         raise ConfigError(f"--resume takes the run's own configuration; leave out {words[0]}")
-    from pipeline import runs
+    from pipeline import runs  # late, as in all commands: torch takes seconds to import
 
     given = dict(map(parse_override, words))
-    found = runs.find(args.resume, Path(given.get("run.storage", "runs")), given.get("mlflow.uri"))
+    found = runs.find(args.resume, runs.open_storage(given.get("run.storage", "runs")), given.get("mlflow.uri"))
     cfg = runs.config_to_resume(found, words)
-    return cfg, found.path.parent.parent.name, found.path
+    return cfg, "", found.place.uri
+
+
+def _sync(args: argparse.Namespace) -> Outcome:
+    from pipeline import runs, tracking
+
+    storage = runs.open_storage(args.storage)
+    run = runs.find_run(args.run, storage, args.mlflow_uri)
+    if run is None:
+        raise runs.no_such_run(args.run, storage)
+    with runs.held(run, lambda event: print(event["text"], file=sys.stderr)):
+        target, run_id, waiting = tracking.sync(run.scratch / "mlflow", lambda text: print(text, file=sys.stderr))
+    result = {"run": run.uri, "mlflow_uri": target.uri, "mlflow_run_id": run_id, "waiting": waiting}
+    if waiting:
+        return result, [f"MLflow at {target.uri} is away; {waiting} records of {run} wait"], FAILED
+    return result, [f"MLflow at {target.uri} has all of {run}, in its run {run_id}"], DONE
 
 
 def _config(args: argparse.Namespace) -> Outcome:
@@ -109,18 +121,18 @@ def _index(args: argparse.Namespace) -> Outcome:
 def _evaluate(args: argparse.Namespace) -> Outcome:
     from pipeline import infer, runs
 
-    found = runs.find(args.run, args.storage, args.mlflow_uri)
-    scores = infer.evaluate_checkpoint(found.path, args.data)
+    found = runs.find(args.run, runs.open_storage(args.storage), args.mlflow_uri)
+    scores = infer.evaluate_checkpoint(found.place, args.data)
     figures = f"top-1 {scores['top1']:.4f}  top-5 {scores['top5']:.4f}  loss {scores['loss']:.4f}"
     text = f"{figures}  on {int(scores['count'])} images"
-    return {"checkpoint": str(found.path), **scores}, [str(found.path), text], DONE
+    return {"checkpoint": str(found.place), **scores}, [str(found.place), text], DONE
 
 
 def _predict(args: argparse.Namespace) -> Outcome:
     from pipeline import infer, runs
 
-    found = runs.find(args.run, args.storage, args.mlflow_uri)
-    predictions = infer.predict(found.path, args.images, args.top)
+    found = runs.find(args.run, runs.open_storage(args.storage), args.mlflow_uri)
+    predictions = infer.predict(found.place, args.images, args.top)
     lines = []
     for one in predictions:
         if "error" in one:
@@ -128,7 +140,7 @@ def _predict(args: argparse.Namespace) -> Outcome:
         else:
             lines.append(f"{one['image']}  " + "  ".join(f"{t['class']} {t['probability']:.4f}" for t in one["top"]))
     code = WRONG if any("error" in one for one in predictions) else DONE
-    return {"checkpoint": str(found.path), "predictions": predictions}, lines, code
+    return {"checkpoint": str(found.place), "predictions": predictions}, lines, code
 
 
 def _people(args: argparse.Namespace) -> IO[str]:
@@ -150,13 +162,16 @@ def _parser() -> argparse.ArgumentParser:
 
     def add_run(command: argparse.ArgumentParser) -> None:
         command.add_argument("run", metavar="RUN", help="a run's name, an MLflow run id, or a checkpoint's path")
-        command.add_argument("--storage", type=Path, default=Path("runs"), metavar="DIR", help="where runs lie")
+        command.add_argument("--storage", default="runs", metavar="PLACE", help="the directory or URI where runs lie")
         command.add_argument("--mlflow-uri", metavar="URI", help="the store that an MLflow run id is looked up in")
 
     train = add("train", _train, "Train; a run.name used before resumes that run.")
     train.add_argument("config", nargs="?", metavar="CONFIG", help="a YAML file (not with --resume)")
     train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, such as train.epochs=3")
     train.add_argument("--resume", metavar="RUN", help="a run's name, an MLflow run id, or a checkpoint's path")
+
+    sync = add("sync", _sync, "Send what a run has not been able to log to MLflow.")
+    add_run(sync)
 
     config = add("config", _config, "Print the resolved configuration.")
     config.add_argument("config", metavar="CONFIG", help="a YAML file")

@@ -58,7 +58,7 @@ def show(value: Any) -> str:
 @dataclass(frozen=True)
 class RunConfig(Section):
     name: str | None = None  # a name used before resumes that run; null makes a new one
-    storage: str = "runs"  # directory of all runs; on a cluster, one that every node mounts
+    storage: str = "runs"  # of all runs: a directory that every node mounts, or a URI such as s3://bucket/runs
     seed: int = _num(0, low=0, high=2**63 - 1)
     stop_at_step: int | None = _num(None, low=1)  # end this session there, after a checkpoint
 
@@ -67,9 +67,7 @@ class RunConfig(Section):
         # A leading dot would hide the run, a slash would leave the storage directory.
         legal = self.name is None or re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", self.name) is not None
         self.require(legal, "name", "use letters, digits, '.', '_' and '-', at most 100, not starting with '.' or '-'")
-        self.require(bool(self.storage.strip()), "storage", "name a directory, such as runs")
-        remote = "://" in self.storage
-        self.require(not remote, "storage", "only a directory works so far; mount the storage and name its path")
+        self.require(bool(self.storage.strip()), "storage", "name a directory, such as runs, or a URI")
 
 
 @dataclass(frozen=True)
@@ -162,12 +160,31 @@ class MlflowConfig(Section):
 
 @dataclass(frozen=True)
 class ClusterConfig(Section):
-    workers: int = _num(1, low=1)  # DDP ranks, one process each
+    workers: Any = 1  # DDP ranks, one process each; [min,max]: as many as the cluster has room for
     device: Literal["auto", "cpu", "gpu"] = "auto"  # auto: a GPU for each worker where the cluster has them
-    cpus_per_worker: int | None = _num(None, low=1)  # null: the node's cores shared out
+    cpus_per_worker: int | None = _num(None, low=1)  # null: the cluster's cores shared out evenly
     address: str | None = None  # of a running Ray cluster; null: $RAY_ADDRESS, else one on this machine
-    max_failures: int = _num(3, low=-1)  # worker failures to recover from; -1: without end
-    timeout_s: int = _num(600, low=10)  # a rank silent for so long counts as failed
+    max_failures: int = _num(3, low=-1)  # to recover from without a new checkpoint in between; -1: without end
+    timeout_s: int = _num(600, low=10)  # a rank, a storage or a cluster silent for so long counts as failed
+    grow_after_s: float = _num(60.0, low=0)  # at the earliest, after workers have started, more are taken in
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = self.workers if isinstance(self.workers, (list, tuple)) else [self.workers]
+        whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in given)
+        self.require(
+            whole and len(given) in (1, 2) and list(given) == sorted(given),
+            "workers",
+            "must be a whole number, at least 1, or [min,max] of them",
+        )
+
+    @property
+    def min_workers(self) -> int:
+        return int(self.workers[0] if isinstance(self.workers, (list, tuple)) else self.workers)
+
+    @property
+    def max_workers(self) -> int:
+        return int(self.workers[-1] if isinstance(self.workers, (list, tuple)) else self.workers)
 
 
 @dataclass(frozen=True)
@@ -186,11 +203,11 @@ class Config:
             self.data.require(
                 bool(getattr(self.data, name).strip()), name, "give a folder of class/image files or an index"
             )
-        train, workers = self.train, self.cluster.workers
+        train, workers = self.train, self.cluster.max_workers
         if train.global_batch < workers:
             raise ConfigError(
-                f"train.global_batch={train.global_batch}: gives some of cluster.workers={workers} nothing; "
-                f"raise it to {workers} or lower cluster.workers"
+                f"train.global_batch={train.global_batch}: gives some of cluster.workers={show(self.cluster.workers)} "
+                f"nothing; raise it to {workers} or lower cluster.workers"
             )
         shares = {train.global_batch // workers, -(-train.global_batch // workers)}
         smallest = min(n // -(-n // (train.micro_batch or n)) for n in shares)

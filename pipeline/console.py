@@ -24,6 +24,7 @@ class TrainingView:
         self._task: Any = None
         self._rate, self._num_steps, self._global_batch = 0.0, 0, 0
         self._began = time.monotonic()
+        self.run: str | None = None  # its name
         self.ready_s = 0.0  # until the first session's first step: indexing, Ray's start, the workers' start-up
 
     def __enter__(self) -> "TrainingView":
@@ -43,6 +44,9 @@ class TrainingView:
 
     def __call__(self, event: Event) -> None:
         match event["kind"]:
+            case "run":
+                self.run = event["name"]
+                self.say(f"run {event['name']} in {event['place']}")
             case "start":
                 self._start(event)
             case "step":
@@ -56,7 +60,11 @@ class TrainingView:
             case "checkpoint" if self._bar is None:
                 self.say(f"step {event['step']}: saved {event['path']}")
             case "stopping":
-                self.say(f"{event['signal']}: saving a checkpoint at the next logged step; once more to stop at once")
+                self.say(f"{event['signal']}: saving a checkpoint at the next step; once more to stop at once")
+            case "regroup":
+                self.say(f"{event['text']}: saving a checkpoint, then going on with the workers there are")
+            case "fault":
+                self.say(f"fault: {event['text']}; going on from the newest checkpoint")
             case "warning":
                 self.say(f"warning: {event['text']}")
 
@@ -67,7 +75,7 @@ class TrainingView:
         self.say(
             f"session {event['session']}: step {event['step']} of {self._num_steps}, {where}; "
             f"{event['world_size']} workers x {event['num_threads']} threads on {event['device']}, "
-            f"ready after {time.monotonic() - self._began:.1f} s"
+            f"ready after {time.monotonic() - self._began:.1f} s{_recovery(event)}"
         )
         if self._bar and self._task is None:
             self._task = self._bar.add_task("", total=self._num_steps, completed=event["step"])
@@ -84,6 +92,12 @@ class TrainingView:
             f"step {event['step']}/{self._num_steps}  epoch {event['train/epoch']:.2f}  lr {event['train/lr']:.2e}  "
             f"{text}  {_clock(left)} left"
         )
+
+
+def _recovery(event: Event) -> str:
+    if "lost_steps" not in event:
+        return ""
+    return f"; {event['recovery_s']:.0f} s after the fault, {event['lost_steps']} steps to do again"
 
 
 def _clock(seconds: float) -> str:
@@ -106,7 +120,7 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
         f"  MLflow run  {run_id or 'not reached'}",
     ]
     if run_id is None:
-        lines.append(f"  to send it  pipeline train --resume {summary['run_dir']}")
+        lines.append(f"  to send it  pipeline sync {summary['run_dir']}")
     elif uri.startswith("sqlite:"):
         lines.append(f"  look at it  mlflow ui --port 5000 --backend-store-uri {uri}")
         lines.append(f"              then open http://127.0.0.1:5000/{place}")

@@ -5,6 +5,8 @@ into the chunk's own row of a table. The rows are added up only after one all-re
 to them, so neither rounding nor order depends on who computed what.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -15,10 +17,20 @@ from pipeline.step import autocast
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, loader: EvalLoader, *, precision: str, device: torch.device) -> dict[str, float]:
+def evaluate(
+    model: nn.Module,
+    loader: EvalLoader,
+    *,
+    precision: str,
+    device: torch.device,
+    heartbeat: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
     """Top-1, top-5 and mean cross-entropy over the loader's whole index; on every rank alike.
 
     Call it on all ranks, with equal weights and statistics (see `sync_buffers`).
+
+    Args:
+        heartbeat: called with each chunk.
 
     Returns:
         {"top1", "top5": shares in 0..1, "loss": nats, "count": samples}
@@ -32,6 +44,7 @@ def evaluate(model: nn.Module, loader: EvalLoader, *, precision: str, device: to
         ranking = logits.topk(min(5, logits.shape[1])).indices == batch.labels[:, None]
         loss = F.cross_entropy(logits, batch.labels, reduction="sum")
         count = torch.tensor(len(batch.labels), device=device)
+        heartbeat()
         table[chunk] = torch.stack([count, ranking[:, 0].sum(), ranking.sum(), loss]).double()
     model.train(was_training)
     if dist.is_initialized():

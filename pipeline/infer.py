@@ -12,49 +12,50 @@ from pipeline.data import EvalLoader, Place
 from pipeline.data.index import Index, build_index, index_files, load_index
 from pipeline.evaluate import evaluate
 from pipeline.step import autocast
+from pipeline.storage import Storage
 
 
-def evaluate_checkpoint(path: Path, data: Path | None) -> dict[str, float]:
+def evaluate_checkpoint(place: Storage, data: Path | None) -> dict[str, float]:
     """Scores of a checkpoint on `data`, a folder or an index; by default on its run's own validation images.
 
     Raises:
         ConfigError: data that cannot be evaluated on, or a broken image in it.
     """
-    place = _place()
-    model, cfg, classes = checkpoint.load_model(path)
+    here = _here()
+    model, cfg, classes = checkpoint.load_model(place)
     source = data or Path(cfg.data.val)
     index = (build_index(source)[0] if source.is_dir() else load_index(source)).with_classes(classes)
-    loader = EvalLoader(index, cfg.data, place, _refuse, batch=cfg.train.eval_batch)
-    return evaluate(model.to(place.device), loader, precision=cfg.train.precision, device=place.device)
+    loader = EvalLoader(index, cfg.data, here, _refuse, batch=cfg.train.eval_batch)
+    return evaluate(model.to(here.device), loader, precision=cfg.train.precision, device=here.device)
 
 
-def predict(path: Path, images: list[Path], top: int) -> list[dict[str, Any]]:
+def predict(place: Storage, images: list[Path], top: int) -> list[dict[str, Any]]:
     """The `top` likeliest classes of each image, in the order given.
 
     Returns:
         For each image {"image", "class", "probability", "top": [{"class", "probability"}, ...]}, or
         {"image", "error"} where it cannot be decoded.
     """
-    place = _place()
-    model, cfg, classes = checkpoint.load_model(path)
+    here = _here()
+    model, cfg, classes = checkpoint.load_model(place)
     if not 1 <= top <= len(classes):
         raise ConfigError(f"--top {top}: must be from 1 to the model's {len(classes)} classes")
     index, refused = index_files(images)
     results: dict[str, dict[str, Any]] = {one.path: {"image": one.path, "error": one.reason} for one in refused}
     if index is not None:
-        results |= _predict(model.to(place.device), cfg, classes, index, place, top)
+        results |= _predict(model.to(here.device), cfg, classes, index, here, top)
     return [results[str(image)] for image in images]
 
 
 @torch.inference_mode()
 def _predict(
-    model: torch.nn.Module, cfg: Config, classes: tuple[str, ...], index: Index, place: Place, top: int
+    model: torch.nn.Module, cfg: Config, classes: tuple[str, ...], index: Index, here: Place, top: int
 ) -> dict[str, dict[str, Any]]:
     broken: dict[str, str] = {}
     results: dict[str, dict[str, Any]] = {}
-    loader = EvalLoader(index, cfg.data, place, broken.__setitem__, batch=cfg.train.eval_batch)
+    loader = EvalLoader(index, cfg.data, here, broken.__setitem__, batch=cfg.train.eval_batch)
     for _, batch in loader:
-        with autocast(cfg.train.precision, place.device):
+        with autocast(cfg.train.precision, here.device):
             logits = model(batch.images)
         best = logits.float().softmax(1).topk(top)
         for row, probabilities, labels in zip(batch.rows, best.values.tolist(), best.indices.tolist(), strict=True):
@@ -64,7 +65,7 @@ def _predict(
     return results | {path: {"image": path, "error": reason} for path, reason in broken.items()}
 
 
-def _place() -> Place:
+def _here() -> Place:
     num_threads = len(os.sched_getaffinity(0))
     torch.set_num_threads(num_threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -2,33 +2,65 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.config import Config
+from pipeline.storage import Storage
 
 if TYPE_CHECKING:  # the link's process starts faster without
     import torch
 
-Event = dict[str, Any]  # {"kind": ...}: start, step, evaluation, checkpoint, warning, stopping
+Event = dict[str, Any]  # {"kind": ...}: run, start, step, evaluation, checkpoint, fault, warning, stopping
+# Why a session ends before the last step: the user wants it, or workers are to come or go.
+StopReason = Literal["interrupted", "regroup"]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What ended a session without a checkpoint. step: the last one known to be done. time: seen, Unix seconds."""
+
+    text: str
+    step: int | None
+    time: float
+
+
+class FailureBudget:
+    """Counts failures since the last checkpoint: a run that gets on may fail any number of times.
+
+    Args:
+        max_failures: allowed without a checkpoint in between; -1 for any number.
+    """
+
+    def __init__(self, max_failures: int):
+        self._max_failures, self._num_failures = max_failures, 0
+
+    def progressed(self) -> None:
+        self._num_failures = 0
+
+    def failed(self) -> bool:
+        """Count a failure; True where it is one too many."""
+        self._num_failures += 1
+        return 0 <= self._max_failures < self._num_failures
 
 
 @dataclass(frozen=True)
 class Job:
-    """One training. Paths are absolute.
+    """One training.
 
-    resume_from: a checkpoint to begin with where the run has none of its own.
+    run: its folder. train_index, val_index: paths or URIs of index files. resume_from: path or URI of a
+    checkpoint to begin with where the run has none of its own. owner: identifies the driver.
     """
 
     cfg: Config
-    run_dir: Path
-    train_index: Path
-    val_index: Path
-    resume_from: Path | None = None
+    run: Storage
+    train_index: str
+    val_index: str
+    resume_from: str | None = None
+    owner: str = ""
 
     @property
-    def checkpoints(self) -> Path:
-        return self.run_dir / "checkpoints"
+    def checkpoints(self) -> Storage:
+        return self.run / "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -36,7 +68,8 @@ class Context:
     """Where a rank stands, and whom it talks to.
 
     num_threads: CPU threads for computing. emit: hands an event to whoever watches; returns at once.
-    should_stop: whether to save a checkpoint and end; asked at logged steps.
+    stop_reason: why to save a checkpoint and end, if so; asked at every step. progress: told the steps done.
+    faults: those since the last session began.
     """
 
     rank: int
@@ -44,7 +77,9 @@ class Context:
     device: "torch.device"
     num_threads: int
     emit: Callable[[Event], None]
-    should_stop: Callable[[], bool]
+    stop_reason: Callable[[], StopReason | None] = lambda: None
+    progress: Callable[[int], None] = lambda step: None
+    faults: tuple[Fault, ...] = ()
 
     def warn(self, text: str) -> None:
         self.emit({"kind": "warning", "text": text})

@@ -3,20 +3,21 @@
 The loop calls a `Recorder` on every rank; only rank 0's does anything.
 """
 
-import json
-import uuid
-from pathlib import Path
+import time
 from typing import Any
 
 from pipeline import checkpoint
 from pipeline.checkpoint import Checkpoint
-from pipeline.config import ConfigError
 from pipeline.data.index import Index
+from pipeline.identity import Identity
 from pipeline.job import Context, Job
+from pipeline.mlflow_run import tracking_uri
 from pipeline.perf import Ledger
+from pipeline.saver import Saver
 from pipeline.settings import dump, flatten
 from pipeline.state import TrainState
-from pipeline.tracking import Tracker, tracking_uri
+from pipeline.storage import patiently
+from pipeline.tracking import Tracker
 
 # How long a session's end goes on trying an MLflow that fails; what is left waits in the spool.
 PATIENCE_S = 30.0
@@ -29,12 +30,20 @@ class Recorder:
 
     Args:
         index: of the training images.
+        identity: of the training, before this session.
         resumed: the checkpoint that this session goes on from.
         num_steps: of the whole training.
     """
 
     def __init__(
-        self, job: Job, ctx: Context, index: Index, resumed: Checkpoint | None, ledger: Ledger, num_steps: int
+        self,
+        job: Job,
+        ctx: Context,
+        index: Index,
+        identity: Identity,
+        resumed: Checkpoint | None,
+        ledger: Ledger,
+        num_steps: int,
     ):
         self._job, self._ctx, self._ledger, self._num_steps = job, ctx, ledger, num_steps
         self._data = {"fingerprint": index.fingerprint, "classes": index.classes}
@@ -42,39 +51,63 @@ class Recorder:
         self._newest, self._scores = resumed, dict(resumed.meta["metrics"]) if resumed else {}
         self._first_step = self._logged_step = resumed.step if resumed else 0
         self._logged_s = 0.0
+        self._postponed, self._num_postponed, self._held_s = False, 0, 0.0
         if ctx.rank == 0:
+            self._identity = identity
             self._begin()
 
     def _begin(self) -> None:
-        cfg, ctx, run_dir = self._job.cfg, self._ctx, self._job.run_dir
-        identity = _next_session(run_dir)
-        self._session = int(identity["sessions"])
-        self._uri = tracking_uri(cfg.mlflow.uri, run_dir.parent)
-        self._tracker = Tracker(
-            cfg.mlflow, self._uri, run_dir, training_id=identity["training_id"], on_problem=ctx.warn
-        )
+        cfg, ctx, run = self._job.cfg, self._ctx, self._job.run
+        faults = ctx.faults or self._identity.unended()
+        self._identity = self._identity.begin(self._job.owner, len(faults))
+        patience_s = cfg.cluster.timeout_s
+        patiently(lambda: self._identity.write(run), ctx.warn, patience_s)
+        patiently(self._job.checkpoints.make, ctx.warn, patience_s)
+        self._saver = Saver(self._job.checkpoints, cfg, guard=self._check_owner, written=self._written, report=ctx.warn)
+        self._uri = tracking_uri(cfg.mlflow.uri, run.parent)
+        self._tracker = Tracker.of_run(cfg.mlflow, self._uri, run, self._identity.training_id, ctx.warn)
+        self._tracker.start()
         self._tracker.params(flatten(cfg))
-        self._tracker.text(dump(cfg), f"config/session_{self._session}.yaml")
+        session, num_faults = self._identity.sessions, self._identity.faults
+        self._tracker.text(dump(cfg), f"config/session_{session}.yaml")
         self._tracker.tags(
             {
-                "pipeline.sessions": self._session,
-                f"pipeline.session_{self._session}": f"from step {self._first_step}, {ctx.world_size} workers",
+                "pipeline.sessions": session,
+                f"pipeline.session_{session}": f"from step {self._first_step}, {ctx.world_size} workers",
+                "pipeline.faults": num_faults,
                 "pipeline.data_fingerprint": self._data["fingerprint"],
+                **{f"pipeline.fault_{num_faults - i}": f.text for i, f in enumerate(reversed(faults))},
             }
         )
+        # Charts over the sessions: their step axis counts sessions.
+        story: dict[str, float] = {
+            "first_step": self._first_step,
+            "workers": ctx.world_size,
+            "faults": num_faults,
+        }
+        if faults and faults[0].step is not None:
+            story["lost_steps"] = max(0, faults[0].step - self._first_step)
+            story["recovery_s"] = round(time.time() - faults[0].time, 1)
+        self._tracker.metrics(session, {f"session/{name}": value for name, value in story.items()})
         ctx.emit(
             {
                 "kind": "start",
-                "session": self._session,
+                "session": session,
                 "step": self._first_step,
                 "num_steps": self._num_steps,
                 "global_batch": cfg.train.global_batch,
-                "resumed_from": _path(self._newest),
+                "resumed_from": _place(self._newest),
                 "world_size": ctx.world_size,
                 "num_threads": ctx.num_threads,
                 "device": ctx.device.type,
+                **{name: story[name] for name in ("lost_steps", "recovery_s") if name in story},
             }
         )
+
+    @property
+    def wants_save(self) -> bool:
+        """Whether a checkpoint that was postponed can be taken now."""
+        return self._postponed and not self._saver.busy
 
     def step(self, step: int, loss: float, lr: float, epoch: float, num_bad: int) -> None:
         """Log one step: `loss` is the mean over its global batch, of the weights before it."""
@@ -101,17 +134,45 @@ class Recorder:
             self._tracker.metrics(step, {f"val/{name}": value for name, value in scores.items()})
             self._ctx.emit({"kind": "evaluation", "step": step, **scores})
 
-    def save(self, state: TrainState, scores: dict[str, float] | None) -> None:
-        """Write a checkpoint, with the scores if they are of this very step, and drop old ones."""
+    def save(self, state: TrainState, scores: dict[str, float] | None, *, now: bool) -> None:
+        """Have a checkpoint written, with the scores if they are of this very step.
+
+        Args:
+            now: wait for one that is being written; else this one is postponed until that is done.
+        """
         if self._ctx.rank != 0:
             return
-        folder = self._job.checkpoints
-        meta = {**self._data, "metrics": scores or {}, "mlflow_run_id": self._tracker.run_id}
-        self._newest = checkpoint.save(folder, state, self._job.cfg, meta)
-        checkpoint.prune(folder, self._job.cfg.checkpoint.keep)
+        if self._saver.busy and not now:
+            self._num_postponed += not self._postponed
+            self._postponed = True
+            return
+        began = time.monotonic()
+        meta = {
+            **self._data,
+            "metrics": scores or {},
+            "training_id": self._identity.training_id,
+            "mlflow_run_id": self._tracker.run_id,
+        }
+        self._saver.save(state, meta)
+        self._postponed, self._held_s = False, time.monotonic() - began
+
+    def _written(self, saved: Checkpoint, seconds: float) -> None:
+        """A checkpoint is safe; called by the thread that wrote it."""
+        self._newest = saved
         if self._job.cfg.mlflow.checkpoints == "all":
-            self._upload(self._newest)
-        self._ctx.emit({"kind": "checkpoint", "step": state.step, "path": str(self._newest.path)})
+            self._upload(saved)
+        metrics = {
+            "checkpoint/held_s": self._held_s,
+            "checkpoint/write_s": seconds,
+            "checkpoint/postponed": float(self._num_postponed),
+            "checkpoint/failed_tries": float(self._saver.num_failed_tries),
+        }
+        self._tracker.metrics(saved.step, metrics)
+        self._ctx.emit({"kind": "checkpoint", "step": saved.step, "path": str(saved.place)})
+
+    def _check_owner(self) -> None:
+        """A rank cut off from the others may still run when its successor has begun; it must not write."""
+        self._identity.check(self._job.run)
 
     def bad_image(self, path: str, reason: str) -> None:
         """Name a broken image that this rank has met."""
@@ -122,91 +183,82 @@ class Recorder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        """Tell MLflow of an error that ends the session."""
-        if error is not None and self._ctx.rank == 0:
-            self._tracker.tags({f"pipeline.session_{self._session}.error": f"{type(error).__name__}: {error}"[:500]})
-            self._tracker.close("FAILED", PATIENCE_BEFORE_RESTART_S)
+        """Save what can be saved of a session that ends by an error, and tell MLflow of it."""
+        if error is None or self._ctx.rank != 0:
+            return
+        session = self._identity.sessions
+        self._tracker.tags({f"pipeline.session_{session}.error": f"{type(error).__name__}: {error}"[:500]})
+        try:
+            self._saver.finish(PATIENCE_BEFORE_RESTART_S)
+        except RuntimeError as e:
+            self._ctx.warn(str(e))
+        self._tracker.close("FAILED", PATIENCE_BEFORE_RESTART_S)
 
     def finished(self, state: TrainState) -> dict[str, Any]:
-        """Publish what the configuration asks for, end the session and return its summary."""
+        """Publish what the configuration asks for, end the session and return its summary.
+
+        Raises:
+            CheckpointError: the last checkpoint could not be written.
+        """
         if self._ctx.rank != 0:
             return {}
         cfg, done = self._job.cfg, state.step == self._num_steps
         asked = cfg.run.stop_at_step is not None and state.step >= cfg.run.stop_at_step
-        step_s = self._ledger.total(*STEP_PHASES)
-        images = (state.step - self._first_step) * cfg.train.global_batch
-        top = checkpoint.best(self._job.checkpoints)
+        status = "done" if done else "stopped" if asked else self._ctx.stop_reason()
+        with self._ledger.phase("checkpoint"):
+            self._saver.finish(cfg.cluster.timeout_s)
+            self._identity.end().write(self._job.run)
+            top = checkpoint.best(self._job.checkpoints)
         assert self._newest is not None, "a session ends with a checkpoint"
-        if cfg.mlflow.checkpoints == "last":
+        if cfg.mlflow.checkpoints == "last" and status != "regroup":
             self._upload(self._newest)
-        elif cfg.mlflow.checkpoints == "best" and top:
+        elif cfg.mlflow.checkpoints == "best" and top and status != "regroup":
             self._upload(top)
         if done and cfg.mlflow.log_model:
             self._tracker.model(self._newest.path)
         with self._ledger.phase("mlflow"):
-            waiting = self._tracker.close("FINISHED" if done else "KILLED", PATIENCE_S)
-        if waiting:
+            patience_s = PATIENCE_S if status != "regroup" else PATIENCE_BEFORE_RESTART_S
+            waiting = self._tracker.close("FINISHED" if done else "KILLED", patience_s)
+        if waiting and status != "regroup":
             self._ctx.warn(
-                f"MLflow is away; {waiting} records wait in {self._tracker.spool} for the run's next session"
+                f"MLflow is away; {waiting} records wait in {self._tracker.spool}; "
+                f"to send them: pipeline sync {self._job.run}"
             )
+        step_s = self._ledger.total(*STEP_PHASES)
+        images = (state.step - self._first_step) * cfg.train.global_batch
         return {
-            "run": self._job.run_dir.name,
-            "run_dir": str(self._job.run_dir),
-            "status": "done" if done else "stopped" if asked else "interrupted",
+            "run": self._job.run.name,
+            "run_dir": str(self._job.run),
+            "status": status,
             "step": state.step,
             "num_steps": self._num_steps,
             **{name: self._scores.get(name) for name in ("top1", "top5", "loss")},
             "images_per_s": images / step_s if images else None,
             "seconds": {name: round(s, 3) for name, s in self._ledger.seconds.items()},
-            "checkpoint": str(self._newest.path),
-            "best_checkpoint": _path(top),
-            "sessions": self._session,
+            "checkpoint": str(self._newest.place),
+            "best_checkpoint": _place(top),
+            "sessions": self._identity.sessions,
+            "faults": self._identity.faults,
             "mlflow_uri": self._uri,
             "mlflow_experiment_id": self._tracker.experiment_id,
             "mlflow_run_id": self._tracker.run_id,
+            "mlflow_waiting": waiting,
         }
 
     def _upload(self, saved: Checkpoint) -> None:
         self._tracker.folder(saved.path, f"checkpoints/{saved.path.name}")
 
 
-def read_identity(run_dir: Path) -> dict[str, Any] | None:
-    """What run.json says: "training_id", which finds the MLflow run, and "sessions"; None for a new run.
-
-    Raises:
-        ConfigError: it is damaged.
-    """
-    path = run_dir / "run.json"
-    if not path.exists():
-        return None
-    try:
-        identity = json.loads(path.read_text())
-        return {"training_id": str(identity["training_id"]), "sessions": int(identity["sessions"])}
-    except (ValueError, KeyError, TypeError):
-        raise ConfigError(f"{path} is damaged; delete it to go on in a new MLflow run") from None
-
-
-def _next_session(run_dir: Path) -> dict[str, Any]:
-    """The training's identity, with this session counted; a new run directory is a new training."""
-    path = run_dir / "run.json"
-    identity = read_identity(run_dir) or {"training_id": uuid.uuid4().hex, "sessions": 0}
-    identity["sessions"] += 1
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(identity))
-    temporary.replace(path)
-    return identity
-
-
 def mark_failed(job: Job, reason: str) -> None:
     """Tell MLflow that a training has ended in failure, from outside it: its workers may be dead."""
-    identity = read_identity(job.run_dir)
+    identity = Identity.read(job.run, lambda _: None)
     if identity is None:
         return
-    uri = tracking_uri(job.cfg.mlflow.uri, job.run_dir.parent)
-    tracker = Tracker(job.cfg.mlflow, uri, job.run_dir, training_id=identity["training_id"], on_problem=lambda _: None)
+    uri = tracking_uri(job.cfg.mlflow.uri, job.run.parent)
+    tracker = Tracker.of_run(job.cfg.mlflow, uri, job.run, identity.training_id, lambda _: None)
     tracker.tags({"pipeline.failure": reason[:500]})
     tracker.close("FAILED", PATIENCE_BEFORE_RESTART_S)
 
 
-def _path(saved: Checkpoint | None) -> str | None:
-    return None if saved is None else str(saved.path)
+def _place(saved: Checkpoint | None) -> str | None:
+    return None if saved is None else str(saved.place)

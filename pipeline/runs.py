@@ -1,10 +1,12 @@
-"""Runs on disk: making one from a configuration, and finding one again.
+"""Runs in storage: making one from a configuration, and finding one again.
 
 STORAGE/NAME/
     index/{train,val}.arrow   where data.train or data.val is a folder
     checkpoints/step_*/       see `checkpoint`
+    run.json                  see `identity`
+and, in a directory of the machine where the storage is none itself,
     mlflow/                   what MLflow has not got yet, see `tracking`
-    run.json                  the training's identity and its sessions so far
+    lock                      held by the driver that trains the run
 """
 
 import dataclasses
@@ -14,94 +16,137 @@ import os
 import re
 import socket
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline import checkpoint
+from pipeline import checkpoint, mlflow_run
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import Config, ConfigError
 from pipeline.data.index import Index, build_index, load_index
 from pipeline.data.sampling import steps_per_epoch
+from pipeline.identity import FILE
 from pipeline.job import Event, Job
-from pipeline.record import read_identity
+from pipeline.mlflow_run import tracking_uri
 from pipeline.settings import load
-from pipeline.tracking import find_run_dir, tracking_uri
+from pipeline.storage import Storage, patiently
 
 MAX_NAMED = 20  # refused files that are named one by one
+LOCK_PATIENCE_S = 30.0
+PATIENCE_S = 10.0  # with a storage that does not answer at the start
 
 
 @contextmanager
-def prepare(cfg: Config, label: str, watch: Callable[[Event], None], resume_from: Path | None = None) -> Iterator[Job]:
-    """Make or reopen the run that `cfg` describes, its name, directory and indexes, and hold it for this process.
+def prepare(cfg: Config, watch: Callable[[Event], None], resume_from: str | None = None) -> Iterator[Job]:
+    """Make or reopen the run that `cfg` names, its folder and indexes, and hold it for this process.
 
     Args:
-        label: what a run without a name is called, before the time.
-        resume_from: a checkpoint to begin with, where the run has none.
+        resume_from: path or URI of a checkpoint to begin with, where the run has none.
 
     Raises:
         ConfigError: data that cannot be trained on, or another process that trains the run.
     """
-    name = cfg.run.name or f"{label}-{time.strftime('%Y%m%d-%H%M%S')}"
-    storage = Path(cfg.run.storage).absolute()
+    storage = open_storage(cfg.run.storage)
     train_source, val_source = Path(cfg.data.train).absolute(), Path(cfg.data.val).absolute()
     data = dataclasses.replace(cfg.data, train=str(train_source), val=str(val_source))
-    run = dataclasses.replace(cfg.run, name=name, storage=str(storage))
-    cfg = dataclasses.replace(cfg, run=run, data=data)
-    run_dir = storage / name
+    cfg = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, storage=storage.uri), data=data)
+    assert cfg.run.name is not None, "the supervisor names it"
+    run = storage / cfg.run.name
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        os.utime(run_dir)  # as a write would, this fails where the file system is read-only
+        patiently(run.make, lambda text: watch({"kind": "warning", "text": text}), PATIENCE_S)
+        run.scratch.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise ConfigError(
-            f"run.storage={storage}: cannot be written to ({e.strerror}); name another directory"
+            f"run.storage={storage}: cannot be written to ({e.strerror or e}); name another place"
         ) from None
-    with _held(run_dir):
-        read_identity(run_dir)  # tells of damage before any worker is started
-        train_index, train = _index(train_source, run_dir / "index" / "train.arrow", watch)
-        val_index, val = _index(val_source, run_dir / "index" / "val.arrow", watch)
+    tracking_uri(cfg.mlflow.uri, storage)  # tells of a missing one before any worker is started
+    with held(run, watch):
+        train_index, train = _index(train_source, run / "index" / "train.arrow", watch)
+        val_index, val = _index(val_source, run / "index" / "val.arrow", watch)
         val.with_classes(train.classes)
         try:
             steps_per_epoch(len(train), cfg.train.global_batch)
         except ValueError as e:
             raise ConfigError(str(e)) from None
-        yield Job(cfg, run_dir, train_index, val_index, resume_from)
+        yield Job(cfg, run, train_index, val_index, resume_from, owner=uuid.uuid4().hex)
+
+
+def open_storage(uri: str) -> Storage:
+    """The storage at a path or URI.
+
+    Raises:
+        ConfigError: a URI that pyarrow does not know.
+    """
+    storage = Storage(uri)
+    try:
+        storage.check()
+    except ValueError as e:
+        raise ConfigError(
+            f"run.storage={uri}: {str(e).splitlines()[0]}; use a directory, s3://... or gs://..."
+        ) from None
+    return storage
 
 
 @contextmanager
-def _held(run_dir: Path) -> Iterator[None]:
-    """Keep other processes from training the run; the lock goes with the process, however it ends."""
-    with (run_dir / "lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise ConfigError(
-                f"run.name={run_dir.name}: is being trained by {file.read() or 'another process'}; wait for its end, "
-                "or use another name"
-            ) from None
+def held(run: Storage, watch: Callable[[Event], None]) -> Iterator[None]:
+    """Keep other processes of this machine from the run; the lock goes with the process, however it ends.
+
+    A process that is about to end, its supervisor dead, is waited for. Between machines that share no
+    directory, the later session wins, see `Identity.check`.
+    """
+    with (run.scratch / "lock").open("a+") as file:
+        deadline, told = time.monotonic() + LOCK_PATIENCE_S, False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                file.seek(0)
+                holder = file.read() or "another process"
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"run.name={run.name}: is being trained by {holder}; wait for its end, or use another name"
+                )
+            if not told:
+                told = True
+                watch({"kind": "warning", "text": f"waiting {LOCK_PATIENCE_S:.0f} s for {holder}, which has the run"})
+            time.sleep(0.2)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
 
 
-def _index(source: Path, to: Path, watch: Callable[[Event], None]) -> tuple[Path, Index]:
+def _index(source: Path, to: Storage, watch: Callable[[Event], None]) -> tuple[str, Index]:
     """The index of a folder, built anew into `to`, or the index file that `source` is."""
     if not source.is_dir():
-        return source, load_index(source)
+        return str(source), load_index(source)
     index, refused = build_index(source)
     for one in refused[:MAX_NAMED]:
         watch({"kind": "warning", "text": f"left out {one}"})
     if len(refused) > MAX_NAMED:
         watch({"kind": "warning", "text": f"left out {len(refused) - MAX_NAMED} more; pipeline index lists them all"})
-    index.save(to)
-    return to, index
+    file = to.parent.scratch / to.name
+    index.save(file)
+    if not to.local:
+        to.parent.upload(file, to.name)
+    return to.uri, index
 
 
-def find(reference: str, storage: Path, mlflow_uri: str | None) -> Checkpoint:
-    """The checkpoint that a user means by a run's name, an MLflow run id, or a path.
+def find_run(reference: str, storage: Storage, mlflow_uri: str | None) -> Storage | None:
+    """The folder of a run that is meant by its name, its MLflow run id, a path or a URI."""
+    for run in (storage / reference, Storage(reference)) if "://" not in reference else (Storage(reference),):
+        if {"checkpoints", FILE} & set(run.names()):
+            return run
+    if re.fullmatch(r"[0-9a-f]{32}", reference):  # the form of an MLflow run id
+        return mlflow_run.find_run(tracking_uri(mlflow_uri, storage), reference)
+    return None
+
+
+def find(reference: str, storage: Storage, mlflow_uri: str | None) -> Checkpoint:
+    """The checkpoint that a user means by a run's name, an MLflow run id, a path or a URI.
 
     A run stands for its newest valid checkpoint.
 
@@ -112,20 +157,20 @@ def find(reference: str, storage: Path, mlflow_uri: str | None) -> Checkpoint:
     Raises:
         ConfigError: nothing of that name, or no valid checkpoint in it.
     """
-    storage, path = storage.absolute(), Path(reference)
-    if (path / checkpoint.META).exists():
-        return _read(path.absolute())
-    for run_dir in (storage / reference, path.absolute()):
-        if (run_dir / "checkpoints").is_dir():
-            return _newest(run_dir)
-    if re.fullmatch(r"[0-9a-f]{32}", reference):  # the form of an MLflow run id
-        logged = find_run_dir(tracking_uri(mlflow_uri, storage), reference)
-        if logged is not None:
-            return _newest(logged)
-    known = sorted(p.parent.name for p in storage.glob("*/checkpoints"))
+    if checkpoint.META in (place := Storage(reference)).sizes():
+        return _read(place)
+    run = find_run(reference, storage, mlflow_uri)
+    if run is not None:
+        return _newest(run)
+    raise no_such_run(reference, storage)
+
+
+def no_such_run(reference: str, storage: Storage) -> ConfigError:
+    """The error, with the nearest name."""
+    known = [name for name in storage.names() if FILE in (storage / name).sizes()]
     near = difflib.get_close_matches(reference, known, n=1)
     hint = f"did you mean {near[0]}?" if near else f"runs there: {', '.join(known[-5:]) or 'none'}"
-    raise ConfigError(f"no run, MLflow run id or checkpoint {reference!r}; looked in {storage} ({hint})")
+    return ConfigError(f"no run, MLflow run id or checkpoint {reference!r}; looked in {storage} ({hint})")
 
 
 def config_to_resume(found: Checkpoint, overrides: list[str]) -> Config:
@@ -134,31 +179,35 @@ def config_to_resume(found: Checkpoint, overrides: list[str]) -> Config:
     Raises:
         ConfigError: the run has a newer checkpoint, from which it would go on instead.
     """
-    run_dir = found.path.parent.parent
+    run = found.place.parent.parent
     cfg = load(found.path / checkpoint.CONFIG, overrides)
-    here: dict[str, Any] = {"storage": str(run_dir.parent), "name": run_dir.name, "stop_at_step": None}
+    here: dict[str, Any] = {"storage": run.parent.uri, "name": run.name, "stop_at_step": None}
     given = {o.partition("=")[0] for o in overrides}
-    run = dataclasses.replace(cfg.run, **{k: v for k, v in here.items() if f"run.{k}" not in given})
-    cfg = dataclasses.replace(cfg, run=run)
-    newest = _newest(run_dir)
-    if newest.path != found.path and Path(cfg.run.storage, cfg.run.name or "").absolute() == run_dir:
+    settings = dataclasses.replace(cfg.run, **{k: v for k, v in here.items() if f"run.{k}" not in given})
+    cfg = dataclasses.replace(cfg, run=settings)
+    newest = _newest(run)
+    same_run = (Storage(settings.storage) / (settings.name or "")).uri == run.uri
+    if newest.step != found.step and same_run:
         raise ConfigError(
-            f"{found.path} is not the newest checkpoint of its run, {newest.path.name} is; "
+            f"{found.place} is not the newest checkpoint of its run, {newest.place.name} is; "
             "to branch off from it, give the branch a name: run.name=NAME"
         )
     return cfg
 
 
-def _read(path: Path) -> Checkpoint:
+def _read(place: Storage) -> Checkpoint:
     try:
-        return checkpoint.read(path)
+        return checkpoint.read(place)
     except checkpoint.CheckpointError as e:
         raise ConfigError(str(e)) from None
 
 
-def _newest(run_dir: Path) -> Checkpoint:
+def _newest(run: Storage) -> Checkpoint:
     problems: list[str] = []
-    found = checkpoint.newest_valid(run_dir / "checkpoints", problems.append)
+    try:
+        found = checkpoint.newest_valid(run / "checkpoints", problems.append)
+    except checkpoint.CheckpointError as e:
+        raise ConfigError(str(e)) from None
     if found is None:
-        raise ConfigError(f"{run_dir} has no valid checkpoint" + (f": {problems[0]}" if problems else " yet"))
+        raise ConfigError(f"{run} has no valid checkpoint" + (f": {problems[0]}" if problems else " yet"))
     return found

@@ -1,5 +1,6 @@
 """What MLflow has not got yet, on disk: it outlives the process, and a server that is away."""
 
+import errno
 import json
 import os
 import threading
@@ -20,46 +21,51 @@ class Spool:
     def __init__(self, folder: Path, on_problem: Callable[[str], None]):
         folder.mkdir(parents=True, exist_ok=True)
         self.path, self._sent_path = folder / "spool.jsonl", folder / "sent.json"
-        sent = _parse(self._sent_path.read_bytes()) if self._sent_path.exists() else None
+        # Whether nothing was ever sent from here; MLflow may know of more.
+        self.is_new = not self._sent_path.exists()
+        self._skipped: dict[str, int] = {}
+        sent = None if self.is_new else _parse(self._sent_path.read_bytes())
         self._sent: int = (sent or {}).get("bytes", 0)
         self._last_step: dict[str, int] = (sent or {}).get("last_step", {})
         self._lock = threading.Lock()
-        self._file = self.path.open("a+b")
-        self._file.seek(self._sent)
-        lines = self._file.read().rpartition(b"\n")[0].splitlines()  # a killed process may leave half a line
+        self._on_problem, self._problem = on_problem, False
+        self._unwritten: list[bytes] = []  # what a full disk keeps from the file
+        lines = self._read().rpartition(b"\n")[0].splitlines()  # a killed process may leave half a line
         records = [record for line in lines if (record := _parse(line)) is not None]
         if len(records) < len(lines):
             on_problem(f"{len(lines) - len(records)} unreadable lines of {self.path} are left out")
+        self._file = self.path.open("ab", buffering=0)
         self._file.truncate(self._sent)
-        self._file.writelines(json.dumps(record).encode() + b"\n" for record in records)
-        self._file.flush()
         for record in records:
             self._note_steps(record)
+            self._unwritten.append(_line(record))
+        self._write()
 
     def append(self, record: Record) -> None:
         with self._lock:
-            if record["kind"] == "metrics":
-                fresh = {k: v for k, v in record["values"].items() if record["step"] > self._last_step.get(k, -1)}
-                record = {**record, "values": fresh}
-                self._note_steps(record)
-            self._file.seek(0, os.SEEK_END)
-            self._file.write(json.dumps(record).encode() + b"\n")
-            self._file.flush()
+            record = _without(record, self._last_step)
+            self._note_steps(record)
+            self._unwritten.append(_line(record))
+            self._write()
 
     def unsent(self) -> list[tuple[Record, int]]:
         """The waiting records, oldest first, each with the offset at which it ends."""
         with self._lock:
-            self._file.seek(self._sent)
+            self._write()
             end, waiting = self._sent, []
-            for line in self._file:
+            for line in self._read().splitlines(keepends=True):
                 end += len(line)
-                waiting.append((json.loads(line), end))
+                waiting.append((_without(json.loads(line), self._skipped), end))
         return waiting
+
+    def skip(self, last_step: dict[str, int]) -> None:
+        """Leave out of what waits the metrics that MLflow has already: up to these steps."""
+        self._skipped = last_step
 
     def mark_sent(self, offset: int) -> None:
         """Records up to `offset` have arrived; once all have, the file starts anew."""
         with self._lock:
-            if offset == self._file.seek(0, os.SEEK_END):
+            if offset == self.path.stat().st_size:
                 self._file.truncate(0)
                 offset = 0
             self._sent = offset
@@ -70,9 +76,44 @@ class Spool:
     def close(self) -> None:
         self._file.close()
 
+    def _read(self) -> bytes:
+        """What was not sent yet."""
+        if not self.path.exists():
+            return b""
+        with self.path.open("rb") as file:
+            file.seek(self._sent)
+            return file.read()
+
+    def _write(self) -> None:
+        """Append what is to be written: all of it, or nothing for now."""
+        content, before = b"".join(self._unwritten), self.path.stat().st_size
+        try:
+            if self._file.write(content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as e:
+            self._file.truncate(before)
+            if not self._problem:
+                self._on_problem(f"{self.path} cannot be written, its records stay in memory: {e}")
+            self._problem = True
+        else:
+            self._unwritten.clear()
+            self._problem = False
+
     def _note_steps(self, record: Record) -> None:
         if record["kind"] == "metrics":
             self._last_step.update(dict.fromkeys(record["values"], record["step"]))
+
+
+def _line(record: Record) -> bytes:
+    return json.dumps(record).encode() + b"\n"
+
+
+def _without(record: Record, last_step: dict[str, int]) -> Record:
+    """A record less the metrics of steps up to these."""
+    if record["kind"] != "metrics":
+        return record
+    fresh = {k: v for k, v in record["values"].items() if record["step"] > last_step.get(k, -1)}
+    return {**record, "values": fresh}
 
 
 def _parse(line: bytes) -> Record | None:

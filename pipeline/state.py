@@ -65,7 +65,7 @@ class TrainState:
             "best_top1": self.best_top1,
             "model": self.model.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": {"kind": type(self.optimizer).__name__, **self.optimizer.state_dict()},
             "scaler": self.scaler.state_dict(),
         }
 
@@ -78,10 +78,26 @@ class TrainState:
         load_weights(self.model, saved["model"])
         if self.ema is not None:  # a run that begins to average starts from the weights it has
             load_weights(self.ema, saved["ema"] or saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        self._load_optimizer(saved["optimizer"])
         if self.scaler.is_enabled() and saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
         self.step, self.best_top1 = saved["step"], saved["best_top1"]
+
+    def _load_optimizer(self, saved: dict[str, Any]) -> None:
+        """torch checks neither whose state it is nor its shapes."""
+        kind = type(self.optimizer).__name__
+        if saved["kind"] != kind:
+            raise ValueError(f"its optimizer is {saved['kind']}, and optim.name makes this one {kind}")
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for i, values in saved["state"].items():
+            for key, value in values.items():
+                if value.ndim > 0 and value.shape != parameters[i].shape:
+                    raise ValueError(
+                        f"{key} of {names[id(parameters[i])]} is {tuple(value.shape)} in the saved optimizer and "
+                        f"{tuple(parameters[i].shape)} in the model"
+                    )
+        self.optimizer.load_state_dict({k: v for k, v in saved.items() if k != "kind"})
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:

@@ -16,12 +16,16 @@ from pipeline.data import EvalLoader, Place, TrainLoader
 from pipeline.data.index import Index, load_index
 from pipeline.data.sampling import batch_positions, permute
 from pipeline.evaluate import evaluate, sync_buffers
+from pipeline.identity import Identity
 from pipeline.job import Context, Job
 from pipeline.optim import Schedule, lr_at
 from pipeline.perf import Ledger
 from pipeline.record import Recorder
 from pipeline.state import TrainState
 from pipeline.step import train_step
+from pipeline.storage import Storage, patiently
+from pipeline.votes import Votes, Word
+from pipeline.watchdog import Watchdog
 
 
 class NonFiniteLossError(RuntimeError):
@@ -39,32 +43,37 @@ def fit(job: Job, ctx: Context) -> dict[str, Any]:
     """
     ledger = Ledger("start-up")
     torch.set_num_threads(ctx.num_threads)
-    cfg, index = job.cfg, load_index(job.train_index)
+    cfg, index = job.cfg, load_index(Storage(job.train_index).fetch())
     schedule = Schedule.create(cfg, len(index))
     stop_step = min(schedule.num_steps, cfg.run.stop_at_step or schedule.num_steps)
     state = TrainState.create(cfg, len(index.classes), ctx.device)
-    resumed = _resume(job, ctx, state, index, schedule.num_steps)
-    recorder = Recorder(job, ctx, index, resumed, ledger, schedule.num_steps)
+    identity, resumed = _resume(job, ctx, state, index, schedule.num_steps)
+    recorder = Recorder(job, ctx, index, identity, resumed, ledger, schedule.num_steps)
     train_loader, val_loader = _loaders(job, ctx, index, recorder)
     net: nn.Module = state.model
     if ctx.world_size > 1:  # BN statistics stay local until they are read: see sync_buffers
         net = DistributedDataParallel(state.model, forward_sync_buffers=False, gradient_as_bucket_view=True)
+    votes = Votes(ctx.world_size, cfg.cluster.timeout_s)
 
     def due(every: int) -> bool:
         return state.step % every == 0 or state.step == schedule.num_steps
 
     losses: list[Tensor] = []
-    with recorder:
+    with recorder, Watchdog(cfg.cluster.timeout_s) as watchdog:
         ledger.switch("compute")
         for batch in ledger.waits(train_loader.from_step(state.step, stop_step), "data wait"):
             lr = lr_at(state.step, cfg.optim, schedule)
             losses.append(train_step(state, net, batch, cfg.train, lr=lr, world_size=ctx.world_size))
+            watchdog.feed()
+            ctx.progress(state.step)
+            word = votes.exchange(Word(stop=ctx.stop_reason() is not None, save=recorder.wants_save))
 
             logging, evaluating = due(cfg.train.log_every), due(cfg.train.eval_every * schedule.steps_per_epoch)
-            saving = due(cfg.checkpoint.every) or state.step == stop_step
+            ending = word.stop or state.step == stop_step
+            saving = due(cfg.checkpoint.every) or word.save or ending
             if not (logging or evaluating or saving):
                 continue
-            values, stopping, num_bad = _gather(losses, recorder.num_bad, ctx)  # the only wait for the device
+            values, num_bad = _gather(losses, recorder.num_bad, ctx)  # the only wait for the device
             losses.clear()
             _check_finite(values, state.step, cfg, schedule, len(index))
             if logging:
@@ -74,37 +83,66 @@ def fit(job: Job, ctx: Context) -> dict[str, Any]:
             if evaluating:
                 with ledger.phase("evaluation"):
                     sync_buffers(state.best_model)
-                    scores = evaluate(state.best_model, val_loader, precision=cfg.train.precision, device=ctx.device)
+                    scores = evaluate(
+                        state.best_model,
+                        val_loader,
+                        precision=cfg.train.precision,
+                        device=ctx.device,
+                        heartbeat=watchdog.feed,
+                    )
                 improved = scores["top1"] > state.best_top1
                 state.best_top1 = max(state.best_top1, scores["top1"])
                 recorder.evaluation(state.step, scores)
-            if saving or improved or stopping:
+            if saving or improved:
                 with ledger.phase("checkpoint"):
-                    recorder.save(state, scores)
-            if stopping:
+                    recorder.save(state, scores, now=ending or improved)
+            if ending:
                 break
+        votes.finish()
+        watchdog.stop()
         return recorder.finished(state)
 
 
-def _resume(job: Job, ctx: Context, state: TrainState, index: Index, num_steps: int) -> Checkpoint | None:
-    """Load the newest valid checkpoint, chosen by rank 0 for all, so that all ranks start from one state."""
-    found: Checkpoint | None = None
+def _resume(
+    job: Job, ctx: Context, state: TrainState, index: Index, num_steps: int
+) -> tuple[Identity, Checkpoint | None]:
+    """Load the newest valid checkpoint, chosen by rank 0 for all, so that all ranks start from one state.
+
+    Returns:
+        Whose run it is, as far as rank 0 knows it, and the checkpoint.
+    """
+    identity, found = Identity(), None
+    patience_s = job.cfg.cluster.timeout_s
     if ctx.rank == 0:
-        found = checkpoint.newest_valid(job.checkpoints, ctx.warn)
-        if found is None and job.resume_from is not None:
-            found = checkpoint.read(job.resume_from)
+        try:
+            identity, found = patiently(lambda: _look(job, ctx), ctx.warn, patience_s)
+        except checkpoint.CheckpointError as e:
+            raise ConfigError(str(e)) from None
     if ctx.world_size > 1:
-        chosen = [found]
+        chosen = [found and found.place.uri]
         dist.broadcast_object_list(chosen, src=0, device=ctx.device)
-        found = chosen[0]
+        if ctx.rank > 0 and chosen[0]:
+            place = Storage(chosen[0])
+            found = patiently(lambda: checkpoint.read(place), ctx.warn, patience_s)
     if found is not None:
         checkpoint.restore(state, found, job.cfg, index.fingerprint)
         if found.step > num_steps:
             raise ConfigError(
-                f"{found.path} is at step {found.step}, and this configuration ends at step {num_steps}; "
+                f"{found.place} is at step {found.step}, and this configuration ends at step {num_steps}; "
                 "raise train.epochs or train.steps, or use another run.name"
             )
-    return found
+    return identity, found
+
+
+def _look(job: Job, ctx: Context) -> tuple[Identity, Checkpoint | None]:
+    """What the storage says: whose run this is, and from which checkpoint it goes on."""
+    identity = Identity.read(job.run, ctx.warn)
+    found = checkpoint.newest_valid(job.checkpoints, ctx.warn, identity.training_id if identity else None)
+    if identity is None:  # a new run, or one whose run.json is lost
+        identity = Identity(found.meta["training_id"]) if found else Identity()
+    if found is None and job.resume_from is not None:
+        found = checkpoint.read(Storage(job.resume_from))
+    return identity, found
 
 
 def _loaders(job: Job, ctx: Context, index: Index, recorder: Recorder) -> tuple[TrainLoader, EvalLoader]:
@@ -113,18 +151,17 @@ def _loaders(job: Job, ctx: Context, index: Index, recorder: Recorder) -> tuple[
     train = TrainLoader(
         index, cfg.data, place, recorder.bad_image, global_batch=cfg.train.global_batch, seed=cfg.run.seed
     )
-    val_index = load_index(job.val_index).with_classes(index.classes)
+    val_index = load_index(Storage(job.val_index).fetch()).with_classes(index.classes)
     return train, EvalLoader(val_index, cfg.data, place, recorder.bad_image, batch=cfg.train.eval_batch)
 
 
-def _gather(losses: list[Tensor], num_bad: int, ctx: Context) -> tuple[list[float], bool, int]:
-    """Over all ranks: the loss of each step since the last call, whether to stop, the broken images met."""
-    host = torch.tensor([float(ctx.should_stop()), float(num_bad)], device=ctx.device)
-    sums = torch.cat([torch.stack(losses), host])
+def _gather(losses: list[Tensor], num_bad: int, ctx: Context) -> tuple[list[float], int]:
+    """Over all ranks: the loss of each step since the last call, and the broken images met."""
+    sums = torch.cat([torch.stack(losses), torch.tensor([float(num_bad)], device=ctx.device)])
     if ctx.world_size > 1:
         dist.all_reduce(sums)
-    *values, stop, bad = sums.tolist()
-    return values, stop > 0, int(bad)
+    *values, bad = sums.tolist()
+    return values, int(bad)
 
 
 def _check_finite(values: list[float], step: int, cfg: Config, schedule: Schedule, num_samples: int) -> None:

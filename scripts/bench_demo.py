@@ -70,8 +70,8 @@ def measure(cfg: Config, num_threads: int) -> list[tuple[float, float]]:
             windows.append((pipeline, bare.seconds(WINDOW)))
             since = time.perf_counter()
 
-    with runs.prepare(cfg, "bench", watch) as job:
-        fit(job, Context(0, 1, CPU, num_threads, watch, lambda: False))
+    with runs.prepare(cfg, watch) as job:
+        fit(job, Context(0, 1, CPU, num_threads, watch))
     return windows[1:]
 
 
@@ -91,7 +91,13 @@ def main() -> None:
             "checkpoint.every=1000000",
             "train.eval_every=1000",
         ]
-        place = [f"run.storage={storage}", "cluster.workers=1", "mlflow.log_model=false", "mlflow.checkpoints=none"]
+        place = [
+            f"run.storage={storage}",
+            "run.name=bench",
+            "cluster.workers=1",
+            "mlflow.log_model=false",
+            "mlflow.checkpoints=none",
+        ]
         windows = measure(load(CONFIG, [*fixed, *place, *args.overrides]), args.threads)
     images = WINDOW * load(CONFIG, args.overrides).train.global_batch
     quartiles = statistics.quantiles([bare / pipeline for pipeline, bare in windows], n=4)

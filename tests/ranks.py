@@ -33,7 +33,7 @@ def _rank(rank: int, function: Callable[..., Any], world_size: int, folder: str,
 def context(rank: int = 0, world_size: int = 1, events: list[Event] | None = None) -> Context:
     """A CPU rank that hands its events to a list and is never asked to stop."""
     emit = _show if events is None else events.append
-    return Context(rank, world_size, torch.device("cpu"), 1, emit, lambda: False)
+    return Context(rank, world_size, torch.device("cpu"), 1, emit)
 
 
 def no_bad_image(path: str, reason: str) -> None:

@@ -16,8 +16,15 @@ from pipeline.checkpoint import CheckpointError
 from pipeline.config import Config
 from pipeline.settings import load
 from pipeline.state import TrainState
+from pipeline.storage import Storage
 
-META: dict[str, Any] = {"fingerprint": "f", "classes": ["a", "b"], "metrics": {}, "mlflow_run_id": None}
+META: dict[str, Any] = {
+    "training_id": "t",
+    "fingerprint": "f",
+    "classes": ["a", "b"],
+    "metrics": {},
+    "mlflow_run_id": None,
+}
 
 
 @pytest.fixture(scope="module")
@@ -37,21 +44,21 @@ def save(tmp_path: Path, cfg: Config, state: TrainState) -> Callable[..., Path]:
     def save_at(step: int, top1: float | None = None) -> Path:
         state.step = step
         metrics = {} if top1 is None else {"top1": top1}
-        return checkpoint.save(tmp_path, state, cfg, {**META, "metrics": metrics}).path
+        return checkpoint.save(Storage(tmp_path), state.state_dict(), cfg, {**META, "metrics": metrics}).path
 
     return save_at
 
 
 def test_what_is_saved_is_what_is_read(save: Callable[..., Path], cfg: Config, state: TrainState) -> None:
     path = save(7)
-    found = checkpoint.read(path)
+    found = checkpoint.read(Storage(path))
     assert found.step == 7
     restored = TrainState.create(load(None, ["run.seed=5", *_minimal()]), 2, torch.device("cpu"))
     restored.load_state_dict(found.state())
     for name, value in state.model.state_dict().items():
         assert torch.equal(restored.model.state_dict()[name], value)
     assert load(path / "config.yaml") == cfg
-    model, loaded_cfg, classes = checkpoint.load_model(path)
+    model, loaded_cfg, classes = checkpoint.load_model(Storage(path))
     assert (loaded_cfg, classes) == (cfg, ("a", "b"))
     assert not model.training
 
@@ -62,13 +69,13 @@ def _minimal() -> list[str]:
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "state.pt is damaged": lambda p: (p / "state.pt").write_bytes((p / "state.pt").read_bytes()[:-100]),
-    "state.pt cannot be read": lambda p: (p / "state.pt").unlink(),
+    "state.pt is missing": lambda p: (p / "state.pt").unlink(),
     "config.yaml is damaged": lambda p: (p / "config.yaml").write_text("run: {}"),
     "no usable meta.json": lambda p: (p / "meta.json").write_text("{"),
-    "no usable meta.json ": lambda p: (p / "meta.json").unlink(),
-    "no usable meta.json  ": lambda p: (p / "meta.json").write_text('{"format": 1}'),
+    "meta.json is missing": lambda p: (p / "meta.json").unlink(),
+    "no usable meta.json ": lambda p: (p / "meta.json").write_text('{"format": 1}'),
     "has format 99": lambda p: _edit_meta(p, format=99),
-    "no usable meta.json   ": lambda p: _empty(p),
+    "meta.json is missing, ": lambda p: _empty(p),
 }
 
 
@@ -86,9 +93,9 @@ def test_damage_is_named_and_skipped(save: Callable[..., Path], tmp_path: Path, 
     older, newer = save(1), save(2)
     DAMAGES[reason](newer)
     with pytest.raises(CheckpointError, match=reason.strip()):
-        checkpoint.read(newer)
+        checkpoint.read(Storage(newer))
     reports: list[str] = []
-    found = checkpoint.newest_valid(tmp_path, reports.append)
+    found = checkpoint.newest_valid(Storage(tmp_path), reports.append)
     assert found is not None
     assert found.path == older
     assert len(reports) == 1
@@ -103,7 +110,7 @@ def test_a_flipped_bit_anywhere_is_found(save: Callable[..., Path]) -> None:
         whole[place] ^= 1 << random_places.randrange(8)
         (path / "state.pt").write_bytes(whole)
         with pytest.raises(CheckpointError, match=r"state\.pt is damaged"):
-            checkpoint.read(path)
+            checkpoint.read(Storage(path))
         whole = bytearray(whole)
 
 
@@ -118,7 +125,7 @@ def test_loading_executes_nothing(save: Callable[..., Path], tmp_path: Path) -> 
     torch.save({"step": 1, "model": Attack()}, path / "state.pt")
     _edit_meta(path, files={n: checkpoint._digest(path / n) for n in ("state.pt", "config.yaml")})
     with pytest.raises(pickle.UnpicklingError):
-        checkpoint.read(path).state()
+        checkpoint.read(Storage(path)).state()
     assert not victim.exists()
 
 
@@ -139,27 +146,27 @@ def test_a_failed_save_leaves_nothing_behind(
 def test_saving_again_replaces_a_damaged_one(save: Callable[..., Path], tmp_path: Path) -> None:
     (save(1) / "state.pt").write_bytes(b"")
     save(1)
-    assert checkpoint.newest_valid(tmp_path, pytest.fail) is not None
+    assert checkpoint.newest_valid(Storage(tmp_path), pytest.fail) is not None
 
 
 def test_pruning_keeps_the_newest_and_the_best(save: Callable[..., Path], tmp_path: Path) -> None:
     for step, top1 in [(1, 0.2), (2, 0.9), (3, None), (4, 0.5), (5, None), (6, 0.9 - 1e-9)]:
         save(step, top1)
     (tmp_path / ".step_00000009.123").mkdir()
-    top = checkpoint.best(tmp_path)
+    top = checkpoint.best(Storage(tmp_path))
     assert top is not None
     assert top.step == 2
-    checkpoint.prune(tmp_path, keep=2)
+    checkpoint.prune(Storage(tmp_path), keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000002", "step_00000005", "step_00000006"]
 
 
 def test_an_empty_or_missing_folder_has_no_checkpoint(tmp_path: Path) -> None:
-    assert checkpoint.newest_valid(tmp_path, pytest.fail) is None
-    assert checkpoint.newest_valid(tmp_path / "none", pytest.fail) is None
-    assert checkpoint.best(tmp_path) is None
+    assert checkpoint.newest_valid(Storage(tmp_path), pytest.fail) is None
+    assert checkpoint.newest_valid(Storage(tmp_path / "none"), pytest.fail) is None
+    assert checkpoint.best(Storage(tmp_path)) is None
 
 
 def test_a_moved_checkpoint_still_reads(save: Callable[..., Path], tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere" / "copy"
     shutil.copytree(save(3), moved)
-    assert checkpoint.read(moved).step == 3
+    assert checkpoint.read(Storage(moved)).step == 3

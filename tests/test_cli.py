@@ -13,6 +13,7 @@ from ranks import context
 from pipeline import cli
 from pipeline.job import Job
 from pipeline.settings import load
+from pipeline.storage import Storage
 from pipeline.train import fit
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -30,7 +31,8 @@ def trained(
     run_dir.mkdir()
     cfg = load(CONFIGS / "digits.yaml", SMALL)
     data = dataclasses.replace(cfg.data, train=str(digits / "train"), val=str(digits / "val"))
-    return fit(Job(dataclasses.replace(cfg, data=data), run_dir, digits_index("train"), digits_index("val")), context())
+    indexes = str(digits_index("train")), str(digits_index("val"))
+    return fit(Job(dataclasses.replace(cfg, data=data), Storage(run_dir), *indexes), context())
 
 
 @pytest.fixture

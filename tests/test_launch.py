@@ -17,6 +17,7 @@ import pytest
 from test_train import differences
 
 from pipeline import checkpoint
+from pipeline.storage import Storage
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]  # three sessions in one test, on a busy machine
 
@@ -79,7 +80,7 @@ def read_until(process: "subprocess.Popen[str]", beginning: str) -> None:
 
 
 def state_of(run_dir: Path) -> dict[str, Any]:
-    found = checkpoint.newest_valid(run_dir / "checkpoints", pytest.fail)
+    found = checkpoint.newest_valid(Storage(run_dir / "checkpoints"), pytest.fail)
     assert found is not None
     return found.state()
 
@@ -151,7 +152,7 @@ def test_a_killed_worker_is_replaced_and_nothing_changes(
     os.kill(victims[1], signal.SIGKILL)
     code, out, err = finish(process)
     assert code == 0, out + err
-    assert re.search(r"warning: worker 1 failed: .*died", out), out
+    assert re.search(r"fault: .*worker 1 failed: .*died", out), out
     assert re.search(r"session 2: step \d+ of 60, resumed from", out)
     assert differences(state_of(storage / "whole"), state_of(storage / "hurt")) == []
 

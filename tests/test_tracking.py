@@ -11,9 +11,10 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from pipeline.config import MlflowConfig
+from pipeline.mlflow_run import Target, find_run, tracking_uri
 from pipeline.spool import Spool
-from pipeline.tracking import Tracker, find_run_dir, tracking_uri
+from pipeline.storage import Storage
+from pipeline.tracking import Tracker
 
 
 def metric(step: int, value: float = 0.0, name: str = "loss") -> dict[str, object]:
@@ -69,11 +70,13 @@ def test_spool_leaves_out_what_it_cannot_read(tmp_path: Path) -> None:
 
 def tracker(uri: str, run_dir: Path, problems: list[str] | None = None) -> Tracker:
     said: list[str] = [] if problems is None else problems
-    return Tracker(MlflowConfig(), uri, run_dir, training_id=f"id-{run_dir.name}", on_problem=said.append)
+    tracker = Tracker(Target(uri, "pipeline", str(run_dir), f"id-{run_dir.name}"), run_dir / "mlflow", said.append)
+    tracker.start()
+    return tracker
 
 
 def test_everything_logged_arrives_in_one_run_over_two_sessions(tmp_path: Path) -> None:
-    uri = tracking_uri(None, tmp_path)
+    uri = tracking_uri(None, Storage(tmp_path))
     source = tmp_path / "checkpoint"
     source.mkdir()
     (source / "state.pt").write_bytes(b"weights")
@@ -101,20 +104,26 @@ def test_everything_logged_arrives_in_one_run_over_two_sessions(tmp_path: Path) 
     assert history == [(1, 2.5), *((step, 1.5) for step in range(2, 2000))]
     local = client.download_artifacts(one.run_id, "checkpoints/step_1/state.pt", str(tmp_path))
     assert Path(local).read_bytes() == b"weights"
-    assert sorted(p.name for p in (tmp_path / "run" / "mlflow").iterdir()) == ["sent.json", "spool.jsonl"]
-    assert find_run_dir(uri, str(one.run_id)) == tmp_path / "run"
-    assert find_run_dir(uri, "0" * 32) is None
+    assert sorted(p.name for p in (tmp_path / "run" / "mlflow").iterdir()) == [
+        "sent.json",
+        "spool.jsonl",
+        "target.json",
+    ]
+    found = find_run(uri, str(one.run_id))
+    assert found is not None
+    assert found.local == tmp_path / "run"
+    assert find_run(uri, "0" * 32) is None
 
 
 def test_a_record_that_mlflow_refuses_is_told_and_does_not_block(tmp_path: Path) -> None:
     problems: list[str] = []
-    one = tracker(tracking_uri(None, tmp_path), tmp_path / "run", problems)
+    one = tracker(tracking_uri(None, Storage(tmp_path)), tmp_path / "run", problems)
     one.metrics(1, {"not\nlegal": 1.0})
     one.metrics(2, {"loss": 1.0})
     assert one.close("FINISHED", 60) == 0
     assert len(problems) == 1
     assert "MLflow refused a record of kind metrics, dropped" in problems[0]
-    client = mlflow.MlflowClient(tracking_uri(None, tmp_path))
+    client = mlflow.MlflowClient(tracking_uri(None, Storage(tmp_path)))
     assert client.get_run(one.run_id).info.status == "FINISHED"
 
 

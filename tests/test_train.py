@@ -16,6 +16,7 @@ from pipeline import checkpoint, runs
 from pipeline.config import ConfigError
 from pipeline.job import Event, Job
 from pipeline.settings import load
+from pipeline.storage import Storage
 from pipeline.train import NonFiniteLossError, fit
 
 FAST = [
@@ -43,7 +44,7 @@ def job(digits_index: Callable[[str], Path], tmp_path: Path) -> Callable[..., Jo
         train, val = digits_index("train"), digits_index("val")
         cfg = load(None, [f"data.train={train}", f"data.val={val}", *FAST, f"run.storage={tmp_path}", *overrides])
         (tmp_path / name).mkdir(exist_ok=True)
-        return Job(cfg, tmp_path / name, train, val)
+        return Job(cfg, Storage(tmp_path / name), str(train), str(val))
 
     return make
 
@@ -155,7 +156,7 @@ def assert_model_predicts_like_checkpoint(client: Any, summary: dict[str, Any]) 
     (logged,) = client.get_run(summary["mlflow_run_id"]).outputs.model_outputs
     served = mlflow.pyfunc.load_model(f"models:/{logged.model_id}")
     assert str(served.metadata.signature.inputs.inputs[0].type) == "uint8"
-    model, _, classes = checkpoint.load_model(Path(summary["checkpoint"]))
+    model, _, classes = checkpoint.load_model(Storage(summary["checkpoint"]))
     pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     with torch.inference_mode():
         expected = model(pixels)
@@ -170,7 +171,7 @@ def test_a_non_finite_loss_names_step_rate_and_samples(job: Callable[..., Job]) 
         NonFiniteLossError, match=r"the loss of step (\d+) is (nan|inf).* rate \d+\).* batch: \d+( \d+){63}$"
     ):
         fit(broken, context())
-    assert not list(broken.checkpoints.glob("*"))
+    assert broken.checkpoints.names() == []
 
 
 def test_changed_images_or_order_are_refused(job: Callable[..., Job], digits: Path) -> None:
@@ -199,10 +200,10 @@ def test_a_finished_run_trains_no_more(job: Callable[..., Job]) -> None:
 
 
 def test_stop_request_saves_and_ends(job: Callable[..., Job]) -> None:
-    asked = dataclasses.replace(context(), should_stop=lambda: True)
+    asked = dataclasses.replace(context(), stop_reason=lambda: "interrupted")
     summary = fit(job("run"), asked)
-    assert (summary["status"], summary["step"]) == ("interrupted", 5)
-    assert Path(summary["checkpoint"]).name == "step_00000005"
+    assert (summary["status"], summary["step"]) == ("interrupted", 1)
+    assert Path(summary["checkpoint"]).name == "step_00000001"
 
 
 def test_training_runs_on_the_rest_of_an_odd_folder(tmp_path: Path) -> None:
@@ -214,11 +215,11 @@ def test_training_runs_on_the_rest_of_an_odd_folder(tmp_path: Path) -> None:
     settings = ["train.global_batch=8", "train.epochs=3", "train.log_every=1", f"run.storage={tmp_path}/runs"]
     cfg = load(None, [f"data.train={images}", f"data.val={images}", *small, *settings, "run.name=odd"])
     events: list[Event] = []
-    with runs.prepare(cfg, "odd", events.append) as job:
+    with runs.prepare(cfg, events.append) as job:
         left_out = [e["text"] for e in events]
         with (
             pytest.raises(ConfigError, match=r"run.name=odd: is being trained by process \d+"),
-            runs.prepare(cfg, "odd", print),
+            runs.prepare(cfg, print),
         ):
             pass
     assert len(left_out) == 2 * len(unusable)  # of train and of val

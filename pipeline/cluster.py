@@ -1,0 +1,96 @@
+"""Ray's cluster: joining or starting one, what a worker takes of it, and who comes and goes."""
+
+import os
+import time
+
+import ray
+from ray._private.state import state  # see `draining`
+
+from pipeline.config import ClusterConfig, ConfigError
+
+OBJECT_STORE_BYTES = 100 * 2**20  # nothing goes through it but messages
+QUIET = {"logging_level": "ERROR", "log_to_driver": False}
+
+Size = dict[str, float]  # {"CPU": ..., "GPU": ...} of one worker
+
+
+def join(address: str, patience_s: float) -> None:
+    """Connect to a running cluster; one that is away is waited for.
+
+    Raises:
+        ConnectionError, RuntimeError, ValueError: it does not answer.
+    """
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            ray.init(address=address, **QUIET)
+            return
+        except (ConnectionError, RuntimeError):
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(1)
+
+
+def start(num_cpus: int) -> None:
+    """Start a cluster on this machine, with its cores, or so many CPUs: more workers than cores are slow but work."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(
+        address="local",
+        num_cpus=max(len(os.sched_getaffinity(0)), num_cpus),
+        object_store_memory=OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        **QUIET,
+    )
+
+
+def size_of_worker(cfg: ClusterConfig) -> Size:
+    """What one worker takes: a GPU where the cluster has them, and an even share of the CPUs.
+
+    Raises:
+        ConfigError: fewer GPUs than workers.
+    """
+    nodes = _nodes()
+    num_gpus = int(sum(node.get("GPU", 0) for node in nodes))
+    use_gpu = cfg.device == "gpu" or (cfg.device == "auto" and num_gpus > 0)
+    if use_gpu and num_gpus < cfg.min_workers:
+        raise ConfigError(
+            f"cluster.workers={cfg.workers}: the cluster has {num_gpus} GPUs, and each worker takes one; "
+            f"set cluster.workers={max(num_gpus, 1)} or cluster.device=cpu"
+        )
+    num_cpus = cfg.cpus_per_worker or _even_share([int(node.get("CPU", 0)) for node in nodes], cfg.max_workers)
+    return {"CPU": num_cpus, "GPU": int(use_gpu)}
+
+
+def _even_share(cpus: list[int], num_workers: int) -> int:
+    """The most CPUs that each of `num_workers` can have, when none spans two nodes; at least one."""
+    shares = range(max(cpus, default=1), 0, -1)
+    return next((share for share in shares if sum(n // share for n in cpus) >= num_workers), 1)
+
+
+def room(size: Size) -> int:
+    """How many more workers fit."""
+    free, nodes = ray.available_resources(), _nodes()
+    fits_free = min(int(free.get(kind, 0) // n) for kind, n in size.items() if n)
+    fits_nodes = max((min(int(node.get(kind, 0) // n) for kind, n in size.items() if n) for node in nodes), default=0)
+    return fits_free if fits_nodes else 0
+
+
+def draining() -> set[str]:
+    """The ids of the nodes that are about to go.
+
+    Ray's public way to ask, `ray.train.get_preemption_info()`, is a barrier over all ranks.
+    """
+    return set(state.get_draining_nodes())
+
+
+def why_waiting(cfg: ClusterConfig, size: Size) -> str:
+    """In words, for a training that has no workers yet."""
+    total, free = ray.cluster_resources(), ray.available_resources()
+    takes = ", ".join(f"{n:g} {kind}" for kind, n in size.items() if n)
+    has = ", ".join(f"{free.get(kind, 0):g} of {total.get(kind, 0):g} {kind} free" for kind, n in size.items() if n)
+    return f"waiting for {cfg.min_workers} workers; each takes {takes}; the cluster has {has}"
+
+
+def _nodes() -> list[dict[str, float]]:
+    """The resources of each node that is up and stays."""
+    return [dict(n["Resources"]) for n in ray.nodes() if n["Alive"] and n["NodeID"] not in draining()]

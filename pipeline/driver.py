@@ -1,0 +1,64 @@
+"""The driver's process: prepares a run and trains it on Ray, for the supervisor at the other end of a pipe.
+
+python -m pipeline.driver FILE_DESCRIPTOR
+"""
+
+import contextlib
+import sys
+import threading
+from multiprocessing.connection import Connection
+from typing import Any
+
+from pipeline import launch, record, runs
+from pipeline.config import ConfigError
+from pipeline.job import Event
+from pipeline.supervise import Request, TrainingFailedError
+
+
+class Supervisor:
+    """The other end. Where it has died, nobody listens, and the training is to stop."""
+
+    def __init__(self, connection: Connection):
+        self._connection = connection
+        self.request: Request = connection.recv()
+        self.wants_stop = threading.Event()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        with contextlib.suppress(EOFError, OSError):
+            self._connection.recv()  # it has but one thing to say
+        self.wants_stop.set()
+
+    def tell(self, kind: str, content: Any) -> None:
+        with contextlib.suppress(OSError):
+            self._connection.send((kind, content))
+
+    def event(self, event: Event) -> None:
+        self.tell("event", event)
+
+
+def main() -> None:
+    supervisor = Supervisor(Connection(int(sys.argv[1])))
+    request = supervisor.request
+    try:
+        with runs.prepare(request.cfg, supervisor.event, request.resume_from) as job:
+            supervisor.event({"kind": "run", "name": job.run.name, "place": str(job.run)})
+            try:
+                summary = launch.train(
+                    job, supervisor.event, supervisor.wants_stop, faults=request.faults, again=request.again
+                )
+            except TrainingFailedError as e:
+                record.mark_failed(job, str(e))
+                raise
+    except ConfigError as e:
+        supervisor.tell("wrong", str(e))
+    except TrainingFailedError as e:
+        supervisor.tell("failed", str(e))
+    except launch.ClusterLostError as e:
+        supervisor.tell("lost", str(e))
+    else:
+        supervisor.tell("done", summary)
+
+
+if __name__ == "__main__":
+    main()

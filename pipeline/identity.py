@@ -1,0 +1,71 @@
+"""Which training a run's folder holds, and whose it is now: run.json.
+
+{"training_id": finds the MLflow run and the run's own checkpoints,
+ "sessions": so far, "faults": so far, "owner": the driver, "open": whether a session has not ended}
+"""
+
+import dataclasses
+import json
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from pipeline.job import Fault
+from pipeline.storage import Storage
+
+FILE = "run.json"
+
+
+class SupersededError(RuntimeError):
+    """Another driver trains the run now."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    training_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    sessions: int = 0
+    faults: int = 0
+    owner: str = ""
+    open: bool = False
+
+    @classmethod
+    def read(cls, run: Storage, report: Callable[[str], None]) -> "Identity | None":
+        """Of the training in the folder `run`; None where it does not say, which is reported if it should."""
+        try:
+            return cls(**json.loads(run.read_bytes(FILE)))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError):
+            report(f"{run / FILE} is damaged; the newest checkpoint tells which training this is")
+            return None
+
+    def write(self, run: Storage) -> None:
+        run.write_bytes(FILE, json.dumps(dataclasses.asdict(self)).encode())
+
+    def begin(self, owner: str, new_faults: int) -> "Identity":
+        """With one session more."""
+        return dataclasses.replace(
+            self, sessions=self.sessions + 1, faults=self.faults + new_faults, owner=owner, open=True
+        )
+
+    def end(self) -> "Identity":
+        return dataclasses.replace(self, open=False)
+
+    def unended(self) -> tuple[Fault, ...]:
+        """The fault that is left of a session which could not tell of its end."""
+        if not self.open:
+            return ()
+        return (Fault(f"session {self.sessions} ended without a word: its processes were killed", None, time.time()),)
+
+    def check(self, run: Storage) -> None:
+        """Make sure that no later session has begun.
+
+        Raises:
+            SupersededError: one has, by another driver.
+            RuntimeError: one has, by the same.
+        """
+        now = Identity.read(run, lambda _: None)
+        if now is not None and now.sessions != self.sessions:
+            error = RuntimeError if now.owner == self.owner else SupersededError
+            raise error(f"session {now.sessions} of {run} has begun; session {self.sessions} ends")

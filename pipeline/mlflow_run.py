@@ -1,0 +1,167 @@
+"""The MLflow run of a training: finding or making it, and sending it records. The only file that imports `mlflow`."""
+
+import os
+import shutil
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline import checkpoint
+from pipeline.config import ConfigError
+from pipeline.spool import Record
+from pipeline.storage import Storage
+
+TRAINING_ID_TAG = "pipeline.training_id"
+RUN_TAG = "pipeline.run_dir"
+MODEL_TAG = "pipeline.model_from"  # the checkpoint whose model is logged
+SESSION = uuid.uuid4().hex  # this process: a session's start that is sent by a later one is past
+
+
+def tracking_uri(configured: str | None, storage: Storage) -> str:
+    """Where runs are logged: as configured, else $MLFLOW_TRACKING_URI, else a SQLite file in `storage`.
+
+    Raises:
+        ConfigError: none of these.
+    """
+    if named := configured or os.environ.get("MLFLOW_TRACKING_URI"):
+        return named
+    if storage.local is None:
+        raise ConfigError(f"mlflow.uri=null: run.storage={storage} cannot hold MLflow's database; name a server")
+    return f"sqlite:///{storage.local / 'mlflow.db'}"
+
+
+@dataclass(frozen=True)
+class Target:
+    """The MLflow run that a spool is for; kept beside it, so that a spool can be sent without its training.
+
+    uri: of the MLflow store. run: path or URI of the run's folder. training_id: finds the same MLflow run again.
+    """
+
+    uri: str
+    experiment: str
+    run: str
+    training_id: str
+
+
+class MlflowRun:
+    """Connects to the store, and finds or makes the run.
+
+    Raises (here and in `send`):
+        Exception: MLflow raises whatever its transport raises.
+    """
+
+    def __init__(self, target: Target):
+        # MLflow's own retries (7, of up to 120 s each) would hide for minutes that a server is away.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+        import mlflow
+
+        self._uri = target.uri
+        self._monitor: Any = None
+        self._client = mlflow.MlflowClient(target.uri)
+        self.experiment_id = self._experiment(target.experiment)
+        run_filter = f"tags.`{TRAINING_ID_TAG}` = '{target.training_id}'"
+        found = self._client.search_runs([self.experiment_id], run_filter, max_results=1)
+        self.id = str(found[0].info.run_id if found else self._create(target))
+
+    def _experiment(self, name: str) -> str:
+        experiment = self._client.get_experiment_by_name(name)
+        if experiment is not None:
+            return str(experiment.experiment_id)
+        # A SQLite store is a file of ours: keep the artifacts beside it. A server knows its own place.
+        database = self._uri.removeprefix("sqlite:///")
+        beside = str(Path(database).parent / "mlartifacts") if database != self._uri else None
+        return str(self._client.create_experiment(name, artifact_location=beside))
+
+    def _create(self, target: Target) -> str:
+        tags = {TRAINING_ID_TAG: target.training_id, RUN_TAG: target.run}
+        run = self._client.create_run(self.experiment_id, run_name=Storage(target.run).name, tags=tags)
+        return str(run.info.run_id)
+
+    def last_steps(self) -> dict[str, int]:
+        """The highest step of each metric."""
+        keys = self._client.get_run(self.id).data.metrics
+        return {key: max(m.step for m in self._client.get_metric_history(self.id, key)) for key in keys}
+
+    def send(self, records: list[Record]) -> None:
+        """Log several records of metrics, or one of another kind. A record that was sent before changes nothing."""
+        from mlflow.entities import Metric, Param, RunTag
+
+        record, client = records[0], self._client
+        match record["kind"]:
+            case "metrics":
+                metrics = [Metric(k, v, r["time"], r["step"]) for r in records for k, v in r["values"].items()]
+                client.log_batch(self.id, metrics=metrics)
+            case "params":
+                known = client.get_run(self.id).data.params
+                client.log_batch(self.id, params=[Param(k, v) for k, v in record["values"].items() if k not in known])
+            case "tags":
+                client.log_batch(self.id, tags=[RunTag(k, v) for k, v in record["values"].items()])
+            case "text":
+                client.log_text(self.id, record["text"], record["to"])
+            case "folder":
+                client.log_artifacts(self.id, record["source"], record["to"])
+                shutil.rmtree(record["source"])
+            case "model":
+                source = Path(record["source"])
+                if client.get_run(self.id).data.tags.get(MODEL_TAG) != source.name:  # a finished run, run again
+                    _log_model(self._uri, self.id, source)
+                    client.set_tag(self.id, MODEL_TAG, source.name)
+            case "start":
+                client.update_run(self.id, status="RUNNING")
+                if record["session"] == SESSION:
+                    self._monitor_system()
+            case "end":
+                if self._monitor is not None:
+                    self._monitor.finish()
+                client.set_terminated(self.id, record["status"])
+
+    def _monitor_system(self) -> None:
+        """Log CPU, memory, disk, network and GPUs of this node from now on."""
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        self._monitor = SystemMetricsMonitor(self.id, resume_logging=True, tracking_uri=self._uri)
+        self._monitor.start()
+
+
+def refuses_for_good(error: Exception) -> bool:
+    """Whether sending the same record again must fail again."""
+    if isinstance(error, (FileNotFoundError, checkpoint.CheckpointError)):
+        return True
+    return getattr(error, "error_code", None) in {"INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST"}
+
+
+def find_run(uri: str, run_id: str) -> Storage | None:
+    """The folder of the run with this MLflow id, or None where the store has no such run."""
+    import mlflow
+
+    try:
+        return Storage(mlflow.MlflowClient(uri).get_run(run_id).data.tags[RUN_TAG])
+    except (mlflow.MlflowException, KeyError):
+        return None
+
+
+def _log_model(uri: str, run_id: str, source: Path) -> None:
+    """Log a checkpoint's model as an exported graph (pt2): loading it runs no pickled code."""
+    import mlflow
+    import numpy as np
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    model, cfg, classes = checkpoint.load_model(Storage(source))
+    size = cfg.data.image_size
+    signature = ModelSignature(
+        Schema([TensorSpec(np.dtype("uint8"), (-1, 3, size, size))]),
+        Schema([TensorSpec(np.dtype("float32"), (-1, len(classes)))]),
+    )
+    mlflow.set_tracking_uri(uri)  # for the process: there is no log_model on a client
+    with mlflow.start_run(run_id=run_id):
+        mlflow.pytorch.log_model(
+            model,
+            name="model",
+            signature=signature,
+            input_example=np.zeros((2, 3, size, size), dtype=np.uint8),  # two: a batch of one would fix the size
+            pip_requirements=["torch", "numpy"],
+            metadata={"classes": list(classes), "checkpoint": source.name},
+            serialization_format="pt2",
+        )

@@ -1,0 +1,173 @@
+"""The process that the user starts: it keeps a driver running, and shows what happens.
+
+The driver is a process of its own, since Ray ends its process when it loses its cluster. When it dies, a new
+one goes on from the newest checkpoint. When this process dies, the driver saves a checkpoint and ends.
+"""
+
+import ctypes
+import dataclasses
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any
+
+import psutil
+
+from pipeline.config import Config, ConfigError
+from pipeline.job import Event, FailureBudget, Fault
+
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+POLL_SECONDS = 0.1
+PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
+
+
+class TrainingFailedError(RuntimeError):
+    """The training ended before its last step; the text says why."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A second signal: the user does not wait for a checkpoint."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a driver is to do. faults: since the last session began. again: an earlier driver had begun."""
+
+    cfg: Config
+    resume_from: str | None
+    faults: tuple[Fault, ...]
+    again: bool
+
+
+def train(cfg: Config, label: str, resume_from: str | None, watch: Callable[[Event], None]) -> dict[str, Any]:
+    """Run a training and wait for its end.
+
+    SIGINT, SIGTERM or SIGHUP once: checkpoint, then return a summary with status "interrupted".
+
+    Args:
+        label: what a run without a name is called, before the time.
+        resume_from: path or URI of a checkpoint to begin with, where the run has none.
+        watch: called with each event in turn, in this thread.
+
+    Returns:
+        The summary that rank 0's `fit` returns.
+
+    Raises:
+        ConfigError: the data, the cluster or a checkpoint does not fit the configuration.
+        TrainingFailedError: it failed more often than cluster.max_failures allows, or for good.
+        Interrupted: a second signal came.
+    """
+    name = cfg.run.name or f"{label}-{time.strftime('%Y%m%d-%H%M%S')}"
+    cfg = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, name=name))
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # Ray's processes stay findable when a driver dies
+    budget, step = FailureBudget(cfg.cluster.max_failures), 0
+    faults: tuple[Fault, ...] = ()
+
+    def note(event: Event) -> None:
+        nonlocal step, faults
+        step = event.get("step", step)
+        if event["kind"] == "checkpoint":
+            budget.progressed()
+        if event["kind"] == "start":
+            faults = ()
+        watch(event)
+
+    with _signals() as received:
+        again = False
+        while True:
+            kind, content = _run_driver(Request(cfg, resume_from, faults, again), note, received)
+            if kind == "done":
+                return dict(content)
+            if kind == "wrong":
+                raise ConfigError(content)
+            if kind == "lost" and not budget.failed():
+                again = True
+                faults = (*faults, Fault(content, step, time.time()))
+                watch({"kind": "fault", "text": content})
+                continue
+            raise TrainingFailedError(content)
+
+
+def _run_driver(request: Request, note: Callable[[Event], None], received: list[str]) -> tuple[str, Any]:
+    """Start a driver and attend to it.
+
+    Returns:
+        How it ended, "done", "wrong", "failed" or "lost", and its summary or the reason.
+    """
+    mine, theirs = Pipe()
+    command = [sys.executable, "-m", "pipeline.driver", str(theirs.fileno())]
+    try:
+        with _blocked(ENDING_SIGNALS):
+            process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        theirs.close()
+        mine.send(request)
+        return _attend(mine, process, note, received)
+    finally:
+        _kill_descendants()
+
+
+def _attend(
+    driver: Connection, process: "subprocess.Popen[bytes]", note: Callable[[Event], None], received: list[str]
+) -> tuple[str, Any]:
+    told = False
+    while True:
+        try:
+            if driver.poll(POLL_SECONDS):
+                kind, content = driver.recv()
+                if kind != "event":
+                    process.wait()
+                    return kind, content
+                note(content)
+            if received and not told:
+                told = True
+                note({"kind": "stopping", "signal": received[0]})
+                driver.send("stop")
+        except (EOFError, OSError):
+            code = process.wait()
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            return "lost", f"the driver {how}"
+
+
+def _kill_descendants() -> None:
+    """What is left of a driver: nothing after a good end, Ray's processes after its death."""
+    left = psutil.Process().children(recursive=True)
+    for process in left:
+        process.kill()
+    psutil.wait_procs(left, timeout=5)
+
+
+@contextmanager
+def _blocked(signals: Iterable[signal.Signals]) -> Iterator[None]:
+    """Keep signals from the processes started inside, which inherit the mask.
+
+    `kill`, `timeout` and batch systems may signal the whole process group; the driver and Ray must live until
+    the workers have saved a checkpoint. Ray does the same for SIGINT.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _signals() -> Iterator[list[str]]:
+    """Collects the name of a first signal to end, for the main loop to act on; a second one raises Interrupted."""
+    received: list[str] = []
+
+    def handle(number: int, frame: Any) -> None:
+        if received:
+            raise Interrupted
+        received.append(signal.Signals(number).name)
+
+    previous = {s: signal.signal(s, handle) for s in ENDING_SIGNALS}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

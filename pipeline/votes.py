@@ -1,0 +1,48 @@
+"""What all ranks do at a step boundary, decided by rank 0.
+
+Whether to stop or to save is known to rank 0 alone, and all must do it after the same step. Its word travels
+beside a whole step on a group of its own, so that nobody waits for it: it holds one step later.
+"""
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Word:
+    stop: bool = False
+    save: bool = False
+
+
+class Votes:
+    """Rank 0's word for every step; alike on all ranks.
+
+    Args:
+        timeout_s: how long a silent rank is waited for.
+    """
+
+    def __init__(self, world_size: int, timeout_s: float):
+        self._alone = world_size == 1
+        self._group: Any = None if self._alone else dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        self._sent: tuple[torch.Tensor, Any] | None = None
+
+    def exchange(self, word: Word) -> Word:
+        """Give this step's word (rank 0's counts) and take the one that holds now."""
+        if self._alone:
+            return word
+        arrived = self.finish()
+        sent = torch.tensor([word.stop, word.save], dtype=torch.uint8)
+        self._sent = sent, dist.broadcast(sent, 0, group=self._group, async_op=True)
+        return arrived
+
+    def finish(self) -> Word:
+        """Take the word under way, if there is one."""
+        if self._sent is None:
+            return Word()
+        (sent, work), self._sent = self._sent, None
+        work.wait()
+        return Word(*map(bool, sent.tolist()))
