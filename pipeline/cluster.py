@@ -5,10 +5,13 @@ import time
 
 import ray
 from ray._private.state import state  # see `draining`
+from ray.autoscaler.sdk import request_resources
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from pipeline.config import ClusterConfig, ConfigError
 
 OBJECT_STORE_BYTES = 100 * 2**20  # nothing goes through it but messages
+RESERVE_SECONDS = 10.0  # within which a placement group is ready, or some node has gone
 QUIET = {"logging_level": "ERROR", "log_to_driver": False}
 
 Size = dict[str, float]  # {"CPU": ..., "GPU": ...} of one worker
@@ -67,12 +70,31 @@ def _even_share(cpus: list[int], num_workers: int) -> int:
     return next((share for share in shares if sum(n // share for n in cpus) >= num_workers), 1)
 
 
+def reserve(size: Size, low: int, high: int) -> int:
+    """How many workers, from `low` to `high`, there is room for now; 0 if for fewer than `low`.
+
+    The room is taken for a moment: what Ray says of a node may be from before its death.
+    """
+    request_resources(bundles=[size] * high)  # an autoscaler, where there is one, makes room
+    for num_workers in (min(high, _capacity(size, _nodes())), min(high, room(size)), low):
+        if num_workers < low:
+            continue
+        group = placement_group([size] * num_workers)
+        try:
+            if group.wait(RESERVE_SECONDS):
+                return num_workers
+        finally:
+            remove_placement_group(group)
+    return 0
+
+
 def room(size: Size) -> int:
-    """How many more workers fit."""
-    free, nodes = ray.available_resources(), _nodes()
-    fits_free = min(int(free.get(kind, 0) // n) for kind, n in size.items() if n)
-    fits_nodes = max((min(int(node.get(kind, 0) // n) for kind, n in size.items() if n) for node in nodes), default=0)
-    return fits_free if fits_nodes else 0
+    """How many more workers fit, as far as Ray knows."""
+    return min(_capacity(size, [ray.available_resources()]), _capacity(size, _nodes()))
+
+
+def _capacity(size: Size, nodes: list[dict[str, float]]) -> int:
+    return sum(int(min(node.get(kind, 0) // n for kind, n in size.items() if n)) for node in nodes)
 
 
 def draining() -> set[str]:

@@ -12,7 +12,7 @@ from typing import Any
 from pipeline import launch, record, runs
 from pipeline.config import ConfigError
 from pipeline.job import Event
-from pipeline.supervise import Request, TrainingFailedError
+from pipeline.supervise import Interrupted, Request, TrainingFailedError
 
 
 class Supervisor:
@@ -54,6 +54,8 @@ def main() -> None:
         supervisor.tell("wrong", str(e))
     except TrainingFailedError as e:
         supervisor.tell("failed", str(e))
+    except Interrupted:
+        supervisor.tell("interrupted", None)
     except launch.ClusterLostError as e:
         supervisor.tell("lost", str(e))
     else:

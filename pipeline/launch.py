@@ -1,13 +1,14 @@
 """Ray: starts or joins a cluster, runs `fit` on its workers, watches over them.
 
-Ray Train places the workers, sets up torch's process group, and starts them anew when one fails; they
-then find the newest valid checkpoint in the run's folder themselves. Checkpoints are not handed to
+A training is a chain of sessions. For each one the driver sees how many workers there is room for, and has
+Ray Train place them, set up torch's process group and run them. They find the newest valid checkpoint in the
+run's folder themselves. A session ends at the last step, or by a fault, or, with a checkpoint, when a node
+that a worker runs on is drained and when there is room for more workers: the next one goes on from there.
+
+Ray's own restarts and resizing are not used: they go by what the autoscaler last knew of the cluster, which
+can be minutes old, and resizing stops workers without a checkpoint. Nor are checkpoints handed to
 `ray.train.report`: it is a barrier over all ranks, its record of checkpoints is written in place, and a
 restart fails if a checkpoint in that record was pruned or damaged.
-
-A session also ends, with a checkpoint, when a node that a worker runs on is drained, or when there is room
-for more workers; the next one begins with those that there are then. Ray's own resizing of a healthy group
-would stop the workers without one.
 """
 
 import os
@@ -24,14 +25,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import cluster
 from pipeline.config import Config, ConfigError
-from pipeline.job import Context, Event, Fault, Job, StopReason
+from pipeline.job import Context, Event, FailureBudget, Fault, Job, StopReason
 from pipeline.link import Link
-from pipeline.supervise import TrainingFailedError
+from pipeline.supervise import Interrupted, TrainingFailedError
 
 POLL_SECONDS = 0.1
 CLUSTER_POLL_SECONDS = 2.0
-WAITING_SECONDS = 60.0  # without workers, before it is told what they wait for
-NEVER_SECONDS = 1e9
+WAITING_SECONDS = 60.0  # without room for workers, before it is told what they wait for
 
 
 class ClusterLostError(RuntimeError):
@@ -61,16 +61,11 @@ def train(
         ConfigError: the cluster or a checkpoint does not fit the configuration.
         TrainingFailedError: the workers failed more often than cluster.max_failures allows, or for good.
         ClusterLostError: a new driver may go on where this one ends.
+        Interrupted: it was to stop while no session ran.
     """
     with _connected(job.cfg, again):
         try:
-            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-            link = ray.remote(Link).options(num_cpus=0, scheduling_strategy=here)
-            driver = _Driver(job, link.remote(job.cfg.cluster.max_failures, faults), watch, wants_stop)
-            while True:
-                summary = driver.run_session()
-                if summary["status"] != "regroup":
-                    return summary
+            return _Driver(job, watch, wants_stop, faults).run()
         except ray.exceptions.RayError as e:
             raise ClusterLostError(f"the Ray cluster is lost: {_reason(e)}") from e
 
@@ -78,106 +73,135 @@ def train(
 class _Driver:
     """Runs sessions, one group of workers after the other."""
 
-    def __init__(self, job: Job, link: Any, watch: Callable[[Event], None], wants_stop: threading.Event):
-        self._job, self._link, self._watch, self._wants_stop = job, link, watch, wants_stop
-        self._size = cluster.size_of_worker(job.cfg.cluster)
-        self._num_workers = 0  # of the session that runs
-        self._since = time.monotonic()  # it has begun, or been waited for
+    def __init__(
+        self, job: Job, watch: Callable[[Event], None], wants_stop: threading.Event, faults: tuple[Fault, ...]
+    ):
+        self._job, self._settings = job, job.cfg.cluster
+        self._watch, self._wants_stop, self._faults = watch, wants_stop, faults
+        self._size = cluster.size_of_worker(self._settings)
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self._link = ray.remote(Link).options(num_cpus=0, scheduling_strategy=here).remote()
+        self._budget = FailureBudget(self._settings.max_failures)
+        self._started: float | None = None  # when the workers of this session began to train
 
-    def run_session(self) -> dict[str, Any]:
-        """Train until rank 0's `fit` returns; workers that fail are started anew meanwhile."""
-        self._num_workers, self._since = 0, time.monotonic()
-        outcome: dict[str, Any] = {}
-        fitting = threading.Thread(target=_fit, args=(self._trainer(), outcome), daemon=True)
+    def run(self) -> dict[str, Any]:
+        """Run sessions until the training is done or stopped."""
+        attempt = 0
+        while True:
+            num_workers, attempt = self._wait_for_room(), attempt + 1
+            outcome = self._run_session(num_workers, attempt)
+            if fatal := self._get(self._link.fatal.remote()):
+                kind, text = fatal
+                raise ConfigError(text) if kind == ConfigError.__name__ else TrainingFailedError(text)
+            if isinstance(outcome, ray.train.TrainingFailedError):
+                self._note_fault(outcome)
+            elif isinstance(outcome, Exception):
+                raise outcome
+            elif outcome["status"] != "regroup":
+                return dict(outcome)
+
+    def _wait_for_room(self) -> int:
+        """How many workers there is room for, once that is enough."""
+        settings, since = self._settings, time.monotonic()
+        while True:
+            if num_workers := cluster.reserve(self._size, settings.min_workers, settings.max_workers):
+                return num_workers
+            if self._wants_stop.wait(CLUSTER_POLL_SECONDS):
+                raise Interrupted
+            if time.monotonic() - since > WAITING_SECONDS:
+                since = time.monotonic()
+                self._watch({"kind": "warning", "text": cluster.why_waiting(settings, self._size)})
+
+    def _run_session(self, num_workers: int, attempt: int) -> Any:
+        """Train until rank 0's `fit` returns.
+
+        Returns:
+            Its summary, or the exception that ended it.
+        """
+        self._get(self._link.begin.remote(attempt))
+        self._started = None
+        outcome: list[Any] = []
+        trainer = self._trainer(num_workers, attempt)
+        fitting = threading.Thread(target=_fit, args=(trainer, outcome), daemon=True)
         fitting.start()
-        told, looked = False, time.monotonic()
+        looked = time.monotonic()
         while fitting.is_alive():
             fitting.join(POLL_SECONDS)
             self._pass_on()
-            if self._wants_stop.is_set() and not told:
-                told = True
+            if self._wants_stop.is_set():
                 self._link.request_stop.remote("interrupted")
             if time.monotonic() - looked > CLUSTER_POLL_SECONDS:
                 looked = time.monotonic()
-                self._look_at_cluster()
+                self._look_at_cluster(num_workers)
         self._pass_on()
-        if fatal := self._get(self._link.fatal.remote()):
-            kind, text = fatal
-            raise ConfigError(text) if kind == ConfigError.__name__ else TrainingFailedError(text)
-        if "error" in outcome:
-            raise outcome["error"]
-        return dict(outcome["summary"])
+        return outcome[0]
 
     def _pass_on(self) -> None:
         for event in self._get(self._link.take_events.remote()):
             if event["kind"] == "start":
-                self._num_workers, self._since = event["world_size"], time.monotonic()
-            elif event["kind"] == "fault":
-                self._num_workers, self._since = 0, time.monotonic()
+                self._started, self._faults = time.monotonic(), ()
+            elif event["kind"] == "checkpoint":
+                self._budget.progressed()
             self._watch(event)
 
-    def _look_at_cluster(self) -> None:
-        settings, waited_s = self._job.cfg.cluster, time.monotonic() - self._since
-        if not self._num_workers:
-            if waited_s > WAITING_SECONDS:
-                self._since = time.monotonic()
-                self._watch({"kind": "warning", "text": cluster.why_waiting(settings, self._size)})
-        elif cluster.draining() & self._get(self._link.nodes.remote()):
-            self._regroup("a node that workers run on is drained")
-        elif waited_s > settings.grow_after_s and (room := cluster.room(self._size)):
-            more = min(settings.max_workers - self._num_workers, room)
-            if more > 0:
-                self._regroup(f"there is room for {more} more workers")
+    def _note_fault(self, error: "ray.train.TrainingFailedError") -> None:
+        failures = getattr(error, "worker_failures", {})
+        workers = [f"worker {rank} failed: {_reason(e)}" for rank, e in sorted(failures.items())]
+        text = "; ".join(workers) or _reason(error)
+        self._faults = (*self._faults, Fault(text, self._get(self._link.step.remote()), time.time()))
+        self._watch({"kind": "fault", "text": text})
+        if self._budget.failed():
+            raise TrainingFailedError(f"{text}; this is one failure too many without a checkpoint in between")
 
-    def _regroup(self, why: str) -> None:
-        self._since = time.monotonic()
-        self._watch({"kind": "regroup", "text": why})
-        self._link.request_stop.remote("regroup")
+    def _look_at_cluster(self, num_workers: int) -> None:
+        """End the session where its nodes are to go, or more workers can come."""
+        if self._started is None:
+            return
+        why, more = "", self._settings.max_workers - num_workers
+        if cluster.draining() & self._get(self._link.nodes.remote()):
+            why = "a node that workers run on is drained"
+        elif more and time.monotonic() - self._started > self._settings.grow_after_s:
+            more = min(more, cluster.room(self._size))
+            why = f"there is room for {more} more workers" if more else ""
+        if why:
+            self._started = None  # it is about to end; look no more
+            self._watch({"kind": "regroup", "text": why})
+            self._link.request_stop.remote("regroup")
 
     def _get(self, ref: Any) -> Any:
-        return ray.get(ref, timeout=self._job.cfg.cluster.timeout_s)
+        return ray.get(ref, timeout=self._settings.timeout_s)
 
-    def _trainer(self) -> ray.train.torch.TorchTrainer:
-        settings = self._job.cfg.cluster
-        low, high = settings.min_workers, settings.max_workers
+    def _trainer(self, num_workers: int, attempt: int) -> ray.train.torch.TorchTrainer:
+        config = {
+            "job": self._job,
+            "link": self._link,
+            "attempt": attempt,
+            "faults": self._faults,
+            "num_threads": int(self._size["CPU"]),
+        }
         return ray.train.torch.TorchTrainer(
             _worker,
-            train_loop_config={"job": self._job, "link": self._link, "num_threads": int(self._size["CPU"])},
-            torch_config=ray.train.torch.TorchConfig(timeout_s=settings.timeout_s),
+            train_loop_config=config,
+            torch_config=ray.train.torch.TorchConfig(timeout_s=self._settings.timeout_s),
             scaling_config=ray.train.ScalingConfig(
-                num_workers=high if low == high else (low, high),
-                elastic_resize_monitor_interval_s=NEVER_SECONDS,
-                use_gpu=self._size["GPU"] > 0,
-                resources_per_worker=self._size,
+                num_workers=num_workers, use_gpu=self._size["GPU"] > 0, resources_per_worker=self._size
             ),
             run_config=ray.train.RunConfig(
                 name="ray",
                 storage_path=self._job.run.uri,
-                failure_config=ray.train.FailureConfig(max_failures=-1),  # the link counts them
-                callbacks=[_TellFaults(self._link)],
+                failure_config=ray.train.FailureConfig(
+                    max_failures=0, controller_failure_limit=0, max_preemption_failures=0
+                ),
             ),
         )
 
 
-class _TellFaults(ray.train.UserCallback):  # type: ignore[misc]
-    """Runs in Ray Train's controller: passes on why workers failed, before they are started again."""
-
-    def __init__(self, link: Any):
-        self._link = link
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        reasons = [f"worker {rank} failed: {_reason(error)}" for rank, error in sorted(worker_exceptions.items())]
-        ray.get(self._link.failed.remote("; ".join(reasons)))
-
-
-def _fit(trainer: ray.train.torch.TorchTrainer, outcome: dict[str, Any]) -> None:
+def _fit(trainer: ray.train.torch.TorchTrainer, outcome: list[Any]) -> None:
     """Fit in a thread, so that the driver's main thread can watch."""
     try:
-        outcome["summary"] = trainer.fit().return_value or {}
-    except ray.train.TrainingFailedError as e:
-        outcome["error"] = TrainingFailedError(_reason(e))
-    except Exception as e:  # raised again by the main thread
-        outcome["error"] = e
+        outcome.append(trainer.fit().return_value)
+    except Exception as e:  # told apart by the main thread
+        outcome.append(e)
 
 
 def _worker(config: dict[str, Any]) -> dict[str, Any]:
@@ -188,13 +212,10 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     from pipeline.identity import SupersededError
     from pipeline.train import NonFiniteLossError, fit
 
-    job, link = config["job"], config["link"]
+    job, link, attempt = config["job"], config["link"], config["attempt"]
     here = ray.train.get_context()
     rank = here.get_world_rank()
-    joined = ray.get(link.join.remote(rank, ray.get_runtime_context().get_node_id()))
-    if joined is None:
-        return {}
-    attempt, faults = joined
+    link.join.remote(attempt, ray.get_runtime_context().get_node_id())
     line = _Line(link, attempt, job.cfg.cluster.timeout_s)
     if rank == 0:
         threading.Thread(target=line.keep, name="link", daemon=True).start()
@@ -203,15 +224,15 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
         world_size=here.get_world_size(),
         device=ray.train.torch.get_device(),
         num_threads=config["num_threads"],
-        emit=lambda event: link.emit.remote(attempt if rank == 0 else None, event),
+        emit=lambda event: link.emit.remote(attempt, event),
         stop_reason=lambda: line.stop_reason,
         progress=line.progress,
-        faults=faults,
+        faults=config["faults"],
     )
     try:
         return fit(job, context)
     except (ConfigError, NonFiniteLossError, BadDataError, CheckpointError, SupersededError) as e:
-        ray.get(link.fail.remote(type(e).__name__, str(e)))  # a restart would meet it again
+        ray.get(link.fail.remote(attempt, type(e).__name__, str(e)))  # a restart would meet it again
         raise
 
 
@@ -263,4 +284,5 @@ def _connected(cfg: Config, again: bool) -> Iterator[None]:
 def _reason(error: BaseException) -> str:
     """The last line of a failed worker's traceback."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    telling = [line for line in lines if not line.startswith("Set the ")]  # Ray's advice on its timeouts
+    return telling[-1] if telling else type(error).__name__

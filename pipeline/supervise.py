@@ -31,7 +31,7 @@ class TrainingFailedError(RuntimeError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A second signal: the user does not wait for a checkpoint."""
+    """The user does not wait for a checkpoint, or there is none to be saved."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ def train(cfg: Config, label: str, resume_from: str | None, watch: Callable[[Eve
     Raises:
         ConfigError: the data, the cluster or a checkpoint does not fit the configuration.
         TrainingFailedError: it failed more often than cluster.max_failures allows, or for good.
-        Interrupted: a second signal came.
+        Interrupted: a second signal came, or a first one while no session ran.
     """
     name = cfg.run.name or f"{label}-{time.strftime('%Y%m%d-%H%M%S')}"
     cfg = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, name=name))
@@ -85,6 +85,8 @@ def train(cfg: Config, label: str, resume_from: str | None, watch: Callable[[Eve
                 return dict(content)
             if kind == "wrong":
                 raise ConfigError(content)
+            if kind == "interrupted":
+                raise Interrupted
             if kind == "lost" and not budget.failed():
                 again = True
                 faults = (*faults, Fault(content, step, time.time()))
@@ -97,7 +99,7 @@ def _run_driver(request: Request, note: Callable[[Event], None], received: list[
     """Start a driver and attend to it.
 
     Returns:
-        How it ended, "done", "wrong", "failed" or "lost", and its summary or the reason.
+        How it ended, "done", "wrong", "failed", "interrupted" or "lost", and its summary or the reason.
     """
     mine, theirs = Pipe()
     command = [sys.executable, "-m", "pipeline.driver", str(theirs.fileno())]

@@ -9,6 +9,7 @@ import mlflow
 import pytest
 import torch
 import torch.distributed as dist
+from commands import differences
 from odd_images import damaged_jpeg, write_odd_folder
 from ranks import context, run_ranks
 
@@ -53,19 +54,6 @@ def final_state(job: Job) -> dict[str, Any]:
     found = checkpoint.newest_valid(job.checkpoints, pytest.fail)
     assert found is not None
     return found.state()
-
-
-def differences(a: Any, b: Any, place: str = "") -> list[str]:
-    """Where two nested states are not bitwise equal."""
-    if isinstance(a, torch.Tensor):
-        return [] if a.dtype == b.dtype and torch.equal(a, b) else [place]
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        return [d for key in a for d in differences(a[key], b[key], f"{place}.{key}")]
-    if isinstance(a, list):
-        assert len(a) == len(b)
-        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{place}[{i}]")]
-    return [] if a == b else [place]
 
 
 def train_and_resume(rank: int, world_size: int, whole: Job, parts: Job) -> None:
