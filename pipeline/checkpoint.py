@@ -10,6 +10,7 @@ comes last. So a crash leaves something behind that has no meta.json, never half
 Which one to resume from is found by reading the storage, not by anyone's records.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -86,8 +87,7 @@ def save(folder: Storage, state: dict[str, Any], cfg: Config, meta: dict[str, An
         folder.scratch.mkdir(parents=True, exist_ok=True)
     try:
         staging.mkdir()
-        with (staging / STATE).open("wb") as f:  # given a path instead, torch holds the GIL for long
-            torch.save(state, f)
+        _write_state(state, staging / STATE)
         (staging / CONFIG).write_text(dump(cfg))
         files = {file: _digest(staging / file) for file in (STATE, CONFIG)}
         full_meta = {"format": FORMAT, "step": state["step"], "files": files, **meta, **_provenance()}
@@ -239,6 +239,15 @@ def restore(state: TrainState, checkpoint: Checkpoint, cfg: Config, fingerprint:
         state.load_state_dict(checkpoint.state())
     except ValueError as e:
         raise ConfigError(f"{checkpoint.place} does not fit this configuration: {e}; use another run.name") from None
+
+
+def _write_state(state: dict[str, Any], path: Path) -> None:
+    with path.open("wb") as f:  # given the path instead, torch holds the GIL for long
+        try:
+            torch.save(state, f)
+        except RuntimeError as e:  # torch's own complaint, in which a full disk's OSError is lost
+            free = shutil.disk_usage(path.parent).free
+            raise OSError(errno.EIO, f"torch cannot write it ({free / 2**20:.0f} MiB free)", str(path)) from e
 
 
 def _read_meta(place: Storage) -> dict[str, Any]:

@@ -83,6 +83,7 @@ class DataConfig(Section):
     read_threads: int = _num(4, low=1, high=256)  # per worker, reading files ahead
     prefetch: int = _num(2, low=1, high=64)  # batches decoded ahead of the one in use
     max_bad_fraction: float = _num(0.01, low=0, high=1)  # of all images; more broken ones stop the run
+    trace: bool = False  # write down the rows of the index that each step trains on, in the run's folder
     allow_changed: bool = False  # resume although the images' index is another than the checkpoint's
 
     def __post_init__(self) -> None:

@@ -24,6 +24,7 @@ from pipeline.record import Recorder
 from pipeline.state import TrainState
 from pipeline.step import train_step
 from pipeline.storage import Storage, patiently
+from pipeline.trace import Trace
 from pipeline.votes import Votes, Word
 from pipeline.watchdog import Watchdog
 
@@ -51,9 +52,9 @@ def fit(job: Job, ctx: Context) -> dict[str, Any]:
     recorder = Recorder(job, ctx, index, identity, resumed, ledger, schedule.num_steps)
     train_loader, val_loader = _loaders(job, ctx, index, recorder)
     net: nn.Module = state.model
-    if ctx.world_size > 1:  # BN statistics stay local until they are read: see sync_buffers
-        net = DistributedDataParallel(state.model, forward_sync_buffers=False, gradient_as_bucket_view=True)
-    votes = Votes(ctx.world_size, cfg.cluster.timeout_s)
+    if ctx.world_size > 1:
+        net = _distribute(state.model, cfg.data.image_size, ctx.device)
+    votes, trace = Votes(ctx.world_size, cfg.cluster.timeout_s), Trace(job, ctx)
 
     def due(every: int) -> bool:
         return state.step % every == 0 or state.step == schedule.num_steps
@@ -64,6 +65,7 @@ def fit(job: Job, ctx: Context) -> dict[str, Any]:
         for batch in ledger.waits(train_loader.from_step(state.step, stop_step), "data wait"):
             lr = lr_at(state.step, cfg.optim, schedule)
             losses.append(train_step(state, net, batch, cfg.train, lr=lr, world_size=ctx.world_size))
+            trace.step(state.step, batch)
             watchdog.feed()
             ctx.progress(state.step)
             word = votes.exchange(Word(stop=ctx.stop_reason() is not None, save=recorder.wants_save))
@@ -153,6 +155,22 @@ def _loaders(job: Job, ctx: Context, index: Index, recorder: Recorder) -> tuple[
     )
     val_index = load_index(Storage(job.val_index).fetch()).with_classes(index.classes)
     return train, EvalLoader(val_index, cfg.data, place, recorder.bad_image, batch=cfg.train.eval_batch)
+
+
+def _distribute(model: nn.Module, image_size: int, device: torch.device) -> nn.Module:
+    """The model in DDP, with the buckets that it keeps.
+
+    DDP lays its buckets out anew after the first backward pass, and the order of a ring's sums over three ranks
+    or more follows the layout. A resumed run's first step would differ in the last bit from the same step
+    in the middle of a run; so the first pass is one that changes nothing.
+    """
+    # BN statistics stay local until they are read: see sync_buffers.
+    net = DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
+    model.eval()
+    net(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8, device=device)).sum().backward()
+    model.zero_grad(set_to_none=True)
+    model.train()
+    return net
 
 
 def _gather(losses: list[Tensor], num_bad: int, ctx: Context) -> tuple[list[float], int]:

@@ -8,8 +8,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "pipeline"
 # Each module may import those above it.
 ORDER = """__init__ config settings storage data.sampling data.index data.dali data model optim state step evaluate
-    checkpoint saver spool mlflow_run tracking perf job identity record votes watchdog train link runs infer supervise
-    cluster launch driver console cli""".split()  # noqa: SIM905
+    checkpoint saver spool mlflow_run tracking perf job identity record votes watchdog trace train link runs infer
+    supervise cluster launch driver console cli""".split()  # noqa: SIM905
 # Library -> the modules that may import it.
 OWNERS = {
     "ray": {"launch", "cluster"},
