@@ -109,8 +109,11 @@ def save(folder: Storage, state: dict[str, Any], cfg: Config, meta: dict[str, An
     return Checkpoint(place, local, full_meta)
 
 
-def read(place: Storage) -> Checkpoint:
+def read(place: Storage, *, use_copy: bool = False) -> Checkpoint:
     """Open a checkpoint after checking every byte of it, fetching it first where it lies elsewhere.
+
+    Args:
+        use_copy: a sound copy on this machine will do; the one in the store is known to be sound.
 
     Raises:
         CheckpointError: it is not what its meta.json says, or has none that this version reads.
@@ -126,13 +129,11 @@ def read(place: Storage) -> Checkpoint:
         if name not in files or sizes[name] != files[name]["size"]:
             raise CheckpointError(f"{place}: {name} is damaged (its size differs from {META})")
     path = place.local or place.parent.scratch / place.name
-    if not place.local:
-        path.mkdir(parents=True, exist_ok=True)
-        for name in (STATE, CONFIG):
-            if not (path / name).exists() or _digest(path / name) != files[name]:
-                place.download(name, path / name)
     for name in (STATE, CONFIG):
-        if _digest(path / name) != files[name]:
+        file = path / name
+        if not (place.local or (use_copy and file.exists() and _digest(file) == files[name])):
+            place.download(name, file)
+        if _digest(file) != files[name]:
             raise CheckpointError(f"{place}: {name} is damaged (its SHA-256 differs from {META})")
     return Checkpoint(place, path, meta)
 

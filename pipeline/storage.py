@@ -115,11 +115,14 @@ class Storage:
         copy_files(str(source), f"{path}/{name}", LocalFileSystem(), system)
 
     def download(self, name: str, to: Path) -> None:
-        """Copy a file of the folder to this machine."""
+        """Copy a file of the folder to this machine; what is there is replaced, also under its readers."""
         from pyarrow.fs import LocalFileSystem, copy_files
 
         system, path = self._opened
-        copy_files(f"{path}/{name}", str(to), system, LocalFileSystem())
+        to.parent.mkdir(parents=True, exist_ok=True)
+        temporary = to.with_name(f".{to.name}.{os.getpid()}")
+        copy_files(f"{path}/{name}", str(temporary), system, LocalFileSystem())
+        temporary.replace(to)
 
     def fetch(self) -> Path:
         """This as a file of this machine: itself, or a copy that is made once."""
@@ -128,10 +131,7 @@ class Storage:
         folder, name = self.parent, self.name
         copy = folder.scratch / name
         if not copy.exists() or copy.stat().st_size != folder.sizes()[name]:
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            temporary = copy.with_name(f".{name}.{os.getpid()}")
-            folder.download(name, temporary)
-            temporary.replace(copy)  # other ranks of this machine may be doing the same
+            folder.download(name, copy)
         return copy
 
     def remove(self) -> None:

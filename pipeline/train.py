@@ -125,7 +125,7 @@ def _resume(
         dist.broadcast_object_list(chosen, src=0, device=ctx.device)
         if ctx.rank > 0 and chosen[0]:
             place = Storage(chosen[0])
-            found = patiently(lambda: checkpoint.read(place), ctx.warn, patience_s)
+            found = patiently(lambda: checkpoint.read(place, use_copy=True), ctx.warn, patience_s)
     if found is not None:
         checkpoint.restore(state, found, job.cfg, index.fingerprint)
         if found.step > num_steps:

@@ -1,6 +1,7 @@
 """Checkpoints: whole or not there, damage is found and named, nothing of a file is executed."""
 
 import json
+import os
 import pickle
 import random
 import shutil
@@ -112,6 +113,108 @@ def test_a_flipped_bit_anywhere_is_found(save: Callable[..., Path]) -> None:
         with pytest.raises(CheckpointError, match=r"state\.pt is damaged"):
             checkpoint.read(Storage(path))
         whole = bytearray(whole)
+
+
+def test_none_of_100_damaged_checkpoints_is_loaded(tmp_path: Path, save: Callable[..., Path]) -> None:
+    """Seeded damage of every kind; each time the older one is found, and the damaged one reported by name."""
+    older, sound, other = save(1), save(2), save(3)
+    kept = {path.name: path.rename(tmp_path / f"kept_{path.name}") for path in (sound, other)}
+    for seed in range(100):
+        rng = random.Random(seed)
+        shutil.copytree(kept[sound.name], sound)
+        kind = list(HURTS)[seed % len(HURTS)]
+        HURTS[kind](sound, kept[other.name], rng)
+        reports: list[str] = []
+        found = checkpoint.newest_valid(Storage(tmp_path), reports.append, training_id="t")
+        assert found is not None, (seed, kind)
+        assert found.path == older, (seed, kind)
+        assert [str(sound) in report for report in reports] == [True], (seed, kind, reports)
+        if sound.is_dir():
+            shutil.rmtree(sound)
+        else:
+            sound.unlink()
+
+
+def _any_file(path: Path, rng: random.Random) -> Path:
+    return path / rng.choice(["state.pt", "config.yaml", "meta.json"])
+
+
+def _truncate(path: Path, other: Path, rng: random.Random) -> None:
+    file = _any_file(path, rng)
+    os.truncate(file, rng.randrange(file.stat().st_size))
+
+
+def _flip(path: Path, other: Path, rng: random.Random) -> None:
+    file = path / rng.choice(["state.pt", "config.yaml"])
+    place = rng.randrange(file.stat().st_size)
+    with file.open("r+b") as f:
+        f.seek(place)
+        byte = f.read(1)[0]
+        f.seek(place)
+        f.write(bytes([byte ^ 1 << rng.randrange(8)]))
+
+
+def _swap(path: Path, other: Path, rng: random.Random) -> None:
+    """A file, or all, of another step's checkpoint."""
+    if rng.random() < 0.3:
+        shutil.rmtree(path)
+        shutil.copytree(other, path)
+    else:
+        name = rng.choice(["state.pt", "meta.json"])
+        shutil.copy(other / name, path / name)
+
+
+def _become_a_file(path: Path, other: Path, rng: random.Random) -> None:
+    shutil.rmtree(path)
+    path.write_text("step")
+
+
+def _lose(path: Path, other: Path, rng: random.Random) -> None:
+    _any_file(path, rng).unlink()
+
+
+def _half_upload(path: Path, other: Path, rng: random.Random) -> None:
+    (path / "meta.json").unlink()
+    os.truncate(path / "state.pt", rng.randrange((path / "state.pt").stat().st_size))
+
+
+HURTS: dict[str, Callable[[Path, Path, random.Random], object]] = {
+    "truncated": _truncate,
+    "bit flipped": _flip,
+    "file missing": _lose,
+    "of another step": _swap,
+    "emptied file": lambda path, other, rng: _any_file(path, rng).write_bytes(b""),
+    "empty": lambda path, other, rng: _empty(path),
+    "half uploaded": _half_upload,
+    "of another training": lambda path, other, rng: _edit_meta(path, training_id=f"u{rng.random()}"),
+    "of a later version": lambda path, other, rng: _edit_meta(path, format=rng.randrange(2, 99)),
+    "meta of another kind": lambda path, other, rng: (path / "meta.json").write_text(rng.choice(["[]", "1", '"x"'])),
+    "no directory": _become_a_file,
+}
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_classes", "message"),
+    [
+        (["model.depth=34"], 2, r"layer1\.2\.bn1\.bias is only in the model"),
+        ([], 3, r"fc\.bias is \(2,\) in the saved weights and \(3,\) in the model"),
+        (["optim.name=adamw"], 2, "its optimizer is SGD, and optim.name makes this one AdamW"),
+    ],
+)
+def test_a_state_that_does_not_fit_says_where(
+    save: Callable[..., Path], settings: list[str], num_classes: int, message: str
+) -> None:
+    saved = checkpoint.read(Storage(save(1))).state()
+    other = TrainState.create(load(None, [*_minimal(), *settings]), num_classes, torch.device("cpu"))
+    with pytest.raises(ValueError, match=message):
+        other.load_state_dict(saved)
+
+
+def test_an_optimizer_whose_shapes_do_not_fit_says_where(save: Callable[..., Path], state: TrainState) -> None:
+    saved = checkpoint.read(Storage(save(1))).state()
+    saved["optimizer"]["state"][0]["momentum_buffer"] = torch.zeros(5)
+    with pytest.raises(ValueError, match=r"momentum_buffer of conv1\.weight is \(5,\) in the saved optimizer"):
+        state.load_state_dict(saved)
 
 
 def test_loading_executes_nothing(save: Callable[..., Path], tmp_path: Path) -> None:

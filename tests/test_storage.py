@@ -1,0 +1,138 @@
+"""Storage: a directory and an object store are used alike; what fails is an OSError. The S3 API is moto's server."""
+
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from s3 import s3_storage
+
+from pipeline import checkpoint
+from pipeline.checkpoint import CheckpointError
+from pipeline.settings import load
+from pipeline.state import TrainState
+from pipeline.storage import Storage, patiently
+
+META: dict[str, Any] = {"training_id": "t", "fingerprint": "f", "classes": ["a", "b"], "metrics": {}}
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[Storage]:
+    with s3_storage() as storage:
+        yield storage
+
+
+@pytest.fixture(params=["directory", "s3"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    """A place that does not exist yet."""
+    if request.param == "directory":
+        return Storage(tmp_path) / "place"
+    storage: Storage = request.getfixturevalue("s3")
+    return storage / tmp_path.name
+
+
+def test_files_come_and_go(folder: Storage, tmp_path: Path) -> None:
+    assert folder.names() == []
+    folder.make()
+    folder.write_bytes("b", b"two")
+    folder.write_bytes("b", b"three")
+    assert folder.read_bytes("b") == b"three"
+    assert folder.sizes()["b"] == 5
+    (tmp_path / "source").write_bytes(b"x" * 10)
+    if not folder.local:
+        folder.upload(tmp_path / "source", "copy")
+        folder.download("copy", tmp_path / "target")
+        assert (tmp_path / "target").read_bytes() == b"x" * 10
+        assert (folder / "copy").fetch().read_bytes() == b"x" * 10
+    with pytest.raises(FileNotFoundError):
+        folder.read_bytes("missing")
+    folder.remove()
+    folder.remove()
+    assert folder.names() == []
+
+
+def test_names_and_travels(folder: Storage) -> None:
+    child = folder / "runs" / "a"
+    assert child.name == "a"
+    assert child.parent.uri == (folder / "runs").uri
+    assert pickle.loads(pickle.dumps(child)).uri == child.uri
+
+
+def test_file_uris_are_paths(tmp_path: Path) -> None:
+    assert Storage(f"file://{tmp_path}").local == tmp_path
+
+
+def test_an_unknown_kind_is_a_value_error() -> None:
+    with pytest.raises(ValueError, match="s4"):
+        Storage("s4://bucket/runs").check()
+
+
+@pytest.fixture
+def save(folder: Storage) -> Callable[[int], Storage]:
+    folder.make()
+    cfg = load(None, ["data.train=x", "data.val=x", "model.depth=18", "optim.momentum=0", "optim.nesterov=false"])
+    state = TrainState.create(cfg, 2, torch.device("cpu"))
+
+    def save_at(step: int) -> Storage:
+        state.step = step
+        return checkpoint.save(folder, state.state_dict(), cfg, META).place
+
+    return save_at
+
+
+def test_the_newest_whole_checkpoint_is_found(folder: Storage, save: Callable[[int], Storage]) -> None:
+    """After an upload that broke off, and with a bit of one flipped in the store."""
+    save(1)
+    flipped, half = save(2), folder / "step_00000003"
+    content = bytearray(flipped.read_bytes("state.pt"))
+    content[len(content) // 2] ^= 1
+    flipped.write_bytes("state.pt", bytes(content))
+    if half.local:
+        half.local.mkdir()
+    half.write_bytes("state.pt", bytes(content[: len(content) // 2]))
+    problems: list[str] = []
+    found = checkpoint.newest_valid(folder, problems.append)
+    assert found is not None
+    assert found.step == 1
+    assert found.state()["step"] == 1
+    assert ["step_00000003" in problems[0], "meta.json is missing" in problems[0]] == [True, True]
+    assert ["step_00000002" in problems[1], "SHA-256" in problems[1]] == [True, True]
+    assert len(problems) == 2
+
+
+def test_old_ones_are_deleted_everywhere(folder: Storage, save: Callable[[int], Storage]) -> None:
+    for step in (1, 2, 3):
+        save(step)
+    checkpoint.prune(folder, keep=2)
+    steps = ["step_00000002", "step_00000003"]
+    assert [name for name in folder.names() if name.startswith("step")] == steps
+    copies = steps if folder.local else steps[-1:]
+    assert sorted(p.name for p in folder.scratch.glob("step*")) == copies
+
+
+def test_a_store_that_is_away_is_no_reason_to_take_an_older_checkpoint(
+    folder: Storage, save: Callable[[int], Storage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(1)
+    real, answers = Storage.names, iter([False, False, True, True])
+
+    def names(self: Storage) -> list[str]:
+        if not next(answers):
+            raise OSError("connection refused")
+        return real(self)
+
+    monkeypatch.setattr(Storage, "names", names)
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    reports: list[str] = []
+    found = patiently(lambda: checkpoint.newest_valid(folder, pytest.fail), reports.append, patience_s=30)
+    assert found is not None
+    assert reports == [f"the storage does not answer, trying again in {s} s: connection refused" for s in (1, 2)]
+
+
+def test_damage_in_all_of_them_is_an_error(folder: Storage, save: Callable[[int], Storage]) -> None:
+    """To begin at step 0 would hide that a week of work is in danger."""
+    save(1).write_bytes("meta.json", b"{}")
+    with pytest.raises(CheckpointError, match=r"none of the 1 checkpoints in .* can be used .*move them away"):
+        checkpoint.newest_valid(folder, lambda _: None)
