@@ -83,7 +83,7 @@ class Proxy:
                 self.end_headers()
                 self.wfile.write(body)
 
-            do_GET = do_POST = do_PATCH = do_PUT = do_DELETE = _forward
+            do_GET = do_POST = do_PATCH = do_PUT = do_DELETE = _forward  # noqa: N815
 
             def log_message(self, *args: Any) -> None:
                 """Not on stderr."""
