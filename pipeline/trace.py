@@ -23,6 +23,13 @@ class Trace:
             place = {"step": step, "rank": self._ctx.rank, "world_size": self._ctx.world_size}
             print(json.dumps({**place, "rows": batch.rows.tolist()}), file=self._file, flush=True)
 
+    def __enter__(self) -> "Trace":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
 
 def _open(job: Job, ctx: Context) -> TextIO:
     folder = job.run.scratch / "trace"

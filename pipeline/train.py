@@ -54,13 +54,13 @@ def fit(job: Job, ctx: Context) -> dict[str, Any]:
     net: nn.Module = state.model
     if ctx.world_size > 1:
         net = _distribute(state.model, cfg.data.image_size, ctx.device)
-    votes, trace = Votes(ctx.world_size, cfg.cluster.timeout_s), Trace(job, ctx)
+    votes = Votes(ctx.world_size, cfg.cluster.timeout_s)
 
     def due(every: int) -> bool:
         return state.step % every == 0 or state.step == schedule.num_steps
 
     losses: list[Tensor] = []
-    with recorder, Watchdog(cfg.cluster.timeout_s) as watchdog:
+    with recorder, Trace(job, ctx) as trace, Watchdog(cfg.cluster.timeout_s) as watchdog:
         ledger.switch("compute")
         for batch in ledger.waits(train_loader.from_step(state.step, stop_step), "data wait"):
             lr = lr_at(state.step, cfg.optim, schedule)

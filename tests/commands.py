@@ -80,7 +80,10 @@ class Training:
         started = descendants(self.process.pid)
         for pid in [self.process.pid, *started] if self.process.poll() is None else started:
             kill(pid)
-        self.process.wait(10)
+        self.finish(10)
+        for stream in (self.process.stdout, self.process.stderr):
+            assert stream is not None
+            stream.close()
 
 
 Start = Callable[..., Training]

@@ -42,11 +42,14 @@ class MlflowServer:
         self.kill()
 
 
-Mode = Literal["up", "down", "500", "slow"]
+Mode = Literal["up", "down", "500", "slow", "mute"]
 
 
 class Proxy:
-    """A way to a server whose `mode` the test sets: "down" hangs up, "500" fails, "slow" takes `delay_s` a call."""
+    """A way to a server whose `mode` the test sets: "down" hangs up, "500" fails, "slow" takes `delay_s` a call.
+
+    "mute" has the server do what it is asked, and hangs up without an answer.
+    """
 
     def __init__(self, target_port: int, port: int, delay_s: float = 10.0):
         self.mode: Mode = "up"
@@ -71,8 +74,12 @@ class Proxy:
                 server = http.client.HTTPConnection("127.0.0.1", target_port, timeout=60)
                 server.request(self.command, self.path, body, dict(self.headers))
                 answer = server.getresponse()
-                self._answer(answer.status, answer.read(), dict(answer.getheaders()))
+                content = answer.read()
                 server.close()
+                if proxy.mode == "mute":
+                    self.close_connection = True
+                    return
+                self._answer(answer.status, content, dict(answer.getheaders()))
 
             def _answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
                 self.send_response(status)

@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -19,10 +20,12 @@ from commands import (
     command_line,
     descendants,
     differences,
+    kill,
     loss_series,
     state_of,
     trainings,
 )
+from s3 import s3_storage
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]  # three sessions in one test, on a busy machine
 
@@ -138,6 +141,31 @@ def test_what_does_not_fit_the_cluster_or_the_run_is_refused(
     assert training.finish() == 2
     assert message in training.said
     assert "Traceback" not in training.said
+
+
+def test_on_s3_killed_stopped_and_resumed_is_the_same(
+    command: Command, start: Start, storage: Path, undisturbed: tuple[dict[str, Any], str]
+) -> None:
+    """Runs in an object store: a worker is killed, the job stopped; it goes on from what the store has."""
+    with s3_storage() as s3:
+        settings = [f"run.storage={s3}", f"mlflow.uri=sqlite:///{storage}/mlflow.db"]
+        training = start(command("cloud", *settings))
+        training.wait_for("^step 20: saved s3://bucket/runs/cloud/checkpoints/step_00000020")
+        kill(training.find("RayTrainWorker")[0])
+        training.wait_for("session 2: step .*, resumed from s3://")
+        training.signal_group(signal.SIGTERM)
+        assert training.finish() == 130, training.said
+        shutil.rmtree((s3 / "cloud").scratch)  # the next machine has an empty disk
+        shutil.rmtree((s3 / "cloud" / "checkpoints").scratch)
+        training = start([PIPELINE, "train", "--resume", "cloud", f"run.storage={s3}"])
+        assert training.finish() == 0, training.said
+        training.wait_for(r"session 3: step \d+ of 60, resumed from s3://")
+        assert differences(state_of(storage / "whole"), state_of(s3 / "cloud")) == []
+        place = str(s3 / "cloud")
+        scored = subprocess.run([PIPELINE, "evaluate", place, "--json"], capture_output=True, text=True, check=True)
+        assert json.loads(scored.stdout)["top1"] == undisturbed[0]["top1"]
+    whole, cloud = (loss_series(f"sqlite:///{storage}/mlflow.db", run) for run in ("whole", "cloud"))
+    assert cloud == whole
 
 
 def test_a_terminal_shows_a_progress_bar(command: Command, tmp_path: Path) -> None:

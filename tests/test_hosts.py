@@ -1,0 +1,114 @@
+"""Two hosts, each a network namespace with an address of its own; one is cut off while they train together."""
+
+import os
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from commands import PIPELINE, ROOT, Start, loss_series, trainings
+from nodes import AUTHENTICATION, Node
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(400)]
+
+TIMEOUT_S = 30  # cluster.timeout_s
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
+class Host:
+    """A network namespace, joined to a bridge by an interface called eth0."""
+
+    def __init__(self, number: int, bridge: str):
+        self.name, self.address = f"{bridge}h{number}", f"10.213.7.{number}"
+        self.cable = f"{bridge}v{number}"
+        self.inside = ("ip", "netns", "exec", self.name)
+        ip("netns", "add", self.name)
+        ip("link", "add", self.cable, "type", "veth", "peer", "name", "eth0", "netns", self.name)
+        ip("link", "set", self.cable, "master", bridge, "up")
+        for words in (["link", "set", "lo", "up"], ["addr", "add", f"{self.address}/24", "dev", "eth0"]):
+            ip("-n", self.name, *words)
+        ip("-n", self.name, "link", "set", "eth0", "up")
+
+    def cut_off(self) -> None:
+        ip("link", "set", self.cable, "down")
+
+    def remove(self) -> None:
+        ip("netns", "del", self.name)
+
+
+@pytest.fixture
+def hosts() -> Iterator[tuple[Host, Host]]:
+    if os.geteuid() != 0:
+        pytest.skip("network namespaces need root")
+    bridge = f"p{os.getpid() % 100000}"
+    made: list[Host] = []
+    try:
+        try:
+            ip("link", "add", bridge, "type", "bridge")
+            ip("link", "set", bridge, "up")
+            made += [Host(1, bridge), Host(2, bridge)]
+        except (OSError, subprocess.CalledProcessError) as e:
+            pytest.skip(f"this machine does not let root make network namespaces: {e}")
+        yield made[0], made[1]
+    finally:
+        for host in made:
+            host.remove()
+        subprocess.run(["ip", "link", "del", bridge], check=False, capture_output=True)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    with trainings(tmp_path) as start_one:
+        yield start_one
+
+
+@pytest.fixture
+def nodes(hosts: tuple[Host, Host], monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Node]]:
+    """A Ray node on each host, with room for one worker."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")  # this machine's name stands for neither host
+    head, other = hosts
+    started: list[Node] = []
+    options = ["--include-dashboard=false", "--head", f"--node-ip-address={head.address}", "--port=6379"]
+    try:
+        for host, extra in ((head, options), (other, [f"--address={head.address}:6379"])):
+            address = [] if host is head else [f"--node-ip-address={host.address}"]
+            folder = f"--temp-dir=/tmp/{host.name}" if host is head else ""
+            started.append(Node(*extra, *address, *([folder] if folder else []), inside=host.inside))
+            started[-1].wait_until_up()
+        yield started
+    finally:
+        for node in started:
+            node.stop()
+
+
+def test_a_host_that_is_cut_off_is_noticed_and_done_without(
+    hosts: tuple[Host, Host], nodes: list[Node], digits: Path, start: Start, tmp_path: Path
+) -> None:
+    head, other = hosts
+    data = [f"data.train={digits}/train", f"data.val={digits}/val"]
+    model = ["model.depth=18", "train.steps=150", "train.log_every=1", "train.eval_every=1000", "checkpoint.every=10"]
+    place = [f"run.storage={tmp_path}/runs", "run.name=hosts", f"cluster.address={head.address}:6379"]
+    size = ["cluster.workers=[1,2]", f"cluster.timeout_s={TIMEOUT_S}", "mlflow.log_model=false"]
+    command = [PIPELINE, "train", str(ROOT / "configs/digits.yaml"), *data, *model, *place, *size]
+    training = start([*head.inside, *command], AUTHENTICATION)
+    training.wait_for(r"session 1: .*; 2 workers")
+    training.wait_for_step(30)
+    began = time.monotonic()
+    other.cut_off()
+    training.wait_for(r"^fault: ")
+    noticed_s = time.monotonic() - began
+    training.wait_for(r"session 2: step \d+ of .*; 1 workers")
+    recovered_s = time.monotonic() - began
+    assert training.finish() == 0, training.said
+    again = re.search(r"(\d+) steps to do again", training.said)
+    assert again
+    print(f"noticed after {noticed_s:.1f} s, training again after {recovered_s:.1f} s, {again.group(1)} steps again")
+    assert noticed_s < TIMEOUT_S + 15
+    assert int(again.group(1)) <= 10
+    series = loss_series(f"sqlite:///{tmp_path}/runs/mlflow.db", "hosts")
+    assert [step for step, _ in series] == list(range(1, 151))
