@@ -82,13 +82,19 @@ def _config_to_train(args: argparse.Namespace) -> tuple[Config, str, str | None]
 
 def _sync(args: argparse.Namespace) -> Outcome:
     from pipeline import runs, tracking
+    from pipeline.identity import Identity
 
     storage = runs.open_storage(args.storage)
     run = runs.find_run(args.run, storage, args.mlflow_uri)
     if run is None:
         raise runs.no_such_run(args.run, storage)
-    with runs.held(run, lambda event: print(event["text"], file=sys.stderr)):
-        target, run_id, waiting = tracking.sync(run.scratch / "mlflow", lambda text: print(text, file=sys.stderr))
+
+    def report(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    with runs.held(run, lambda event: report(event["text"])):
+        last = Identity.read(run, report)
+        target, run_id, waiting = tracking.sync(run.scratch / "mlflow", report, ended=last is None or not last.open)
     result = {"run": run.uri, "mlflow_uri": target.uri, "mlflow_run_id": run_id, "waiting": waiting}
     if waiting:
         return result, [f"MLflow at {target.uri} is away; {waiting} records of {run} wait"], FAILED

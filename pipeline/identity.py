@@ -33,10 +33,12 @@ class Identity:
     def read(cls, run: Storage, report: Callable[[str], None]) -> "Identity | None":
         """Of the training in the folder `run`; None where it does not say, which is reported if it should."""
         try:
-            return cls(**json.loads(run.read_bytes(FILE)))
+            content = json.loads(run.read_bytes(FILE))
+            numbers = int(content["sessions"]), int(content["faults"])
+            return cls(str(content["training_id"]), *numbers, str(content["owner"]), bool(content["open"]))
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, KeyError):
             report(f"{run / FILE} is damaged; the newest checkpoint tells which training this is")
             return None
 

@@ -271,7 +271,7 @@ def _connected(cfg: Config, again: bool) -> Iterator[None]:
             cluster.join(address, patience_s=cfg.cluster.timeout_s if again else 0)
         else:
             cluster.start(num_cpus=cfg.cluster.max_workers * (cfg.cluster.cpus_per_worker or 1))
-    except (ConnectionError, RuntimeError, ValueError) as e:
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as e:
         where = f"cluster.address={address}" if address else "Ray on this machine"
         reason = f"{where} cannot be reached: {str(e).splitlines()[0]}"
         raise (ClusterLostError(reason) if again else ConfigError(reason)) from None

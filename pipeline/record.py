@@ -66,6 +66,8 @@ class Recorder:
         self._saver = Saver(self._job.checkpoints, cfg, guard=self._check_owner, written=self._written, report=ctx.warn)
         self._uri = tracking_uri(cfg.mlflow.uri, run.parent)
         self._tracker = Tracker.of_run(cfg.mlflow, self._uri, run, self._identity.training_id, ctx.warn)
+        if self._newest is not None:
+            self._tracker.adopt(self._newest.meta.get("unsent", []))
         self._tracker.start()
         self._tracker.params(flatten(cfg))
         session, num_faults = self._identity.sessions, self._identity.faults
@@ -153,6 +155,8 @@ class Recorder:
             "training_id": self._identity.training_id,
             "mlflow_run_id": self._tracker.run_id,
         }
+        if not self._job.run.local:  # the spool lies on this machine alone
+            meta["unsent"] = self._tracker.unsent()
         self._saver.save(state, meta)
         self._postponed, self._held_s = False, time.monotonic() - began
 

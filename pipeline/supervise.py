@@ -9,11 +9,13 @@ import dataclasses
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -103,14 +105,20 @@ def _run_driver(request: Request, note: Callable[[Event], None], received: list[
     """
     mine, theirs = Pipe()
     command = [sys.executable, "-m", "pipeline.driver", str(theirs.fileno())]
-    try:
-        with _blocked(ENDING_SIGNALS):
-            process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
-        theirs.close()
-        mine.send(request)
-        return _attend(mine, process, note, received)
-    finally:
-        _kill_descendants()
+    kind = ""
+    # Ray says there what a user has no use for, as long as all goes well.
+    with tempfile.NamedTemporaryFile(prefix="pipeline-driver-", suffix=".log", delete=False) as log:
+        try:
+            with _blocked(ENDING_SIGNALS):
+                process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stderr=log)
+            theirs.close()
+            mine.send(request)
+            kind, content = _attend(mine, process, note, received)
+        finally:
+            _kill_descendants()
+            if kind != "lost":
+                Path(log.name).unlink()
+    return kind, f"{content} (log: {log.name})" if kind == "lost" else content
 
 
 def _attend(

@@ -69,6 +69,16 @@ class Tracker:
         """The file of what MLflow has not got yet."""
         return self._spool.path
 
+    def unsent(self) -> list[Record]:
+        """What waits and does not need a file of this machine."""
+        return [record for record, _ in self._spool.unsent() if record["kind"] in ("params", "tags", "metrics", "text")]
+
+    def adopt(self, records: list[Record]) -> None:
+        """Send what waited in a spool that is lost with its machine; nothing where there is a spool."""
+        if self._spool.is_new:
+            for record in records:
+                self._put(record)
+
     def params(self, values: dict[str, Any]) -> None:
         """Log parameters; MLflow keeps the first value of each for good, and a later one is not sent."""
         self._put({"kind": "params", "values": {k: str(v) for k, v in values.items()}})
@@ -175,8 +185,13 @@ class Tracker:
             waiting = waiting[len(batch) :] or self._spool.unsent()
 
 
-def sync(folder: Path, report: Callable[[str], None], patience_s: float = 10.0) -> tuple[Target, str | None, int]:
+def sync(
+    folder: Path, report: Callable[[str], None], *, ended: bool, patience_s: float = 10.0
+) -> tuple[Target, str | None, int]:
     """Send what waits in the spool of `folder`.
+
+    Args:
+        ended: whether the last session told of its end; else MLflow is told that it was killed.
 
     Returns:
         What it is for, the MLflow run's id, and how many records still wait.
@@ -189,7 +204,7 @@ def sync(folder: Path, report: Callable[[str], None], patience_s: float = 10.0) 
     except (OSError, ValueError, TypeError):
         raise ConfigError(f"{folder} holds nothing that waits for MLflow") from None
     tracker = Tracker(target, folder, report)
-    waiting = tracker.drain(patience_s)
+    waiting = tracker.drain(patience_s) if ended else tracker.close("KILLED", patience_s)
     return target, tracker.run_id, waiting
 
 

@@ -43,7 +43,13 @@ Command = Callable[..., list[str]]
 @pytest.fixture(scope="module")
 def command(digits: Path, storage: Path, server: MlflowServer) -> Command:
     def make(name: str, *settings: str) -> list[str]:
-        model = ["model.depth=18", "train.ema_decay=0.99", f"train.steps={NUM_STEPS}", "train.eval_every=2"]
+        model = [
+            "model.depth=18",
+            "train.ema_decay=0.99",
+            f"train.steps={NUM_STEPS}",
+            "train.global_batch=32",
+            "train.eval_every=4",
+        ]
         often = ["train.log_every=1", "checkpoint.every=10", "cluster.workers=2", "cluster.timeout_s=60"]
         quiet = ["mlflow.log_model=false", f"mlflow.uri={server.uri}", f"run.storage={storage}", f"run.name={name}"]
         data = [f"data.train={digits}/train", f"data.val={digits}/val"]
@@ -117,6 +123,22 @@ def worker_killed(run: Run, _: MlflowServer) -> None:
     assert re.search(r"fault: .*worker \d failed", run.training.said)
 
 
+def worker_frozen(run: Run, _: MlflowServer) -> None:
+    """It neither dies nor answers; the others must not wait for it all night."""
+    run.settings = ["cluster.timeout_s=15"]
+    run.begin()
+    run.reach_a_random_moment()
+    frozen = run.rng.choice(run.training.find("RayTrainWorker"))
+    began = time.monotonic()
+    kill(frozen, signal.SIGSTOP)
+    run.training.wait_for("^fault: ")
+    noticed_s = time.monotonic() - began
+    print(f"noticed after {noticed_s:.1f} s")
+    assert noticed_s < 15 + 20
+    run.end()
+    assert run.codes == [0], run.training.said
+
+
 def driver_killed(run: Run, _: MlflowServer) -> None:
     run.begin()
     run.reach_a_random_moment()
@@ -176,6 +198,7 @@ def mlflow_killed(run: Run, server: MlflowServer) -> None:
 
 HARMS = {
     worker_killed: 4,
+    worker_frozen: 2,
     driver_killed: 3,
     everything_killed_and_started_again: 3,
     supervisor_killed_and_started_again: 2,

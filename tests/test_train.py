@@ -1,6 +1,7 @@
 """Whole trainings through `fit`, without Ray: resuming is exact, faults are told, MLflow gets each step once."""
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ranks import context, run_ranks
 
 from pipeline import checkpoint, runs
 from pipeline.config import ConfigError
+from pipeline.identity import Identity, SupersededError
 from pipeline.job import Event, Job
 from pipeline.settings import load
 from pipeline.storage import Storage
@@ -185,6 +187,44 @@ def test_changed_images_or_order_are_refused(job: Callable[..., Job], digits: Pa
         fit(dataclasses.replace(job("run"), train_index=val), context())
     allowed = job("run", "data.allow_changed=true", "run.stop_at_step=3")
     assert fit(dataclasses.replace(allowed, train_index=val), context())["step"] == 3
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"sessions": "many"}'])
+def test_a_lost_run_json_is_made_up_from_the_newest_checkpoint(job: Callable[..., Job], content: str | None) -> None:
+    one = fit(job("run", "run.stop_at_step=2"), context())
+    path = Path(one["run_dir"]) / "run.json"
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    events: list[Event] = []
+    two = fit(job("run", "run.stop_at_step=3"), context(events=events))
+    assert [e["step"] for e in events if e["kind"] == "start"] == [2]
+    assert two["mlflow_run_id"] == one["mlflow_run_id"]
+    assert any("run.json is damaged" in e.get("text", "") for e in events) == (content is not None)
+
+
+def test_a_checkpoint_of_another_training_is_not_taken(job: Callable[..., Job], tmp_path: Path) -> None:
+    fit(job("run", "run.stop_at_step=2"), context())
+    fit(job("other", "run.stop_at_step=4"), context())
+    shutil.copytree(tmp_path / "other/checkpoints/step_00000004", tmp_path / "run/checkpoints/step_00000004")
+    events: list[Event] = []
+    assert fit(job("run", "run.stop_at_step=3"), context(events=events))["step"] == 3
+    assert any("step_00000004: belongs to another training" in e.get("text", "") for e in events)
+
+
+def test_the_later_of_two_drivers_wins(job: Callable[..., Job]) -> None:
+    """On machines that share no lock: the earlier one stops before it writes again."""
+    one = dataclasses.replace(job("run", "checkpoint.every=5"), owner="earlier")
+
+    def watch(event: Event) -> None:
+        if event["kind"] == "step" and event["step"] == 10:
+            now = Identity.read(one.run, pytest.fail)
+            assert now is not None
+            now.begin("later", 0).write(one.run)
+
+    with pytest.raises(SupersededError, match=r"session 2 of .*run has begun; session 1 ends"):
+        fit(one, dataclasses.replace(context(), emit=watch))
+    assert [name for name in one.checkpoints.names() if name > "step_00000010"] == []
 
 
 def test_a_finished_run_trains_no_more(job: Callable[..., Job]) -> None:
