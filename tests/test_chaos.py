@@ -50,10 +50,9 @@ def command(digits: Path, storage: Path, server: MlflowServer) -> Command:
             "train.global_batch=32",
             "train.eval_every=4",
         ]
-        often = ["train.log_every=1", "checkpoint.every=10", "cluster.workers=2", "cluster.timeout_s=60"]
         quiet = ["mlflow.log_model=false", f"mlflow.uri={server.uri}", f"run.storage={storage}", f"run.name={name}"]
         data = [f"data.train={digits}/train", f"data.val={digits}/val"]
-        return [PIPELINE, "train", str(ROOT / "configs/digits.yaml"), *data, *model, *often, *quiet, *settings]
+        return [PIPELINE, "train", str(ROOT / "configs/digits.yaml"), *data, *model, *often, *ranks, *quiet, *settings]
 
     return make
 
