@@ -43,16 +43,12 @@ Command = Callable[..., list[str]]
 @pytest.fixture(scope="module")
 def command(digits: Path, storage: Path, server: MlflowServer) -> Command:
     def make(name: str, *settings: str) -> list[str]:
-        model = [
-            "model.depth=18",
-            "train.ema_decay=0.99",
-            f"train.steps={NUM_STEPS}",
-            "train.global_batch=32",
-            "train.eval_every=4",
-        ]
-        quiet = ["mlflow.log_model=false", f"mlflow.uri={server.uri}", f"run.storage={storage}", f"run.name={name}"]
+        model = ["model.depth=18", "train.ema_decay=0.99", "train.global_batch=32", "cluster.workers=2"]
+        often = [f"train.steps={NUM_STEPS}", "train.log_every=1", "train.eval_every=4", "checkpoint.every=10"]
+        quiet = ["cluster.timeout_s=60", "mlflow.log_model=false", f"mlflow.uri={server.uri}"]
+        quiet += [f"run.storage={storage}", f"run.name={name}"]
         data = [f"data.train={digits}/train", f"data.val={digits}/val"]
-        return [PIPELINE, "train", str(ROOT / "configs/digits.yaml"), *data, *model, *often, *ranks, *quiet, *settings]
+        return [PIPELINE, "train", str(ROOT / "configs/digits.yaml"), *data, *model, *often, *quiet, *settings]
 
     return make
 
