@@ -5,7 +5,6 @@ import time
 
 import ray
 from ray._private.state import state  # see `draining`
-from ray.autoscaler.sdk import request_resources
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from pipeline.config import ClusterConfig, ConfigError
@@ -75,22 +74,29 @@ def reserve(size: Size, low: int, high: int) -> int:
 
     The room is taken for a moment: what Ray says of a node may be from before its death.
     """
-    request_resources(bundles=[size] * high)  # an autoscaler, where there is one, makes room
-    for num_workers in (min(high, _capacity(size, _nodes())), min(high, room(size)), low):
-        if num_workers < low:
-            continue
-        group = placement_group([size] * num_workers)
-        try:
-            if group.wait(RESERVE_SECONDS):
-                return num_workers
-        finally:
-            remove_placement_group(group)
+    could_be, free = _capacity(size, _nodes()), _capacity(size, [ray.available_resources()])
+    for num_workers in sorted({min(high, could_be), min(high, free), low}, reverse=True):
+        if num_workers >= low:
+            with Place(size, num_workers) as place:
+                if place.granted(RESERVE_SECONDS):
+                    return num_workers
     return 0
 
 
-def room(size: Size) -> int:
-    """How many more workers fit, as far as Ray knows."""
-    return min(_capacity(size, [ray.available_resources()]), _capacity(size, _nodes()))
+class Place:
+    """A wish for room for so many workers, held until it is given back; an autoscaler sees it, and makes room."""
+
+    def __init__(self, size: Size, num_workers: int):
+        self._group = placement_group([size] * num_workers)
+
+    def granted(self, patience_s: float = 0) -> bool:
+        return bool(self._group.wait(patience_s))
+
+    def __enter__(self) -> "Place":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        remove_placement_group(self._group)
 
 
 def _capacity(size: Size, nodes: list[dict[str, float]]) -> int:

@@ -15,7 +15,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import ray
@@ -125,14 +125,18 @@ class _Driver:
         fitting = threading.Thread(target=_fit, args=(trainer, outcome), daemon=True)
         fitting.start()
         looked = time.monotonic()
-        while fitting.is_alive():
-            fitting.join(POLL_SECONDS)
-            self._pass_on()
-            if self._wants_stop.is_set():
-                self._link.request_stop.remote("interrupted")
-            if time.monotonic() - looked > CLUSTER_POLL_SECONDS:
-                looked = time.monotonic()
-                self._look_at_cluster(num_workers)
+        place: cluster.Place | None = None
+        with ExitStack() as wishes:
+            while fitting.is_alive():
+                fitting.join(POLL_SECONDS)
+                self._pass_on()
+                if self._wants_stop.is_set():
+                    self._link.request_stop.remote("interrupted")
+                if self._started and time.monotonic() - looked > CLUSTER_POLL_SECONDS:
+                    looked = time.monotonic()
+                    if place is None and num_workers < self._settings.max_workers:  # now that the others have theirs
+                        place = wishes.enter_context(cluster.Place(self._size, 1))
+                    self._look_at_cluster(self._started, place)
         self._pass_on()
         return outcome[0]
 
@@ -153,16 +157,13 @@ class _Driver:
         if self._budget.failed():
             raise TrainingFailedError(f"{text}; this is one failure too many without a checkpoint in between")
 
-    def _look_at_cluster(self, num_workers: int) -> None:
-        """End the session where its nodes are to go, or more workers can come."""
-        if self._started is None:
-            return
-        why, more = "", self._settings.max_workers - num_workers
+    def _look_at_cluster(self, started: float, place: cluster.Place | None) -> None:
+        """End the session where its nodes are to go, or one more worker has its place."""
+        why, ready = "", time.monotonic() - started > self._settings.grow_after_s
         if cluster.draining() & self._get(self._link.nodes.remote()):
             why = "a node that workers run on is drained"
-        elif more and time.monotonic() - self._started > self._settings.grow_after_s:
-            more = min(more, cluster.room(self._size))
-            why = f"there is room for {more} more workers" if more else ""
+        elif ready and place is not None and place.granted():
+            why = "there is room for more workers"
         if why:
             self._started = None  # it is about to end; look no more
             self._watch({"kind": "regroup", "text": why})

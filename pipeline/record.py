@@ -211,7 +211,8 @@ class Recorder:
         status = "done" if done else "stopped" if asked else self._ctx.stop_reason()
         with self._ledger.phase("checkpoint"):
             self._saver.finish(cfg.cluster.timeout_s)
-            self._identity.end().write(self._job.run)
+            ended = self._identity.end()
+            patiently(lambda: ended.write(self._job.run), self._ctx.warn, cfg.cluster.timeout_s)
             top = checkpoint.best(self._job.checkpoints)
         assert self._newest is not None, "a session ends with a checkpoint"
         if cfg.mlflow.checkpoints == "last" and status != "regroup":

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Set up, then linters, types and all tests but those that need a GPU.
-#   scripts/test.sh [pytest arguments]           for example: scripts/test.sh -m 'not e2e and not gpu'
+# Set up, then linters, types and the tests of a few minutes.
+#   scripts/test.sh [pytest arguments]           for example: scripts/test.sh -m 'e2e or chaos'
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh
@@ -8,5 +8,5 @@ source scripts/setup.sh
 ruff check .
 ruff format --check .
 mypy
-if [ $# -eq 0 ]; then set -- -m "not gpu"; fi
+if [ $# -eq 0 ]; then set -- -m "not (e2e or chaos or gpu)"; fi
 exec pytest "$@"
