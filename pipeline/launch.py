@@ -88,7 +88,8 @@ class _Driver:
         """Run sessions until the training is done or stopped."""
         attempt = 0
         while True:
-            num_workers, attempt = self._wait_for_room(), attempt + 1
+            num_workers, attempt, self._started = self._wait_for_room(), attempt + 1, None
+            self._get(self._link.begin.remote(attempt))
             outcome = self._run_session(num_workers, attempt)
             if fatal := self._get(self._link.fatal.remote()):
                 kind, text = fatal
@@ -118,8 +119,6 @@ class _Driver:
         Returns:
             Its summary, or the exception that ended it.
         """
-        self._get(self._link.begin.remote(attempt))
-        self._started = None
         outcome: list[Any] = []
         trainer = self._trainer(num_workers, attempt)
         fitting = threading.Thread(target=_fit, args=(trainer, outcome), daemon=True)
