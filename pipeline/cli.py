@@ -26,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return WRONG
     except KeyboardInterrupt:
         print("pipeline: interrupted", file=sys.stderr)
+        if args.json:
+            print(json.dumps({"status": "interrupted"}))
         return INTERRUPTED
     try:
         for line in [json.dumps(result)] if args.json else lines:

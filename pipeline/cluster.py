@@ -49,12 +49,13 @@ def size_of_worker(cfg: ClusterConfig) -> Size:
     """What one worker takes: a GPU where the cluster has them, and an even share of the CPUs.
 
     Raises:
-        ConfigError: fewer GPUs than workers.
+        ConfigError: fewer GPUs than workers, where no node can come.
     """
     nodes = _nodes()
     num_gpus = int(sum(node.get("GPU", 0) for node in nodes))
     use_gpu = cfg.device == "gpu" or (cfg.device == "auto" and num_gpus > 0)
-    if use_gpu and num_gpus < cfg.min_workers:
+    can_grow = cfg.device == "gpu" and (cfg.address or os.environ.get("RAY_ADDRESS"))
+    if use_gpu and num_gpus < cfg.min_workers and not can_grow:
         raise ConfigError(
             f"cluster.workers={cfg.workers}: the cluster has {num_gpus} GPUs, and each worker takes one; "
             f"set cluster.workers={max(num_gpus, 1)} or cluster.device=cpu"

@@ -163,7 +163,7 @@ class MlflowConfig(Section):
 class ClusterConfig(Section):
     workers: Any = 1  # DDP ranks, one process each; [min,max]: as many as the cluster has room for
     device: Literal["auto", "cpu", "gpu"] = "auto"  # auto: a GPU for each worker where the cluster has them
-    cpus_per_worker: int | None = _num(None, low=1)  # null: the cluster's cores shared out evenly
+    cpus_per_worker: int | None = _num(None, low=1)  # null: the cores there are at the start shared out evenly
     address: str | None = None  # of a running Ray cluster; null: $RAY_ADDRESS, else one on this machine
     max_failures: int = _num(3, low=-1)  # to recover from without a new checkpoint in between; -1: without end
     timeout_s: int = _num(600, low=10)  # a rank, a storage or a cluster silent for so long counts as failed

@@ -31,6 +31,7 @@ from pipeline.supervise import Interrupted, TrainingFailedError
 
 POLL_SECONDS = 0.1
 CLUSTER_POLL_SECONDS = 2.0
+START_TIMEOUT_S = 600  # for the workers' processes, also where an image has to be pulled first
 WAITING_SECONDS = 60.0  # without room for workers, before it is told what they wait for
 
 
@@ -105,10 +106,11 @@ class _Driver:
         """How many workers there is room for, once that is enough."""
         settings, since = self._settings, time.monotonic()
         while True:
+            if self._wants_stop.is_set():
+                raise Interrupted
             if num_workers := cluster.reserve(self._size, settings.min_workers, settings.max_workers):
                 return num_workers
-            if self._wants_stop.wait(CLUSTER_POLL_SECONDS):
-                raise Interrupted
+            self._wants_stop.wait(CLUSTER_POLL_SECONDS)
             if time.monotonic() - since > WAITING_SECONDS:
                 since = time.monotonic()
                 self._watch({"kind": "warning", "text": cluster.why_waiting(settings, self._size)})
@@ -261,9 +263,13 @@ class _Line:
 @contextmanager
 def _connected(cfg: Config, again: bool) -> Iterator[None]:
     """Connect to the cluster that the configuration or $RAY_ADDRESS names, else start one on this machine."""
-    timeout_s = str(cfg.cluster.timeout_s)
-    for name in ("WORKER_GROUP_START", "COLLECTIVE", "WORKER_HEALTH_CHECK"):
-        os.environ.setdefault(f"RAY_TRAIN_{name}_TIMEOUT_S", timeout_s)
+    timeout_s = cfg.cluster.timeout_s
+    for name, seconds in {
+        "WORKER_GROUP_START": max(timeout_s, START_TIMEOUT_S),
+        "COLLECTIVE": timeout_s,
+        "WORKER_HEALTH_CHECK": timeout_s,
+    }.items():
+        os.environ.setdefault(f"RAY_TRAIN_{name}_TIMEOUT_S", str(seconds))
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # an actor a group; this driver looks itself
     address = cfg.cluster.address or os.environ.get("RAY_ADDRESS")
     try:

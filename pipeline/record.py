@@ -78,7 +78,7 @@ class Recorder:
                 f"pipeline.session_{session}": f"from step {self._first_step}, {ctx.world_size} workers",
                 "pipeline.faults": num_faults,
                 "pipeline.data_fingerprint": self._data["fingerprint"],
-                **{f"pipeline.fault_{num_faults - i}": f.text for i, f in enumerate(reversed(faults))},
+                **{f"pipeline.fault_{num_faults - i}": f.text[:500] for i, f in enumerate(reversed(faults))},
             }
         )
         # Charts over the sessions: their step axis counts sessions.

@@ -76,18 +76,20 @@ class Storage:
 
     def names(self) -> list[str]:
         """What is in the folder, sorted; nothing where it does not exist."""
-        from pyarrow.fs import FileSelector
-
-        system, path = self._opened
-        return sorted(info.base_name for info in system.get_file_info(FileSelector(path, allow_not_found=True)))
+        return sorted(info.base_name for info in self._list())
 
     def sizes(self) -> dict[str, int]:
         """The files in the folder with their sizes in bytes."""
-        from pyarrow.fs import FileSelector, FileType
+        return {info.base_name: info.size for info in self._list() if info.is_file}
+
+    def _list(self) -> list[Any]:
+        from pyarrow.fs import FileSelector
 
         system, path = self._opened
-        found = system.get_file_info(FileSelector(path, allow_not_found=True))
-        return {info.base_name: info.size for info in found if info.type == FileType.File}
+        try:
+            return list(system.get_file_info(FileSelector(path, allow_not_found=True)))
+        except NotADirectoryError:
+            return []
 
     def read_bytes(self, name: str) -> bytes:
         """A file's content; FileNotFoundError where there is none."""

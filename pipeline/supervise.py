@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,6 +25,7 @@ from pipeline.job import Event, FailureBudget, Fault
 
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_SECONDS = 0.1
+LAST_SECONDS = 30.0
 PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 
 
@@ -130,7 +131,8 @@ def _attend(
             if driver.poll(POLL_SECONDS):
                 kind, content = driver.recv()
                 if kind != "event":
-                    process.wait()
+                    with suppress(subprocess.TimeoutExpired):  # all is said; what hangs is killed
+                        process.wait(LAST_SECONDS)
                     return kind, content
                 note(content)
             if received and not told:

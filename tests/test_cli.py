@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 from odd_images import damaged_jpeg, write_odd_folder
 from ranks import context
@@ -53,6 +54,33 @@ Run = Callable[..., tuple[int, str, str]]
 
 def storage(trained: dict[str, Any]) -> str:
     return str(Path(trained["run_dir"]).parent)
+
+
+def test_sync_of_what_is_not_there(run: Run, tmp_path: Path, trained: dict[str, Any]) -> None:
+    code, _, err = run("sync", "smal", "--storage", storage(trained))
+    assert code == 2
+    assert "no run, MLflow run id or checkpoint 'smal'" in err
+    assert "did you mean small?" in err
+    code, _, err = run("sync", "small", "--storage", "s4://bucket/runs")
+    assert code == 2
+    assert "run.storage=s4://bucket/runs: " in err
+    assert "use a directory, s3://... or gs://..." in err
+
+
+def test_sync_tells_mlflow_of_a_killed_run(run: Run, tmp_path: Path, digits_index: Callable[[str], Path]) -> None:
+    """A session that was killed could not say so: its MLflow run seems to run for ever."""
+    cfg = load(CONFIGS / "digits.yaml", [*SMALL, "run.stop_at_step=2", "train.log_every=1"])
+    folder, indexes = tmp_path / "killed", (str(digits_index("train")), str(digits_index("val")))
+    folder.mkdir()
+    summary = fit(Job(cfg, Storage(folder), *indexes), context())
+    client = mlflow.MlflowClient(summary["mlflow_uri"])
+    client.update_run(summary["mlflow_run_id"], status="RUNNING")
+    identity = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**identity, "open": True}))
+    code, out, _ = run("sync", "killed", "--storage", tmp_path, "--json")
+    assert code == 0
+    assert json.loads(out)["waiting"] == 0
+    assert client.get_run(summary["mlflow_run_id"]).info.status == "KILLED"
 
 
 def test_config_prints_yaml_or_json(run: Run, tmp_path: Path) -> None:
