@@ -11,6 +11,8 @@ from pipeline.config import ClusterConfig, ConfigError
 
 OBJECT_STORE_BYTES = 100 * 2**20  # nothing goes through it but messages
 RESERVE_SECONDS = 10.0  # within which a placement group is ready, or some node has gone
+# How long a group that has failed is asked to take its leave, before it is killed: a frozen one never does.
+ENVIRONMENT = {"TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5"}
 QUIET = {"logging_level": "ERROR", "log_to_driver": False}
 
 Size = dict[str, float]  # {"CPU": ..., "GPU": ...} of one worker
@@ -25,7 +27,7 @@ def join(address: str, patience_s: float) -> None:
     deadline = time.monotonic() + patience_s
     while True:
         try:
-            ray.init(address=address, **QUIET)
+            ray.init(address=address, runtime_env={"env_vars": ENVIRONMENT}, **QUIET)
             return
         except (ConnectionError, RuntimeError):
             if time.monotonic() > deadline:
@@ -35,6 +37,7 @@ def join(address: str, patience_s: float) -> None:
 
 def start(num_cpus: int) -> None:
     """Start a cluster on this machine, with its cores, or so many CPUs: more workers than cores are slow but work."""
+    os.environ.update(ENVIRONMENT)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(
         address="local",
