@@ -290,5 +290,6 @@ def _connected(cfg: Config, again: bool) -> Iterator[None]:
 def _reason(error: BaseException) -> str:
     """The last line of a failed worker's traceback."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if not line.startswith("Set the ")]  # Ray's advice on its timeouts
+    # Not the closing bracket of something printed, nor Ray's advice on its timeouts.
+    telling = [line for line in lines if len(line) > 2 and not line.startswith("Set the ")]
     return telling[-1] if telling else type(error).__name__

@@ -129,7 +129,7 @@ def worker_frozen(run: Run, _: MlflowServer) -> None:
     run.training.wait_for("^fault: ")
     noticed_s = time.monotonic() - began
     print(f"noticed after {noticed_s:.1f} s")
-    assert noticed_s < 20 + 20
+    assert noticed_s < 20 + 40  # Ray takes some 10 s to kill the group
     run.end()
     assert run.codes == [0], run.training.said
 
