@@ -1,6 +1,8 @@
 """Ray's cluster: joining or starting one, what a worker takes of it, and who comes and goes."""
 
 import os
+import socket
+import threading
 import time
 
 import ray
@@ -10,6 +12,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from pipeline.config import ClusterConfig, ConfigError
 
 OBJECT_STORE_BYTES = 100 * 2**20  # nothing goes through it but messages
+CONNECT_SECONDS = 10.0
 RESERVE_SECONDS = 10.0  # within which a placement group is ready, or some node has gone
 # How long a group that has failed is asked to take its leave, before it is killed: a frozen one never does.
 ENVIRONMENT = {"TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5"}
@@ -18,21 +21,23 @@ QUIET = {"logging_level": "ERROR", "log_to_driver": False}
 Size = dict[str, float]  # {"CPU": ..., "GPU": ...} of one worker
 
 
-def join(address: str, patience_s: float) -> None:
-    """Connect to a running cluster; one that is away is waited for.
+def join(address: str, patience_s: float, wants_stop: threading.Event) -> None:
+    """Connect to a running cluster; one that is away is waited for, unless that is to stop.
 
     Raises:
-        ConnectionError, RuntimeError, ValueError: it does not answer.
+        OSError, RuntimeError, ValueError: it does not answer.
     """
     deadline = time.monotonic() + patience_s
     while True:
         try:
+            host, colon, port = address.rpartition(":")
+            if colon and port.isdecimal():  # Ray would try for many minutes
+                socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
             ray.init(address=address, runtime_env={"env_vars": ENVIRONMENT}, **QUIET)
             return
-        except (ConnectionError, RuntimeError):
-            if time.monotonic() > deadline:
+        except (OSError, RuntimeError):
+            if time.monotonic() > deadline or wants_stop.wait(1):
                 raise
-            time.sleep(1)
 
 
 def start(num_cpus: int) -> None:

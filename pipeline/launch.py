@@ -64,7 +64,7 @@ def train(
         ClusterLostError: a new driver may go on where this one ends.
         Interrupted: it was to stop while no session ran.
     """
-    with _connected(job.cfg, again):
+    with _connected(job.cfg, again, wants_stop):
         try:
             return _Driver(job, watch, wants_stop, faults).run()
         except ray.exceptions.RayError as e:
@@ -261,7 +261,7 @@ class _Line:
 
 
 @contextmanager
-def _connected(cfg: Config, again: bool) -> Iterator[None]:
+def _connected(cfg: Config, again: bool, wants_stop: threading.Event) -> Iterator[None]:
     """Connect to the cluster that the configuration or $RAY_ADDRESS names, else start one on this machine."""
     timeout_s = cfg.cluster.timeout_s
     for name, seconds in {
@@ -274,10 +274,12 @@ def _connected(cfg: Config, again: bool) -> Iterator[None]:
     address = cfg.cluster.address or os.environ.get("RAY_ADDRESS")
     try:
         if address:
-            cluster.join(address, patience_s=cfg.cluster.timeout_s if again else 0)
+            cluster.join(address, cfg.cluster.timeout_s if again else 0, wants_stop)
         else:
             cluster.start(num_cpus=cfg.cluster.max_workers * (cfg.cluster.cpus_per_worker or 1))
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as e:
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as e:
+        if wants_stop.is_set():
+            raise Interrupted from None
         where = f"cluster.address={address}" if address else "Ray on this machine"
         reason = f"{where} cannot be reached: {str(e).splitlines()[0]}"
         raise (ClusterLostError(reason) if again else ConfigError(reason)) from None

@@ -21,10 +21,10 @@ class Spool:
     def __init__(self, folder: Path, on_problem: Callable[[str], None]):
         folder.mkdir(parents=True, exist_ok=True)
         self.path, self._sent_path = folder / "spool.jsonl", folder / "sent.json"
-        # Whether nothing was ever sent from here; MLflow may know of more.
-        self.is_new = not self._sent_path.exists()
+        sent = _parse(self._sent_path.read_bytes()) if self._sent_path.exists() else None
+        # Whether nothing was ever sent from here, as far as is known; MLflow may know better.
+        self.is_new = sent is None
         self._skipped: dict[str, int] = {}
-        sent = None if self.is_new else _parse(self._sent_path.read_bytes())
         self._sent: int = (sent or {}).get("bytes", 0)
         self._last_step: dict[str, int] = (sent or {}).get("last_step", {})
         self._lock = threading.Lock()

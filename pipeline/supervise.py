@@ -111,7 +111,9 @@ def _run_driver(request: Request, note: Callable[[Event], None], received: list[
     with tempfile.NamedTemporaryFile(prefix="pipeline-driver-", suffix=".log", delete=False) as log:
         try:
             with _blocked(ENDING_SIGNALS):
-                process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stderr=log)
+                process = subprocess.Popen(
+                    command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                )
             theirs.close()
             mine.send(request)
             kind, content = _attend(mine, process, note, received)

@@ -130,6 +130,7 @@ def test_an_error_that_a_restart_would_meet_again_ends_at_once(command: Command,
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
+        ("cluster.address=127.0.0.1:9", "cluster.address=127.0.0.1:9 cannot be reached: "),
         ("cluster.device=gpu", "cluster.workers=2: the cluster has 0 GPUs, and each worker takes one"),
         ("train.global_batch=32", "train.global_batch=32: "),  # found out by the workers
     ],

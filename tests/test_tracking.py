@@ -1,6 +1,7 @@
 """The spool and the tracker: nothing waits, nothing is lost, nothing twice, in order."""
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -113,6 +114,26 @@ def test_everything_logged_arrives_in_one_run_over_two_sessions(tmp_path: Path) 
     assert found is not None
     assert found.local == tmp_path / "run"
     assert find_run(uri, "0" * 32) is None
+
+
+@pytest.mark.parametrize("harm", ["sent.json", "the folder"])
+def test_a_spool_that_forgot_logs_nothing_twice(tmp_path: Path, harm: str) -> None:
+    """A damaged note of what was sent, or a machine whose disk is new: MLflow itself knows."""
+    uri = tracking_uri(None, Storage(tmp_path))
+    one = tracker(uri, tmp_path / "run")
+    one.metrics(1, {"loss": 1.0})
+    one.metrics(2, {"loss": 2.0})
+    assert one.close("KILLED", 60) == 0
+    if harm == "sent.json":
+        (tmp_path / "run/mlflow/sent.json").write_text("")
+    else:
+        shutil.rmtree(tmp_path / "run")
+    two = tracker(uri, tmp_path / "run")
+    two.metrics(2, {"loss": 2.0})
+    two.metrics(3, {"loss": 3.0})
+    assert two.close("FINISHED", 60) == 0
+    client = mlflow.MlflowClient(uri)
+    assert [m.step for m in client.get_metric_history(str(two.run_id), "loss")] == [1, 2, 3]
 
 
 def test_a_record_that_mlflow_refuses_is_told_and_does_not_block(tmp_path: Path) -> None:
