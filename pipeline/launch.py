@@ -30,6 +30,7 @@ from pipeline.link import Link
 from pipeline.supervise import Interrupted, TrainingFailedError
 
 POLL_SECONDS = 0.1
+MAX_REASON = 240  # characters; Ray adds its advice
 CLUSTER_POLL_SECONDS = 2.0
 START_TIMEOUT_S = 600  # for the workers' processes, also where an image has to be pulled first
 WAITING_SECONDS = 60.0  # without room for workers, before it is told what they wait for
@@ -294,4 +295,4 @@ def _reason(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # Not the closing bracket of something printed, nor Ray's advice on its timeouts.
     telling = [line for line in lines if len(line) > 2 and not line.startswith("Set the ")]
-    return telling[-1] if telling else type(error).__name__
+    return telling[-1][:MAX_REASON] if telling else type(error).__name__

@@ -34,7 +34,7 @@ from pipeline.settings import load
 from pipeline.storage import Storage, patiently
 
 MAX_NAMED = 20  # refused files that are named one by one
-LOCK_PATIENCE_S = 30.0
+LOCK_PATIENCE_S = 60.0
 PATIENCE_S = 10.0  # with a storage that does not answer at the start
 
 

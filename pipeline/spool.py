@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pipeline.storage import fsync
+
 Record = dict[str, Any]
 
 
@@ -21,20 +23,20 @@ class Spool:
     def __init__(self, folder: Path, on_problem: Callable[[str], None]):
         folder.mkdir(parents=True, exist_ok=True)
         self.path, self._sent_path = folder / "spool.jsonl", folder / "sent.json"
-        sent = _parse(self._sent_path.read_bytes()) if self._sent_path.exists() else None
+        self._on_problem, self._problem = on_problem, False
+        self._lock = threading.Lock()
+        self._unwritten: list[bytes] = []  # what a full disk keeps from the file
+        self._skipped: dict[str, int] = {}
+        self._file = self.path.open("a+b", buffering=0)
+        sent = _parse(self._sent_path.read_bytes(), "bytes", "last_step") if self._sent_path.exists() else None
         # Whether nothing was ever sent from here, as far as is known; MLflow may know better.
         self.is_new = sent is None
-        self._skipped: dict[str, int] = {}
-        self._sent: int = (sent or {}).get("bytes", 0)
+        self._sent: int = min((sent or {}).get("bytes", 0), self._size())
         self._last_step: dict[str, int] = (sent or {}).get("last_step", {})
-        self._lock = threading.Lock()
-        self._on_problem, self._problem = on_problem, False
-        self._unwritten: list[bytes] = []  # what a full disk keeps from the file
         lines = self._read().rpartition(b"\n")[0].splitlines()  # a killed process may leave half a line
-        records = [record for line in lines if (record := _parse(line)) is not None]
+        records = [record for line in lines if (record := _parse(line, "kind")) is not None]
         if len(records) < len(lines):
             on_problem(f"{len(lines) - len(records)} unreadable lines of {self.path} are left out")
-        self._file = self.path.open("ab", buffering=0)
         self._file.truncate(self._sent)
         for record in records:
             self._note_steps(record)
@@ -63,30 +65,36 @@ class Spool:
         self._skipped = last_step
 
     def mark_sent(self, offset: int) -> None:
-        """Records up to `offset` have arrived; once all have, the file starts anew."""
+        """Records up to `offset` have arrived; once all have, the file starts anew.
+
+        Raises:
+            OSError: that cannot be noted, so they will be sent again.
+        """
         with self._lock:
-            if offset == self.path.stat().st_size:
-                self._file.truncate(0)
-                offset = 0
-            self._sent = offset
+            all_sent = offset == self._size()
             temporary = self._sent_path.with_suffix(".tmp")
-            temporary.write_text(json.dumps({"bytes": offset, "last_step": self._last_step}))
+            sent = 0 if all_sent else offset
+            temporary.write_text(json.dumps({"bytes": sent, "last_step": self._last_step}))
+            fsync(temporary)
             temporary.replace(self._sent_path)
+            self._sent = sent
+            if all_sent:  # last: a crash before it sends them once more, which changes nothing
+                self._file.truncate(0)
 
     def close(self) -> None:
         self._file.close()
 
+    # By the open file, not by its path: a folder that is away for a while does not hurt.
+    def _size(self) -> int:
+        return os.fstat(self._file.fileno()).st_size
+
     def _read(self) -> bytes:
         """What was not sent yet."""
-        if not self.path.exists():
-            return b""
-        with self.path.open("rb") as file:
-            file.seek(self._sent)
-            return file.read()
+        return os.pread(self._file.fileno(), self._size() - self._sent, self._sent)
 
     def _write(self) -> None:
         """Append what is to be written: all of it, or nothing for now."""
-        content, before = b"".join(self._unwritten), self.path.stat().st_size
+        content, before = b"".join(self._unwritten), self._size()
         try:
             if self._file.write(content) < len(content):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -116,9 +124,10 @@ def _without(record: Record, last_step: dict[str, int]) -> Record:
     return {**record, "values": fresh}
 
 
-def _parse(line: bytes) -> Record | None:
+def _parse(line: bytes, *keys: str) -> Record | None:
+    """A JSON object that has these keys, or None."""
     try:
         record = json.loads(line)
     except ValueError:
         return None
-    return record if isinstance(record, dict) else None
+    return record if isinstance(record, dict) and record.keys() >= set(keys) else None

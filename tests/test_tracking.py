@@ -59,13 +59,30 @@ def test_spool_leaves_out_what_it_cannot_read(tmp_path: Path) -> None:
     spool.append(metric(1))
     spool.close()
     with spool.path.open("ab") as f:
-        f.write(b"garbage\n")
+        f.write(b"garbage\n{}\n")
     problems: list[str] = []
     reopened = Spool(tmp_path, problems.append)
     reopened.append(metric(2))
     assert [r["step"] for r, _ in reopened.unsent()] == [1, 2]
     assert len(problems) == 1
-    assert "1 unreadable lines of" in problems[0]
+    assert "2 unreadable lines of" in problems[0]
+    reopened.close()
+
+
+def test_a_folder_that_is_away_for_a_while_does_not_hurt(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "here", pytest.fail)
+    spool.append(metric(1))
+    (tmp_path / "here").rename(tmp_path / "away")
+    spool.append(metric(2))
+    (_, first), _ = spool.unsent()
+    with pytest.raises(OSError, match="No such file"):
+        spool.mark_sent(first)
+    (tmp_path / "away").rename(tmp_path / "here")
+    assert [r["step"] for r, _ in spool.unsent()] == [1, 2]
+    spool.mark_sent(first)
+    spool.close()
+    reopened = Spool(tmp_path / "here", pytest.fail)
+    assert [r["step"] for r, _ in reopened.unsent()] == [2]
     reopened.close()
 
 
