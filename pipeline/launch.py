@@ -154,10 +154,10 @@ class _Driver:
         failures = getattr(error, "worker_failures", {})
         workers = [f"worker {rank} failed: {_reason(e)}" for rank, e in sorted(failures.items())]
         text = "; ".join(workers) or _reason(error)
-        self._faults = (*self._faults, Fault(text, self._get(self._link.step.remote()), time.time()))
-        self._watch({"kind": "fault", "text": text})
         if self._budget.failed():
             raise TrainingFailedError(f"{text}; this is one failure too many without a checkpoint in between")
+        self._faults = (*self._faults, Fault(text, self._get(self._link.step.remote()), time.time()))
+        self._watch({"kind": "fault", "text": text})
 
     def _look_at_cluster(self, started: float, place: cluster.Place | None) -> None:
         """End the session where its nodes are to go, or one more worker has its place."""

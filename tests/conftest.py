@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # The tests of one machine are no census of a product's users.
@@ -10,6 +10,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 
 import pytest
+from commands import Start, trainings
 
 from pipeline.data.index import build_index
 
@@ -42,3 +43,10 @@ def digits_index(digits: Path) -> Callable[[str], Path]:
         return file
 
     return path
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts whole trainings as a user does; what still runs of them at the test's end is killed."""
+    with trainings(tmp_path) as start_one:
+        yield start_one

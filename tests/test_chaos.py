@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import PIPELINE, ROOT, Start, Training, differences, kill, loss_series, state_of, trainings
+from commands import PIPELINE, ROOT, Start, Training, differences, kill, loss_series, state_of
 from nodes import AUTHENTICATION, Cluster, cluster
 from s3 import free_port
 from servers import MlflowServer
@@ -51,12 +51,6 @@ def command(digits: Path, storage: Path, server: MlflowServer) -> Command:
         return [PIPELINE, "train", str(ROOT / "configs/digits.yaml"), *data, *model, *often, *quiet, *settings]
 
     return make
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    with trainings(tmp_path) as start_one:
-        yield start_one
 
 
 @pytest.fixture(scope="module")

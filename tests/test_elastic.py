@@ -3,12 +3,12 @@
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import mlflow
 import pytest
-from commands import PIPELINE, ROOT, Start, kill, loss_series, trainings
+from commands import PIPELINE, ROOT, Start, kill, loss_series
 from nodes import AUTHENTICATION, cluster
 from ranks import context
 from s3 import free_port
@@ -54,12 +54,6 @@ def times_trained(run: Path) -> dict[int, int]:
     for line in lines(run):
         counts[line["step"]] += line["rank"] == 0
     return counts
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    with trainings(tmp_path) as start_one:
-        yield start_one
 
 
 def test_shrinks_grows_and_makes_way_with_the_same_data(

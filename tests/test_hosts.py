@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from commands import PIPELINE, ROOT, Start, loss_series, trainings
+from commands import PIPELINE, ROOT, Start, loss_series
 from nodes import AUTHENTICATION, Node
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(400)]
@@ -59,12 +59,6 @@ def hosts() -> Iterator[tuple[Host, Host]]:
         for host in made:
             host.remove()
         subprocess.run(["ip", "link", "del", bridge], check=False, capture_output=True)
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    with trainings(tmp_path) as start_one:
-        yield start_one
 
 
 @pytest.fixture

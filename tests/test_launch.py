@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from commands import (
     kill,
     loss_series,
     state_of,
-    trainings,
 )
 from s3 import s3_storage
 
@@ -50,12 +49,6 @@ def command(digits: Path, storage: Path) -> Command:
         return [PIPELINE, "train", str(ROOT / "configs/digits.yaml"), *data, *fast, *quiet, *settings]
 
     return make
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    with trainings(tmp_path) as start_one:
-        yield start_one
 
 
 @pytest.fixture(scope="module")
