@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from pipeline import checkpoint, mlflow_run
 from pipeline.checkpoint import Checkpoint
@@ -77,9 +78,13 @@ def open_storage(uri: str) -> Storage:
     """The storage at a path or URI.
 
     Raises:
-        ConfigError: a URI that pyarrow does not know.
+        ConfigError: a URI that pyarrow does not know, or with a secret in it, which would be logged.
     """
     storage = Storage(uri)
+    if not storage.local and urlsplit(uri).password is not None:
+        raise ConfigError(
+            "run.storage: leave the secret out of it; give it in the environment, as AWS_SECRET_ACCESS_KEY"
+        )
     try:
         storage.check()
     except ValueError as e:

@@ -67,6 +67,13 @@ def test_sync_of_what_is_not_there(run: Run, tmp_path: Path, trained: dict[str, 
     assert "use a directory, s3://... or gs://..." in err
 
 
+def test_a_secret_in_a_uri_is_refused_and_not_repeated(run: Run) -> None:
+    code, out, err = run("sync", "small", "--storage", "s3://key:hush@bucket/runs")
+    assert code == 2
+    assert "run.storage: leave the secret out of it" in err
+    assert "hush" not in out + err
+
+
 def test_sync_tells_mlflow_of_a_killed_run(run: Run, tmp_path: Path, digits_index: Callable[[str], Path]) -> None:
     """A session that was killed could not say so: its MLflow run seems to run for ever."""
     cfg = load(CONFIGS / "digits.yaml", [*SMALL, "run.stop_at_step=2", "train.log_every=1"])
