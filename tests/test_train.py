@@ -242,7 +242,7 @@ def test_stop_request_saves_and_ends(job: Callable[..., Job]) -> None:
     assert Path(summary["checkpoint"]).name == "step_00000001"
 
 
-def test_training_runs_on_the_rest_of_an_odd_folder(tmp_path: Path) -> None:
+def test_training_runs_on_the_rest_of_an_odd_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a folder as a user has it, by way of `runs.prepare`: what is left out is named, a broken image too."""
     images = tmp_path / "images"
     _, unusable = write_odd_folder(images)
@@ -250,6 +250,7 @@ def test_training_runs_on_the_rest_of_an_odd_folder(tmp_path: Path) -> None:
     small = [s for s in FAST if not s.startswith("train.")]
     settings = ["train.global_batch=8", "train.epochs=3", "train.log_every=1", f"run.storage={tmp_path}/runs"]
     cfg = load(None, [f"data.train={images}", f"data.val={images}", *small, *settings, "run.name=odd"])
+    monkeypatch.setattr(runs, "LOCK_PATIENCE_S", 0.5)
     events: list[Event] = []
     with runs.prepare(cfg, events.append) as job:
         left_out = [e["text"] for e in events]
