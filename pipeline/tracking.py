@@ -157,7 +157,10 @@ class Tracker:
                         f"MLflow at {self._target.uri} fails, records wait in {self.spool}: {_first_line(e)}"
                     )
                 self._failing = True
-                self._abandoned.wait(RETRY_SECONDS[min(failures, len(RETRY_SECONDS) - 1)])
+                if self._closing.is_set():  # somebody waits
+                    self._abandoned.wait(RETRY_SECONDS[0])
+                else:
+                    self._closing.wait(RETRY_SECONDS[min(failures, len(RETRY_SECONDS) - 1)])
                 failures += 1
                 continue
             self._failing, failures = False, 0
