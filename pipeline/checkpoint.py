@@ -32,7 +32,8 @@ from pipeline.state import TrainState, load_weights
 from pipeline.storage import Storage, fsync
 
 FORMAT = 1
-STREAM_KEYS = ("run.seed", "train.global_batch")  # with the step they say which images come next
+# With the step they say which images come next.
+STREAM_KEYS = ("run.seed", "train.global_batch", "data.shuffle_block", "data.shuffle_window", "data.repeats")
 STATE, CONFIG, META = "state.pt", "config.yaml", "meta.json"
 
 

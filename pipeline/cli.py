@@ -5,13 +5,13 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from pipeline.config import Config, ConfigError
-from pipeline.settings import dump, load, parse_override, to_dict
-
-DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
+from pipeline import commands
+from pipeline.commands import INTERRUPTED, WRONG
+from pipeline.config import ConfigError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,122 +48,24 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-Outcome = tuple[Any, list[str], int]  # for --json, for people, exit code
+SOURCES = "a folder of CLASS/image files, of tar shards or of Parquet files; or DIR/train-{000..146}.tar; a path or URI"
 
 
-def _train(args: argparse.Namespace) -> Outcome:
-    from pipeline import supervise
-    from pipeline.console import TrainingView, summary_lines
-
-    cfg, label, resume_from = _config_to_train(args)
-    with TrainingView(_people(args)) as view:
-        try:
-            summary = supervise.train(cfg, label, resume_from, view)
-        except supervise.TrainingFailedError as e:
-            return {"status": "failed", "run": view.run, "error": str(e)}, [f"failed: {e}"], FAILED
-    summary["seconds"]["launch"] = round(max(0.0, view.ready_s - summary["seconds"]["start-up"]), 3)
-    code = INTERRUPTED if summary["status"] == "interrupted" else DONE
-    return summary, summary_lines(summary), code
-
-
-def _config_to_train(args: argparse.Namespace) -> tuple[Config, str, str | None]:
-    words = [args.config, *args.overrides] if args.config else []
-    if args.resume is None:
-        if not words or "=" in words[0]:
-            raise ConfigError("name a config file, such as: pipeline train configs/digits.yaml; or --resume RUN")
-        return load(words[0], words[1:]), Path(words[0]).stem, None
-    if words and "=" not in words[0]:
-        raise ConfigError(f"--resume takes the run's own configuration; leave out {words[0]}")
-    from pipeline import runs  # late, as in all commands: torch takes seconds to import
-
-    given = dict(map(parse_override, words))
-    found = runs.find(args.resume, runs.open_storage(given.get("run.storage", "runs")), given.get("mlflow.uri"))
-    cfg = runs.config_to_resume(found, words)
-    return cfg, "", found.place.uri
-
-
-def _sync(args: argparse.Namespace) -> Outcome:
-    from pipeline import runs, tracking
-    from pipeline.identity import Identity
-
-    storage = runs.open_storage(args.storage)
-    run = runs.find_run(args.run, storage, args.mlflow_uri)
-    if run is None:
-        raise runs.no_such_run(args.run, storage)
-
-    def report(text: str) -> None:
-        print(text, file=sys.stderr)
-
-    with runs.held(run, lambda event: report(event["text"])):
-        last = Identity.read(run, report)
-        target, run_id, waiting = tracking.sync(run.scratch / "mlflow", report, ended=last is None or not last.open)
-    result = {"run": run.uri, "mlflow_uri": target.uri, "mlflow_run_id": run_id, "waiting": waiting}
-    if waiting:
-        return result, [f"MLflow at {target.uri} is away; {waiting} records of {run} wait"], FAILED
-    return result, [f"MLflow at {target.uri} has all of {run}, in its run {run_id}"], DONE
-
-
-def _config(args: argparse.Namespace) -> Outcome:
-    cfg = load(args.config, args.overrides)
-    return to_dict(cfg), [dump(cfg).rstrip()], DONE
-
-
-def _index(args: argparse.Namespace) -> Outcome:
-    from pipeline.data.index import build_index
-
-    index, refused = build_index(args.source)
-    index.save(args.out)
-    for one in refused:
-        print(f"left out {one}", file=sys.stderr)
-    result = {
-        "index": str(args.out),
-        "images": len(index),
-        "classes": list(index.classes),
-        "fingerprint": index.fingerprint,
-        "refused": [{"path": one.path, "reason": one.reason} for one in refused],
-    }
-    text = f"{args.out}: {len(index)} images of {len(index.classes)} classes, {len(refused)} left out"
-    return result, [text, f"fingerprint {index.fingerprint}"], DONE
-
-
-def _evaluate(args: argparse.Namespace) -> Outcome:
-    from pipeline import infer, runs
-
-    found = runs.find(args.run, runs.open_storage(args.storage), args.mlflow_uri)
-    scores = infer.evaluate_checkpoint(found.place, args.data)
-    figures = f"top-1 {scores['top1']:.4f}  top-5 {scores['top5']:.4f}  loss {scores['loss']:.4f}"
-    text = f"{figures}  on {int(scores['count'])} images"
-    return {"checkpoint": str(found.place), **scores}, [str(found.place), text], DONE
-
-
-def _predict(args: argparse.Namespace) -> Outcome:
-    from pipeline import infer, runs
-
-    found = runs.find(args.run, runs.open_storage(args.storage), args.mlflow_uri)
-    predictions = infer.predict(found.place, args.images, args.top)
-    lines = []
-    for one in predictions:
-        if "error" in one:
-            print(f"{one['image']}: {one['error']}", file=sys.stderr)
-        else:
-            lines.append(f"{one['image']}  " + "  ".join(f"{t['class']} {t['probability']:.4f}" for t in one["top"]))
-    code = WRONG if any("error" in one for one in predictions) else DONE
-    return {"checkpoint": str(found.place), "predictions": predictions}, lines, code
-
-
-def _people(args: argparse.Namespace) -> IO[str]:
-    """Where what is meant for people goes: beside the JSON, not into it."""
-    return sys.stderr if args.json else sys.stdout
+def _count(text: str, low: int = 1) -> int:
+    """A whole number of an option."""
+    if not text.isdecimal() or int(text) < low:
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number, at least {low}")
+    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pipeline", description="Exact, fault-tolerant training of image classifiers."
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, function: Any, text: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text, description=text)
+    def add(name: str, function: Any, text: str, to: Any = subparsers) -> argparse.ArgumentParser:
+        command: argparse.ArgumentParser = to.add_parser(name, help=text, description=text)
         command.add_argument("--json", action="store_true", help="one JSON object on stdout, all else on stderr")
         command.set_defaults(command=function)
         return command
@@ -173,31 +75,67 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--storage", default="runs", metavar="PLACE", help="the directory or URI where runs lie")
         command.add_argument("--mlflow-uri", metavar="URI", help="the store that an MLflow run id is looked up in")
 
-    train = add("train", _train, "Train; a run.name used before resumes that run.")
+    def add_config(command: argparse.ArgumentParser) -> None:
+        command.add_argument("config", metavar="CONFIG", help="a YAML file")
+        command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, such as train.epochs=3")
+
+    train = add("train", commands.train, "Train; a run.name used before resumes that run.")
     train.add_argument("config", nargs="?", metavar="CONFIG", help="a YAML file (not with --resume)")
     train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, such as train.epochs=3")
     train.add_argument("--resume", metavar="RUN", help="a run's name, an MLflow run id, or a checkpoint's path")
 
-    sync = add("sync", _sync, "Send what a run has not been able to log to MLflow.")
+    sync = add("sync", commands.sync, "Send what a run has not been able to log to MLflow.")
     add_run(sync)
 
-    config = add("config", _config, "Print the resolved configuration.")
-    config.add_argument("config", metavar="CONFIG", help="a YAML file")
-    config.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, such as train.epochs=3")
+    config = add("config", commands.config, "Print the resolved configuration.")
+    add_config(config)
 
-    index = add("index", _index, "Index a folder of CLASS/image files, and list what cannot be trained on.")
-    index.add_argument("source", type=Path, metavar="SRC", help="the folder")
+    preview = add("preview", commands.preview, "Show the images of a step as the model sees them, with their labels.")
+    add_config(preview)
+    preview.add_argument("--out", type=Path, required=True, metavar="FILE", help="the picture, such as grid.png")
+    preview.add_argument("--step", type=partial(_count, low=0), default=0, metavar="N", help="steps done (default 0)")
+    preview.add_argument("--images", type=_count, default=64, metavar="K", help="at most (default 64)")
+
+    index = add(
+        "index", commands.index, "Index images, and list what cannot be trained on; goes on where it was interrupted."
+    )
+    index.add_argument("source", metavar="SRC", help=SOURCES)
     index.add_argument("--out", type=Path, required=True, metavar="FILE", help="the index file; give it as data.train")
+    cores = len(os.sched_getaffinity(0))
+    index.add_argument("--workers", type=_count, default=cores, metavar="N", help="processes; by default all cores")
+    index.add_argument("--verify", action="store_true", help="decode every image, and leave out what is broken")
+
+    pack = add(
+        "pack", commands.pack, "Pack images into WebDataset tar shards, in a shuffled order; the same bytes each time."
+    )
+    pack.add_argument("source", metavar="SRC", help=f"{SOURCES}, or an index")
+    pack.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder of the shards, to be made")
+    pack.add_argument("--shard-mb", type=_count, default=256, metavar="MB", help="size of a shard (default 256)")
+    pack.add_argument("--seed", type=partial(_count, low=0), default=0, metavar="S", help="of the order (default 0)")
+
+    text = "Measure how fast this machine is at a part of training."
+    parts = subparsers.add_parser("bench", help=text, description=text).add_subparsers(required=True, metavar="PART")
+    loader = add(
+        "loader",
+        commands.bench_loader,
+        "images/s of the loader beside torchvision's and timm's, by turns, on the CPU.",
+        parts,
+    )
+    add_config(loader)
+    loader.add_argument("--cores", type=_count, metavar="N", help="for each loader; by default all")
+    loader.add_argument("--rounds", type=_count, default=7, metavar="R", help="that all take part in (default 7)")
+    loader.add_argument("--images", type=_count, default=2048, metavar="K", help="timed in a round (default 2048)")
+    loader.add_argument("--out", type=Path, metavar="DIR", help="for loader.json and a plot, loader.png")
 
     evaluate = add(
-        "evaluate", _evaluate, "Exact top-1, top-5 and loss of a run's newest checkpoint, or of a given one."
+        "evaluate", commands.evaluate, "Exact top-1, top-5 and loss of a run's newest checkpoint, or of a given one."
     )
     add_run(evaluate)
-    evaluate.add_argument(
-        "--data", type=Path, metavar="PATH", help="a folder or an index; the run's own val by default"
-    )
+    evaluate.add_argument("--data", metavar="SRC", help=f"{SOURCES}, or an index; the run's own val by default")
 
-    predict = add("predict", _predict, "Class and probability of images, by a run's newest checkpoint or a given one.")
+    predict = add(
+        "predict", commands.predict, "Class and probability of images, by a run's newest checkpoint or a given one."
+    )
     add_run(predict)
     predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
     predict.add_argument("--top", type=int, default=1, metavar="K", help="the K likeliest classes")

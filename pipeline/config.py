@@ -72,26 +72,60 @@ class RunConfig(Section):
 
 @dataclass(frozen=True)
 class DataConfig(Section):
-    train: str = ""  # a folder of class/image files, or an index file; must be given
-    val: str = ""  # likewise
-    image_size: int = _num(224, low=8, high=4096)  # height and width of what the model sees, pixels
+    # A folder of class/image files, tar shards or Parquet files, shards as s3://BUCKET/train-{000..146}.tar, or an
+    # index file of any of these; paths or URIs. Must be given.
+    train: str = ""
+    val: str = ""
+    image_size: int = _num(224, low=8, high=4096)  # height and width of what the model trains on, pixels
+    start_size: int | None = _num(None, low=8, high=4096)  # progressive: the first epochs' size; null: image_size
+    grow_epochs: tuple[float, float] = _num((0.0, 0.0), low=0)  # from start_size at the first to image_size at the last
+    val_size: int | None = _num(None, low=8, high=4096)  # of what is evaluated; null: image_size
     val_resize: int = _num(256, low=8, high=4096)  # evaluation: short side before the centre crop, pixels
+    shuffle_block: int | None = _num(None, low=1)  # shuffle blocks of so many rows, read in sequence; null: all rows
+    shuffle_window: int = _num(64, low=1)  # blocks that are shuffled into each other
+    repeats: int = _num(1, low=1)  # repeated augmentation: copies of each image in a global batch
     crop_scale: tuple[float, float] = _num((0.08, 1.0), above=0, high=1)  # area of the random crop
     crop_ratio: tuple[float, float] = _num((3 / 4, 4 / 3), above=0)  # width / height of the random crop
     flip: float = _num(0.5, low=0, high=1)  # probability of a horizontal flip
+    jitter: tuple[float, float, float, float] = _num(
+        (0.0, 0.0, 0.0, 0.0), low=0
+    )  # brightness, contrast, saturation, hue
+    auto_augment: Literal["none", "trivial", "rand", "auto"] = "none"  # TrivialAugmentWide, RandAugment, AutoAugment
+    rand_ops: int = _num(2, low=1, high=8)  # RandAugment: operations in a row
+    rand_magnitude: int = _num(9, low=0, high=30)  # RandAugment: their strength
+    erase: float = _num(0.0, low=0, high=1)  # probability of erasing a rectangle
+    erase_scale: tuple[float, float] = _num((0.02, 0.33), above=0, high=1)  # its area
+    erase_ratio: tuple[float, float] = _num((0.3, 3.3), above=0)  # its width / height
+    mixup: float = _num(0.0, low=0, high=100)  # alpha of the Beta distribution; 0: off
+    cutmix: float = _num(0.0, low=0, high=100)  # likewise; with both on, each pair takes one of them
     decode_threads: int | None = _num(None, low=1)  # per worker; null: its share of the node's cores
     read_threads: int = _num(4, low=1, high=256)  # per worker, reading files ahead
     prefetch: int = _num(2, low=1, high=64)  # batches decoded ahead of the one in use
+    cache_dir: str | None = None  # for data at a URI, one a node; null: in the machine's temporary directory
+    cache_gb: float = _num(20.0, above=0)  # at most, of all data in cache_dir
     max_bad_fraction: float = _num(0.01, low=0, high=1)  # of all images; more broken ones stop the run
     trace: bool = False  # write down the rows of the index that each step trains on, in the run's folder
     allow_changed: bool = False  # resume although the images' index is another than the checkpoint's
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(self.val_resize >= self.image_size, "val_resize", f"must be at least image_size={self.image_size}")
-        for name in ("crop_scale", "crop_ratio"):
+        name = "image_size" if self.val_size is None else "val_size"
+        holds = self.val_resize >= self.size_to_evaluate
+        self.require(holds, "val_resize", f"must be at least {name}={self.size_to_evaluate}")
+        for name in ("crop_scale", "crop_ratio", "erase_scale", "erase_ratio", "grow_epochs"):
             low, high = getattr(self, name)
             self.require(low <= high, name, "must be [low,high] with low <= high")
+        self.require(self.jitter[3] <= 0.5, "jitter", "the hue's, the last, must be at most 0.5")
+        grows = self.start_size is None or self.start_size <= self.image_size
+        self.require(grows, "start_size", f"must be at most image_size={self.image_size}")
+
+    @property
+    def size_to_evaluate(self) -> int:
+        return self.val_size or self.image_size
+
+    @property
+    def mixes(self) -> bool:
+        return self.mixup > 0 or self.cutmix > 0
 
 
 @dataclass(frozen=True)
@@ -205,18 +239,24 @@ class Config:
                 bool(getattr(self.data, name).strip()), name, "give a folder of class/image files or an index"
             )
         train, workers = self.train, self.cluster.max_workers
-        if train.global_batch < workers:
+        unit = 2 if self.data.mixes else 1  # images that stay together on one rank
+        for number, why in ((self.data.repeats, "data.repeats copies"), (unit, "pairs for data.mixup or data.cutmix")):
+            train.require(
+                train.global_batch % number == 0, "global_batch", f"must be a multiple of {number}, for {why}"
+            )
+        if train.global_batch < workers * unit:
             raise ConfigError(
                 f"train.global_batch={train.global_batch}: gives some of cluster.workers={show(self.cluster.workers)} "
-                f"nothing; raise it to {workers} or lower cluster.workers"
+                f"nothing; raise it to {workers * unit} or lower cluster.workers"
             )
-        shares = {train.global_batch // workers, -(-train.global_batch // workers)}
+        units = train.global_batch // unit
+        shares = {units // workers * unit, -(-units // workers) * unit}
         smallest = min(n // -(-n // (train.micro_batch or n)) for n in shares)
-        if smallest == 1 and self.data.image_size <= 32:
+        size = self.data.start_size or self.data.image_size
+        if smallest == 1 and size <= 32:
             raise ConfigError(
                 f"train.global_batch={train.global_batch}: gives some forward pass a single image, which at "
-                f"data.image_size={self.data.image_size} is one value a channel, too few for BatchNorm; raise it or "
-                "train.micro_batch"
+                f"a size of {size} is one value a channel, too few for BatchNorm; raise it or train.micro_batch"
             )
         if train.steps is None and self.optim.warmup_epochs > train.epochs:
             raise ConfigError(

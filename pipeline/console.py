@@ -8,19 +8,52 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pipeline.job import Event
 
+LINE_EVERY_S = 5.0
+
+
+class WorkView:
+    """Shows how far some work is. Use as a context; call with what is done, of how much, and words."""
+
+    def __init__(self, file: IO[str]):
+        self._console = RichConsole(file=file, highlight=False, soft_wrap=True)
+        self._bar = _bar(self._console)
+        self._task: Any = None
+        self._told = time.monotonic()
+
+    def __enter__(self) -> "WorkView":
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def __call__(self, done: int, total: int, text: str) -> None:
+        if self._bar:
+            self._task = self._bar.add_task("") if self._task is None else self._task
+            self._bar.update(self._task, completed=done, total=total, description=text)
+        elif time.monotonic() - self._told >= LINE_EVERY_S:
+            self._told = time.monotonic()
+            self.say(f"{done} of {total}: {text}")
+
+    def say(self, text: str) -> None:
+        self._console.print(text, markup=False)
+
+
+def _bar(console: RichConsole) -> Progress | None:
+    if not console.is_terminal:
+        return None
+    text = TextColumn("{task.description}", markup=False)
+    return Progress(BarColumn(bar_width=30), MofNCompleteColumn(), text, TimeRemainingColumn(), console=console)
+
 
 class TrainingView:
     """Shows the events of a training. Use as a context; call with each event."""
 
     def __init__(self, file: IO[str]):
         self._console = RichConsole(file=file, highlight=False, soft_wrap=True)
-        columns = [
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TextColumn("{task.description}"),
-            TimeRemainingColumn(),
-        ]
-        self._bar = Progress(*columns, console=self._console) if self._console.is_terminal else None
+        self._bar = _bar(self._console)
         self._task: Any = None
         self._rate, self._num_steps, self._global_batch = 0.0, 0, 0
         self._began = time.monotonic()

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline.data import EvalLoader
+from pipeline.data.loader import EvalLoader
 from pipeline.step import autocast
 
 

@@ -1,6 +1,6 @@
 """Using a trained checkpoint: exact evaluation, and predictions for image files. One process, no Ray."""
 
-import os
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -8,25 +8,26 @@ import torch
 
 from pipeline import checkpoint
 from pipeline.config import Config, ConfigError
-from pipeline.data import EvalLoader, Place
-from pipeline.data.index import Index, build_index, index_files, load_index
+from pipeline.data.build import index_files, open_index
+from pipeline.data.index import Index
+from pipeline.data.loader import EvalLoader, Place
 from pipeline.evaluate import evaluate
 from pipeline.step import autocast
 from pipeline.storage import Storage
 
 
-def evaluate_checkpoint(place: Storage, data: Path | None) -> dict[str, float]:
-    """Scores of a checkpoint on `data`, a folder or an index; by default on its run's own validation images.
+def evaluate_checkpoint(place: Storage, data: str | None) -> dict[str, float]:
+    """Scores of a checkpoint on `data`, a source of images or an index; by default on its run's own validation images.
 
     Raises:
         ConfigError: data that cannot be evaluated on, or a broken image in it.
     """
-    here = _here()
+    here = Place.here()
+    torch.set_num_threads(here.num_threads)
     model, cfg, classes = checkpoint.load_model(place)
-    source = data or Path(cfg.data.val)
-    index = (build_index(source)[0] if source.is_dir() else load_index(source)).with_classes(classes)
-    loader = EvalLoader(index, cfg.data, here, _refuse, batch=cfg.train.eval_batch)
-    return evaluate(model.to(here.device), loader, precision=cfg.train.precision, device=here.device)
+    index = open_index(data or cfg.data.val)[0].with_classes(classes)
+    with closing(EvalLoader(index, cfg.data, here, _refuse, batch=cfg.train.eval_batch)) as loader:
+        return evaluate(model.to(here.device), loader, precision=cfg.train.precision, device=here.device)
 
 
 def predict(place: Storage, images: list[Path], top: int) -> list[dict[str, Any]]:
@@ -36,7 +37,8 @@ def predict(place: Storage, images: list[Path], top: int) -> list[dict[str, Any]
         For each image {"image", "class", "probability", "top": [{"class", "probability"}, ...]}, or
         {"image", "error"} where it cannot be decoded.
     """
-    here = _here()
+    here = Place.here()
+    torch.set_num_threads(here.num_threads)
     model, cfg, classes = checkpoint.load_model(place)
     if not 1 <= top <= len(classes):
         raise ConfigError(f"--top {top}: must be from 1 to the model's {len(classes)} classes")
@@ -53,23 +55,18 @@ def _predict(
 ) -> dict[str, dict[str, Any]]:
     broken: dict[str, str] = {}
     results: dict[str, dict[str, Any]] = {}
-    loader = EvalLoader(index, cfg.data, here, broken.__setitem__, batch=cfg.train.eval_batch)
-    for _, batch in loader:
-        with autocast(cfg.train.precision, here.device):
-            logits = model(batch.images)
-        best = logits.float().softmax(1).topk(top)
-        for row, probabilities, labels in zip(batch.rows, best.values.tolist(), best.indices.tolist(), strict=True):
-            likeliest = [{"class": classes[k], "probability": p} for k, p in zip(labels, probabilities, strict=True)]
-            image = index.path(int(row))
-            results[image] = {"image": image, **likeliest[0], "top": likeliest}
+    with closing(EvalLoader(index, cfg.data, here, broken.__setitem__, batch=cfg.train.eval_batch)) as loader:
+        for _, batch in loader:
+            with autocast(cfg.train.precision, here.device):
+                logits = model(batch.images)
+            best = logits.float().softmax(1).topk(top)
+            for row, probabilities, labels in zip(batch.rows, best.values.tolist(), best.indices.tolist(), strict=True):
+                likeliest = [
+                    {"class": classes[k], "probability": p} for k, p in zip(labels, probabilities, strict=True)
+                ]
+                image = index.path(int(row))
+                results[image] = {"image": image, **likeliest[0], "top": likeliest}
     return results | {path: {"image": path, "error": reason} for path, reason in broken.items()}
-
-
-def _here() -> Place:
-    num_threads = len(os.sched_getaffinity(0))
-    torch.set_num_threads(num_threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Place(rank=0, world_size=1, device=device, num_threads=num_threads)
 
 
 def _refuse(path: str, reason: str) -> None:

@@ -211,7 +211,7 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     """What each Ray worker runs; in a thread of its own, so it can install no signal handlers."""
     # Late: the driver's and the controller's processes import this module and have no use for these.
     from pipeline.checkpoint import CheckpointError
-    from pipeline.data.dali import BadDataError
+    from pipeline.data.fetch import BadDataError
     from pipeline.identity import SupersededError
     from pipeline.train import NonFiniteLossError, fit
 

@@ -150,7 +150,7 @@ def _log_model(uri: str, run_id: str, source: Path) -> None:
     from mlflow.types import Schema, TensorSpec
 
     model, cfg, classes = checkpoint.load_model(Storage(source))
-    size = cfg.data.image_size
+    size = cfg.data.size_to_evaluate
     signature = ModelSignature(
         Schema([TensorSpec(np.dtype("uint8"), (-1, 3, size, size))]),
         Schema([TensorSpec(np.dtype("float32"), (-1, len(classes)))]),

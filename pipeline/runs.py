@@ -1,7 +1,7 @@
 """Runs in storage: making one from a configuration, and finding one again.
 
 STORAGE/NAME/
-    index/{train,val}.arrow   where data.train or data.val is a folder
+    index/{train,val}.arrow   where data.train or data.val is no index itself
     checkpoints/step_*/       see `checkpoint`
     run.json                  see `identity`
 and, in a directory of the machine where the storage is none itself,
@@ -19,14 +19,15 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from pipeline import checkpoint, mlflow_run
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import Config, ConfigError
-from pipeline.data.index import Index, build_index, load_index
+from pipeline.data.build import build_index, fetch_index
+from pipeline.data.find import is_index
+from pipeline.data.index import Index
 from pipeline.data.sampling import steps_per_epoch
 from pipeline.identity import FILE
 from pipeline.job import Event, Job
@@ -50,8 +51,8 @@ def prepare(cfg: Config, watch: Callable[[Event], None], resume_from: str | None
         ConfigError: data that cannot be trained on, or another process that trains the run.
     """
     storage = open_storage(cfg.run.storage)
-    train_source, val_source = Path(cfg.data.train).absolute(), Path(cfg.data.val).absolute()
-    data = dataclasses.replace(cfg.data, train=str(train_source), val=str(val_source))
+    train_source, val_source = Storage(cfg.data.train).uri, Storage(cfg.data.val).uri
+    data = dataclasses.replace(cfg.data, train=train_source, val=val_source)
     cfg = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, storage=storage.uri), data=data)
     assert cfg.run.name is not None, "the supervisor names it"
     run = storage / cfg.run.name
@@ -124,11 +125,12 @@ def held(run: Storage, watch: Callable[[Event], None]) -> Iterator[None]:
         yield
 
 
-def _index(source: Path, to: Storage, watch: Callable[[Event], None]) -> tuple[str, Index]:
-    """The index of a folder, built anew into `to`, or the index file that `source` is."""
-    if not source.is_dir():
-        return str(source), load_index(source)
-    index, refused = build_index(source)
+def _index(source: str, to: Storage, watch: Callable[[Event], None]) -> tuple[str, Index]:
+    """The index of the images in `source`, built anew into `to`, or the index file that `source` is."""
+    if is_index(source):
+        return source, fetch_index(source)
+    index, report = build_index(source)
+    refused = report.refused
     for one in refused[:MAX_NAMED]:
         watch({"kind": "warning", "text": f"left out {one}"})
     if len(refused) > MAX_NAMED:

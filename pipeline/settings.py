@@ -118,7 +118,10 @@ def _wanted(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(map(str, get_args(kind)))
     if get_origin(kind) is tuple:
-        return "a list of numbers, [a,b,...]" if Ellipsis in get_args(kind) else "a list of two numbers, [low,high]"
+        number = len(get_args(kind))
+        if Ellipsis in get_args(kind):
+            return "a list of numbers, [a,b,...]"
+        return "a list of two numbers, [low,high]" if number == 2 else f"a list of {number} numbers"
     if isinstance(kind, UnionType):
         return " or ".join(map(_wanted, get_args(kind)))
     return {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}[kind]

@@ -1,7 +1,7 @@
 """Where runs are kept: a directory that every node mounts, or a prefix of an object store.
 
-The only file that imports `pyarrow.fs`, which reads the same URIs as Ray does: /path, s3://, gs://, ...
-Everything that goes wrong is an OSError.
+URIs are those that pyarrow reads, as Ray does (/path, s3://, gs://, ...), http(s)://, to read from, and what fsspec has
+a package for on this machine. Everything that goes wrong is an OSError.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from functools import cached_property
 from itertools import repeat
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 T = TypeVar("T")
 
@@ -25,7 +25,7 @@ class Storage:
     """A folder of a file system or an object store; `/` goes down into it.
 
     Args:
-        uri: a path, or a URI that pyarrow reads, such as s3://bucket/runs?region=eu-west-1.
+        uri: a path, or a URI that pyarrow or fsspec reads, such as s3://bucket/runs?region=eu-west-1.
     """
 
     def __init__(self, uri: str | Path):
@@ -37,15 +37,20 @@ class Storage:
     def __str__(self) -> str:
         return self.uri
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Storage, (self.uri,)  # a connection does not travel
+
     def __truediv__(self, name: str) -> "Storage":
         if self.local:
             return Storage(self.local / name)
         parts = urlsplit(self.uri)
-        return Storage(parts._replace(path=f"{parts.path.rstrip('/')}/{name}").geturl())
+        return Storage(parts._replace(path=f"{parts.path.rstrip('/')}/{quote(name)}").geturl())
 
     @property
     def name(self) -> str:
-        return urlsplit(self.uri).path.rstrip("/").rpartition("/")[2]
+        if self.local:
+            return self.local.name
+        return unquote(urlsplit(self.uri).path.rstrip("/").rpartition("/")[2])
 
     @property
     def parent(self) -> "Storage":
@@ -60,10 +65,10 @@ class Storage:
         if self.local:
             return self.local
         digest = hashlib.sha256(self.uri.encode()).hexdigest()[:16]
-        return Path(tempfile.gettempdir(), f"pipeline-{getpass.getuser()}", f"{self.name}-{digest}")
+        return scratch_folder() / f"{self.name}-{digest}"
 
     def check(self) -> None:
-        """ValueError for a URI that pyarrow does not know."""
+        """ValueError for a URI of a kind that is not known."""
         _ = self._opened
 
     def make(self) -> None:
@@ -82,14 +87,33 @@ class Storage:
         """The files in the folder with their sizes in bytes."""
         return {info.base_name: info.size for info in self._list() if info.is_file}
 
-    def _list(self) -> list[Any]:
+    def walk(self) -> Iterator[tuple[str, int]]:
+        """Path relative to the folder, and size in bytes, of every file in it and below, sorted by path.
+
+        Nothing where it does not exist. On the web, what the folder's page links to; each file's size is a request.
+        """
+        start = len(self._opened[1].rstrip("/")) + 1
+        yield from sorted((info.path[start:], info.size) for info in self._list(recursive=True) if info.is_file)
+
+    def _list(self, recursive: bool = False) -> list[Any]:
         from pyarrow.fs import FileSelector
 
         system, path = self._opened
         try:
-            return list(system.get_file_info(FileSelector(path, allow_not_found=True)))
+            return list(system.get_file_info(FileSelector(path, allow_not_found=True, recursive=recursive)))
         except NotADirectoryError:
             return []
+
+    def open(self, name: str) -> Any:
+        """A file to read anywhere in, with `read`, `seek` and `tell`; FileNotFoundError where there is none.
+
+        Of a remote one each read is a request: put an `io.BufferedReader` around it for many small ones. To seek
+        past the end may be an OSError.
+        """
+        if self.local:
+            return (self.local / name).open("rb")
+        system, path = self._opened
+        return system.open_input_file(f"{path}/{name}")
 
     def read_bytes(self, name: str) -> bytes:
         """A file's content; FileNotFoundError where there is none."""
@@ -127,13 +151,18 @@ class Storage:
         temporary.replace(to)
 
     def fetch(self) -> Path:
-        """This as a file of this machine: itself, or a copy that is made once."""
+        """This as a file of this machine: itself, or a copy that is made once; FileNotFoundError if there is none."""
         if self.local:
             return self.local
-        folder, name = self.parent, self.name
-        copy = folder.scratch / name
-        if not copy.exists() or copy.stat().st_size != folder.sizes()[name]:
-            folder.download(name, copy)
+        system, path = self._opened
+        (info,) = system.get_file_info([path])
+        if not info.is_file:
+            raise FileNotFoundError(f"no file {self}")
+        copy = self.parent.scratch / self.name
+        status = copy.stat() if copy.exists() else None
+        written_s = info.mtime.timestamp() if info.mtime else 0.0
+        if status is None or status.st_size != info.size or status.st_mtime < written_s:
+            self.parent.download(self.name, copy)
         return copy
 
     def remove(self) -> None:
@@ -147,11 +176,28 @@ class Storage:
 
     @cached_property
     def _opened(self) -> tuple[Any, str]:
-        """The pyarrow file system, and the folder's path in it; ValueError for a URI it does not know."""
-        from pyarrow.fs import FileSystem
+        """The pyarrow file system, and the folder's path in it; ValueError for a URI that is not known."""
+        from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 
-        system, path = FileSystem.from_uri(self.local.as_uri() if self.local else self.uri)
+        if self.uri.startswith(("http://", "https://")):
+            from pipeline.web import web_folder
+
+            return web_folder(self.uri)
+        try:
+            system, path = FileSystem.from_uri(self.local.as_uri() if self.local else self.uri)
+        except ValueError:
+            with contextlib.suppress(ValueError, ImportError):  # a kind it does not know, or has no package for
+                from fsspec.core import url_to_fs
+
+                system, path = url_to_fs(self.uri)
+                return PyFileSystem(FSSpecHandler(system)), path
+            raise
         return system, path
+
+
+def scratch_folder() -> Path:
+    """Where this machine keeps what it may lose."""
+    return Path(tempfile.gettempdir(), f"pipeline-{getpass.getuser()}")
 
 
 def patiently(action: Callable[[], T], report: Callable[[str], None], patience_s: float) -> T:

@@ -3,7 +3,7 @@
 import json
 from typing import TextIO
 
-from pipeline.data import Batch
+from pipeline.data.loader import Batch
 from pipeline.job import Context, Job
 
 

@@ -1,9 +1,9 @@
 """The training loop, and what a rank needs to run it. Knows neither Ray nor MLflow."""
 
 import math
+from contextlib import closing
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -12,9 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline import checkpoint
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import Config, ConfigError
-from pipeline.data import EvalLoader, Place, TrainLoader
 from pipeline.data.index import Index, load_index
-from pipeline.data.sampling import batch_positions, permute
+from pipeline.data.loader import EvalLoader, Place, TrainLoader
+from pipeline.data.request import stream
 from pipeline.evaluate import evaluate, sync_buffers
 from pipeline.identity import Identity
 from pipeline.job import Context, Job
@@ -60,7 +60,13 @@ def fit(job: Job, ctx: Context) -> dict[str, Any]:
         return state.step % every == 0 or state.step == schedule.num_steps
 
     losses: list[Tensor] = []
-    with recorder, Trace(job, ctx) as trace, Watchdog(cfg.cluster.timeout_s) as watchdog:
+    with (
+        closing(train_loader),
+        closing(val_loader),
+        recorder,
+        Trace(job, ctx) as trace,
+        Watchdog(cfg.cluster.timeout_s) as watchdog,
+    ):
         ledger.switch("compute")
         for batch in ledger.waits(train_loader.from_step(state.step, stop_step), "data wait"):
             lr = lr_at(state.step, cfg.optim, schedule)
@@ -149,12 +155,19 @@ def _look(job: Job, ctx: Context) -> tuple[Identity, Checkpoint | None]:
 
 def _loaders(job: Job, ctx: Context, index: Index, recorder: Recorder) -> tuple[TrainLoader, EvalLoader]:
     cfg = job.cfg
-    place = Place(ctx.rank, ctx.world_size, ctx.device, cfg.data.decode_threads or ctx.num_threads)
+    num_threads, patience_s = cfg.data.decode_threads or ctx.num_threads, float(cfg.cluster.timeout_s)
+    place = Place(ctx.rank, ctx.world_size, ctx.device, num_threads, patience_s)
     train = TrainLoader(
-        index, cfg.data, place, recorder.bad_image, global_batch=cfg.train.global_batch, seed=cfg.run.seed
+        index,
+        cfg.data,
+        place,
+        recorder.bad_image,
+        global_batch=cfg.train.global_batch,
+        seed=cfg.run.seed,
+        warn=ctx.warn,
     )
     val_index = load_index(Storage(job.val_index).fetch()).with_classes(index.classes)
-    return train, EvalLoader(val_index, cfg.data, place, recorder.bad_image, batch=cfg.train.eval_batch)
+    return train, EvalLoader(val_index, cfg.data, place, recorder.bad_image, batch=cfg.train.eval_batch, warn=ctx.warn)
 
 
 def _distribute(model: nn.Module, image_size: int, device: torch.device) -> nn.Module:
@@ -187,8 +200,9 @@ def _check_finite(values: list[float], step: int, cfg: Config, schedule: Schedul
     for done, value in enumerate(values, step - len(values) + 1):
         if math.isfinite(value):
             continue
-        epoch, start, stop = batch_positions(done - 1, num_samples, cfg.train.global_batch, 0, 1)
-        rows = permute(np.arange(start, stop), num_samples, cfg.run.seed, epoch)
+        order = stream(cfg.data, num_samples, cfg.train.global_batch, cfg.run.seed)
+        epoch, start, stop = order.positions(done - 1, 0, 1)
+        rows = order.rows(epoch, start, stop)
         raise NonFiniteLossError(
             f"the loss of step {done} is {value} (epoch {epoch}, "
             f"learning rate {lr_at(done - 1, cfg.optim, schedule):g}); "

@@ -110,7 +110,7 @@ def mlflow(folder: Path, rounds: int) -> dict[str, Any]:
 
 
 def _index(digits: Path) -> Path:
-    from pipeline.data.index import build_index
+    from pipeline.data.build import build_index
 
     build_index(digits / "train")[0].save(digits / "train.arrow")
     return digits / "train.arrow"

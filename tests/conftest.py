@@ -12,7 +12,7 @@ os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 import pytest
 from commands import Start, trainings
 
-from pipeline.data.index import build_index
+from pipeline.data.build import build_index
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import make_digits

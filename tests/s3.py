@@ -3,11 +3,11 @@
 import os
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-from commands import BIN
+from pathlib import Path
 
 from pipeline.storage import Storage
 
@@ -45,7 +45,8 @@ def s3_storage() -> Iterator[Storage]:
     os.environ.update(CREDENTIALS)
     port = free_port()
     quiet = subprocess.DEVNULL
-    server = subprocess.Popen([str(BIN / "moto_server"), "-p", str(port)], stdout=quiet, stderr=quiet)
+    command = [str(Path(sys.executable).parent / "moto_server"), "-p", str(port)]
+    server = subprocess.Popen(command, stdout=quiet, stderr=quiet)
     try:
         wait_for_port(port, server)
         place = f"127.0.0.1:{port}"

@@ -7,17 +7,29 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "pipeline"
 # Each module may import those above it.
-ORDER = """__init__ config settings storage data.sampling data.index data.dali data model optim state step evaluate
-    checkpoint saver spool mlflow_run tracking perf job identity record votes watchdog trace train link runs infer
-    supervise cluster launch driver console cli""".split()  # noqa: SIM905
+ORDER = """__init__ config settings web storage
+    data data.sampling data.draws data.index data.request
+    data.rows data.find data.shards data.parquet data.scan data.build data.cache data.groups data.read data.fetch
+    data.pack data.augment data.dali data.mix data.loader data.verify
+    model optim state step evaluate checkpoint saver spool mlflow_run tracking perf job identity record votes watchdog
+    trace train
+    link runs infer preview contestants bench supervise cluster launch driver console commands cli""".split()  # noqa: SIM905
 # Library -> the modules that may import it.
 OWNERS = {
     "ray": {"launch", "cluster"},
     "mlflow": {"mlflow_run"},
-    "nvidia": {"data.dali"},
+    "nvidia": {"data.augment", "data.dali"},
     "omegaconf": {"settings"},
     "rich": {"console"},
-    "pyarrow": {"data.index", "storage"},
+    "fsspec": {"web", "storage"},
+    "aiohttp": {"web"},
+    "timm": {"contestants"},
+    "matplotlib": {"bench"},
+    "pyarrow": {
+        "web",
+        "storage",
+        *(f"data.{name}" for name in ("index", "parquet", "scan", "build", "groups", "read")),
+    },
 }
 
 

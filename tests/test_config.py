@@ -48,6 +48,18 @@ WRONG = {
     "data.crop_ratio=wide": "must be a list of two numbers, [low,high]",
     "data.image_size=300": "must be at least image_size=300",
     "data.flip=2": "must be at least 0 and at most 1",
+    "data.start_size=300": "must be at most image_size=224",
+    "data.grow_epochs=[9,3]": "must be [low,high] with low <= high",
+    "data.val_size=300": "must be at least val_size=300",
+    "data.shuffle_block=0": "must be at least 1",
+    "data.auto_augment=augmix": "must be one of none, trivial, rand, auto",
+    "data.rand_magnitude=31": "must be at least 0 and at most 30",
+    "data.jitter=[0.4,0.4]": "must be a list of 4 numbers",
+    "data.jitter=[0,0,0,1]": "the hue's, the last, must be at most 0.5",
+    "data.erase=1.1": "must be at least 0 and at most 1",
+    "data.erase_scale=[0.5,0.2]": "must be [low,high] with low <= high",
+    "data.mixup=-1": "must be at least 0",
+    "data.cache_gb=0": "must be above 0",
     "data.train=": "must be a text",
     'data.train=""': "give a folder of class/image files or an index",
     "run.name=../escape": "use letters, digits,",
@@ -83,6 +95,17 @@ def test_wrong_settings_get_one_line_and_exit_code_2(override: str, capsys: pyte
     assert (override.split("=")[0].split(".")[-1] or override) in err
     assert WRONG[override] in err
     assert "Traceback" not in err
+
+
+def test_a_batch_holds_whole_pairs_and_all_copies() -> None:
+    for wrong, message in (
+        (["data.repeats=3"], r"train.global_batch=256: must be a multiple of 3, for data.repeats copies"),
+        (["data.mixup=0.2", "train.global_batch=33"], "must be a multiple of 2, for pairs for data.mixup"),
+        (["data.cutmix=1", "train.global_batch=4", "cluster.workers=3"], "raise it to 6 or lower cluster.workers"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load(None, [*DATA, *wrong])
+    load(None, [*DATA, "data.repeats=4", "data.mixup=0.2", "data.cutmix=1", "cluster.workers=3"])
 
 
 def test_a_single_small_image_in_a_forward_pass_is_refused() -> None:

@@ -11,8 +11,9 @@ from ranks import no_bad_image, run_ranks
 from torch.nn import functional as F
 
 from pipeline.config import DataConfig, ModelConfig
-from pipeline.data import EvalLoader, Place
-from pipeline.data.index import build_index, load_index
+from pipeline.data.build import build_index
+from pipeline.data.index import load_index
+from pipeline.data.loader import EvalLoader, Place
 from pipeline.evaluate import evaluate, sync_buffers
 from pipeline.model import ResNet
 

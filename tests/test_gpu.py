@@ -1,23 +1,32 @@
 """What only a GPU can show. Run with: pytest -m gpu"""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from odd_images import damaged_jpeg, encode, picture
 from ranks import no_bad_image
 
 from pipeline.config import DataConfig
-from pipeline.data import Place, TrainLoader
+from pipeline.data.build import build_index
 from pipeline.data.index import load_index
+from pipeline.data.loader import Place, TrainLoader
 
 pytestmark = pytest.mark.gpu
 
+PLAIN = DataConfig(train="-", val="-", image_size=32, val_resize=32, crop_scale=(0.3, 1.0))
+# Without operations that turn a small difference into a large one, as posterize and equalize do.
+AUGMENTED = dataclasses.replace(
+    PLAIN, jitter=(0.2, 0.2, 0.2, 0.0), erase=0.5, mixup=0.2, cutmix=1.0, start_size=24, grow_epochs=(0, 1)
+)
 
-def test_gpu_batches_are_the_cpus_to_within_decoding(digits_index: Callable[[str], Path]) -> None:
+
+@pytest.mark.parametrize("cfg", [PLAIN, AUGMENTED], ids=["plain", "augmented"])
+def test_gpu_batches_are_the_cpus_to_within_decoding(digits_index: Callable[[str], Path], cfg: DataConfig) -> None:
     """Same samples, crops and flips; nvJPEG's inverse DCT and chroma differ from libjpeg-turbo's by little."""
     index = load_index(digits_index("train"))
-    cfg = DataConfig(train="-", val="-", image_size=32, val_resize=32, crop_scale=(0.3, 1.0))
     cpu, gpu = (
         TrainLoader(index, cfg, Place(0, 1, torch.device(d), 2), no_bad_image, global_batch=50, seed=3).from_step(0, 10)
         for d in ("cpu", "cuda")
@@ -28,3 +37,34 @@ def test_gpu_batches_are_the_cpus_to_within_decoding(digits_index: Callable[[str
         assert other.images.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(one.labels, other.labels.cpu())
         assert (one.images.int() - other.images.cpu().int()).abs().float().mean() < 2
+
+
+@pytest.mark.parametrize("policy", ["trivial", "rand", "auto"])
+def test_automatic_augmentations_run_on_a_gpu(digits_index: Callable[[str], Path], policy: str) -> None:
+    cfg = dataclasses.replace(PLAIN, auto_augment=policy)  # type: ignore[arg-type]
+    index, place = load_index(digits_index("train")), Place(0, 1, torch.device("cuda"), 2)
+    one, again = (
+        [
+            batch.images.clone()
+            for batch in TrainLoader(index, cfg, place, no_bad_image, global_batch=50, seed=3).from_step(0, 5)
+        ]
+        for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
+
+
+def test_broken_images_are_replaced_on_a_gpu(tmp_path: Path) -> None:
+    for i in range(20):
+        (tmp_path / "a").mkdir(exist_ok=True)
+        (tmp_path / "a" / f"{i:02d}.jpg").write_bytes(damaged_jpeg() if i == 7 else encode(picture(seed=i), "JPEG"))
+    cfg, named = dataclasses.replace(PLAIN, max_bad_fraction=0.1), list[str]()
+    loader = TrainLoader(
+        build_index(tmp_path)[0],
+        cfg,
+        Place(0, 1, torch.device("cuda"), 2),
+        lambda place, _: named.append(place),
+        global_batch=10,
+        seed=0,
+    )
+    assert [len(batch.images) for batch in loader.from_step(0, 6)] == [10] * 6
+    assert [Path(place).stem for place in named] == ["07"]

@@ -12,8 +12,8 @@ import torch
 from ranks import no_bad_image
 
 from pipeline.config import DataConfig
-from pipeline.data import Place, TrainLoader
 from pipeline.data.index import Index, load_index
+from pipeline.data.loader import Place, TrainLoader
 
 NUM_ROWS = 10_000_000
 BATCH = 64

@@ -5,11 +5,9 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-import torch
-from torchvision.transforms import RandomResizedCrop
 
 from pipeline.data import sampling
-from pipeline.data.sampling import CROP_TRIES, Purpose
+from pipeline.data.sampling import Purpose, Stream
 
 
 @pytest.mark.parametrize("num_samples", [1, 2, 3, 5, 64, 65, 1437, 100_003])
@@ -81,18 +79,12 @@ def test_shares_are_contiguous_and_even_to_one(global_batch: int, world_size: in
 
 
 def test_an_epoch_uses_each_sample_at_most_once_and_drops_the_partial_batch() -> None:
-    n, g = 1437, 64
-    per_epoch = sampling.steps_per_epoch(n, g)
-    seen = np.concatenate(
-        [
-            sampling.permute(np.arange(start, stop), n, 0, epoch)
-            for step in range(per_epoch)
-            for epoch, start, stop in [sampling.batch_positions(step, n, g, 0, 1)]
-        ]
-    )
-    assert len(seen) == len(set(seen.tolist())) == per_epoch * g
-    assert n - len(seen) < g
-    assert sampling.batch_positions(per_epoch, n, g, 0, 1)[:2] == (1, 0)
+    stream = Stream(num_samples=1437, global_batch=64, seed=0)
+    per_epoch = stream.steps_per_epoch
+    seen = np.concatenate([stream.rows(*stream.positions(step, 0, 1)) for step in range(per_epoch)])
+    assert len(seen) == len(set(seen.tolist())) == per_epoch * 64
+    assert 1437 - len(seen) < 64
+    assert stream.positions(per_epoch, 0, 1)[:2] == (1, 0)
 
 
 def test_too_few_images_for_a_batch_are_refused() -> None:
@@ -114,46 +106,88 @@ def test_draws_are_uniform_and_purposes_independent() -> None:
     assert abs(np.corrcoef(crop, flip)[0, 1]) < 0.02
 
 
-@pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 375), (32, 32), (40, 900), (900, 40)])
-def test_crops_follow_torchvisions_law(height: int, width: int) -> None:
-    """Two-sample Kolmogorov-Smirnov on height, width, top and left of 4,000 crops, at a level of 1e-6."""
-    n, scale, ratio = 4000, (0.08, 1.0), (3 / 4, 4 / 3)
-    sizes = np.full(n, height), np.full(n, width)
-    draws = sampling.uniforms(Purpose.CROP, 0, 0, 0, n, 2 * CROP_TRIES + 2)
-    anchors, shapes = sampling.random_resized_crops(*sizes, scale, ratio, draws)
-    assert (anchors >= 0).all()
-    assert (shapes >= 1).all()
-    assert (anchors + shapes <= [height, width]).all()
-    torch.manual_seed(0)
-    image = torch.empty(1, height, width)
-    theirs = np.array([RandomResizedCrop.get_params(image, list(scale), list(ratio)) for _ in range(n)])
-    ours = np.concatenate([anchors, shapes], axis=1)
-    for mine, other in zip(ours.T, theirs.T, strict=True):
-        points = np.unique(np.concatenate([mine, other]))
-        gap = np.abs(_cdf(mine, points) - _cdf(other, points)).max()
-        assert gap < math.sqrt(-math.log(1e-6 / 2) / n)
+BLOCKS = [(1440, 8, 4), (1437, 10, 7), (100, 64, 64), (3, 8, 4), (1000, 1, 5), (999, 1000, 2), (4096, 64, 3)]
 
 
-def _cdf(values: np.ndarray, points: np.ndarray) -> np.ndarray:
-    return np.searchsorted(np.sort(values), points, side="right") / len(values)
+@pytest.mark.parametrize(("num_samples", "block", "window"), BLOCKS)
+def test_the_block_order_is_a_bijection_of_which_any_slice_can_be_had(
+    num_samples: int, block: int, window: int
+) -> None:
+    whole = sampling.permute_blocks(np.arange(num_samples), num_samples, 7, 3, block, window)
+    assert np.array_equal(np.sort(whole), np.arange(num_samples))
+    some = np.arange(num_samples // 3, num_samples // 2)
+    assert np.array_equal(sampling.permute_blocks(some, num_samples, 7, 3, block, window), whole[some])
 
 
-def test_an_image_of_one_pixel_is_cropped_to_itself() -> None:
-    draws = sampling.uniforms(Purpose.CROP, 0, 0, 0, 50, 2 * CROP_TRIES + 2)
-    one = np.ones(50, dtype=np.int64)
-    anchors, shapes = sampling.random_resized_crops(one, one, (0.08, 1.0), (3 / 4, 4 / 3), draws)
-    assert (anchors == 0).all()
-    assert (shapes == 1).all()
+def test_the_block_order_reads_few_blocks_at_a_time() -> None:
+    n, block, window = 10_000, 50, 4
+    order = sampling.permute_blocks(np.arange(n), n, 0, 0, block, window)
+    for start in range(0, n, 200):
+        places = np.unique(order[start : start + 200] // block)
+        assert len(places) <= 2 * window  # 4 blocks, each of which may lie across a multiple of 50
 
 
-def test_centre_crops_are_square_and_central() -> None:
-    anchors, shapes = sampling.centre_crops(np.array([256, 300]), np.array([400, 256]), 224 / 256)
-    assert shapes.tolist() == [[224, 224], [224, 224]]
-    assert anchors.tolist() == [[16, 88], [38, 16]]
+ORDERS = {
+    "full": lambda n, epoch: sampling.permute(np.arange(n), n, 0, epoch),
+    "blocks": lambda n, epoch: sampling.permute_blocks(np.arange(n), n, 0, epoch, 8, 4),
+}
 
 
-def test_flips_have_their_probability() -> None:
-    draws = sampling.uniforms(Purpose.FLIP, 0, 0, 0, 10_000, 1)
-    assert sampling.flips(0.0, draws).sum() == 0
-    assert sampling.flips(1.0, draws).sum() == 10_000
-    assert abs(sampling.flips(0.3, draws).mean() - 0.3) < 0.02
+@pytest.mark.parametrize("kind", ORDERS)
+def test_a_sample_comes_at_any_time_and_independently_in_each_epoch(kind: str) -> None:
+    """Chi-square of one sample's time of an epoch (19 degrees of freedom), and of it in pairs of epochs (24)."""
+    n, epochs = 359, 500
+    times = np.array([np.argsort(ORDERS[kind](n, epoch))[[0, 200, 358]] for epoch in range(epochs)])
+    for when in times.T:
+        counts = np.bincount(when * 20 // n, minlength=20)
+        assert ((counts - epochs / 20) ** 2 / (epochs / 20)).sum() < 19 + 5 * math.sqrt(2 * 19)
+        fifth = when * 5 // n
+        pairs = np.bincount(fifth[1:] * 5 + fifth[:-1], minlength=25)
+        assert ((pairs - epochs / 25) ** 2 / (epochs / 25)).sum() < 24 + 5 * math.sqrt(2 * 24)
+
+
+def test_neighbours_of_the_full_order_are_strangers() -> None:
+    """Chi-square of the distance in rows from one position to the next; 39 degrees of freedom."""
+    n, counts = 4001, np.zeros(40)
+    for epoch in range(20):
+        distance = np.diff(ORDERS["full"](n, epoch)) % n - 1  # 0 to n - 2
+        counts += np.bincount(distance * 40 // (n - 1), minlength=40)
+    expected = counts.sum() / 40
+    assert ((counts - expected) ** 2 / expected).sum() < 39 + 5 * math.sqrt(2 * 39)
+
+
+def test_neighbours_of_the_block_order_are_of_one_block_as_often_as_chance_has_it() -> None:
+    """Of 32 rows of 4 blocks: 7 of the 31 others are of the same block, and these lie less than 8 rows apart."""
+    n, near, epochs = 3200, 0, 20
+    for epoch in range(epochs):
+        order = ORDERS["blocks"](n, epoch)
+        inside = np.arange(n - 1) % 32 != 31
+        near += int((np.abs(np.diff(order))[inside] < 8).sum())
+    expected = epochs * (n / 32) * 31 * 7 / 31
+    assert abs(near - expected) < 0.05 * expected
+
+
+def test_blocks_begin_elsewhere_in_each_epoch() -> None:
+    """Rows 0 and 1 are parted by a block's boundary sometimes, and near each other in time at most other times."""
+    n = 800
+    apart = [abs(int(np.diff(np.argsort(ORDERS["blocks"](n, epoch))[:2])[0])) >= 32 for epoch in range(200)]
+    assert 10 < sum(apart) < 40  # one in eight, less those whose blocks share a window
+
+
+def test_copies_of_an_image_are_in_one_batch_and_on_other_ranks() -> None:
+    stream = Stream(num_samples=1437, global_batch=60, seed=0, repeats=3)
+    first, second = (stream.rows(*stream.positions(step, 0, 1)) for step in (0, 1))
+    assert all((np.unique(rows, return_counts=True)[1] == 3).all() for rows in (first, second))
+    assert not set(first) & set(second)
+    ranks = [stream.rows(*stream.positions(0, rank, 3)).tolist() for rank in range(3)]
+    assert all(len(set(rows)) == 20 for rows in ranks)
+    assert ranks[0] == ranks[1] == ranks[2]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_pairs_stay_on_one_rank(world_size: int) -> None:
+    stream = Stream(num_samples=1437, global_batch=50, seed=0, unit=2)
+    parts = [stream.positions(1, rank, world_size)[1:] for rank in range(world_size)]
+    assert (parts[0][0], parts[-1][1]) == (50, 100)
+    assert all(start % 2 == 0 and stop % 2 == 0 for start, stop in parts)
+    assert max(stop - start for start, stop in parts) == stream.largest_share(world_size)

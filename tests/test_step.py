@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.config import Config
-from pipeline.data import Batch, Place, TrainLoader
 from pipeline.data.index import load_index
+from pipeline.data.loader import Batch, Place, TrainLoader
 from pipeline.optim import Schedule, lr_at, make_optimizer
 from pipeline.settings import load
 from pipeline.state import TrainState

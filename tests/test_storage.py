@@ -1,5 +1,6 @@
 """Storage: a directory and an object store are used alike; what fails is an OSError. The S3 API is moto's server."""
 
+import io
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from s3 import s3_storage
+from web import web_server
 
 from pipeline import checkpoint
 from pipeline.checkpoint import CheckpointError
@@ -15,6 +17,7 @@ from pipeline.settings import load
 from pipeline.state import TrainState
 from pipeline.storage import Storage, patiently
 
+TREE = {"a b/%20#?&é.txt": b"odd", "a b/c/empty": b"", "x.tar": bytes(range(256)) * 100}
 META: dict[str, Any] = {"training_id": "t", "fingerprint": "f", "classes": ["a", "b"], "metrics": {}}
 
 
@@ -51,6 +54,79 @@ def test_files_come_and_go(folder: Storage, tmp_path: Path) -> None:
     folder.remove()
     folder.remove()
     assert folder.names() == []
+
+
+@pytest.fixture(params=["directory", "s3", "web", "web_without_parts"])
+def tree(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]:
+    """Three files, to read; their names are not all plain."""
+    here = Storage(tmp_path / "tree")
+    for name, content in TREE.items():
+        file = tmp_path / "tree" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    if request.param == "directory":
+        yield here
+    elif request.param == "s3":
+        there = request.getfixturevalue("s3") / tmp_path.name
+        for name, _ in here.walk():
+            there.upload(tmp_path / "tree" / name, name)
+        yield there
+    else:
+        with web_server(tmp_path / "tree") as server:
+            server.sends_parts = request.param == "web"
+            yield server.storage
+
+
+def test_files_below_are_found_and_read_anywhere_in(tree: Storage) -> None:
+    assert list(tree.walk()) == [(name, len(content)) for name, content in TREE.items()]
+    assert tree.names() == pickle.loads(pickle.dumps(tree)).names() == ["a b", "x.tar"]
+    for name, content in TREE.items():
+        assert tree.read_bytes(name) == content
+        with tree.open(name) as f:
+            start = f.seek(min(100, len(content)))
+            assert f.read(50) == content[start : start + 50]
+            assert f.tell() == min(150, len(content))
+    with tree.open("x.tar") as f, io.BufferedReader(f) as buffered:
+        buffered.seek(-7, 2)
+        assert buffered.read() == TREE["x.tar"][-7:]
+    with pytest.raises(FileNotFoundError):
+        tree.open("missing")
+    assert list((tree / "missing").walk()) == []
+    assert list((tree / "a b").walk()) == [(name[4:], len(c)) for name, c in TREE.items() if name.startswith("a b/")]
+    assert (tree / "a b").name == "a b"
+
+
+def test_a_web_server_that_is_away_is_no_empty_folder() -> None:
+    with web_server(Path.cwd()) as server:
+        away = server.storage
+    for action in (away.names, lambda: list(away.walk()), lambda: away.open("x"), lambda: away.read_bytes("x")):
+        with pytest.raises(OSError, match=rf"127\.0\.0\.1:{server.server_port}/.*Connect") as caught:
+            action()
+        assert not isinstance(caught.value, FileNotFoundError)
+
+
+def test_a_large_file_of_a_web_server_that_sends_only_whole_ones_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each part of it would be a download of all."""
+    monkeypatch.setattr("pipeline.web.MAX_WHOLE", 100)
+    (tmp_path / "x.tar").write_bytes(b"x" * 101)
+    with web_server(tmp_path) as server:
+        server.sends_parts = False
+        with server.storage.open("x.tar") as f, pytest.raises(OSError, match="does not send parts of files"):
+            f.read(10)
+
+
+def test_a_web_server_is_not_written_to(tmp_path: Path) -> None:
+    with web_server(tmp_path) as server, pytest.raises(OSError, match="cannot be written to"):
+        server.storage.make()
+
+
+def test_kinds_that_only_fsspec_knows() -> None:
+    folder = Storage("memory://folder")
+    folder.write_bytes("a/b", b"123")
+    assert list(folder.walk()) == [("a/b", 3)]
+    assert folder.read_bytes("a/b") == b"123"
 
 
 def test_names_and_travels(folder: Storage) -> None:

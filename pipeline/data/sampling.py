@@ -1,14 +1,15 @@
-"""The exact data stream: which samples form a batch, and how each one is cropped and flipped.
+"""The exact data stream: which samples form a batch, and the random numbers that belong to each.
 
 Everything here is a pure function of `(seed, epoch, position)`: no state, no I/O, no dependence on
 the number of ranks, threads, or on where training was interrupted. A *position* is a place in one
-epoch's shuffled order; `permute` maps it to a sample's row in the index.
+epoch's shuffled order, which a keyed permutation maps to a sample's row in the index.
 
 Randomness is counter-based (Philox, Salmon et al. 2011, "Parallel Random Numbers: As Easy as
 1, 2, 3"): the numbers of a position are looked up, not drawn in sequence. Each purpose has a counter
 space of its own, so that a new augmentation never changes the draws of an old one.
 """
 
+from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
@@ -19,7 +20,6 @@ FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
 
 FEISTEL_ROUNDS = 6
-CROP_TRIES = 10  # torchvision's RandomResizedCrop.get_params
 
 
 class Purpose(IntEnum):
@@ -28,6 +28,13 @@ class Purpose(IntEnum):
     ORDER = 0
     CROP = 1
     FLIP = 2
+    BLOCKS = 3
+    WINDOW = 4
+    SHIFT = 5
+    JITTER = 6
+    AUGMENT = 7
+    ERASE = 8
+    MIX = 9
 
 
 def steps_per_epoch(num_samples: int, global_batch: int) -> int:
@@ -46,21 +53,58 @@ def share(num_items: int, rank: int, world_size: int) -> tuple[int, int]:
     return num_items * rank // world_size, num_items * (rank + 1) // world_size
 
 
-def batch_positions(step: int, num_samples: int, global_batch: int, rank: int, world_size: int) -> tuple[int, int, int]:
-    """Where a rank's part of global batch `step` lies.
+@dataclass(frozen=True)
+class Stream:
+    """The order of one training.
 
-    Args:
-        step: steps done before this one, over all epochs.
-
-    Returns:
-        (epoch, start, stop): positions [start, stop) of that epoch's order.
+    num_samples: rows of the index. global_batch: images per step. block: rows that are read in sequence, or None
+    to shuffle all rows. window: blocks that are shuffled into each other. repeats: copies of an image in a global
+    batch, which they must divide. unit: positions that no boundary between ranks parts.
     """
-    epoch, k = divmod(step, steps_per_epoch(num_samples, global_batch))
-    start, stop = share(global_batch, rank, world_size)
-    return epoch, k * global_batch + start, k * global_batch + stop
+
+    num_samples: int
+    global_batch: int
+    seed: int
+    block: int | None = None
+    window: int = 64
+    repeats: int = 1
+    unit: int = 1
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return steps_per_epoch(self.num_samples, self.global_batch)
+
+    def positions(self, step: int, rank: int, world_size: int) -> tuple[int, int, int]:
+        """Where a rank's part of global batch `step` lies.
+
+        Args:
+            step: steps done before this one, over all epochs.
+
+        Returns:
+            (epoch, start, stop): positions [start, stop) of that epoch's order.
+        """
+        epoch, k = divmod(step, self.steps_per_epoch)
+        start, stop = share(self.global_batch // self.unit, rank, world_size)
+        return epoch, k * self.global_batch + start * self.unit, k * self.global_batch + stop * self.unit
+
+    def rows(self, epoch: int, start: int, stop: int) -> IntArray:
+        """The rows at positions [start, stop) of an epoch's order."""
+        batch, place = np.divmod(np.arange(start, stop), self.global_batch)
+        distinct = self.global_batch // self.repeats
+        # Copies lie as far apart in a batch as they can: on other ranks, and never in one pair to be mixed.
+        order = batch * distinct + place % distinct
+        if self.block is None:
+            return permute(order, self.num_samples, self.seed, epoch)
+        return permute_blocks(order, self.num_samples, self.seed, epoch, self.block, self.window)
+
+    def largest_share(self, world_size: int) -> int:
+        """The most images that a rank gets in a step."""
+        return -(-(self.global_batch // self.unit) // world_size) * self.unit
 
 
-def permute(positions: IntArray, num_samples: int, seed: int, epoch: int) -> IntArray:
+def permute(
+    positions: IntArray, num_samples: int, seed: int, epoch: int, purpose: Purpose = Purpose.ORDER, number: int = 0
+) -> IntArray:
     """Map positions of an epoch's order to sample rows: a keyed bijection of [0, num_samples).
 
     A balanced Feistel network over the smallest even number of bits that holds `num_samples`, with
@@ -70,18 +114,45 @@ def permute(positions: IntArray, num_samples: int, seed: int, epoch: int) -> Int
 
     Args:
         positions: (B,) in [0, num_samples).
+        purpose, number: which of an epoch's permutations.
 
     Returns:
         (B,) rows, distinct for distinct positions.
     """
     half = np.uint64(max(1, (int(num_samples - 1).bit_length() + 1) // 2))
-    keys = np.random.Philox(key=_key(seed, epoch), counter=_counter(Purpose.ORDER, 0)).random_raw(FEISTEL_ROUNDS)
+    counter = _counter(purpose, number * -(-FEISTEL_ROUNDS // 4))  # a Philox counter yields four numbers
+    keys = np.random.Philox(key=_key(seed, epoch), counter=counter).random_raw(FEISTEL_ROUNDS)
     values = positions.astype(np.uint64)
     outside = np.ones(len(values), dtype=bool)
     while outside.any():
         values[outside] = _feistel(values[outside], half, keys)
         outside = values >= num_samples
     return values.astype(np.int64)
+
+
+def permute_blocks(positions: IntArray, num_samples: int, seed: int, epoch: int, block: int, window: int) -> IntArray:
+    """The block-shuffled order: a keyed bijection of [0, num_samples) that reads nearly in sequence.
+
+    Blocks of `block` neighbouring rows are shuffled, and the rows of each `window` blocks among themselves, so
+    that at any time only a window's blocks are read. Where the blocks begin is another row in each epoch, so that
+    neighbours are parted sooner or later, and the rows left over by the last whole block are others each time.
+    """
+    num_blocks = num_samples // block
+    if num_blocks < 2:
+        return permute(positions, num_samples, seed, epoch)
+    rows = np.empty_like(positions)
+    for w in np.unique(positions // (block * window)).tolist():
+        first = w * window
+        here = min(window, num_blocks - first)  # whole blocks in this window
+        begin, end = first * block, (first + here) * block
+        inside = (positions >= begin) & (positions < end)
+        shuffled = permute(positions[inside] - begin, end - begin, seed, epoch, Purpose.WINDOW, w)
+        blocks = permute(first + shuffled // block, num_blocks, seed, epoch, Purpose.BLOCKS)
+        rows[inside] = blocks * block + shuffled % block
+    rest = positions >= num_blocks * block
+    rows[rest] = positions[rest]
+    shift = int(uniforms(Purpose.SHIFT, seed, epoch, 0, 1, 1)[0, 0] * num_samples)
+    return (rows + shift) % num_samples
 
 
 def _feistel(values: NDArray[np.uint64], half: np.uint64, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -117,65 +188,3 @@ def _key(seed: int, epoch: int) -> NDArray[np.uint64]:
 
 def _counter(purpose: Purpose, block: int) -> NDArray[np.uint64]:
     return np.array([block, 0, 0, int(purpose)], dtype=np.uint64)
-
-
-def random_resized_crops(
-    heights: IntArray,
-    widths: IntArray,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    draws: FloatArray,
-) -> tuple[IntArray, IntArray]:
-    """Crops by the law of torchvision's RandomResizedCrop.
-
-    Ten tries of (area, log aspect ratio), the first that fits wins; if none fits, the central crop
-    whose aspect ratio is the nearest allowed one.
-
-    Args:
-        heights, widths: (B,) image sizes, pixels.
-        scale: range of the crop's share of the image's area.
-        ratio: range of the crop's width / height.
-        draws: (B, 2 * CROP_TRIES + 2) uniforms.
-
-    Returns:
-        anchors (B, 2) as (top, left) and shapes (B, 2) as (height, width), pixels.
-    """
-    area = (heights * widths)[:, None] * (scale[0] + draws[:, :CROP_TRIES] * (scale[1] - scale[0]))
-    log_low, log_high = np.log(ratio[0]), np.log(ratio[1])
-    aspect = np.exp(log_low + draws[:, CROP_TRIES : 2 * CROP_TRIES] * (log_high - log_low))
-    w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
-    fits = (w > 0) & (w <= widths[:, None]) & (h > 0) & (h <= heights[:, None])
-    rows, first = np.arange(len(heights)), fits.argmax(axis=1)
-    shapes = np.stack([h[rows, first], w[rows, first]], axis=1).astype(np.int64)
-    room = np.stack([heights, widths], axis=1) - shapes + 1
-    anchors = (draws[:, 2 * CROP_TRIES :] * room).astype(np.int64)  # floor: uniform over the places it fits
-
-    none = ~fits.any(axis=1)
-    if none.any():
-        shapes[none] = _nearest_ratio(heights[none], widths[none], ratio)
-        anchors[none] = (np.stack([heights, widths], axis=1)[none] - shapes[none]) // 2
-    return anchors, shapes
-
-
-def _nearest_ratio(heights: IntArray, widths: IntArray, ratio: tuple[float, float]) -> IntArray:
-    h = np.where(widths / heights < ratio[0], np.rint(widths / ratio[0]), heights)
-    w = np.where(widths / heights > ratio[1], np.rint(heights * ratio[1]), widths)
-    shapes: IntArray = np.maximum(np.stack([h, w], axis=1), 1).astype(np.int64)
-    return shapes
-
-
-def centre_crops(heights: IntArray, widths: IntArray, fraction: float) -> tuple[IntArray, IntArray]:
-    """The central square of `fraction` of the short side: resize-then-centre-crop in the image's own pixels.
-
-    Returns:
-        anchors (B, 2) as (top, left) and shapes (B, 2) as (height, width), pixels.
-    """
-    side = np.maximum(np.rint(np.minimum(heights, widths) * fraction), 1).astype(np.int64)
-    shapes = np.stack([side, side], axis=1)
-    anchors: IntArray = (np.stack([heights, widths], axis=1) - shapes) // 2
-    return anchors, shapes
-
-
-def flips(probability: float, draws: FloatArray) -> BoolArray:
-    """Which samples to flip horizontally. draws: (B, 1) uniforms."""
-    return draws[:, 0] < probability

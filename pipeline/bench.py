@@ -1,0 +1,207 @@
+"""`pipeline bench loader`: our loader's images/s beside those that people use, on the same images and cores.
+
+Absolute figures of a shared machine say little, so the contestants take turns, round by round, and what counts is the
+ratio within a round.
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.config import Config, ConfigError
+from pipeline.contestants import CEILING, OURS, Contestant, Running, Speed, Task, contestants
+from pipeline.data.build import Progress, open_index
+
+TRIALS = 2  # rounds before those that count, to find each contestant's best setting
+AIM = 1.4  # times the best of the others
+WHAT = "random-resized-crop and flip alone, whatever the configuration augments with; uint8 out, on the CPU"
+PACKAGES = ("torch", "torchvision", "timm", "pillow", "nvidia-dali-cuda130")
+FloatArray = NDArray[np.float64]
+Speeds = dict[str, list[Speed]]  # of each round, by contestant
+
+
+def bench_loader(
+    cfg: Config, num_cores: int | None, num_rounds: int, num_images: int, out: Path | None, progress: Progress
+) -> dict[str, Any]:
+    """Measure; write loader.json and loader.png into `out`.
+
+    Args:
+        num_cores: that each contestant may use; None for all that this process may.
+        num_images: timed in a round, rounded up to whole batches.
+
+    Raises:
+        ConfigError: more cores than there are, missing packages or data.
+    """
+    allowed = sorted(os.sched_getaffinity(0))
+    cores = tuple(allowed[: num_cores or len(allowed)])
+    _check(num_cores, len(allowed), out)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "index.arrow"
+        index, _ = open_index(cfg.data.train, progress=progress)
+        index.save(file)
+        batch = min(-(-cfg.train.global_batch // cfg.cluster.max_workers), len(index))
+        num_batches = -(-num_images // (batch * len(cores))) * len(cores)  # DataLoader's workers finish side by side
+        plain = replace(
+            cfg.data,
+            start_size=None,
+            shuffle_block=None,
+            repeats=1,
+            jitter=(0.0, 0.0, 0.0, 0.0),
+            auto_augment="none",
+            erase=0.0,
+            mixup=0.0,
+            cutmix=0.0,
+        )
+        task = Task(file, plain, batch, cores, num_batches, TRIALS + num_rounds)
+        speeds, settings = measure(task, contestants(len(cores)), progress)
+    result = {
+        "train": cfg.data.train,
+        "images": len(index),
+        "median_size": [int(np.median(index.heights[:10_000])), int(np.median(index.widths[:10_000]))],
+        "image_size": plain.image_size,
+        "batch": batch,
+        "cores": len(cores),
+        "rounds": num_rounds,
+        "images_per_round": batch * num_batches,
+        "what": WHAT,
+        **summarise(speeds, settings),
+        "machine": {"cpu": _cpu_model(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+    if out:
+        (out / "loader.json").write_text(json.dumps(result, indent=2) + "\n")
+        plot(result, out / "loader.png")
+    return result
+
+
+def _check(num_cores: int | None, num_allowed: int, out: Path | None) -> None:
+    if num_cores and num_cores > num_allowed:
+        raise ConfigError(f"--cores {num_cores}: this process may use {num_allowed}; lower it")
+    for package in ("timm", "matplotlib") if out else ("timm",):
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(f"{package} is not installed; install it with: pip install 'pipeline[bench]'")
+    if out:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise ConfigError(f"--out {out}: {e.strerror or e}; name another directory") from None
+
+
+def measure(task: Task, ones: list[Contestant], progress: Progress) -> tuple[Speeds, dict[str, str]]:
+    """Each contestant's speed by rounds, and its setting: the one that did best in the trials."""
+    running = list[Running]()
+    try:
+        for one in ones:
+            running.append(Running(one, task))
+        trials = {r: max(r.round().per_s for _ in range(TRIALS)) for r in running}
+        best = {r.one.name: r for r in sorted(running, key=lambda r: trials[r])}  # the last of a name wins
+        racing = [r for r in running if r in best.values()]
+        speeds: Speeds = {r.one.name: [] for r in racing}
+        for i in range(task.num_rounds - TRIALS):
+            turn = i % len(racing)  # nobody always follows the same one first
+            for r in racing[turn:] + racing[:turn]:
+                speeds[r.one.name].append(r.round())
+            figures = ", ".join(f"{name} {rounds[-1].per_s:.0f}" for name, rounds in speeds.items())
+            progress(i + 1, task.num_rounds - TRIALS, f"images/s: {figures}")
+    finally:
+        for r in running:
+            r.end()
+    return speeds, {r.one.name: r.one.setting for r in racing}
+
+
+def summarise(speeds: Speeds, settings: dict[str, str]) -> dict[str, Any]:
+    """Medians and quartiles; ours beside the best of the others within each round, and beside decoding alone."""
+    per_s = {name: np.array([one.per_s for one in rounds]) for name, rounds in speeds.items()}
+    per_cpu_s = {name: np.array([one.per_cpu_s for one in rounds]) for name, rounds in speeds.items()}
+    others = [name for name in speeds if name not in (OURS, CEILING)]
+    loaders = {
+        name: {
+            "setting": settings[name],
+            **_spread("images_per_s", per_s[name]),
+            **_spread("images_per_cpu_s", per_cpu_s[name]),
+            "per_round": per_s[name].round(1).tolist(),
+        }
+        for name in speeds
+    }
+    return {
+        "loaders": loaders,
+        "best_other": max(others, key=lambda name: float(np.median(per_s[name]))),
+        **_spread("ratio", per_s[OURS] / np.max([per_s[name] for name in others], axis=0)),
+        **_spread("cpu_ratio", per_cpu_s[OURS] / np.max([per_cpu_s[name] for name in others], axis=0)),
+        **_spread("decode_share", per_cpu_s[OURS] / per_cpu_s[CEILING]),
+    }
+
+
+def _spread(name: str, values: FloatArray) -> dict[str, Any]:
+    low, median, high = np.percentile(values, [25, 50, 75]).round(4).tolist()
+    return {name: median, f"{name}_quartiles": [low, high]}
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """The result for people."""
+    height, width = result["median_size"]
+    lines = [
+        f"{result['images']} images of {result['train']}, {height}x{width} in the median, to {result['image_size']} "
+        f"pixels; batch {result['batch']}, cores {result['cores']}",
+        f"{result['rounds']} rounds of {result['images_per_round']} images; median and quartiles",
+        result["what"],
+        f"{'':20}{'images/s':>10}   {'quartiles':<16}{'per CPU s':>12}   setting",
+    ]
+    for name, one in result["loaders"].items():
+        low, high = one["images_per_s_quartiles"]
+        spread = f"{low:.0f} to {high:.0f}"
+        lines.append(
+            f"{name:<20}{one['images_per_s']:>10.0f}   {spread:<16}{one['images_per_cpu_s']:>12.0f}   {one['setting']}"
+        )
+    return [*lines, verdict(result)]
+
+
+def verdict(result: dict[str, Any]) -> str:
+    """The ratio, and what holds our loader back."""
+    low, high = result["ratio_quartiles"]
+    aim = "the aim" if result["ratio"] >= AIM else "less than the aim"
+    share = result["decode_share"]
+    rest = "decoding" if share >= 0.5 else "what comes beside decoding: reading, draws, resizing"
+    return (
+        f"{OURS}: {result['ratio']:.2f} times the best other of each round (quartiles {low:.2f} to {high:.2f}), "
+        f"{aim} of {AIM:g}; by CPU time {result['cpu_ratio']:.2f} times; {share:.0%} of its CPU time is decoding, "
+        f"so {rest} is what bounds it"
+    )
+
+
+def plot(result: dict[str, Any], file: Path) -> None:
+    """Bars of the medians, with the quartiles and each round's figure."""
+    from matplotlib.figure import Figure  # not pyplot, which keeps figures and picks a display
+
+    names = list(result["loaders"])[::-1]
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for y, name in enumerate(names):
+        one = result["loaders"][name]
+        colour = {OURS: "tab:green", CEILING: "lightgrey"}.get(name, "tab:blue")
+        middle, (low, high) = one["images_per_s"], one["images_per_s_quartiles"]
+        axes.barh(y, middle, xerr=[[middle - low], [high - middle]], color=colour, capsize=4, height=0.6)
+        axes.plot(one["per_round"], [y] * len(one["per_round"]), "k.", markersize=3, alpha=0.5)
+        axes.annotate(f"{middle:.0f} ", (0, y), xytext=(6, 0), textcoords="offset points", va="center")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel(f"images/s, cores: {result['cores']}; bars: median, lines: quartiles, dots: rounds")
+    height, width = result["median_size"]
+    axes.set_title(f"{height}x{width} to {result['image_size']} pixels, batch {result['batch']}")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=150)
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()

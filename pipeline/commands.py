@@ -1,0 +1,181 @@
+"""What each command does: from its arguments to a result for programs and lines for people.
+
+The heavy imports are inside the commands: torch takes seconds, and `pipeline --help` should not.
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+from typing import IO, Any
+
+from pipeline.config import Config, ConfigError
+from pipeline.settings import dump, load, parse_override, to_dict
+
+DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
+Outcome = tuple[Any, list[str], int]  # for --json, for people, exit code
+
+
+def train(args: argparse.Namespace) -> Outcome:
+    from pipeline import supervise
+    from pipeline.console import TrainingView, summary_lines
+
+    cfg, label, resume_from = config_to_train(args)
+    with TrainingView(_people(args)) as view:
+        try:
+            summary = supervise.train(cfg, label, resume_from, view)
+        except supervise.TrainingFailedError as e:
+            return {"status": "failed", "run": view.run, "error": str(e)}, [f"failed: {e}"], FAILED
+    summary["seconds"]["launch"] = round(max(0.0, view.ready_s - summary["seconds"]["start-up"]), 3)
+    code = INTERRUPTED if summary["status"] == "interrupted" else DONE
+    return summary, summary_lines(summary), code
+
+
+def config_to_train(args: argparse.Namespace) -> tuple[Config, str, str | None]:
+    words = [args.config, *args.overrides] if args.config else []
+    if args.resume is None:
+        if not words or "=" in words[0]:
+            raise ConfigError("name a config file, such as: pipeline train configs/digits.yaml; or --resume RUN")
+        return load(words[0], words[1:]), Path(words[0]).stem, None
+    if words and "=" not in words[0]:
+        raise ConfigError(f"--resume takes the run's own configuration; leave out {words[0]}")
+    from pipeline import runs  # late, as in all commands: torch takes seconds to import
+
+    given = dict(map(parse_override, words))
+    found = runs.find(args.resume, runs.open_storage(given.get("run.storage", "runs")), given.get("mlflow.uri"))
+    cfg = runs.config_to_resume(found, words)
+    return cfg, "", found.place.uri
+
+
+def sync(args: argparse.Namespace) -> Outcome:
+    from pipeline import runs, tracking
+    from pipeline.identity import Identity
+
+    storage = runs.open_storage(args.storage)
+    run = runs.find_run(args.run, storage, args.mlflow_uri)
+    if run is None:
+        raise runs.no_such_run(args.run, storage)
+
+    def report(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    with runs.held(run, lambda event: report(event["text"])):
+        last = Identity.read(run, report)
+        target, run_id, waiting = tracking.sync(run.scratch / "mlflow", report, ended=last is None or not last.open)
+    result = {"run": run.uri, "mlflow_uri": target.uri, "mlflow_run_id": run_id, "waiting": waiting}
+    if waiting:
+        return result, [f"MLflow at {target.uri} is away; {waiting} records of {run} wait"], FAILED
+    return result, [f"MLflow at {target.uri} has all of {run}, in its run {run_id}"], DONE
+
+
+def config(args: argparse.Namespace) -> Outcome:
+    cfg = load(args.config, args.overrides)
+    return to_dict(cfg), [dump(cfg).rstrip()], DONE
+
+
+def index(args: argparse.Namespace) -> Outcome:
+    from pipeline.console import WorkView
+    from pipeline.data.build import build_index
+    from pipeline.data.scan import processes
+
+    parts = args.out.with_name(f"{args.out.name}.parts")
+    with WorkView(sys.stderr) as view, processes(args.workers) as pool:
+        index, report = build_index(args.source, pool=pool, parts=parts, progress=view)
+    if args.verify:
+        from pipeline.data.verify import verify
+
+        with WorkView(sys.stderr) as view:
+            index, report = verify(index, report, view)
+    index.save(args.out)
+    shutil.rmtree(parts, ignore_errors=True)
+    result = _indexed(index, report) | {
+        "index": str(args.out),
+        "fingerprint": index.fingerprint,
+        "verified": args.verify,
+        "parts": {"all": report.units, "there_already": report.reused},
+    }
+    lines = [f"{args.out}: {len(index)} images of {len(index.classes)} classes, {len(report.refused)} left out"]
+    if report.cmyk:
+        lines.append(f"{len(report.cmyk)} CMYK images, which DALI converts to RGB")
+    if report.turned:
+        lines.append(f"{len(report.turned)} images with an EXIF orientation, which DALI applies")
+    if report.reused:
+        lines.append(f"{report.reused} of {report.units} parts were there already")
+    return result, [*lines, f"fingerprint {index.fingerprint}"], DONE
+
+
+def pack(args: argparse.Namespace) -> Outcome:
+    from pipeline.console import WorkView
+    from pipeline.data.build import open_index
+    from pipeline.data.pack import pack, require_new
+
+    require_new(args.out)  # before the images are looked into, which may take long
+    with WorkView(sys.stderr) as view:
+        index, report = open_index(args.source, progress=view)
+    with WorkView(sys.stderr) as view:
+        shards = pack(index, args.out, shard_mb=args.shard_mb, seed=args.seed, progress=view, warn=view.say)
+    result = _indexed(index, report) | {"out": str(args.out), "shards": shards}
+    text = f"{args.out}: {len(index)} images of {len(index.classes)} classes in {len(shards)} shards"
+    return result, [f"{text}, {len(report.refused)} left out"], DONE
+
+
+def _indexed(index: Any, report: Any) -> dict[str, Any]:
+    """What was found in a source, for --json; what is left out also for people."""
+    for one in report.refused:
+        print(f"left out {one}", file=sys.stderr)
+    return {
+        "images": len(index),
+        "classes": list(index.classes),
+        "refused": [{"path": one.path, "reason": one.reason} for one in report.refused],
+        "cmyk": [index.place(row) for row in report.cmyk],
+        "exif_rotated": [index.place(row) for row in report.turned],
+    }
+
+
+def bench_loader(args: argparse.Namespace) -> Outcome:
+    from pipeline import bench
+    from pipeline.console import WorkView
+
+    cfg = load(args.config, args.overrides)
+    with WorkView(sys.stderr) as view:
+        result = bench.bench_loader(cfg, args.cores, args.rounds, args.images, args.out, view)
+    return result, bench.table(result), DONE
+
+
+def evaluate(args: argparse.Namespace) -> Outcome:
+    from pipeline import infer, runs
+
+    found = runs.find(args.run, runs.open_storage(args.storage), args.mlflow_uri)
+    scores = infer.evaluate_checkpoint(found.place, args.data)
+    figures = f"top-1 {scores['top1']:.4f}  top-5 {scores['top5']:.4f}  loss {scores['loss']:.4f}"
+    text = f"{figures}  on {int(scores['count'])} images"
+    return {"checkpoint": str(found.place), **scores}, [str(found.place), text], DONE
+
+
+def predict(args: argparse.Namespace) -> Outcome:
+    from pipeline import infer, runs
+
+    found = runs.find(args.run, runs.open_storage(args.storage), args.mlflow_uri)
+    predictions = infer.predict(found.place, args.images, args.top)
+    lines = []
+    for one in predictions:
+        if "error" in one:
+            print(f"{one['image']}: {one['error']}", file=sys.stderr)
+        else:
+            lines.append(f"{one['image']}  " + "  ".join(f"{t['class']} {t['probability']:.4f}" for t in one["top"]))
+    code = WRONG if any("error" in one for one in predictions) else DONE
+    return {"checkpoint": str(found.place), "predictions": predictions}, lines, code
+
+
+def preview(args: argparse.Namespace) -> Outcome:
+    from pipeline.preview import preview
+
+    cfg = load(args.config, args.overrides)
+    images = preview(cfg, args.step, args.images, args.out, lambda text: print(text, file=sys.stderr))
+    text = f"{args.out}: {len(images)} images of step {args.step}, as they enter the model"
+    return {"out": str(args.out), "step": args.step, "images": images}, [text], DONE
+
+
+def _people(args: argparse.Namespace) -> IO[str]:
+    """Where what is meant for people goes: beside the JSON, not into it."""
+    return sys.stderr if args.json else sys.stdout

@@ -1,0 +1,102 @@
+"""The encoded bytes of requests, read ahead of need; and the count of images that turn out to be broken."""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from pipeline.config import DataConfig
+from pipeline.data.index import Index
+from pipeline.data.read import Reader, StorageAwayError
+from pipeline.data.request import Request
+
+FETCH_AHEAD = 8  # requests beyond those that are being read, of data that comes over a network
+Encoded = Sequence[bytes]
+
+
+class BadDataError(RuntimeError):
+    """More images are broken than the configuration allows."""
+
+
+class BadImages:
+    """The broken images of an index.
+
+    Args:
+        max_fraction: of the index that may be broken; one image always may.
+        on_bad: called once for each broken image with its place and the reason.
+    """
+
+    def __init__(self, index: Index, max_fraction: float, on_bad: Callable[[str, str], None]):
+        self._index, self._on_bad = index, on_bad
+        self._max_number = max(1, int(max_fraction * len(index)))
+        self._rows: set[int] = set()
+
+    def count(self, row: int, reason: str) -> None:
+        """Count a row, once.
+
+        Raises:
+            BadDataError: one too many.
+        """
+        if row in self._rows:
+            return
+        self._rows.add(row)
+        self._on_bad(self._index.place(row), reason)
+        if len(self._rows) > self._max_number:
+            paths = ", ".join(self._index.path(r) for r in sorted(self._rows)[:10])
+            raise BadDataError(
+                f"{len(self._rows)} of {len(self._index)} images in {self._index} are broken, more than "
+                f"data.max_bad_fraction allows: {paths}; mend or remove them, or raise the limit"
+            )
+
+
+class Fetcher:
+    """Reads what requests need, some of them ahead.
+
+    Args:
+        warn: told what makes reading slow.
+        patience_s: how long a storage that does not answer is waited for.
+    """
+
+    def __init__(self, index: Index, cfg: DataConfig, bad: BadImages, warn: Callable[[str], None], patience_s: float):
+        self._bad, self._num_ahead = bad, cfg.prefetch
+        self._num_fetched = 0 if index.root is None or index.root.local else FETCH_AHEAD
+        self._reader = Reader(index, cfg, warn, patience_s=patience_s)
+        self._pool = ThreadPoolExecutor(cfg.read_threads, thread_name_prefix="read")
+
+    def ahead(self, requests: Iterator[Request]) -> Iterator[tuple[Request, Encoded]]:
+        """Each request with its images' bytes, none where an image cannot be read; further ones are on their way.
+
+        Raises:
+            StorageAwayError: the images' storage does not answer.
+        """
+        fetching, reading = deque[Request](), deque[tuple[Request, Iterator[bytes]]]()
+
+        def read(request: Request) -> None:
+            reading.append((request, self._pool.map(self._read, request.rows)))
+
+        for request in requests:
+            self._reader.ahead(request.rows)
+            fetching.append(request)
+            if len(fetching) > self._num_fetched:
+                read(fetching.popleft())
+            if len(reading) > self._num_ahead:
+                request, encoded = reading.popleft()
+                yield request, list(encoded)
+        while fetching or reading:
+            if fetching:
+                read(fetching.popleft())
+            request, encoded = reading.popleft()
+            yield request, list(encoded)
+
+    def close(self) -> None:
+        """End what has been begun."""
+        self._reader.close()
+        self._pool.shutdown(cancel_futures=True)
+
+    def _read(self, row: int) -> bytes:
+        try:
+            return self._reader.read(row)
+        except StorageAwayError:  # no fault of the image: another would take its place, unnoticed
+            raise
+        except OSError as e:
+            self._bad.count(row, str(e))
+            return b""  # DALI refuses it, and a uniform image takes its place

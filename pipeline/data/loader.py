@@ -1,0 +1,146 @@
+"""Batches for training and evaluation: what `request` asks for, decoded by `dali`, mixed on the device."""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.config import DataConfig
+from pipeline.data import request
+from pipeline.data.dali import Decoder
+from pipeline.data.index import Index
+from pipeline.data.mix import mix
+from pipeline.data.request import Request
+from pipeline.data.sampling import IntArray
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A rank's part of a global batch.
+
+    images: (B, 3, S, S) uint8, channels_last. labels: (B,) int64, or (B, C) float32, the share of each class, where
+    images are mixed. Both on the device. rows: (B,) rows of the index, on the host.
+    """
+
+    images: Tensor
+    labels: Tensor
+    rows: IntArray
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a loader works: the rank among how many, the device, the threads for decoding.
+
+    patience_s: how long it waits for a storage that does not answer.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    num_threads: int
+    patience_s: float = 60.0
+
+    @classmethod
+    def here(cls) -> "Place":
+        """All of this machine, for one process."""
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return cls(rank=0, world_size=1, device=device, num_threads=len(os.sched_getaffinity(0)))
+
+
+OnBad = Callable[[str, str], None]  # called with a broken image's place and the reason
+Warn = Callable[[str], None]
+
+
+def _ignore(text: str) -> None:
+    pass
+
+
+class TrainLoader:
+    """The training stream of one rank.
+
+    Args:
+        on_bad: called once for each broken image.
+        warn: told what makes reading slow.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        cfg: DataConfig,
+        place: Place,
+        on_bad: OnBad,
+        *,
+        global_batch: int,
+        seed: int,
+        warn: Warn = _ignore,
+    ):
+        self._index, self._cfg, self._place = index, cfg, place
+        self._order = request.stream(cfg, len(index), global_batch, seed)
+        max_batch = self._order.largest_share(place.world_size)
+        self._decoder = _decoder(index, cfg, max_batch, place, on_bad, warn)
+
+    def from_step(self, step: int, stop: int) -> Iterator[Batch]:
+        """This rank's part of global batches [step, stop)."""
+        for asked, images in self._decoder.decode(self.request(s) for s in range(step, stop)):
+            batch = _batch(self._index, asked, images)
+            if asked.mixture is not None:
+                mixed = mix(batch.images, batch.labels, *asked.mixture, len(self._index.classes))
+                batch = Batch(*mixed, batch.rows)
+            yield batch
+
+    def close(self) -> None:
+        """End its threads."""
+        self._decoder.close()
+
+    def request(self, step: int) -> Request:
+        """What this rank trains on in `step`: a pure function of seed, step and index."""
+        return request.to_train(self._index, self._cfg, self._order, step, self._place.rank, self._place.world_size)
+
+
+class EvalLoader:
+    """Evaluation in chunks that are the same for every world size, so that figures are too.
+
+    Chunk j holds rows [j * batch, (j + 1) * batch); rank r takes chunks r, r + W, r + 2W, ...
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        cfg: DataConfig,
+        place: Place,
+        on_bad: OnBad,
+        *,
+        batch: int,
+        warn: Warn = _ignore,
+    ):
+        self.index, self._cfg, self._batch = index, cfg, batch
+        self.num_chunks = -(-len(index) // batch)
+        self.chunks = range(place.rank, self.num_chunks, place.world_size)
+        self._decoder = _decoder(index, cfg, batch, place, on_bad, warn)
+
+    def __iter__(self) -> Iterator[tuple[int, Batch]]:
+        """(chunk, batch) for this rank's chunks."""
+        decoded = self._decoder.decode(map(self.request, self.chunks))
+        for chunk, (asked, images) in zip(self.chunks, decoded, strict=True):
+            yield chunk, _batch(self.index, asked, images)
+
+    def close(self) -> None:
+        """End its threads."""
+        self._decoder.close()
+
+    def request(self, chunk: int) -> Request:
+        """The centre crops of one chunk."""
+        rows = np.arange(chunk * self._batch, min((chunk + 1) * self._batch, len(self.index)))
+        return request.to_evaluate(self.index, self._cfg, rows)
+
+
+def _decoder(index: Index, cfg: DataConfig, max_batch: int, place: Place, on_bad: OnBad, warn: Warn) -> Decoder:
+    return Decoder(index, cfg, max_batch, place.num_threads, place.device, on_bad, warn, place.patience_s)
+
+
+def _batch(index: Index, asked: Request, images: Tensor) -> Batch:
+    labels = torch.from_numpy(index.labels[asked.rows].astype(np.int64))
+    return Batch(images, labels.to(images.device, non_blocking=True), asked.rows)
