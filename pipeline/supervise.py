@@ -108,6 +108,7 @@ def _run_driver(request: Request, note: Callable[[Event], None], received: list[
     command = [sys.executable, "-m", "pipeline.driver", str(theirs.fileno())]
     kind = ""
     # Ray says there what a user has no use for, as long as all goes well.
+    others = set(psutil.Process().children(recursive=True))
     with tempfile.NamedTemporaryFile(prefix="pipeline-driver-", suffix=".log", delete=False) as log:
         try:
             with _blocked(ENDING_SIGNALS):
@@ -118,7 +119,7 @@ def _run_driver(request: Request, note: Callable[[Event], None], received: list[
             mine.send(request)
             kind, content = _attend(mine, process, note, received)
         finally:
-            _kill_descendants()
+            _kill_descendants(others)
             if kind != "lost":
                 Path(log.name).unlink()
     return kind, f"{content} (log: {log.name})" if kind == "lost" else content
@@ -147,9 +148,9 @@ def _attend(
             return "lost", f"the driver {how}"
 
 
-def _kill_descendants() -> None:
-    """What is left of a driver: nothing after a good end, Ray's processes after its death."""
-    left = psutil.Process().children(recursive=True)
+def _kill_descendants(others: set[psutil.Process]) -> None:
+    """What is left of a driver: nothing after a good end, Ray's processes after its death; but not the others."""
+    left = [process for process in psutil.Process().children(recursive=True) if process not in others]
     for process in left:
         process.kill()
     psutil.wait_procs(left, timeout=5)
