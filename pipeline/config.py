@@ -103,7 +103,7 @@ class DataConfig(Section):
     prefetch: int = _num(2, low=1, high=64)  # batches decoded ahead of the one in use
     cache_dir: str | None = None  # for data at a URI, one a node; null: in the machine's temporary directory
     cache_gb: float = _num(20.0, above=0)  # at most, of all data in cache_dir
-    max_bad_fraction: float = _num(0.01, low=0, high=1)  # of all images; more broken ones stop the run
+    max_bad_fraction: float = _num(0.01, low=0, high=1)  # of all images; a worker that meets more stops the run
     trace: bool = False  # write down the rows of the index that each step trains on, in the run's folder
     allow_changed: bool = False  # resume although the images' index is another than the checkpoint's
 

@@ -1,5 +1,6 @@
 """Batches for training and evaluation: what `request` asks for, decoded by `dali`, mixed on the device."""
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -119,7 +120,8 @@ class EvalLoader:
         self.index, self._cfg, self._batch = index, cfg, batch
         self.num_chunks = -(-len(index) // batch)
         self.chunks = range(place.rank, self.num_chunks, place.world_size)
-        self._decoder = _decoder(index, cfg, batch, place, on_bad, warn)
+        in_sequence = dataclasses.replace(cfg, shuffle_block=batch)  # a reader's cache is of use then, however small
+        self._decoder = _decoder(index, in_sequence, batch, place, on_bad, warn)
 
     def __iter__(self) -> Iterator[tuple[int, Batch]]:
         """(chunk, batch) for this rank's chunks."""
