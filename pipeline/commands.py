@@ -78,6 +78,8 @@ def index(args: argparse.Namespace) -> Outcome:
     from pipeline.data.build import build_index
     from pipeline.data.scan import processes
 
+    if args.out.is_dir():
+        raise ConfigError(f"--out {args.out}: is a folder; name a file, such as {args.out}/train.arrow")
     parts = args.out.with_name(f"{args.out.name}.parts")
     with WorkView(sys.stderr) as view, processes(args.workers) as pool:
         index, report = build_index(args.source, pool=pool, parts=parts, progress=view)

@@ -1,6 +1,7 @@
 """The index: what it takes, what it refuses and why, and that it is the same every time."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -245,12 +246,28 @@ def test_a_mixture_of_kinds_is_refused(tmp_path: Path) -> None:
         ("s4://bucket/data", "s4://bucket/data: .*; use a path"),
         ("s3://key:hush@bucket/data", "leave the secret out"),
         ("/data/{a,b}/x.tar", "braces may be in the files' names alone"),
-        ("/nowhere/train-{0..2}.tar", r"/nowhere lacks a file that should be there: .*train-0\.tar"),
+        ("/nowhere/train-{0..2}.tar", r"/nowhere/train-0\.tar does not exist; give a folder"),
+        ("/nowhere/*.tar", r"/nowhere/\*\.tar does not exist; give a folder, a file, or several as DIR/train-"),
+        ("/nowhere/train-{000..999999999}.tar", "stands for more than 100000 files"),
+        ("", "the source of images is an empty text"),
+        ("gs://", "gs:// names no bucket or server"),
     ],
 )
 def test_sources_that_cannot_be_opened_are_refused(source: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_index(source)
+
+
+def test_pipes_and_links_to_nowhere_are_told_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.tar")
+    with pytest.raises(ConfigError, match=r"pipe\.tar is not a file"):
+        build_index(tmp_path / "pipe.tar")
+    with pytest.raises(ConfigError, match=r"lacks a file that should be there: .*pipe\.tar is not a file"):
+        build_index(tmp_path)
+    (tmp_path / "pipe.tar").unlink()
+    (tmp_path / "lost.tar").symlink_to(tmp_path / "nowhere.tar")
+    with pytest.raises(ConfigError, match=r"lacks a file that should be there: .*lost\.tar"):
+        build_index(tmp_path)
 
 
 def write_parquet(
@@ -294,6 +311,20 @@ def test_plain_parquet_and_words_for_labels(tmp_path: Path) -> None:
     index, report = build_index(tmp_path / "x.parquet")
     assert (index.classes, index.labels.tolist()) == (("cat", "dog"), [1, 0])
     assert [one.reason for one in report.refused] == ["no label"]
+
+
+def test_parquet_of_other_things_is_refused_as_a_whole_and_odd_metadata_ignored(tmp_path: Path) -> None:
+    images = [encode(picture(10, 20), "JPEG")] * 2
+    odd = {"picture": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": 3}}
+    write_parquet(tmp_path / "a.parquet", images, [0, 1], odd)
+    pq.write_table(pa.table({"image": ["x.jpg"], "label": [0]}), tmp_path / "b.parquet")
+    pq.write_table(pa.table({"image": images}), tmp_path / "c.parquet")
+    index, report = build_index(tmp_path)
+    assert (len(index), index.classes) == (2, ("0", "1"))
+    assert [str(one).removeprefix(f"{tmp_path}/") for one in report.refused] == [
+        "b.parquet: its column image holds string, not the bytes of images",
+        "c.parquet: no column of labels, named label or labels; it has image",
+    ]
 
 
 def test_damaged_parquet_costs_the_damaged_rows_alone(tmp_path: Path) -> None:

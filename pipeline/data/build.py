@@ -150,14 +150,14 @@ def _collect(source: str, found: Found, done: Iterator[Any], progress: Progress)
 def _refused(root: Storage, rows: pa.Table, reason: Callable[[dict[str, Any]], str] | None = None) -> list[Refused]:
     found = []
     for row in rows.to_pylist():
-        number = f"#row {row['offset']}" if kind_of(row["file"]) == "parquet" else ""
+        number = f"#row {row['offset']}" if kind_of(row["file"]) == "parquet" and row["offset"] >= 0 else ""
         part = f"#{row['name']}" if row["name"] else number
         found.append(Refused(f"{root}/{row['file']}{part}", reason(row) if reason else row["reason"]))
     return found
 
 
 def _text(row: dict[str, Any]) -> str:
-    return repr(row["text"]) if row["number"] is None else str(row["number"])
+    return repr(row["text"])[:60] if row["number"] is None else str(row["number"])
 
 
 def _class_names(found: Found, declared: dict[str, str]) -> list[str] | None:
@@ -193,10 +193,11 @@ def _labels(found: Found, rows: pa.Table, names: list[str] | None) -> tuple[pa.A
         return numbers, [str(k) for k in range(0 if highest is None else highest + 1)]
     if names is None:
         if texts.null_count:
-            text, number = pc.drop_null(texts)[0], pc.drop_null(numbers)[0]
+            one, other = (rows.filter(pc.is_valid(column)).slice(0, 1).to_pylist()[0] for column in (texts, numbers))
+            examples = " and ".join(f"{_text(row)} ({row['file']} {row['name']})" for row in (one, other))
             raise ConfigError(
-                f"{found.root} has both names and numbers for labels, such as {text} and {number}; "
-                f"give the names by number in {CLASSES_FILE} there, one a line"
+                f"{found.root} has both names and numbers for labels, such as {examples}; mend those that are wrong, "
+                f"or give the names by number in {CLASSES_FILE} there, one a line"
             )
         names = sorted(pc.unique(texts).to_pylist())
     by_name = pc.index_in(texts, pa.array(names, pa.large_string()))

@@ -9,6 +9,7 @@ or one shard or Parquet file, or several by a pattern: s3://BUCKET/train-{000..1
 
 import os
 import posixpath
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from pipeline.data.rows import SUFFIXES
 from pipeline.storage import Storage
 
 UNIT_IMAGES = 1000
+MAX_SHARDS = 100_000  # of a pattern; more is a slip of the pen, whose names alone would fill the memory
 Kind = Literal["images", "tar", "parquet"]
 KIND_NAMES: dict[Kind, str] = {"images": "images in class folders", "tar": "tar shards", "parquet": "Parquet files"}
 
@@ -71,9 +73,13 @@ def find(source: str) -> Found:
     Raises:
         ConfigError: nothing, or several kinds, or no such place.
     """
+    if not source.strip():
+        raise ConfigError("the source of images is an empty text; give a folder, a file, a pattern or a URI")
     place = Storage(source)
     if not place.local and urlsplit(source).password is not None:
         raise ConfigError("leave the secret out of the images' URI; give it in the environment")
+    if not place.local and not urlsplit(source).netloc:
+        raise ConfigError(f"{source} names no bucket or server; write it as s3://BUCKET/PATH")
     sizes: dict[str, int] = {}
     folders: list[str] = []
     try:
@@ -111,10 +117,20 @@ def _expand(source: str, place: Storage) -> list[str]:
     """The files that a pattern names."""
     if "{" in place.parent.uri:
         raise ConfigError(f"{source}: braces may be in the files' names alone, as in DIR/train-{{000..146}}.tar")
+    for first, last in re.findall(r"\{(\d+)\.\.(\d+)", place.name):
+        if len(first + last) > 18 or abs(int(last) - int(first)) > MAX_SHARDS:
+            raise ConfigError(
+                f"{source}: stands for more than {MAX_SHARDS} files; write it as DIR/train-{{000..146}}.tar"
+            )
     try:
-        return list(dict.fromkeys(braceexpand(place.name)))
+        files = list(dict.fromkeys(braceexpand(place.name)))
     except ValueError as e:
         raise ConfigError(f"{source}: {e}; write it as DIR/train-{{000..146}}.tar") from None
+    for file in files if place.local else []:
+        if not (path := place.parent.local / file).is_file():  # type: ignore[operator]
+            there = "is not a file" if path.exists() else "does not exist"
+            raise ConfigError(f"{path} {there}; give a folder, a file, or several as DIR/train-{{000..146}}.tar")
+    return files
 
 
 def _list(root: Storage) -> tuple[list[str], list[str], dict[str, int]]:
@@ -129,7 +145,7 @@ def _list(root: Storage) -> tuple[list[str], list[str], dict[str, int]]:
         by_folder |= remote
     elif root.local.is_dir():
         entries = [entry for entry in root.local.iterdir() if not entry.name.startswith(".")]
-        by_folder[""] = [entry.name for entry in entries if entry.is_file()]
+        by_folder[""] = [entry.name for entry in entries if not entry.is_dir()]  # also links that lead nowhere
         by_folder |= {entry.name: _below(root.local, entry.name) for entry in entries if entry.is_dir()}
     else:
         raise ConfigError(f"no folder {root}; expected {root}/CLASS/image.jpg")

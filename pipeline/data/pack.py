@@ -67,7 +67,7 @@ def pack(
         temporary.rename(out)
         fsync(out.parent)
     except OSError as e:
-        raise ConfigError(f"cannot pack {index} into {out}: {e}") from None
+        raise ConfigError(f"cannot pack {index} into {out}: {e}; mend that, or index the images anew") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return shards

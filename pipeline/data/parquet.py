@@ -11,6 +11,7 @@ from pyarrow import parquet
 
 from pipeline.data.rows import Header, Row, Unusable, label_of, look
 
+WHOLE = -1  # in place of a row's number, for a file that is refused as a whole
 BATCH_ROWS = 64  # of images in memory at once
 IMAGE_NAMES, LABEL_NAMES = ("image", "img"), ("label", "labels")
 
@@ -30,12 +31,12 @@ def rows(file: str, f: BinaryIO) -> tuple[list[Row], list[str] | None]:
     try:
         source = parquet.ParquetFile(f)
     except pa.ArrowInvalid as e:
-        return [Row.refused(file, f"not a Parquet file ({e})")], None
+        return [Row.refused(file, f"not a Parquet file ({e})", offset=WHOLE)], None
     schema = source.schema_arrow
     image, label = image_column(schema), _column(schema, "ClassLabel", LABEL_NAMES)
-    if image is None or label is None:
-        missing = f"no column of images: {' or '.join(IMAGE_NAMES)}" if image is None else "no column of labels: label"
-        return [Row.refused(file, f"{missing}; it has {', '.join(schema.names)}")], None
+    fault = _fault(schema, image, label)
+    if image is None or label is None or fault:
+        return [Row.refused(file, fault, offset=WHOLE)], None
     found: list[Row] = []
     first = 0
     for group in range(source.num_row_groups):
@@ -47,7 +48,22 @@ def rows(file: str, f: BinaryIO) -> tuple[list[Row], list[str] | None]:
             _check_storage(f, source.metadata.row_group(group))
             found.append(Row.refused(file, f"rows {first} to {first + count - 1} cannot be read ({e})", offset=first))
         first += count
-    return found, _features(schema).get(label, {}).get("names")
+    names = _features(schema).get(label, {}).get("names")
+    are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return found, names if are_names else None
+
+
+def _fault(schema: pa.Schema, image: str | None, label: str | None) -> str:
+    """Why a file cannot be used; empty if it can."""
+    if image is None or label is None:
+        what, names = ("images", IMAGE_NAMES) if image is None else ("labels", LABEL_NAMES)
+        return f"no column of {what}, named {' or '.join(names)}; it has {', '.join(schema.names)}"
+    kind = schema.field(image).type
+    if pa.types.is_struct(kind):
+        kind = next((kind.field(i).type for i in range(kind.num_fields) if kind.field(i).name == "bytes"), kind)
+    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+        return f"its column {image} holds {kind}, not the bytes of images"
+    return ""
 
 
 def _row(file: str, number: int, data: bytes | None, value: Any) -> Row:

@@ -165,14 +165,14 @@ def label_of(value: Any) -> Label:
         return Label(text=value)
     if isinstance(value, int) and not isinstance(value, bool):
         if not 0 <= value < MAX_CLASSES:
-            raise Unusable(f"label {value} is not a class number from 0 to {MAX_CLASSES - 1}")
+            raise Unusable(f"label {str(value)[:20]} is not a class number from 0 to {MAX_CLASSES - 1}")
         return Label(number=value)
     raise Unusable("no label" if value is None or value == "" else f"label {value!r} is neither a number nor a name")
 
 
 def whole_number(text: str) -> bool:
     """Whether a label's text is a class number, as opposed to a class name."""
-    return re.fullmatch(r"-?[0-9]{1,18}", text) is not None
+    return re.fullmatch(r"-?[0-9]{1,4000}", text) is not None  # beyond, Python refuses to read it
 
 
 def printable(text: str) -> str:

@@ -89,6 +89,8 @@ def _scan(root: Storage, unit: Unit) -> pa.Table:
 
 
 def _open(root: Storage, file: str) -> Any:
+    if root.local and not (root.local / file).is_file():  # to open a pipe would wait for its writer
+        raise FileNotFoundError(f"{root.local / file} is not a file")
     f = root.open(file)
     return f if root.local else io.BufferedReader(f, 4 << 20)  # a request takes as long as some megabytes
 

@@ -142,7 +142,7 @@ def _run(f: BinaryIO, offset: int) -> Iterator[Member]:
 
 def _fault(member: tarfile.TarInfo) -> str:
     if member.name.startswith("/") or ".." in member.name.split("/"):
-        return "its path leads out of the shard; pack it with a relative path"
+        return "its path is absolute or has '..' in it; pack it with a plain relative path"
     if member.issym() or member.islnk():
         return f"a link, to {member.linkname}; pack the file itself"
     if member.issparse():
