@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import commands
-from pipeline.commands import INTERRUPTED, WRONG
+from pipeline.commands import FAILED, INTERRUPTED, WRONG
 from pipeline.config import ConfigError
 
 
@@ -20,21 +20,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         result, lines, code = args.command(args)
     except ConfigError as e:
-        print(f"pipeline: {e}", file=sys.stderr)
-        if args.json:
-            print(json.dumps({"status": "wrong", "error": str(e)}))
-        return WRONG
+        return _give_up(args, WRONG, {"status": "wrong", "error": str(e)})
+    except ConnectionError as e:  # the images' storage does not answer
+        return _give_up(args, FAILED, {"status": "failed", "error": str(e)})
     except KeyboardInterrupt:
-        print("pipeline: interrupted", file=sys.stderr)
-        if args.json:
-            print(json.dumps({"status": "interrupted"}))
-        return INTERRUPTED
+        return _give_up(args, INTERRUPTED, {"status": "interrupted"})
     try:
         for line in [json.dumps(result)] if args.json else lines:
             print(line, flush=True)
     except BrokenPipeError:  # the reader has gone; Python would complain once more when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return int(code)
+
+
+def _give_up(args: argparse.Namespace, code: int, result: dict[str, str]) -> int:
+    print(f"pipeline: {result.get('error', result['status'])}", file=sys.stderr)
+    if args.json:
+        print(json.dumps(result))
+    return code
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -19,7 +19,7 @@ class Schedule:
 
     @classmethod
     def create(cls, cfg: Config, num_samples: int) -> "Schedule":
-        """Raises ValueError where the images do not fill one global batch."""
+        """Raises ConfigError where the images do not fill one global batch."""
         per_epoch = steps_per_epoch(num_samples, cfg.train.global_batch)
         return cls(per_epoch, cfg.train.steps or cfg.train.epochs * per_epoch)
 

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.config import Config, ConfigError
 from pipeline.data.build import open_index
+from pipeline.data.fetch import BadDataError
 from pipeline.data.index import Index
 from pipeline.data.loader import Batch, Place, TrainLoader
 
@@ -41,7 +42,10 @@ def preview(cfg: Config, step: int, num_images: int, out: Path, warn: Callable[[
     with closing(
         TrainLoader(index, cfg.data, Place.here(), on_bad, global_batch=cfg.train.global_batch, seed=cfg.run.seed)
     ) as loader:
-        (batch,) = loader.from_step(step, step + 1)
+        try:
+            (batch,) = loader.from_step(step, step + 1)
+        except BadDataError as e:
+            raise ConfigError(str(e)) from None
     labels = _labels(batch, index)[:num_images]
     try:
         _draw(batch, labels).save(out)

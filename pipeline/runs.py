@@ -68,10 +68,7 @@ def prepare(cfg: Config, watch: Callable[[Event], None], resume_from: str | None
         train_index, train = _index(train_source, run / "index" / "train.arrow", watch)
         val_index, val = _index(val_source, run / "index" / "val.arrow", watch)
         val.with_classes(train.classes)
-        try:
-            steps_per_epoch(len(train), cfg.train.global_batch)
-        except ValueError as e:
-            raise ConfigError(str(e)) from None
+        steps_per_epoch(len(train), cfg.train.global_batch)
         yield Job(cfg, run, train_index, val_index, resume_from, owner=uuid.uuid4().hex)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 import tarfile
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from pyarrow import parquet
 from ranks import no_bad_image
 from s3 import s3_storage
 from torchvision.transforms.v2 import functional as TF
+from web import web_server
 
 from pipeline.config import DataConfig
 from pipeline.data.augment import MEAN_COLOUR
@@ -25,6 +27,7 @@ from pipeline.data.build import build_index
 from pipeline.data.fetch import BadDataError
 from pipeline.data.index import Index, load_index
 from pipeline.data.loader import EvalLoader, Place, TrainLoader
+from pipeline.data.read import StorageAwayError
 
 CPU = torch.device("cpu")
 SMALL = DataConfig(train="-", val="-", image_size=32, val_resize=32, crop_scale=(0.3, 1.0))
@@ -327,6 +330,19 @@ def test_too_many_broken_images_stop_the_run(partly_broken: Path) -> None:
     cfg = DataConfig(train="-", val="-", image_size=32, val_resize=32, max_bad_fraction=0.05)
     train = TrainLoader(index, cfg, Place(0, 1, CPU, 1), lambda *_: None, global_batch=10, seed=0)
     with pytest.raises(BadDataError, match=r"3 of 40 images in .* are broken.*: a/03\.jpg, a/17\.jpg, a/18\.jpg"):
+        list(train.from_step(0, 8))
+
+
+def test_a_storage_that_is_away_is_no_broken_image(digits: Path, tmp_path: Path) -> None:
+    """Nothing takes the place of images of which nothing is known: the run ends, to be recovered."""
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        tar.add(digits / "val", "val")
+    with web_server(tmp_path) as server:
+        index, _ = build_index(f"{server.storage}/x.tar")
+    cfg = dataclasses.replace(SMALL, cache_dir=str(tmp_path / "cache"))
+    place = Place(0, 1, CPU, 1, patience_s=1.0)
+    train = TrainLoader(index, cfg, place, no_bad_image, global_batch=10, seed=0)
+    with closing(train), pytest.raises(StorageAwayError, match=r"x\.tar#val/\d/.*\.jpg: "):
         list(train.from_step(0, 8))
 
 

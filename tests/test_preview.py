@@ -58,6 +58,11 @@ def test_a_broken_image_is_shown_as_the_model_sees_it_and_told(
     assert "1/x.jpg is broken, a uniform image takes its place" in err
 
 
+def test_a_batch_that_cannot_be_made_is_told(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(digits, "train.global_batch=2000", "--out", str(tmp_path / "grid.png")) == 2
+    assert "1437 training images do not fill one train.global_batch=2000; lower it" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("out", "message"),
     [("grid.xyz", "no picture format has the suffix '.xyz'"), ("no/such/grid.png", "cannot be written (No such file")],

@@ -6,6 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from pipeline.config import ConfigError
 from pipeline.data import sampling
 from pipeline.data.sampling import Purpose, Stream
 
@@ -88,7 +89,7 @@ def test_an_epoch_uses_each_sample_at_most_once_and_drops_the_partial_batch() ->
 
 
 def test_too_few_images_for_a_batch_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"63 training images do not fill one train.global_batch=64"):
+    with pytest.raises(ConfigError, match=r"63 training images do not fill one train.global_batch=64"):
         sampling.steps_per_epoch(63, 64)
 
 

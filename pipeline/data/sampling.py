@@ -15,6 +15,8 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.config import ConfigError
+
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
@@ -41,10 +43,10 @@ def steps_per_epoch(num_samples: int, global_batch: int) -> int:
     """Optimizer steps of an epoch; its last partial global batch is dropped.
 
     Raises:
-        ValueError: not one whole batch.
+        ConfigError: not one whole batch.
     """
     if num_samples < global_batch:
-        raise ValueError(f"{num_samples} training images do not fill one train.global_batch={global_batch}; lower it")
+        raise ConfigError(f"{num_samples} training images do not fill one train.global_batch={global_batch}; lower it")
     return num_samples // global_batch
 
 
