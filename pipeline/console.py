@@ -1,66 +1,30 @@
 """What people see: a progress bar on a terminal, plain lines elsewhere."""
 
 import time
-from typing import IO, Any
+from typing import IO, Any, Self
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pipeline.job import Event
 
-LINE_EVERY_S = 5.0
+LINE_EVERY_S = 5.0  # where there is no bar
 
 
-class WorkView:
-    """Shows how far some work is. Use as a context; call with what is done, of how much, and words."""
-
-    def __init__(self, file: IO[str]):
-        self._console = RichConsole(file=file, highlight=False, soft_wrap=True)
-        self._bar = _bar(self._console)
-        self._task: Any = None
-        self._told = time.monotonic()
-
-    def __enter__(self) -> "WorkView":
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._bar:
-            self._bar.stop()
-
-    def __call__(self, done: int, total: int, text: str) -> None:
-        if self._bar:
-            self._task = self._bar.add_task("") if self._task is None else self._task
-            self._bar.update(self._task, completed=done, total=total, description=text)
-        elif time.monotonic() - self._told >= LINE_EVERY_S:
-            self._told = time.monotonic()
-            self.say(f"{done} of {total}: {text}")
-
-    def say(self, text: str) -> None:
-        self._console.print(text, markup=False)
-
-
-def _bar(console: RichConsole) -> Progress | None:
-    if not console.is_terminal:
-        return None
-    text = TextColumn("{task.description}", markup=False)
-    return Progress(BarColumn(bar_width=30), MofNCompleteColumn(), text, TimeRemainingColumn(), console=console)
-
-
-class TrainingView:
-    """Shows the events of a training. Use as a context; call with each event."""
+class _View:
+    """A bar, where `file` is a terminal, and lines. To be used as a context."""
 
     def __init__(self, file: IO[str]):
         self._console = RichConsole(file=file, highlight=False, soft_wrap=True)
-        self._bar = _bar(self._console)
         self._task: Any = None
-        self._rate, self._num_steps, self._global_batch = 0.0, 0, 0
         self._began = time.monotonic()
-        self.run: str | None = None  # its name
-        self.ready_s = 0.0  # until the first session's first step: indexing, Ray's start, the workers' start-up
+        self._bar: Progress | None = None
+        if self._console.is_terminal:
+            text = TextColumn("{task.description}", markup=False)
+            columns = BarColumn(bar_width=30), MofNCompleteColumn(), text, TimeRemainingColumn()
+            self._bar = Progress(*columns, console=self._console)
 
-    def __enter__(self) -> "TrainingView":
+    def __enter__(self) -> Self:
         if self._bar:
             self._bar.start()
         return self
@@ -72,8 +36,34 @@ class TrainingView:
     def say(self, text: str) -> None:
         try:
             self._console.print(text, markup=False)
-        except OSError:  # nobody reads any more (a closed pipe or terminal): no reason to end a training
+        except OSError:  # nobody reads any more (a closed pipe or terminal): no reason to end what is under way
             self._console.quiet = True
+
+
+class WorkView(_View):
+    """Shows how far some work is: call it with what is done, of how much, and words."""
+
+    def __init__(self, file: IO[str]):
+        super().__init__(file)
+        self._told = self._began
+
+    def __call__(self, done: int, total: int, text: str) -> None:
+        if self._bar:
+            self._task = self._bar.add_task("") if self._task is None else self._task
+            self._bar.update(self._task, completed=done, total=total, description=text)
+        elif time.monotonic() - self._told >= LINE_EVERY_S:
+            self._told = time.monotonic()
+            self.say(f"{done} of {total}: {text}")
+
+
+class TrainingView(_View):
+    """Shows the events of a training: call it with each."""
+
+    def __init__(self, file: IO[str]):
+        super().__init__(file)
+        self._rate, self._num_steps, self._global_batch = 0.0, 0, 0
+        self.run: str | None = None  # its name
+        self.ready_s = 0.0  # until the first session's first step: indexing, Ray's start, the workers' start-up
 
     def __call__(self, event: Event) -> None:
         match event["kind"]:
