@@ -19,6 +19,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -52,7 +53,8 @@ def prepare(cfg: Config, watch: Callable[[Event], None], resume_from: str | None
     """
     storage = open_storage(cfg.run.storage)
     train_source, val_source = Storage(cfg.data.train).uri, Storage(cfg.data.val).uri
-    data = dataclasses.replace(cfg.data, train=train_source, val=val_source)
+    cache_dir = cfg.data.cache_dir and str(Path(cfg.data.cache_dir).absolute())  # workers run in other directories
+    data = dataclasses.replace(cfg.data, train=train_source, val=val_source, cache_dir=cache_dir)
     cfg = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, storage=storage.uri), data=data)
     assert cfg.run.name is not None, "the supervisor names it"
     run = storage / cfg.run.name
