@@ -1,3 +1,3 @@
 """Exact, fault-tolerant training of image classifiers: Ray Train, DALI, mixed precision, MLflow."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
