@@ -7,6 +7,7 @@ import time
 
 import ray
 from ray._private.state import state  # see `draining`
+from ray._private.worker import get_dashboard_url
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from pipeline.config import ClusterConfig, ConfigError
@@ -51,6 +52,11 @@ def start(num_cpus: int) -> None:
         include_dashboard=False,
         **QUIET,
     )
+
+
+def has_dashboard() -> bool:
+    """Whether the cluster has Ray's dashboard, which also answers questions on its state."""
+    return bool(get_dashboard_url())
 
 
 def size_of_worker(cfg: ClusterConfig) -> Size:

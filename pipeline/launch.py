@@ -21,15 +21,16 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import cluster
 from pipeline.config import Config, ConfigError
-from pipeline.job import Context, Event, FailureBudget, Fault, Job, StopReason
+from pipeline.job import Event, FailureBudget, Fault, Job
 from pipeline.link import Link
 from pipeline.supervise import Interrupted, TrainingFailedError
+from pipeline.worker import POLL_SECONDS, train_on_worker
 
-POLL_SECONDS = 0.1
 MAX_REASON = 240  # characters; Ray adds its advice
 CLUSTER_POLL_SECONDS = 2.0
 START_TIMEOUT_S = 600  # for the workers' processes, also where an image has to be pulled first
@@ -174,7 +175,7 @@ class _Driver:
     def _get(self, ref: Any) -> Any:
         return ray.get(ref, timeout=self._settings.timeout_s)
 
-    def _trainer(self, num_workers: int, attempt: int) -> ray.train.torch.TorchTrainer:
+    def _trainer(self, num_workers: int, attempt: int) -> "_Trainer":
         config = {
             "job": self._job,
             "link": self._link,
@@ -182,8 +183,8 @@ class _Driver:
             "faults": self._faults,
             "num_threads": int(self._size["CPU"]),
         }
-        return ray.train.torch.TorchTrainer(
-            _worker,
+        return _Trainer(
+            train_on_worker,
             train_loop_config=config,
             torch_config=ray.train.torch.TorchConfig(timeout_s=self._settings.timeout_s),
             scaling_config=ray.train.ScalingConfig(
@@ -199,66 +200,24 @@ class _Driver:
         )
 
 
-def _fit(trainer: ray.train.torch.TorchTrainer, outcome: list[Any]) -> None:
+class _Trainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]  # what comes from ray is Any
+    """Ray's, but without its cleaner of placement groups where that cannot work.
+
+    The cleaner asks the dashboard whether the controller lives. Without a dashboard it asks in vain, and each
+    session's end waits 12 s for it.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks: list[Any] = super()._create_default_callbacks()
+        return [c for c in callbacks if cluster.has_dashboard() or not isinstance(c, PlacementGroupCleanerCallback)]
+
+
+def _fit(trainer: _Trainer, outcome: list[Any]) -> None:
     """Fit in a thread, so that the driver's main thread can watch."""
     try:
         outcome.append(trainer.fit().return_value)
     except Exception as e:  # told apart by the main thread
         outcome.append(e)
-
-
-def _worker(config: dict[str, Any]) -> dict[str, Any]:
-    """What each Ray worker runs; in a thread of its own, so it can install no signal handlers."""
-    # Late: the driver's and the controller's processes import this module and have no use for these.
-    from pipeline.checkpoint import CheckpointError
-    from pipeline.data.fetch import BadDataError
-    from pipeline.identity import SupersededError
-    from pipeline.train import NonFiniteLossError, fit
-
-    job, link, attempt = config["job"], config["link"], config["attempt"]
-    here = ray.train.get_context()
-    rank = here.get_world_rank()
-    link.join.remote(attempt, ray.get_runtime_context().get_node_id())
-    line = _Line(link, attempt, job.cfg.cluster.timeout_s)
-    if rank == 0:
-        threading.Thread(target=line.keep, name="link", daemon=True).start()
-    context = Context(
-        rank=rank,
-        world_size=here.get_world_size(),
-        device=ray.train.torch.get_device(),
-        num_threads=config["num_threads"],
-        emit=lambda event: link.emit.remote(attempt, event),
-        stop_reason=lambda: line.stop_reason,
-        progress=line.progress,
-        faults=config["faults"],
-    )
-    try:
-        return fit(job, context)
-    except (ConfigError, NonFiniteLossError, BadDataError, CheckpointError, SupersededError) as e:
-        ray.get(link.fail.remote(attempt, type(e).__name__, str(e)))  # a restart would meet it again
-        raise
-
-
-class _Line:
-    """Rank 0's line to the driver, kept by a thread so that no step waits for an answer."""
-
-    def __init__(self, link: Any, attempt: int, timeout_s: float):
-        self._link, self._attempt, self._timeout_s = link, attempt, timeout_s
-        self._step = 0
-        self.stop_reason: StopReason | None = None
-
-    def progress(self, step: int) -> None:
-        self._step = step
-
-    def keep(self) -> None:
-        while True:
-            asked = self._link.poll.remote(self._attempt, self._step)
-            try:
-                self.stop_reason = ray.get(asked, timeout=self._timeout_s)
-            except ray.exceptions.RayError as e:  # cut off: others train on by now
-                print(f"worker 0 ends, it has lost its driver: {e}", flush=True)
-                os._exit(1)
-            time.sleep(POLL_SECONDS)
 
 
 @contextmanager
