@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -53,12 +54,25 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 SOURCES = "a folder of CLASS/image files, of tar shards or of Parquet files; or DIR/train-{000..146}.tar; a path or URI"
 
+NEEDS = "refuse to start where this environment variable is not set"
+SECRET = (
+    "an environment variable that the job needs and the cluster's own environment has, from a Kubernetes Secret or of "
+    "`ray start`; only the name is sent, since everyone who may ask Ray sees a job's command line and environment"
+)
+
 
 def _count(text: str, low: int = 1) -> int:
     """A whole number of an option."""
     if not text.isdecimal() or int(text) < low:
         raise argparse.ArgumentTypeError(f"{text}: must be a whole number, at least {low}")
     return int(text)
+
+
+def _variable(text: str) -> str:
+    """An environment variable's name, in an option that takes no value; what else was given is not repeated."""
+    if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", text) is None:
+        raise argparse.ArgumentTypeError("give the name of an environment variable, without its value")
+    return text
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,10 +96,31 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("config", metavar="CONFIG", help="a YAML file")
         command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, such as train.epochs=3")
 
+    def add_address(command: argparse.ArgumentParser) -> None:
+        text = "of the cluster's dashboard, such as http://HEAD:8265; by default $RAY_API_SERVER_ADDRESS"
+        command.add_argument("--address", metavar="URL", help=text)
+
     train = add("train", commands.train, "Train; a run.name used before resumes that run.")
     train.add_argument("config", nargs="?", metavar="CONFIG", help="a YAML file (not with --resume)")
     train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, such as train.epochs=3")
     train.add_argument("--resume", metavar="RUN", help="a run's name, an MLflow run id, or a checkpoint's path")
+    train.add_argument("--needs", action="append", default=[], type=_variable, metavar="NAME", help=NEEDS)
+
+    submit = add("submit", commands.submit, "Train on a Ray cluster, as a job, and follow its log; resumes like train.")
+    add_config(submit)
+    add_address(submit)
+    submit.add_argument("--image", action="store_true", help="use the cluster's image as it is; CONFIG is a path in it")
+    submit.add_argument("--detach", action="store_true", help="do not wait for the job's end")
+    submit.add_argument("--secret", action="append", default=[], type=_variable, metavar="NAME", help=SECRET)
+
+    jobs = add("jobs", commands.jobs, "List the jobs of a Ray cluster, or follow the log of one.")
+    add_address(jobs)
+    jobs.add_argument("--follow", metavar="JOB", help="a job's id, or a run's name: its newest job")
+
+    stop = add("stop", commands.stop, "Have a job save a checkpoint and end, and wait for that.")
+    stop.add_argument("job", nargs="?", metavar="JOB", help="a job's id, or a run's name: its newest job")
+    stop.add_argument("--all", action="store_true", help="every active job")
+    add_address(stop)
 
     sync = add("sync", commands.sync, "Send what a run has not been able to log to MLflow.")
     add_run(sync)

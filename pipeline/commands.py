@@ -4,6 +4,7 @@ The heavy imports are inside the commands: torch takes seconds, and `pipeline --
 """
 
 import argparse
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -20,6 +21,9 @@ def train(args: argparse.Namespace) -> Outcome:
     from pipeline import supervise
     from pipeline.console import TrainingView, summary_lines
 
+    if lacking := [name for name in args.needs if not os.environ.get(name)]:
+        mend = "give it to the cluster, from a Kubernetes Secret or in the environment of `ray start`"
+        raise ConfigError(f"{', '.join(lacking)}: not set in the environment here, and this training needs it; {mend}")
     cfg, label, resume_from = config_to_train(args)
     with TrainingView(_people(args)) as view:
         try:
@@ -176,6 +180,67 @@ def preview(args: argparse.Namespace) -> Outcome:
     images = preview(cfg, args.step, args.images, args.out, lambda text: print(text, file=sys.stderr))
     text = f"{args.out}: {len(images)} images of step {args.step}, as they enter the model"
     return {"out": str(args.out), "step": args.step, "images": images}, [text], DONE
+
+
+def submit(args: argparse.Namespace) -> Outcome:
+    from pipeline import jobs, submission
+
+    what = submission.plan(args.config, args.overrides, args.secret, args.image)
+    client = jobs.connect(args.address)
+    job = jobs.submit(client, what)
+    _say(f"job {job} trains run {what.run}")
+    if args.detach:
+        return {"status": "submitted", "job": job, "run": what.run}, [jobs.how_to_go_on(client, job)], DONE
+    return _follow(args, client, job)
+
+
+def _follow(args: argparse.Namespace, client: Any, job: str) -> Outcome:
+    """Show a job's log until it ends; the exit code is the job's, as far as it says something."""
+    from pipeline import jobs
+
+    out = _people(args)
+    try:
+        details = jobs.follow(client, job, lambda text: print(text, end="", file=out, flush=True), _say)
+    except KeyboardInterrupt:
+        lines = ["", f"job {job} goes on; {jobs.how_to_go_on(client, job)}"]
+        return {"status": "interrupted", "job": job}, lines, INTERRUPTED
+    ends = {"SUCCEEDED": ("done", DONE), "STOPPED": ("interrupted", INTERRUPTED)}
+    status, code = ends.get(str(details.status), ("failed", FAILED))
+    if code == FAILED and details.driver_exit_code in (WRONG, INTERRUPTED):
+        code = details.driver_exit_code
+    return jobs.describe(details) | {"status": status}, [f"job {job}: {details.status}"], code
+
+
+def jobs(args: argparse.Namespace) -> Outcome:
+    from pipeline import jobs
+
+    client = jobs.connect(args.address)
+    known = jobs.listed(client)
+    if args.follow:
+        return _follow(args, client, jobs.find(known, args.follow).submission_id)
+    described = [jobs.describe(job) for job in known]
+    return described, jobs.table(described), DONE
+
+
+def stop(args: argparse.Namespace) -> Outcome:
+    from pipeline import jobs
+
+    if (args.job is None) != args.all:
+        raise ConfigError("name one job, such as: pipeline stop pets; or --all")
+    client = jobs.connect(args.address)
+    known = jobs.listed(client)
+    chosen = [job for job in known if not job.status.is_terminal()] if args.all else [jobs.find(known, args.job)]
+    names = [job.submission_id for job in chosen]
+    if not names:
+        return [], ["no job is active"], DONE
+    _say(f"asked for a checkpoint and an end of {', '.join(names)}; waiting")
+    stopped = list(jobs.stop(client, names))
+    lines = [f"job {details.submission_id}: {details.status}{text and f', {text}'}" for details, text in stopped]
+    return [jobs.describe(details) | {"log": text} for details, text in stopped], lines, DONE
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _people(args: argparse.Namespace) -> IO[str]:

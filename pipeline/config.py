@@ -50,6 +50,20 @@ class Section:
             raise ConfigError(f"{self.key(name)}={show(getattr(self, name))}: {mend}")
 
 
+# scheme://NAME:SECRET@ with any SECRET, also with slashes, as AWS's have; but not host:port/x@y, nor [v6 address].
+_CREDENTIALS = re.compile(r"^[a-z][a-z0-9+.-]*://[^/:@\[]*:(?!\d+/)[^@]+@", re.IGNORECASE)
+
+
+def refuse_credentials(key: str, value: Any) -> None:
+    """Raise ConfigError, without the value, where it is a URI with a password in it."""
+    if isinstance(value, str) and _CREDENTIALS.match(value):
+        raise ConfigError(
+            f"{key}: leave the login out of it, since settings are logged and stored; give it in the environment, as "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
+            "PGPASSWORD"
+        )
+
+
 def show(value: Any) -> str:
     """A value as one would write it in an override."""
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"), default=str)
@@ -68,6 +82,7 @@ class RunConfig(Section):
         legal = self.name is None or re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", self.name) is not None
         self.require(legal, "name", "use letters, digits, '.', '_' and '-', at most 100, not starting with '.' or '-'")
         self.require(bool(self.storage.strip()), "storage", "name a directory, such as runs, or a URI")
+        refuse_credentials("run.storage", self.storage)
 
 
 @dataclass(frozen=True)
@@ -109,6 +124,8 @@ class DataConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("train", "val"):
+            refuse_credentials(self.key(name), getattr(self, name))
         name = "image_size" if self.val_size is None else "val_size"
         holds = self.val_resize >= self.size_to_evaluate
         self.require(holds, "val_resize", f"must be at least {name}={self.size_to_evaluate}")
@@ -187,6 +204,7 @@ class MlflowConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(bool(self.experiment.strip()), "experiment", "name an experiment, such as pipeline")
+        refuse_credentials("mlflow.uri", self.uri)
         refused = self.uri is not None and (self.uri.startswith("file:") or "://" not in self.uri)
         self.require(
             not refused, "uri", "MLflow keeps no runs in plain files; use sqlite:///FILE.db or http://HOST:PORT"

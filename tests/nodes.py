@@ -6,7 +6,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,6 +22,8 @@ QUICK_HEALTH_CHECKS = {
     "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "3",
 }
+NO_DASHBOARD = ("--include-dashboard=false",)
+NOTHING: Mapping[str, str] = {}
 
 
 class Node:
@@ -29,9 +31,12 @@ class Node:
 
     Args:
         inside: a command that runs another one where the node is to be, such as `ip netns exec NAME`.
+        env: besides that of all nodes.
     """
 
-    def __init__(self, *options: str, inside: tuple[str, ...] = (), num_cpus: int = 1):
+    def __init__(
+        self, *options: str, inside: tuple[str, ...] = (), num_cpus: int = 1, env: Mapping[str, str] = NOTHING
+    ):
         self._folder = tempfile.TemporaryDirectory(prefix="ray")  # short: sockets' paths have a limit
         fixed = ["--block", "--disable-usage-stats", f"--num-cpus={num_cpus}", "--object-store-memory=80000000"]
         self._log = Path(self._folder.name) / "log"
@@ -46,6 +51,7 @@ class Node:
                     **AUTHENTICATION,
                     **QUICK_HEALTH_CHECKS,
                     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "20",
+                    **env,
                 },
             )
 
@@ -73,13 +79,19 @@ class Node:
 
 
 class Cluster:
-    """A head without CPUs for workers, and nodes that are added; an address to join it."""
+    """A head without CPUs for workers, and nodes that are added; an address to join it.
 
-    def __init__(self, port: int, head_cpus: int = 0):
+    Args:
+        dashboard: the head's options for one, which takes jobs.
+    """
+
+    def __init__(
+        self, port: int, head_cpus: int = 0, dashboard: tuple[str, ...] = NO_DASHBOARD, env: Mapping[str, str] = NOTHING
+    ):
         self.address = f"127.0.0.1:{port}"
         self.nodes: list[Node] = []
-        options = ["--head", "--node-ip-address=127.0.0.1", f"--port={port}", "--include-dashboard=false"]
-        self.head = Node(*options, num_cpus=head_cpus)
+        options = ["--head", "--node-ip-address=127.0.0.1", f"--port={port}", *dashboard]
+        self.head = Node(*options, num_cpus=head_cpus, env=env)
         self.head.wait_until_up()
 
     def add(self, num_cpus: int = 1) -> Node:
