@@ -21,7 +21,7 @@ from servers import MlflowServer
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(400)]
 
-NUM_STEPS = 100
+NUM_STEPS = 60
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ class Run:
         self.training = self._start(self._command(self.name, *self.settings), self.env)
 
     def reach_a_random_moment(self) -> None:
-        self.training.wait_for_step(self.rng.randrange(5, NUM_STEPS - 30))
+        self.training.wait_for_step(self.rng.randrange(5, NUM_STEPS - 25))
         time.sleep(self.rng.random() * 0.5)
 
     def kill_one(self, pattern: str) -> None:
