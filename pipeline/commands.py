@@ -46,7 +46,7 @@ def config_to_train(args: argparse.Namespace) -> tuple[Config, str, str | None]:
     from pipeline import runs  # late, as in all commands: torch takes seconds to import
 
     given = dict(map(parse_override, words))
-    found = runs.find(args.resume, runs.open_storage(given.get("run.storage", "runs")), given.get("mlflow.uri"))
+    found = runs.find_to_resume(args.resume, given.get("run.storage"), given.get("mlflow.uri"))
     cfg = runs.config_to_resume(found, words)
     return cfg, "", found.place.uri
 

@@ -3,17 +3,19 @@
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline import checkpoint
-from pipeline.config import ConfigError
+from pipeline.config import ConfigError, refuse_credentials
 from pipeline.spool import Record
 from pipeline.storage import Storage
 
 TRAINING_ID_TAG = "pipeline.training_id"
 RUN_TAG = "pipeline.run_dir"
+CHECKPOINTS = "checkpoints"  # the folder of artifacts
 MODEL_TAG = "pipeline.model_from"  # the checkpoint whose model is logged
 SESSION = uuid.uuid4().hex  # this process: a session's start that is sent by a later one is past
 
@@ -22,9 +24,10 @@ def tracking_uri(configured: str | None, storage: Storage) -> str:
     """Where runs are logged: as configured, else $MLFLOW_TRACKING_URI, else a SQLite file in `storage`.
 
     Raises:
-        ConfigError: none of these.
+        ConfigError: none of these, or one with a login in it.
     """
     if named := configured or os.environ.get("MLFLOW_TRACKING_URI"):
+        refuse_credentials("MLFLOW_TRACKING_URI", named)
         return named
     if storage.local is None:
         raise ConfigError(f"mlflow.uri=null: run.storage={storage} cannot hold MLflow's database; name a server")
@@ -52,14 +55,9 @@ class MlflowRun:
     """
 
     def __init__(self, target: Target):
-        # MLflow's own retries (7, of up to 120 s each) would hide for minutes that a server is away.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-        import mlflow
-
         self._uri = target.uri
         self._monitor: Any = None
-        self._client = mlflow.MlflowClient(target.uri)
+        self._client = _client(target.uri)
         self.experiment_id = self._experiment(target.experiment)
         run_filter = f"tags.`{TRAINING_ID_TAG}` = '{target.training_id}'"
         found = self._client.search_runs([self.experiment_id], run_filter, max_results=1)
@@ -125,6 +123,15 @@ class MlflowRun:
         self._monitor.start()
 
 
+def _client(uri: str) -> Any:
+    # MLflow's own retries (7, of up to 120 s each) would hide for minutes that a server is away.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    import mlflow
+
+    return mlflow.MlflowClient(uri)
+
+
 def refuses_for_good(error: Exception) -> bool:
     """Whether sending the same record again must fail again."""
     if isinstance(error, (FileNotFoundError, checkpoint.CheckpointError)):
@@ -132,14 +139,37 @@ def refuses_for_good(error: Exception) -> bool:
     return getattr(error, "error_code", None) in {"INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST"}
 
 
+def reason(error: Exception) -> str:
+    """What went wrong, in a line for the user."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    if getattr(error, "error_code", None) in {"UNAUTHENTICATED", "PERMISSION_DENIED"}:
+        text += "; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to a login of that server"
+    return text
+
+
 def find_run(uri: str, run_id: str) -> Storage | None:
-    """The folder of the run with this MLflow id, or None where the store has no such run."""
-    import mlflow
+    """The folder of the run with this MLflow id, or None where the store has no such run.
+
+    Raises:
+        ConnectionError: the store does not answer, or asks for a login.
+    """
+    from mlflow import MlflowException
 
     try:
-        return Storage(mlflow.MlflowClient(uri).get_run(run_id).data.tags[RUN_TAG])
-    except (mlflow.MlflowException, KeyError):
+        return Storage(_client(uri).get_run(run_id).data.tags[RUN_TAG])
+    except KeyError:
         return None
+    except MlflowException as e:
+        if e.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise ConnectionError(f"MLflow at {uri} cannot be asked for run {run_id}: {reason(e)}") from None
+
+
+def fetch_checkpoints(uri: str, run_id: str, to: Path) -> Iterator[Path]:
+    """The checkpoints among a run's artifacts, newest first, each fetched into `to` when it is asked for."""
+    client = _client(uri)
+    for path in sorted((one.path for one in client.list_artifacts(run_id, CHECKPOINTS) if one.is_dir), reverse=True):
+        yield Path(client.download_artifacts(run_id, path, str(to)))
 
 
 def _log_model(uri: str, run_id: str, source: Path) -> None:

@@ -11,7 +11,7 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.data.index import Index
 from pipeline.identity import Identity
 from pipeline.job import Context, Job
-from pipeline.mlflow_run import tracking_uri
+from pipeline.mlflow_run import CHECKPOINTS, tracking_uri
 from pipeline.perf import Ledger
 from pipeline.saver import Saver
 from pipeline.settings import dump, flatten
@@ -251,7 +251,7 @@ class Recorder:
         }
 
     def _upload(self, saved: Checkpoint) -> None:
-        self._tracker.folder(saved.path, f"checkpoints/{saved.path.name}")
+        self._tracker.folder(saved.path, f"{CHECKPOINTS}/{saved.path.name}")
 
 
 def mark_failed(job: Job, reason: str) -> None:

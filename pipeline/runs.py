@@ -15,6 +15,7 @@ import fcntl
 import os
 import re
 import socket
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -36,6 +37,7 @@ from pipeline.mlflow_run import tracking_uri
 from pipeline.settings import load
 from pipeline.storage import Storage, patiently
 
+MLFLOW_RUN_ID = re.compile(r"[0-9a-f]{32}")
 MAX_NAMED = 20  # refused files that are named one by one
 LOCK_PATIENCE_S = 60.0
 PATIENCE_S = 10.0  # with a storage that does not answer at the start
@@ -146,7 +148,7 @@ def find_run(reference: str, storage: Storage, mlflow_uri: str | None) -> Storag
     for run in (storage / reference, Storage(reference)) if "://" not in reference else (Storage(reference),):
         if {"checkpoints", FILE} & set(run.names()):
             return run
-    if re.fullmatch(r"[0-9a-f]{32}", reference):  # the form of an MLflow run id
+    if MLFLOW_RUN_ID.fullmatch(reference):
         return mlflow_run.find_run(tracking_uri(mlflow_uri, storage), reference)
     return None
 
@@ -169,6 +171,43 @@ def find(reference: str, storage: Storage, mlflow_uri: str | None) -> Checkpoint
     if run is not None:
         return _newest(run)
     raise no_such_run(reference, storage)
+
+
+def find_to_resume(reference: str, storage_uri: str | None, mlflow_uri: str | None) -> Checkpoint:
+    """As `find`; where the folder of an MLflow run is lost, its newest valid checkpoint among MLflow's artifacts.
+
+    Args:
+        storage_uri: where runs lie, and where the run is to lie again; None: "runs", and where it was.
+    """
+    storage = open_storage(storage_uri or "runs")
+    run = find_run(reference, storage, mlflow_uri)
+    if run is None or not MLFLOW_RUN_ID.fullmatch(reference) or (run / "checkpoints").names():
+        return find(reference, storage, mlflow_uri)
+    _fetch(storage / run.name if storage_uri else run, tracking_uri(mlflow_uri, storage), reference)
+    return _newest(storage / run.name if storage_uri else run)
+
+
+def _fetch(run: Storage, uri: str, mlflow_id: str) -> None:
+    """Put the newest valid checkpoint that MLflow has into the run's folder; it says which training the run is."""
+    problems: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for path in mlflow_run.fetch_checkpoints(uri, mlflow_id, Path(folder)):
+            try:
+                found = checkpoint.read(Storage(path))
+            except checkpoint.CheckpointError as e:
+                problems.append(str(e))
+                continue
+            place = run / "checkpoints" / path.name
+            place.make()
+            for file in (checkpoint.STATE, checkpoint.CONFIG, checkpoint.META):  # the last makes it one
+                place.upload(found.path / file, file)
+            return
+    why = (
+        problems[0]
+        if problems
+        else "they are there with mlflow.checkpoints=all, or best or last once a session has ended"
+    )
+    raise ConfigError(f"{run} is gone, and MLflow run {mlflow_id} has no valid checkpoint among its artifacts: {why}")
 
 
 def no_such_run(reference: str, storage: Storage) -> ConfigError:

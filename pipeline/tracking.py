@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import ConfigError, MlflowConfig
-from pipeline.mlflow_run import SESSION, MlflowRun, Target, refuses_for_good
+from pipeline.mlflow_run import SESSION, MlflowRun, Target, reason, refuses_for_good
 from pipeline.spool import Record, Spool
 from pipeline.storage import Storage
 
@@ -153,9 +153,7 @@ class Tracker:
                 self._send_waiting()
             except Exception as e:  # MLflow raises whatever its transport raises; none of it may end a training
                 if not self._failing:
-                    self._on_problem(
-                        f"MLflow at {self._target.uri} fails, records wait in {self.spool}: {_first_line(e)}"
-                    )
+                    self._on_problem(f"MLflow at {self._target.uri} fails, records wait in {self.spool}: {reason(e)}")
                 self._failing = True
                 if self._closing.is_set():  # somebody waits
                     self._abandoned.wait(RETRY_SECONDS[0])
@@ -182,7 +180,7 @@ class Tracker:
             except Exception as e:
                 if not refuses_for_good(e):
                     raise
-                self._on_problem(f"MLflow refused a record of kind {batch[0][0]['kind']}, dropped: {_first_line(e)}")
+                self._on_problem(f"MLflow refused a record of kind {batch[0][0]['kind']}, dropped: {reason(e)}")
             self._failing = False
             self._spool.mark_sent(batch[-1][1])
             waiting = waiting[len(batch) :] or self._spool.unsent()
@@ -227,7 +225,3 @@ def _leading_metrics(waiting: list[tuple[Record, int]]) -> list[tuple[Record, in
             break
         batch.append((record, end))
     return batch
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
