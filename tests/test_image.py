@@ -1,0 +1,174 @@
+"""The container image: built without a Docker daemon, looked through, and run as on Kubernetes: read-only, no root."""
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+from commands import ROOT
+from s3 import free_port, wait_for_port
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1500)]
+
+TOOLS = ("buildah", "debootstrap", "unshare")
+NEEDED_BYTES = 30 * 2**30
+USER = 1000
+CA = "etc/ssl/certs/ca-certificates.crt"
+# What may not be in it: names of files and folders.
+COMPILERS = {"gcc", "cc", "g++", "c++", "clang", "nvcc"}
+LEFTOVERS = {".git", ".bash_history", ".python_history", ".cache", ".venv", "pip.conf", "runs"}
+
+WRITABLE = {"tmp", "var/tmp", "run/lock", "dev/shm"}
+
+# Before what is to run: the image as its root, read-only; all else as Kubernetes gives it to a container.
+AS_ON_KUBERNETES = """
+set -e
+mount --bind "$1" "$1" && mount -o remount,ro,bind "$1"
+mount -t tmpfs tmpfs "$1/tmp" && chmod 1777 "$1/tmp"
+mount -t proc proc "$1/proc" && mount --rbind /dev "$1/dev" && mount --bind -o ro /sys "$1/sys"
+exec chroot --userspec=1000:1000 "$1" /usr/bin/env -i "${@:3}" /bin/sh -c "cd /app && $2"
+"""
+
+
+class Image:
+    """The built image, its files below `root`."""
+
+    def __init__(self, root: Path, about: dict[str, dict[str, object]]):
+        self.root, self.about = root, about
+
+    def run(self, command: str) -> str:
+        """Run a shell command in a container."""
+        environment = [str(v) for v in self.about["config"]["Env"]]  # type: ignore[attr-defined]
+        inside = ["unshare", "--mount", "--pid", "--fork", "bash", "-c", AS_ON_KUBERNETES, "-"]
+        done = subprocess.run(
+            [*inside, str(self.root), command, *environment], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+
+@contextmanager
+def pip_conf(folder: Path) -> Iterator[Path]:
+    """This machine's configuration of pip; what it finds in folders here goes over HTTP, for a build to see it."""
+    said = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True)
+    pairs = (line.split("=", 1) for line in said.stdout.splitlines())
+    given = {key.rpartition(".")[2]: value.strip("'") for key, value in pairs}
+    port, lines = free_port(), ["[global]"]
+    for name in ("index-url", "extra-index-url", "find-links"):
+        if places := given.get(name, "").replace("file://", "").split():
+            served = (f"http://127.0.0.1:{port}{place}/" if place.startswith("/") else place for place in places)
+            lines.append(f"{name} = {' '.join(served)}")
+    (folder / "pip.conf").write_text("\n".join(lines) + "\n")
+    command = [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1", "--directory", "/"]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for_port(port, server)
+        yield folder / "pip.conf"
+    finally:
+        server.kill()
+        server.wait(10)
+
+
+def call(*words: str | Path) -> str:
+    began = time.monotonic()
+    done = subprocess.run([str(w) for w in words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{words}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
+    print(f"{time.monotonic() - began:.0f} s: {' '.join(map(str, words))}")
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
+    if os.geteuid() != 0:
+        pytest.skip("building an image without a daemon needs root here")
+    if missing := [tool for tool in TOOLS if shutil.which(tool) is None]:
+        pytest.skip(f"no {missing[0]} on this machine")
+    folder = tmp_path_factory.mktemp("image")
+    if shutil.disk_usage(folder).free < NEEDED_BYTES:
+        pytest.skip(f"less than {NEEDED_BYTES >> 30} GB of disk are free in {folder}")
+    buildah = ("buildah", "--root", folder / "root", "--runroot", folder / "run")
+    with ExitStack() as cleanup:
+        cleanup.callback(shutil.rmtree, folder)
+        # As python:3.11-slim-bookworm, but Debian's Python.
+        base = folder / "base"
+        call("debootstrap", "--variant=minbase", "--include=python3-venv,ca-certificates", "bookworm", base)
+        shutil.copy(f"/{CA}", base / CA)
+        container = call(*buildah, "from", "scratch")
+        cleanup.callback(call, *buildah, "rm", "--all")
+        call(*buildah, "copy", "--quiet", container, base, "/")
+        call(*buildah, "commit", "--quiet", container, "base")
+        with pip_conf(folder) as conf:
+            options = ["--isolation", "chroot", "--build-arg", "BASE=localhost/base", "--secret", f"id=pip,src={conf}"]
+            call(*buildah, "bud", "--layers", *options, "--tag", "pipeline", ROOT)
+        container = call(*buildah, "from", "pipeline")
+        about = json.loads(call(*buildah, "inspect", "--type", "image", "pipeline"))["OCIv1"]
+        yield Image(Path(call(*buildah, "mount", container)), about)
+
+
+def test_its_configuration(image: Image) -> None:
+    about = image.about["config"]
+    assert about["User"] == "1000:1000"
+    assert about["WorkingDir"] == "/app"
+    assert "Healthcheck" not in about
+    labels = about["Labels"]
+    assert isinstance(labels, dict)
+    assert {
+        f"org.opencontainers.image.{name}" for name in ("title", "version", "licenses", "revision")
+    } <= labels.keys()
+
+
+def test_its_files(image: Image) -> None:
+    """Nothing that raises rights, nothing to build with, nothing left over, and nothing that its user could change."""
+    found = []
+    for folder, folders, files in os.walk(image.root):
+        for path in (Path(folder) / name for name in (*folders, *files)):
+            inside, about = path.relative_to(image.root), path.lstat()
+            is_file = stat.S_ISREG(about.st_mode)
+            if not (is_file or stat.S_ISDIR(about.st_mode)):
+                continue
+            mine = about.st_uid == USER or about.st_gid == USER or about.st_mode & stat.S_IWOTH
+            if (is_file and about.st_mode & (stat.S_ISUID | stat.S_ISGID)) or path.name in COMPILERS | LEFTOVERS:
+                found.append(f"/{inside}")
+            elif mine and str(inside) not in WRITABLE:
+                found.append(f"/{inside} can be written to")
+    assert found == []
+    for empty in ("tmp", "root/.cache", "var/lib/apt/lists", "var/cache/apt"):
+        assert not [p for p in (image.root / empty).rglob("*") if p.is_file()], empty
+
+
+def test_what_kuberay_and_the_manifests_call(image: Image) -> None:
+    for command in ("bash --version", "wget --version", "ray --version", "pipeline --help", "mlflow server --help"):
+        image.run(command)
+    assert image.run("id -u && id -g").split() == ["1000", "1000"]
+    assert image.run("touch /app/x /opt/venv/x 2>&1; ls /app").split() == [
+        *("touch:", "cannot", "touch", "'/app/x':", "Read-only", "file", "system"),
+        *("touch:", "cannot", "touch", "'/opt/venv/x':", "Read-only", "file", "system"),
+        *("configs", "scripts"),
+    ]
+
+
+def test_the_demo_trains_in_it_and_the_end_of_a_head_loses_no_step(image: Image) -> None:
+    """ResNet-152, two workers, on digits made in the container; scripts/pre_stop.sh is what Kubernetes calls first."""
+    data = "data.train=/tmp/digits/train data.val=/tmp/digits/val run.storage=/tmp/runs run.name=demo"
+    size = "cluster.workers=2 train.steps=40 train.log_every=1 mlflow.log_model=false"
+    train = f"pipeline train configs/digits.yaml --json {data} {size}"
+    said = image.run(
+        f"""python scripts/make_digits.py /tmp/digits >/dev/null
+        {train} >/tmp/first 2>/tmp/log & first=$!
+        until grep -q "^step 2/" /tmp/log; do sleep 0.2; kill -0 $first || {{ cat /tmp/log; exit 1; }}; done
+        bash scripts/pre_stop.sh
+        wait $first; echo $?; cat /tmp/first
+        {train} run.stop_at_step=$(($(wc -l </tmp/log) + 4))"""
+    )
+    code, first, second = said.splitlines()
+    stopped, resumed = json.loads(first), json.loads(second)
+    assert (code, stopped["status"]) == ("130", "interrupted")
+    assert resumed["status"] in ("done", "stopped"), resumed
+    assert resumed["step"] > stopped["step"] >= 2
