@@ -199,7 +199,7 @@ def test_a_lost_run_json_is_made_up_from_the_newest_checkpoint(job: Callable[...
         path.write_text(content)
     events: list[Event] = []
     two = fit(job("run", "run.stop_at_step=3"), context(events=events))
-    assert [e["step"] for e in events if e["kind"] == "start"] == [2]
+    assert [(e["session"], e["step"]) for e in events if e["kind"] == "start"] == [(2, 2)]
     assert two["mlflow_run_id"] == one["mlflow_run_id"]
     assert any("run.json is damaged" in e.get("text", "") for e in events) == (content is not None)
 
