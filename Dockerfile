@@ -7,6 +7,7 @@
 ARG BASE=python:3.11-slim-bookworm
 
 # What the project needs: gigabytes, which depend on two files alone. A change of code does not come past here.
+# (PyTorch's index lacks the pinned versions of what torch needs: that comes from the usual one.)
 FROM ${BASE} AS packages
 ARG TORCH_INDEX=""
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PATH=/opt/venv/bin:$PATH
@@ -15,7 +16,7 @@ COPY constraints.txt pyproject.toml ./
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     python3 -m venv /opt/venv && \
     if [ -n "$TORCH_INDEX" ]; then \
-        pip install --constraint constraints.txt --index-url "$TORCH_INDEX" torch torchvision; \
+        pip install --constraint constraints.txt --no-deps --index-url "$TORCH_INDEX" torch torchvision; \
     fi && \
     python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb')); print(\
 *p['project']['dependencies'], *p['project']['optional-dependencies']['server'], sep='\n')" >needs.txt && \
@@ -40,20 +41,22 @@ LABEL org.opencontainers.image.title="pipeline" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
-# KubeRay's probes call wget. No file may give its caller another user's rights.
+# KubeRay's probes call wget. No file may give its caller another user's rights, and all but /tmp is root's.
 RUN apt-get update && \
     apt-get install --yes --no-install-recommends ca-certificates wget && \
     rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/* && \
     groupadd --gid 1000 pipeline && \
     useradd --uid 1000 --gid 1000 --home-dir /tmp --no-create-home --shell /usr/sbin/nologin pipeline && \
-    find / -xdev -type f -perm /6000 -exec chmod a-s {} +
+    find / -xdev -type f -perm /6000 -exec chmod a-s {} + && \
+    find / -xdev -type d -perm -0002 ! -path /tmp -exec chmod o-w {} +
 COPY --from=packages /opt/venv /opt/venv
 COPY --from=project /project /opt/venv
 WORKDIR /app
 COPY scripts/make_digits.py scripts/mlflow_server.sh scripts/pre_stop.sh scripts/
 COPY configs configs
-# The root file system may be read-only; what is written goes to /tmp.
+# The root file system may be read-only; what is written goes to /tmp. Ray would kill a job 3 s after it was asked to
+# stop, before it has saved a checkpoint; the head's own environment says otherwise.
 ENV PATH=/opt/venv/bin:$PATH HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
-    RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
+    RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0 RAY_JOB_STOP_WAIT_TIME_S=600
 USER 1000:1000
 CMD ["pipeline", "--help"]
