@@ -77,7 +77,8 @@ def save(folder: Storage, state: dict[str, Any], cfg: Config, meta: dict[str, An
 
     Args:
         state: of `TrainState.state_dict()`; nothing may change it meanwhile.
-        meta: what else belongs into meta.json: "fingerprint", "classes", "metrics", "training_id", "sessions", "faults".
+        meta: what else belongs into meta.json: "fingerprint", "classes", "metrics", and of the training its
+            "training_id", "sessions", "faults".
 
     Raises:
         OSError: it could not be written; nothing is left of it, or nothing with a meta.json.

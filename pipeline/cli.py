@@ -125,6 +125,12 @@ def _parser() -> argparse.ArgumentParser:
     sync = add("sync", commands.sync, "Send what a run has not been able to log to MLflow.")
     add_run(sync)
 
+    doctor = add("doctor", commands.doctor, "Say whether a cluster can train a configuration, and what to mend if not.")
+    text = "look at the cluster of cluster.address or $RAY_ADDRESS, else at this machine as one; always to be given"
+    doctor.add_argument("--cluster", action="store_true", required=True, help=text)
+    doctor.add_argument("config", nargs="?", metavar="CONFIG", help="a YAML file; by default no data is read")
+    doctor.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, such as cluster.workers=16")
+
     config = add("config", commands.config, "Print the resolved configuration.")
     add_config(config)
 

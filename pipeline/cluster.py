@@ -4,11 +4,15 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import ray
 from ray._private.state import state  # see `draining`
 from ray._private.worker import get_dashboard_url
 from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.config import ClusterConfig, ConfigError
 
@@ -20,6 +24,24 @@ ENVIRONMENT = {"TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5"}
 QUIET = {"logging_level": "ERROR", "log_to_driver": False}
 
 Size = dict[str, float]  # {"CPU": ..., "GPU": ...} of one worker
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node of the cluster. address: its IP. resources: Ray's, such as CPU, GPU and object_store_memory (bytes)."""
+
+    id: str
+    address: str
+    resources: Size
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a function returned or raised on a node; when it was asked and heard, Unix seconds here."""
+
+    value: Any
+    asked: float
+    heard: float
 
 
 def join(address: str, patience_s: float, wants_stop: threading.Event) -> None:
@@ -114,6 +136,11 @@ class Place:
         remove_placement_group(self._group)
 
 
+def room(size: Size) -> int:
+    """How many such workers the nodes could hold, were they free."""
+    return _capacity(size, _nodes())
+
+
 def _capacity(size: Size, nodes: list[dict[str, float]]) -> int:
     return sum(int(min(node.get(kind, 0) // n for kind, n in size.items() if n)) for node in nodes)
 
@@ -136,4 +163,54 @@ def why_waiting(cfg: ClusterConfig, size: Size) -> str:
 
 def _nodes() -> list[dict[str, float]]:
     """The resources of each node that is up and stays."""
-    return [dict(n["Resources"]) for n in ray.nodes() if n["Alive"] and n["NodeID"] not in draining()]
+    return [node.resources for node in nodes().values()]
+
+
+def nodes() -> dict[str, Node]:
+    """The nodes that are up and stay, by their hosts' or pods' names, with an id where a host has two."""
+    there = [n for n in ray.nodes() if n["Alive"] and n["NodeID"] not in draining()]
+    hosts = [n["NodeManagerHostname"] for n in there]
+    alone = [hosts.count(host) == 1 for host in hosts]
+    names = [h if one else f"{h}/{n['NodeID'][:6]}" for h, one, n in zip(hosts, alone, there, strict=True)]
+    made = (Node(n["NodeID"], n["NodeManagerAddress"], dict(n["Resources"])) for n in there)
+    return dict(sorted(zip(names, made, strict=True)))
+
+
+def here() -> str:
+    """The id of the node that this process is connected to."""
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def on_each_node(
+    there: Mapping[str, Node], function: Callable[..., Any], *args: Any, patience_s: float
+) -> dict[str, Answer]:
+    """Call `function(*args)` on each node, though it be busy; a node that does not answer in time is left out."""
+    answers = on_nodes(function, [(node.id, args) for node in there.values()], patience_s=patience_s)
+    return {name: answer for name, answer in zip(there, answers, strict=True) if answer}
+
+
+def on_nodes(
+    function: Callable[..., Any], calls: Sequence[tuple[str, tuple[Any, ...]]], *, patience_s: float, num_gpus: int = 0
+) -> list[Answer | None]:
+    """Call `function` on nodes at the same time, each given by id and arguments; None for no answer in time."""
+    task = ray.remote(function)
+    asked: dict[Any, tuple[int, float]] = {}
+    for number, (node, args) in enumerate(calls):
+        pinned = NodeAffinitySchedulingStrategy(node, soft=False)
+        ref = task.options(num_cpus=0, num_gpus=num_gpus, max_retries=0, scheduling_strategy=pinned).remote(*args)
+        asked[ref] = (number, time.time())
+    answers: list[Answer | None] = [None] * len(calls)
+    waiting, deadline = list(asked), time.monotonic() + patience_s
+    while waiting:
+        done, waiting = ray.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+        if not done:
+            break
+        heard, (number, since) = time.time(), asked[done[0]]
+        try:
+            value = ray.get(done[0])
+        except ray.exceptions.RayError as e:
+            value = getattr(e, "cause", e)
+        answers[number] = Answer(value, since, heard)
+    for ref in waiting:
+        ray.cancel(ref, force=True)
+    return answers

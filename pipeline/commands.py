@@ -7,6 +7,8 @@ import argparse
 import os
 import shutil
 import sys
+from contextlib import redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
@@ -171,6 +173,21 @@ def predict(args: argparse.Namespace) -> Outcome:
             lines.append(f"{one['image']}  " + "  ".join(f"{t['class']} {t['probability']:.4f}" for t in one["top"]))
     code = WRONG if any("error" in one for one in predictions) else DONE
     return {"checkpoint": str(found.place), "predictions": predictions}, lines, code
+
+
+def doctor(args: argparse.Namespace) -> Outcome:
+    from pipeline.doctor import NOT_GIVEN, examine
+
+    words = [args.config, *args.overrides] if args.config else []
+    if words and "=" not in words[0]:
+        cfg = load(words[0], words[1:])
+    else:
+        cfg = load(None, [f"data.train={NOT_GIVEN}", f"data.val={NOT_GIVEN}", *words])
+    with redirect_stdout(sys.stderr):  # Ray tells there of nodes that die
+        checks = examine(cfg)
+    good = all(check.ok for check in checks)
+    result = {"status": "ok" if good else "bad", "checks": [asdict(check) for check in checks]}
+    return result, [str(check) for check in checks], DONE if good else FAILED
 
 
 def preview(args: argparse.Namespace) -> Outcome:

@@ -26,6 +26,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import cluster
 from pipeline.config import Config, ConfigError
+from pipeline.gauges import Gauges
 from pipeline.job import Event, FailureBudget, Fault, Job
 from pipeline.link import Link
 from pipeline.supervise import Interrupted, TrainingFailedError
@@ -66,7 +67,7 @@ def train(
         ClusterLostError: a new driver may go on where this one ends.
         Interrupted: it was to stop while no session ran.
     """
-    with _connected(job.cfg, again, wants_stop):
+    with connected(job.cfg, again, wants_stop):
         try:
             return _Driver(job, watch, wants_stop, faults).run()
         except ray.exceptions.RayError as e:
@@ -81,6 +82,7 @@ class _Driver:
     ):
         self._job, self._settings = job, job.cfg.cluster
         self._watch, self._wants_stop, self._faults = watch, wants_stop, faults
+        self._gauges = Gauges(job.run.name)
         self._size = cluster.size_of_worker(self._settings)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._link = ray.remote(Link).options(num_cpus=0, scheduling_strategy=here).remote()
@@ -108,6 +110,7 @@ class _Driver:
         """How many workers there is room for, once that is enough."""
         settings, since = self._settings, time.monotonic()
         while True:
+            self._gauges.export()
             if self._wants_stop.is_set():
                 raise Interrupted
             if num_workers := cluster.reserve(self._size, settings.min_workers, settings.max_workers):
@@ -115,7 +118,7 @@ class _Driver:
             self._wants_stop.wait(CLUSTER_POLL_SECONDS)
             if time.monotonic() - since > WAITING_SECONDS:
                 since = time.monotonic()
-                self._watch({"kind": "warning", "text": cluster.why_waiting(settings, self._size)})
+                self._tell({"kind": "warning", "text": cluster.why_waiting(settings, self._size)})
 
     def _run_session(self, num_workers: int, attempt: int) -> Any:
         """Train until rank 0's `fit` returns.
@@ -144,12 +147,17 @@ class _Driver:
         return outcome[0]
 
     def _pass_on(self) -> None:
+        self._gauges.export()
         for event in self._get(self._link.take_events.remote()):
             if event["kind"] == "start":
                 self._started, self._faults = time.monotonic(), ()
             elif event["kind"] == "checkpoint":
                 self._budget.progressed()
-            self._watch(event)
+            self._tell(event)
+
+    def _tell(self, event: Event) -> None:
+        self._gauges.event(event)
+        self._watch(event)
 
     def _note_fault(self, error: "ray.train.TrainingFailedError") -> None:
         failures = getattr(error, "worker_failures", {})
@@ -158,7 +166,7 @@ class _Driver:
         if self._budget.failed():
             raise TrainingFailedError(f"{text}; this is one failure too many without a checkpoint in between")
         self._faults = (*self._faults, Fault(text, self._get(self._link.step.remote()), time.time()))
-        self._watch({"kind": "fault", "text": text})
+        self._tell({"kind": "fault", "text": text})
 
     def _look_at_cluster(self, started: float, place: cluster.Place | None) -> None:
         """End the session where its nodes are to go, or one more worker has its place."""
@@ -169,7 +177,7 @@ class _Driver:
             why = "there is room for more workers"
         if why:
             self._started = None  # it is about to end; look no more
-            self._watch({"kind": "regroup", "text": why})
+            self._tell({"kind": "regroup", "text": why})
             self._link.request_stop.remote("regroup")
 
     def _get(self, ref: Any) -> Any:
@@ -221,7 +229,7 @@ def _fit(trainer: _Trainer, outcome: list[Any]) -> None:
 
 
 @contextmanager
-def _connected(cfg: Config, again: bool, wants_stop: threading.Event) -> Iterator[None]:
+def connected(cfg: Config, again: bool, wants_stop: threading.Event) -> Iterator[None]:
     """Connect to the cluster that the configuration or $RAY_ADDRESS names, else start one on this machine."""
     timeout_s = cfg.cluster.timeout_s
     for name, seconds in {

@@ -55,7 +55,7 @@ class MlflowRun:
     """
 
     def __init__(self, target: Target):
-        self._uri = target.uri
+        self._uri, self._folder = target.uri, target.run
         self._monitor: Any = None
         self._client = _client(target.uri)
         self.experiment_id = self._experiment(target.experiment)
@@ -108,6 +108,7 @@ class MlflowRun:
                     client.set_tag(self.id, MODEL_TAG, source.name)
             case "start":
                 client.update_run(self.id, status="RUNNING")
+                client.set_tag(self.id, RUN_TAG, self._folder)  # it may lie elsewhere now
                 if record["session"] == SESSION:
                     self._monitor_system()
             case "end":
@@ -166,10 +167,20 @@ def find_run(uri: str, run_id: str) -> Storage | None:
 
 
 def fetch_checkpoints(uri: str, run_id: str, to: Path) -> Iterator[Path]:
-    """The checkpoints among a run's artifacts, newest first, each fetched into `to` when it is asked for."""
+    """The checkpoints among a run's artifacts, newest first, each fetched into `to` when it is asked for.
+
+    Raises:
+        ConnectionError: the store does not give them.
+    """
+    from mlflow import MlflowException
+
     client = _client(uri)
-    for path in sorted((one.path for one in client.list_artifacts(run_id, CHECKPOINTS) if one.is_dir), reverse=True):
-        yield Path(client.download_artifacts(run_id, path, str(to)))
+    try:
+        found = [one.path for one in client.list_artifacts(run_id, CHECKPOINTS) if one.is_dir]
+        for path in sorted(found, reverse=True):
+            yield Path(client.download_artifacts(run_id, path, str(to)))
+    except (MlflowException, OSError) as e:
+        raise ConnectionError(f"MLflow at {uri} does not give the checkpoints of run {run_id}: {reason(e)}") from None
 
 
 def _log_model(uri: str, run_id: str, source: Path) -> None:
@@ -196,3 +207,18 @@ def _log_model(uri: str, run_id: str, source: Path) -> None:
             metadata={"classes": list(classes), "checkpoint": source.name},
             serialization_format="pt2",
         )
+
+
+def try_out(uri: str, experiment: str) -> None:
+    """Make a run with a metric in the experiment, read it back, and delete it.
+
+    Raises:
+        Exception: MLflow raises whatever its transport raises.
+    """
+    run = MlflowRun(Target(uri, experiment, "doctor", uuid.uuid4().hex))
+    try:
+        run.send([{"kind": "metrics", "time": 0, "step": 1, "values": {"doctor": 1.0}}])
+        if run.last_steps() != {"doctor": 1}:
+            raise OSError("what was written does not come back")
+    finally:
+        _client(uri).delete_run(run.id)

@@ -100,6 +100,7 @@ class Recorder:
                 "global_batch": cfg.train.global_batch,
                 "resumed_from": _place(self._newest),
                 "world_size": ctx.world_size,
+                "faults": num_faults,
                 "num_threads": ctx.num_threads,
                 "device": ctx.device.type,
                 **{name: story[name] for name in ("lost_steps", "recovery_s") if name in story},
@@ -127,7 +128,7 @@ class Recorder:
         }
         self._logged_step, self._logged_s = step, step_s
         self._tracker.metrics(step, metrics)
-        self._ctx.emit({"kind": "step", "step": step, **metrics})
+        self._ctx.emit({"kind": "step", "step": step, "compute_s": self._ledger.total("compute"), **metrics})
 
     def evaluation(self, step: int, scores: dict[str, float]) -> None:
         """Log the scores of the weights after `step` steps."""
@@ -153,6 +154,8 @@ class Recorder:
             **self._data,
             "metrics": scores or {},
             "training_id": self._identity.training_id,
+            "sessions": self._identity.sessions,
+            "faults": self._identity.faults,
             "mlflow_run_id": self._tracker.run_id,
         }
         if not self._job.run.local:  # the spool lies on this machine alone

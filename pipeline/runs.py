@@ -31,7 +31,7 @@ from pipeline.data.build import build_index, fetch_index
 from pipeline.data.find import is_index
 from pipeline.data.index import Index
 from pipeline.data.sampling import steps_per_epoch
-from pipeline.identity import FILE
+from pipeline.identity import FILE, Identity
 from pipeline.job import Event, Job
 from pipeline.mlflow_run import tracking_uri
 from pipeline.settings import load
@@ -197,6 +197,9 @@ def _fetch(run: Storage, uri: str, mlflow_id: str) -> None:
             except checkpoint.CheckpointError as e:
                 problems.append(str(e))
                 continue
+            there = Identity.read(run, problems.append)
+            if there is not None and there.training_id != found.meta["training_id"]:
+                raise ConfigError(f"run.storage={run.parent}: its {run.name} is another training; name another place")
             place = run / "checkpoints" / path.name
             place.make()
             for file in (checkpoint.STATE, checkpoint.CONFIG, checkpoint.META):  # the last makes it one

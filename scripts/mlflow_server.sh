@@ -18,6 +18,11 @@ for name in MLFLOW_FOLDER MLFLOW_AUTH_ADMIN_USERNAME MLFLOW_AUTH_ADMIN_PASSWORD 
     fi
 done
 
+if [ ${#MLFLOW_AUTH_ADMIN_PASSWORD} -lt 12 ]; then
+    echo "mlflow_server.sh: MLFLOW_AUTH_ADMIN_PASSWORD is too short; MLflow asks for at least 12 characters" >&2
+    exit 2
+fi
+
 if [ -n "${POSTGRES_HOST:-}" ]; then
     runs="postgresql+psycopg2://${POSTGRES_USER:-mlflow}@$POSTGRES_HOST:${POSTGRES_PORT:-5432}/${POSTGRES_DB:-mlflow}"
     users=$runs # MLflow keeps the two apart by their tables
@@ -36,5 +41,6 @@ authorization_function = mlflow.server.auth:authenticate_request_basic_auth
 END
 
 export MLFLOW_AUTH_CONFIG_PATH=$settings
+export MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false # 10 processes more, for judging language models
 exec mlflow server --app-name basic-auth --host "${MLFLOW_HOST:-0.0.0.0}" --port "${MLFLOW_PORT:-5000}" --workers 2 \
     --backend-store-uri "$runs" --serve-artifacts --artifacts-destination "$MLFLOW_FOLDER/artifacts"

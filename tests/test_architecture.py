@@ -13,11 +13,12 @@ ORDER = """__init__ config settings web storage
     data.pack data.augment data.dali data.mix data.loader data.verify
     model optim state step evaluate checkpoint saver spool mlflow_run tracking perf job identity record votes watchdog
     trace train
-    link runs infer preview contestants bench supervise cluster worker launch driver
+    link runs infer preview contestants bench supervise cluster worker gauges launch driver
+    probes findings doctor
     submission jobs console commands cli""".split()  # noqa: SIM905
 # Library -> the modules that may import it.
 OWNERS = {
-    "ray": {"launch", "worker", "cluster", "submission", "jobs"},
+    "ray": {"launch", "worker", "gauges", "cluster", "submission", "jobs"},
     "mlflow": {"mlflow_run"},
     "nvidia": {"data.augment", "data.dali"},
     "omegaconf": {"settings"},

@@ -16,7 +16,9 @@ from commands import BIN, PIPELINE, ROOT, descendants, differences, kill, loss_s
 from postgres import binaries, postgres
 from s3 import free_port, wait_for_port
 
+from pipeline.identity import Identity
 from pipeline.mlflow_run import RUN_TAG
+from pipeline.storage import Storage
 
 SCRIPT = ROOT / "scripts/mlflow_server.sh"
 LOGIN = {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": "not-a-secret-1"}
@@ -81,10 +83,20 @@ def test_a_setting_that_is_missing_is_named(missing: str, tmp_path: Path) -> Non
         "MLFLOW_AUTH_ADMIN_PASSWORD",
         "MLFLOW_FLASK_SERVER_SECRET_KEY",
     )
-    env = {name: str(tmp_path) for name in names if name != missing}
+    env = {name: f"{tmp_path}/longer" for name in names if name != missing}
     done = subprocess.run([SCRIPT], env=env | {"PATH": os.environ["PATH"]}, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"mlflow_server.sh: {missing} is not set")
+
+
+def test_a_short_password_is_refused(tmp_path: Path) -> None:
+    env = {"MLFLOW_FOLDER": str(tmp_path), "MLFLOW_AUTH_ADMIN_USERNAME": "admin", "MLFLOW_FLASK_SERVER_SECRET_KEY": "x"}
+    env |= {"MLFLOW_AUTH_ADMIN_PASSWORD": "short", "PATH": os.environ["PATH"]}
+    done = subprocess.run([SCRIPT], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "mlflow_server.sh: MLFLOW_AUTH_ADMIN_PASSWORD is too short; MLflow asks for at least 12 characters\n"
+    )
 
 
 @pytest.mark.e2e
@@ -130,12 +142,20 @@ def test_a_run_of_which_only_mlflow_is_left_goes_on_bitwise(
     shutil.rmtree(tmp_path / "first")
     damage_the_newest(server.uri, run_id, tmp_path)
 
+    (tmp_path / "taken/left").mkdir(parents=True)
+    Identity("another training").write(Storage(tmp_path / "taken/left"))
+    taken = pipeline("train", "--resume", run_id, f"mlflow.uri={server.uri}", f"run.storage={tmp_path}/taken")
+    assert taken.returncode == 2, taken.stderr
+    assert f"run.storage={tmp_path}/taken: its left is another training; name another place" in taken.stderr
+
     resumed = pipeline("train", "--resume", run_id, f"mlflow.uri={server.uri}", f"run.storage={tmp_path}/second")
     assert resumed.returncode == 0, resumed.stderr
-    assert "step 20 of 30, resumed from" in resumed.stdout  # 25's is damaged
+    assert "session 2: step 20 of 30, resumed from" in resumed.stdout  # 25's is damaged
     assert differences(state_of(tmp_path / "whole/whole"), state_of(tmp_path / "second/left")) == []
     assert run_id_of(server.uri, "left") == run_id
     assert loss_series(server.uri, "left") == loss_series(server.uri, "whole")
+    tags = mlflow.MlflowClient(server.uri).get_run(run_id).data.tags
+    assert (tags[RUN_TAG], tags["pipeline.sessions"]) == (str(tmp_path / "second/left"), "2")
     (model,) = mlflow.MlflowClient(server.uri).search_logged_models(
         [mlflow.MlflowClient(server.uri).get_run(run_id).info.experiment_id], f"source_run_id = '{run_id}'"
     )

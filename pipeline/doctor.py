@@ -1,0 +1,146 @@
+"""`pipeline doctor --cluster`: whether a cluster can train a configuration, and what to mend where it cannot.
+
+`probes` has what the nodes try, `findings` makes a line of what each has found.
+"""
+
+import threading
+import uuid
+from collections.abc import Mapping
+from functools import partial
+
+from pipeline import cluster, findings, probes
+from pipeline.cluster import Node
+from pipeline.config import Config, ConfigError, show
+from pipeline.findings import Check
+from pipeline.storage import Storage
+
+PATIENCE_S = 60.0  # with a probe, whose process may have to be started first
+NETWORK_PATIENCE_S = 30.0  # with workers that are to find each other
+NETWORK_MEND = (
+    "let the nodes' pods reach each other on all ports (NetworkPolicy, firewall), and name the interface that joins "
+    "them: GLOO_SOCKET_IFNAME, and NCCL_SOCKET_IFNAME on GPUs"
+)
+NOT_GIVEN = "not-given"  # data.train and data.val where no configuration is given
+
+
+def examine(cfg: Config) -> list[Check]:
+    """All checks, on the cluster that training would use.
+
+    Raises:
+        ConfigError: it cannot be reached, or the configuration names a storage that is not known.
+    """
+    from pipeline import launch, runs  # late: torch takes seconds
+
+    storage = runs.open_storage(cfg.run.storage)
+    with launch.connected(cfg, again=False, wants_stop=threading.Event()):
+        there = cluster.nodes()
+        facts = cluster.on_each_node(there, probes.facts, patience_s=PATIENCE_S)
+        told = {name: answer.value for name, answer in facts.items() if isinstance(answer.value, dict)}
+        checks = [findings.of_nodes(there, facts, PATIENCE_S), of_workers(cfg)]
+        there = {name: node for name, node in there.items() if name in told}  # the others are not waited for again
+        if not there:
+            return checks
+        checks += [
+            findings.of_versions(told, probes.facts()["versions"]),
+            findings.of_shm(there, told),
+            findings.of_tmp(told),
+        ]
+        checks += [findings.of_clocks(_clocks(there)), _try_storage(there, storage)]
+        for name in ("train", "val"):
+            if (source := getattr(cfg.data, name)) != NOT_GIVEN:
+                checks.append(_try_data(there, cfg, f"data.{name}", Storage(source).uri))
+        return [*checks, _try_mlflow(there, cfg, storage), _try_network(there, cfg)]
+
+
+def of_workers(cfg: Config) -> Check:
+    """Whether the configuration's workers find room; needs Ray."""
+    settings = cfg.cluster
+    try:
+        size = cluster.size_of_worker(settings)
+    except ConfigError as e:
+        text, _, mend = str(e).partition("; ")
+        return Check("workers", False, text, mend)
+    room = cluster.room(size)
+    text = (
+        f"cluster.workers={show(settings.workers)}, each with {findings.size_of(size)}; the nodes have room for {room}"
+    )
+    mend = "add nodes, or lower cluster.workers or cluster.cpus_per_worker"
+    return Check("workers", room >= settings.min_workers, text, mend)
+
+
+def _clocks(there: Mapping[str, Node]) -> dict[str, tuple[float, float]]:
+    """By the fastest of three round trips: the node's time less that of the trip's middle, and half the trip."""
+    skews: dict[str, tuple[float, float]] = {}
+    for _ in range(3):
+        for name, one in cluster.on_each_node(there, probes.now, patience_s=PATIENCE_S).items():
+            skew = one.value - (one.asked + one.heard) / 2, (one.heard - one.asked) / 2
+            skews[name] = min(skews.get(name, skew), skew, key=lambda pair: pair[1])
+    return skews
+
+
+def _try_storage(there: Mapping[str, Node], storage: Storage) -> Check:
+    """One node begins a folder; each reads that and writes a file; the first reads all of these."""
+    folder, first = storage / f".doctor-{uuid.uuid4().hex}", dict(list(there.items())[:1])
+    judge = partial(
+        findings.of_each,
+        "storage",
+        f"run.storage={storage}",
+        good="what each node wrote was read back",
+        mend="mount one volume there on all nodes, writable for the user that Ray runs as, or name an object store",
+    )
+    check = judge(first, cluster.on_each_node(first, probes.begin, folder, patience_s=PATIENCE_S))
+    if check.ok:
+        answers = cluster.on_each_node(there, probes.write, folder, patience_s=PATIENCE_S)
+        check = judge(there, answers)
+    if check.ok:
+        files = {name: answer.value for name, answer in answers.items()}
+        check = judge(first, cluster.on_each_node(first, probes.read_back, folder, files, patience_s=PATIENCE_S))
+    cluster.on_each_node(first, probes.remove, folder, patience_s=PATIENCE_S)
+    return check
+
+
+def _try_data(there: Mapping[str, Node], cfg: Config, key: str, source: str) -> Check:
+    answers = cluster.on_each_node(there, probes.read, source, cfg, patience_s=PATIENCE_S)
+    mend = "mount the same images there on all nodes, or give their URI and the nodes its credentials"
+    return findings.of_each("data", f"{key}={source}", there, answers, good="read on each node", mend=mend)
+
+
+def _try_mlflow(there: Mapping[str, Node], cfg: Config, storage: Storage) -> Check:
+    """On one node that can have workers: which of them will log is not known."""
+    name = next(iter(_workers(there, cfg)[1]), next(iter(there)))
+    one = {name: there[name]}
+    answers = cluster.on_each_node(one, probes.log, cfg, storage, patience_s=PATIENCE_S)
+    where = answers[name].value if name in answers else ""
+    good = f"{where} took a metric of the experiment {cfg.mlflow.experiment} from {name}, and deleted it"
+    mend = (
+        "start that server, or name another one with mlflow.uri or MLFLOW_TRACKING_URI; its NetworkPolicy and its "
+        "MLFLOW_SERVER_ALLOWED_HOSTS must let the nodes in"
+    )
+    return findings.of_each("MLflow", "", one, answers, good=good, mend=mend)
+
+
+def _try_network(there: Mapping[str, Node], cfg: Config) -> Check:
+    """Sum over all workers, as a step does with its gradients."""
+    backend, names = _workers(there, cfg)
+    if len(names) < 2:
+        return Check("all-reduce", True, "one worker has no other to talk to")
+    first = {names[0]: there[names[0]]}
+    port = cluster.on_each_node(first, probes.free_port, patience_s=PATIENCE_S)[names[0]].value
+    where = f"tcp://{there[names[0]].address}:{port}"
+    calls = [(there[n].id, (backend, where, rank, len(names), NETWORK_PATIENCE_S)) for rank, n in enumerate(names)]
+    num_gpus = int(backend == "nccl")
+    answers = cluster.on_nodes(probes.all_reduce, calls, patience_s=PATIENCE_S + NETWORK_PATIENCE_S, num_gpus=num_gpus)
+    seconds = [answer.value for answer in answers if answer and isinstance(answer.value, float)]
+    if len(seconds) == len(names):
+        return findings.of_all_reduce(max(seconds), len(names), backend)
+    workers = [f"{name} (rank {rank})" for rank, name in enumerate(names)]
+    heard = {worker: answer for worker, answer in zip(workers, answers, strict=True) if answer}
+    return findings.of_each("all-reduce", f"over {backend}", workers, heard, good="", mend=NETWORK_MEND)
+
+
+def _workers(there: Mapping[str, Node], cfg: Config) -> tuple[str, list[str]]:
+    """The backend, and the node of each worker: one a GPU, else one a node with CPUs."""
+    gpus = [name for name, node in there.items() for _ in range(int(node.resources.get("GPU", 0)))]
+    if gpus and cfg.cluster.device != "cpu":
+        return "nccl", gpus
+    return "gloo", [name for name, node in there.items() if node.resources.get("CPU", 0) >= 1]
