@@ -21,6 +21,7 @@ from pipeline import findings
 from pipeline.cluster import Answer
 from pipeline.cluster import Node as Member
 
+pytestmark = pytest.mark.timeout(400)  # a busy machine starts clusters slowly
 GIB = 2**30
 
 

@@ -100,7 +100,8 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
     folder = tmp_path_factory.mktemp("image")
     if shutil.disk_usage(folder).free < NEEDED_BYTES:
         pytest.skip(f"less than {NEEDED_BYTES >> 30} GB of disk are free in {folder}")
-    buildah = ("buildah", "--root", folder / "root", "--runroot", folder / "run")
+    # Layers pass through TMPDIR: gigabytes, which are to go with the folder.
+    buildah = ("env", f"TMPDIR={folder}", "buildah", "--root", folder / "root", "--runroot", folder / "run")
     with ExitStack() as cleanup:
         cleanup.callback(shutil.rmtree, folder)
         # As python:3.11-slim-bookworm, but Debian's Python.
