@@ -48,7 +48,7 @@ def config_to_train(args: argparse.Namespace) -> tuple[Config, str, str | None]:
     from pipeline import runs  # late, as in all commands: torch takes seconds to import
 
     given = dict(map(parse_override, words))
-    found = runs.find_to_resume(args.resume, given.get("run.storage"), given.get("mlflow.uri"))
+    found = runs.find_to_resume(args.resume, given.get("run.storage"), given.get("mlflow.uri"), _say)
     cfg = runs.config_to_resume(found, words)
     return cfg, "", found.place.uri
 
@@ -60,7 +60,7 @@ def sync(args: argparse.Namespace) -> Outcome:
     storage = runs.open_storage(args.storage)
     run = runs.find_run(args.run, storage, args.mlflow_uri)
     if run is None:
-        raise runs.no_such_run(args.run, storage)
+        raise runs.no_such_run(args.run, storage, args.mlflow_uri)
 
     def report(text: str) -> None:
         print(text, file=sys.stderr)

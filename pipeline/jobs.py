@@ -192,14 +192,18 @@ def stop(client: Client, jobs: Sequence[str]) -> Iterator[tuple[JobDetails, str]
 def describe(job: JobDetails) -> dict[str, Any]:
     """What is worth knowing of a job; times in seconds since the epoch, why: of a failure."""
     began, ended = ((t or 0) / 1000 for t in (job.start_time, job.end_time))
-    lines = (job.message or "").strip().splitlines() if job.status == "FAILED" else []
+    why = None
+    if job.status == "FAILED":
+        told = re.findall(r"^(?:pipeline|failed): .*", job.message or "", re.MULTILINE)
+        killed = f"ended with exit code {job.driver_exit_code}: killed, perhaps for its memory; sent again, it resumes"
+        why = told[-1][:200] if told else killed
     return {
         "job": job.submission_id,
         "status": str(job.status),
         "run": run_of(job),
         "started": began,
         "seconds": round((ended or time.time()) - began, 1),
-        "why": lines[-1][:200] if lines else None,
+        "why": why,
     }
 
 

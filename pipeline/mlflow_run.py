@@ -128,6 +128,7 @@ def _client(uri: str) -> Any:
     # MLflow's own retries (7, of up to 120 s each) would hide for minutes that a server is away.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     import mlflow
 
     return mlflow.MlflowClient(uri)
@@ -156,6 +157,8 @@ def find_run(uri: str, run_id: str) -> Storage | None:
     """
     from mlflow import MlflowException
 
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        return None  # MLflow would make it
     try:
         return Storage(_client(uri).get_run(run_id).data.tags[RUN_TAG])
     except KeyError:

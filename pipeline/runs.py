@@ -170,24 +170,28 @@ def find(reference: str, storage: Storage, mlflow_uri: str | None) -> Checkpoint
     run = find_run(reference, storage, mlflow_uri)
     if run is not None:
         return _newest(run)
-    raise no_such_run(reference, storage)
+    raise no_such_run(reference, storage, mlflow_uri)
 
 
-def find_to_resume(reference: str, storage_uri: str | None, mlflow_uri: str | None) -> Checkpoint:
+def find_to_resume(
+    reference: str, storage_uri: str | None, mlflow_uri: str | None, report: Callable[[str], None]
+) -> Checkpoint:
     """As `find`; where the folder of an MLflow run is lost, its newest valid checkpoint among MLflow's artifacts.
 
     Args:
         storage_uri: where runs lie, and where the run is to lie again; None: "runs", and where it was.
+        report: told of damaged artifacts.
     """
     storage = open_storage(storage_uri or "runs")
     run = find_run(reference, storage, mlflow_uri)
     if run is None or not MLFLOW_RUN_ID.fullmatch(reference) or (run / "checkpoints").names():
         return find(reference, storage, mlflow_uri)
-    _fetch(storage / run.name if storage_uri else run, tracking_uri(mlflow_uri, storage), reference)
-    return _newest(storage / run.name if storage_uri else run)
+    place = storage / run.name if storage_uri else run
+    _fetch(place, tracking_uri(mlflow_uri, storage), reference, report)
+    return _newest(place)
 
 
-def _fetch(run: Storage, uri: str, mlflow_id: str) -> None:
+def _fetch(run: Storage, uri: str, mlflow_id: str, report: Callable[[str], None]) -> None:
     """Put the newest valid checkpoint that MLflow has into the run's folder; it says which training the run is."""
     problems: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -195,9 +199,10 @@ def _fetch(run: Storage, uri: str, mlflow_id: str) -> None:
             try:
                 found = checkpoint.read(Storage(path))
             except checkpoint.CheckpointError as e:
+                report(f"of MLflow's artifacts: {e}")
                 problems.append(str(e))
                 continue
-            there = Identity.read(run, problems.append)
+            there = Identity.read(run, report)
             if there is not None and there.training_id != found.meta["training_id"]:
                 raise ConfigError(f"run.storage={run.parent}: its {run.name} is another training; name another place")
             place = run / "checkpoints" / path.name
@@ -213,12 +218,15 @@ def _fetch(run: Storage, uri: str, mlflow_id: str) -> None:
     raise ConfigError(f"{run} is gone, and MLflow run {mlflow_id} has no valid checkpoint among its artifacts: {why}")
 
 
-def no_such_run(reference: str, storage: Storage) -> ConfigError:
+def no_such_run(reference: str, storage: Storage, mlflow_uri: str | None) -> ConfigError:
     """The error, with the nearest name."""
     known = [name for name in storage.names() if FILE in (storage / name).sizes()]
     near = difflib.get_close_matches(reference, known, n=1)
     hint = f"did you mean {near[0]}?" if near else f"runs there: {', '.join(known[-5:]) or 'none'}"
-    return ConfigError(f"no run, MLflow run id or checkpoint {reference!r}; looked in {storage} ({hint})")
+    looked = f"looked in {storage} ({hint})"
+    if MLFLOW_RUN_ID.fullmatch(reference):
+        looked += f" and in MLflow at {tracking_uri(mlflow_uri, storage)}; another one is named by mlflow.uri"
+    return ConfigError(f"no run, MLflow run id or checkpoint {reference!r}; {looked}")
 
 
 def config_to_resume(found: Checkpoint, overrides: list[str]) -> Config:

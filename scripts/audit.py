@@ -2,7 +2,8 @@
 
     python scripts/audit.py
 
-Where the package index serves no advisories (a plain mirror), it says so and ends well: nothing was found out.
+Where the package index serves no advisories (a plain mirror) or does not answer, it says so and ends with
+code 0: nothing was found out.
 """
 
 import json
@@ -14,12 +15,22 @@ PINS = Path(__file__).parent.parent / "constraints.txt"
 
 
 def main() -> int:
-    command = ["pip-audit", "--disable-pip", "--no-deps", "--progress-spinner=off", "--format=json", "-r", str(PINS)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip_audit",
+        "--disable-pip",
+        "--no-deps",
+        "--progress-spinner=off",
+        "--format=json",
+        "-r",
+        str(PINS),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     try:
         packages = json.loads(done.stdout)["dependencies"]
     except ValueError:
-        print(f"not audited, pip-audit failed: {done.stderr.strip().splitlines()[-1]}")
+        print(f"not audited, pip-audit failed: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}")
         return 0
     for package in packages:
         for one in package.get("vulns", []):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -220,6 +221,8 @@ def test_a_training_is_among_the_metrics_of_its_node(
             families = text_string_to_metric_families(answer.read().decode())
         there = [sample for family in families for sample in family.samples]
         samples = {one.name: one.value for one in there if one.labels.get("run", "seen") == "seen"}
+    training.signal_group(signal.SIGINT)
+    assert training.finish() == 130
     assert shown() - set(samples) == OF_GPUS
     assert samples["ray_pipeline_steps"] == 3000
     assert samples["ray_pipeline_workers"] == 2

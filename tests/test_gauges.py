@@ -81,6 +81,7 @@ def test_steps_that_are_lost_and_done_again_are_no_goodput(recorded: Recorded, c
     told.event(start(10, session=3, faults=1))
     assert recorded["goodput_ratio"] == 0
     clock[0] = 25.0
+    told.event(step(20, compute_s=10.0))
     told.event(step(30, compute_s=20.0))
     assert recorded["goodput_ratio"] == pytest.approx(20 / 25)
     told.event({"kind": "checkpoint", "step": 20, "path": "..."})
