@@ -1,46 +1,41 @@
 # One image for Ray's head, its workers, who submits jobs, and the MLflow server.
 #
-#   docker build --tag pipeline:0.2.0 .          or: buildah bud --tag pipeline:0.2.0 .
+#   docker build --tag pipeline:0.2.0 .          or: buildah bud --layers --tag pipeline:0.2.0 .
 #
 # CPU only, gigabytes smaller: --build-arg TORCH_INDEX=URL, with the address of PyTorch's index of CPU wheels, which the
 # install page of pytorch.org names. A package index of your own: --secret id=pip,src=pip.conf; it does not stay in the image.
 ARG BASE=python:3.11-slim-bookworm
 
-# What the project needs: gigabytes, which depend on two files alone. A change of code does not come past here.
-# (PyTorch's index lacks the pinned versions of what torch needs: that comes from the usual one.)
+FROM ${BASE} AS needs
+WORKDIR /needs
+COPY constraints.txt pyproject.toml ./
+RUN python3 -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb')); print(\
+*p['build-system']['requires'], *p['project']['dependencies'], *p['project']['optional-dependencies']['server'], \
+sep='\n')" >requirements.txt && rm pyproject.toml
+
+# What the project needs: gigabytes, of wheels alone, so without a compiler. A change of code does not come past here; the
+# final image stands on this stage, as to copy it would take minutes.
 FROM ${BASE} AS packages
 ARG TORCH_INDEX=""
-ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PATH=/opt/venv/bin:$PATH
-WORKDIR /build
-COPY constraints.txt pyproject.toml ./
-RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
-    python3 -m venv /opt/venv && \
+COPY --from=needs /needs /opt/needs
+ENV PATH=/opt/venv/bin:$PATH
+# (PyTorch's index lacks the pinned versions of what torch needs: that comes from the usual one.)
+RUN --mount=type=secret,id=pip \
+    export PIP_CONFIG_FILE=/run/secrets/pip PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 && \
+    python3 -m venv /opt/venv && cd /opt/needs && \
     if [ -n "$TORCH_INDEX" ]; then \
         pip install --constraint constraints.txt --no-deps --index-url "$TORCH_INDEX" torch torchvision; \
     fi && \
-    python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb')); print(\
-*p['project']['dependencies'], *p['project']['optional-dependencies']['server'], sep='\n')" >needs.txt && \
-    pip install --constraint constraints.txt --requirement needs.txt
+    pip install --constraint constraints.txt --requirement requirements.txt
 
 # The project itself, as an addition to that environment.
-FROM ${BASE} AS project
-ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PATH=/opt/venv/bin:$PATH
+FROM packages AS project
 WORKDIR /build
-COPY constraints.txt ./
-RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
-    python3 -m venv /opt/venv && pip install --constraint constraints.txt setuptools
 COPY pyproject.toml README.md LICENSE ./
 COPY pipeline pipeline
-RUN pip install --no-deps --no-index --no-build-isolation --prefix /project .
+RUN pip install --no-cache-dir --no-deps --no-index --no-build-isolation --prefix /project .
 
-FROM ${BASE}
-ARG VERSION=0.2.0
-ARG REVISION=unknown
-LABEL org.opencontainers.image.title="pipeline" \
-      org.opencontainers.image.description="Exact, fault-tolerant training of image classifiers" \
-      org.opencontainers.image.licenses="Apache-2.0" \
-      org.opencontainers.image.version="${VERSION}" \
-      org.opencontainers.image.revision="${REVISION}"
+FROM packages
 # KubeRay's probes call wget. No file may give its caller another user's rights, and all but /tmp is root's.
 RUN apt-get update && \
     apt-get install --yes --no-install-recommends ca-certificates wget && \
@@ -49,14 +44,20 @@ RUN apt-get update && \
     useradd --uid 1000 --gid 1000 --home-dir /tmp --no-create-home --shell /usr/sbin/nologin pipeline && \
     find / -xdev -type f -perm /6000 -exec chmod a-s {} + && \
     find / -xdev -type d -perm -0002 ! -path /tmp -exec chmod o-w {} +
-COPY --from=packages /opt/venv /opt/venv
 COPY --from=project /project /opt/venv
 WORKDIR /app
 COPY scripts/make_digits.py scripts/mlflow_server.sh scripts/pre_stop.sh scripts/
 COPY configs configs
 # The root file system may be read-only; what is written goes to /tmp. Ray would kill a job 3 s after it was asked to
 # stop, before it has saved a checkpoint; the head's own environment says otherwise.
-ENV PATH=/opt/venv/bin:$PATH HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
+ENV HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0 RAY_JOB_STOP_WAIT_TIME_S=600
+ARG VERSION=0.2.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="pipeline" \
+      org.opencontainers.image.description="Exact, fault-tolerant training of image classifiers" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"
 USER 1000:1000
 CMD ["pipeline", "--help"]

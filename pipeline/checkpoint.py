@@ -284,8 +284,10 @@ def _digest(path: Path) -> dict[str, Any]:
 
 
 def _provenance() -> dict[str, Any]:
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    commit = ""
+    if git := shutil.which("git"):  # the image has none
+        command = [git, "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "versions": {"pipeline": pipeline.__version__, "torch": torch.__version__},
         "git_commit": commit or None,

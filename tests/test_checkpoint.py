@@ -89,6 +89,14 @@ def _edit_meta(path: Path, **changes: Any) -> None:
     (path / "meta.json").write_text(json.dumps({**json.loads((path / "meta.json").read_text()), **changes}))
 
 
+def test_it_is_written_also_where_there_is_no_git(
+    save: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the image."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert checkpoint.read(Storage(save(1))).meta["git_commit"] is None
+
+
 @pytest.mark.parametrize("reason", DAMAGES)
 def test_damage_is_named_and_skipped(save: Callable[..., Path], tmp_path: Path, reason: str) -> None:
     older, newer = save(1), save(2)
