@@ -22,11 +22,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from pipeline import checkpoint, mlflow_run
 from pipeline.checkpoint import Checkpoint
-from pipeline.config import Config, ConfigError
+from pipeline.config import Config, ConfigError, refuse_credentials
 from pipeline.data.build import build_index, fetch_index
 from pipeline.data.find import is_index
 from pipeline.data.index import Index
@@ -83,10 +82,7 @@ def open_storage(uri: str) -> Storage:
         ConfigError: a URI that pyarrow does not know, or with a secret in it, which would be logged.
     """
     storage = Storage(uri)
-    if not storage.local and urlsplit(uri).password is not None:
-        raise ConfigError(
-            "run.storage: leave the secret out of it; give it in the environment, as AWS_SECRET_ACCESS_KEY"
-        )
+    refuse_credentials("run.storage", uri)
     try:
         storage.check()
     except ValueError as e:

@@ -70,7 +70,7 @@ def test_sync_of_what_is_not_there(run: Run, tmp_path: Path, trained: dict[str, 
 def test_a_secret_in_a_uri_is_refused_and_not_repeated(run: Run) -> None:
     code, out, err = run("sync", "small", "--storage", "s3://key:hush@bucket/runs")
     assert code == 2
-    assert "run.storage: leave the secret out of it" in err
+    assert "run.storage: leave the login out of it" in err
     assert "hush" not in out + err
 
 

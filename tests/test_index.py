@@ -244,7 +244,7 @@ def test_a_mixture_of_kinds_is_refused(tmp_path: Path) -> None:
     ("source", "message"),
     [
         ("s4://bucket/data", "s4://bucket/data: .*; use a path"),
-        ("s3://key:hush@bucket/data", "leave the secret out"),
+        ("s3://key:hush@bucket/data", "leave the login out of it"),
         ("/data/{a,b}/x.tar", "braces may be in the files' names alone"),
         ("/nowhere/train-{0..2}.tar", r"/nowhere/train-0\.tar does not exist; give a folder"),
         ("/nowhere/*.tar", r"/nowhere/\*\.tar does not exist; give a folder, a file, or several as DIR/train-"),

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from braceexpand import braceexpand
 
-from pipeline.config import ConfigError
+from pipeline.config import ConfigError, refuse_credentials
 from pipeline.data.rows import SUFFIXES
 from pipeline.storage import Storage
 
@@ -76,8 +76,7 @@ def find(source: str) -> Found:
     if not source.strip():
         raise ConfigError("the source of images is an empty text; give a folder, a file, a pattern or a URI")
     place = Storage(source)
-    if not place.local and urlsplit(source).password is not None:
-        raise ConfigError("leave the secret out of the images' URI; give it in the environment")
+    refuse_credentials("the images' URI", source)
     if not place.local and not urlsplit(source).netloc:
         raise ConfigError(f"{source} names no bucket or server; write it as s3://BUCKET/PATH")
     sizes: dict[str, int] = {}
