@@ -230,5 +230,5 @@ def test_a_training_is_among_the_metrics_of_its_node(
     assert samples["ray_pipeline_images_per_second"] > 0
     assert 0 < samples["ray_pipeline_goodput_ratio"] < 1
     assert 0 <= samples["ray_pipeline_data_wait_ratio"] < 1
-    assert samples["ray_pipeline_checkpoint_step"] % 5 == 0
+    assert 0 < samples["ray_pipeline_checkpoint_step"] <= samples["ray_pipeline_step"]
     assert 0 < samples["ray_pipeline_learning_rate"] <= 0.05
