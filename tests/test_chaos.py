@@ -200,8 +200,18 @@ HARMS = {
 }
 
 
+def seeds(number: int) -> list[Any]:
+    """The first of each harm is for CI, which has no time for all of them."""
+    return [pytest.param(seed, marks=[pytest.mark.thorough] if seed else []) for seed in range(number)]
+
+
 @pytest.mark.parametrize(
-    ("harm", "seed"), [pytest.param(h, s, id=f"{h.__name__}-{s}") for h, n in HARMS.items() for s in range(n)]
+    ("harm", "seed"),
+    [
+        pytest.param(h, *s.values, marks=s.marks, id=f"{h.__name__}-{s.values[0]}")
+        for h, n in HARMS.items()
+        for s in seeds(n)
+    ],
 )
 def test_a_killed_process_changes_nothing(
     harm: Callable[[Run, MlflowServer], None],
@@ -219,7 +229,7 @@ def test_a_killed_process_changes_nothing(
     assert loss_series(server.uri, run.name) == undisturbed[1]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", seeds(3))
 def test_a_killed_node_changes_nothing(
     seed: int,
     command: Command,
