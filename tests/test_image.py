@@ -21,7 +21,7 @@ from s3 import free_port, wait_for_port
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1500)]
 
 TOOLS = ("buildah", "debootstrap", "unshare")
-NEEDED_BYTES = 45 * 2**30
+NEEDED_BYTES = 40 * 2**30
 USER = 1000
 CA = "etc/ssl/certs/ca-certificates.crt"
 # What may not be in it: names of commands, and of files and folders.
