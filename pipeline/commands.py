@@ -7,6 +7,7 @@ import argparse
 import os
 import shutil
 import sys
+import time
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +23,7 @@ Outcome = tuple[Any, list[str], int]  # for --json, for people, exit code
 def train(args: argparse.Namespace) -> Outcome:
     from pipeline import supervise
     from pipeline.console import TrainingView, summary_lines
+    from pipeline.perf import goodput, summed_up
 
     if lacking := [name for name in args.needs if not os.environ.get(name)]:
         mend = "give it to the cluster, from a Kubernetes Secret or in the environment of `ray start`"
@@ -32,7 +34,9 @@ def train(args: argparse.Namespace) -> Outcome:
             summary = supervise.train(cfg, label, resume_from, view)
         except supervise.TrainingFailedError as e:
             return {"status": "failed", "run": view.run, "error": str(e)}, [f"failed: {e}"], FAILED
-    summary["seconds"]["launch"] = round(max(0.0, view.ready_s - summary["seconds"]["start-up"]), 3)
+    seconds = summary["seconds"] | {"shut-down": time.time() - summary.pop("ended")}
+    summary["seconds"] = {name: round(s, 3) for name, s in summed_up(seconds).items()}
+    summary["goodput"] = round(goodput(seconds), 4)
     code = INTERRUPTED if summary["status"] == "interrupted" else DONE
     return summary, summary_lines(summary), code
 

@@ -150,6 +150,8 @@ class ModelConfig(Section):
     depth: Literal[18, 34, 50, 101, 152] = 152
     stride_on: Literal["3x3", "1x1"] = "3x3"  # of a downsampling bottleneck: v1.5, or the paper's v1
     zero_init_residual: bool = True  # the last BN of each branch starts at 0, so blocks start as identity
+    # torch.compile's mode, for training; evaluation is not compiled. reduce-overhead uses CUDA graphs.
+    compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = "none"
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,11 @@ class TrainConfig(Section):
     log_every: int = _num(10, low=1)  # steps
     eval_every: int = _num(1, low=1)  # epochs
     eval_batch: int = _num(128, low=1)  # images per forward pass; part of the figures' exactness
+    profile: tuple[int, int] | None = _num(None, low=1)  # trace these steps, first and last one, for Perfetto
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.profile is None or self.profile[0] <= self.profile[1], "profile", "must be [first,last] step")
 
 
 @dataclass(frozen=True)
@@ -219,6 +226,8 @@ class ClusterConfig(Section):
     address: str | None = None  # of a running Ray cluster; null: $RAY_ADDRESS, else one on this machine
     max_failures: int = _num(3, low=-1)  # to recover from without a new checkpoint in between; -1: without end
     timeout_s: int = _num(600, low=10)  # a rank, a storage or a cluster silent for so long counts as failed
+    gradients: Literal["fp32", "bf16"] = "fp32"  # as workers exchange them
+    bucket_mb: int = _num(25, low=1)  # of gradients that are exchanged together, while others are being computed
     grow_after_s: float = _num(60.0, low=0)  # at the earliest, after workers have started, more are taken in
 
     def __post_init__(self) -> None:

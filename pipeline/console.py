@@ -63,7 +63,6 @@ class TrainingView(_View):
         super().__init__(file)
         self._rate, self._num_steps, self._global_batch = 0.0, 0, 0
         self.run: str | None = None  # its name
-        self.ready_s = 0.0  # until the first session's first step: indexing, Ray's start, the workers' start-up
 
     def __call__(self, event: Event) -> None:
         match event["kind"]:
@@ -93,13 +92,13 @@ class TrainingView(_View):
 
     def _start(self, event: Event) -> None:
         self._num_steps, self._global_batch = event["num_steps"], event["global_batch"]
-        self.ready_s = self.ready_s or time.monotonic() - self._began
         where = f"resumed from {event['resumed_from']}" if event["resumed_from"] else "from the start"
         self.say(
             f"session {event['session']}: step {event['step']} of {self._num_steps}, {where}; "
             f"{event['world_size']} workers x {event['num_threads']} threads on {event['device']}, "
             f"ready after {time.monotonic() - self._began:.1f} s{_recovery(event)}"
         )
+        self.say("  " + ", ".join(f"{name} {s:.1f} s" for name, s in event["startup"].items()))
         if self._bar and self._task is None:
             self._task = self._bar.add_task("", total=self._num_steps, completed=event["step"])
 
@@ -133,12 +132,14 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
     """The end of a training, for people."""
     uri, run_id = summary["mlflow_uri"], summary["mlflow_run_id"]
     place = f"#/experiments/{summary['mlflow_experiment_id']}/runs/{run_id}"
-    seconds = ", ".join(f"{name} {s:.0f} s" for name, s in sorted(summary["seconds"].items(), key=lambda i: -i[1]))
+    spent = sorted(summary["seconds"].items(), key=lambda item: -item[1])
+    seconds = ", ".join(f"{name} {s:.0f} s" for name, s in spent if s >= 0.5)
     lines = [
         f"{summary['status']} at step {summary['step']} of {summary['num_steps']}",
         f"  top-1       {_figure(summary['top1'])}   top-5 {_figure(summary['top5'])}",
         f"  speed       {_figure(summary['images_per_s'], '.1f')} images/s",
         f"  time        {seconds}",
+        f"  goodput     {summary['goodput']:.1%} of all time, in all sessions, computed steps that count",
         f"  checkpoint  {summary['checkpoint']}",
         f"  MLflow run  {run_id or 'not reached'}",
     ]

@@ -6,6 +6,7 @@ python -m pipeline.driver FILE_DESCRIPTOR
 import contextlib
 import sys
 import threading
+import time
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -40,12 +41,14 @@ class Supervisor:
 def main() -> None:
     supervisor = Supervisor(Connection(int(sys.argv[1])))
     request = supervisor.request
+    imported = time.time()
     try:
         with runs.prepare(request.cfg, supervisor.event, request.resume_from) as job:
             supervisor.event({"kind": "run", "name": job.run.name, "place": str(job.run)})
+            marks = (("command", request.began), ("imports", imported), ("index", time.time()))
             try:
                 summary = launch.train(
-                    job, supervisor.event, supervisor.wants_stop, faults=request.faults, again=request.again
+                    job, supervisor.event, supervisor.wants_stop, marks, faults=request.faults, again=request.again
                 )
             except TrainingFailedError as e:
                 record.mark_failed(job, str(e))

@@ -5,8 +5,6 @@ names and exports them every ten seconds from the driver's node. A gauge that is
 all are set time and again, and are gone soon after the driver's end.
 """
 
-import time
-
 from ray.util.metrics import Gauge
 
 from pipeline.job import Event
@@ -14,7 +12,7 @@ from pipeline.job import Event
 PREFIX = "pipeline_"
 GAUGES = {  # name -> the events' key, and what it is
     "images_per_second": ("perf/images_per_s", "Images trained on, by all workers, since the last logged step"),
-    "data_wait_ratio": ("perf/data_wait_share", "Share of this session's step time in which rank 0 waited for data"),
+    "data_wait_ratio": ("perf/data_wait_share", "Share of the time since the last logged step spent waiting for data"),
     "loss": ("train/loss", "Mean training loss over the global batch of the last logged step"),
     "learning_rate": ("train/lr", "Learning rate of the last logged step"),
     "broken_images": ("data/bad_images", "Broken images that this session's workers have met"),
@@ -25,16 +23,15 @@ GAUGES = {  # name -> the events' key, and what it is
     "sessions": ("session", "Sessions of the run so far: its start, and each restart and resume"),
     "faults": ("faults", "Faults of the run so far"),
     "checkpoint_step": ("", "Step of the newest checkpoint"),
-    "goodput_ratio": ("", "Compute time of a step, times steps gained since the driver began, over its wall time"),
+    "goodput_ratio": (
+        "perf/goodput",
+        "Share of a training's wall time, in all sessions, that computed steps that count",
+    ),
 }
 
 
 class Gauges:
     """Takes the events of one driver, which is connected to Ray.
-
-    Goodput is the mean time that a step took to compute, times the steps by which the run is further than when this
-    driver began, over the driver's wall time. So steps that were lost and done again count once, and start-up, waiting
-    for data, checkpoints, evaluation and repairs count as loss.
 
     Args:
         run: the run's name, a tag of all gauges.
@@ -45,34 +42,16 @@ class Gauges:
         for gauge in self._gauges.values():
             gauge.set_default_tags({"run": run})
         self._values: dict[str, float] = {}
-        self._began = time.monotonic()
-        self._compute_s, self._computed = 0.0, 0  # of all sessions up to the last logged step: seconds, steps
-        self._session_s, self._step = 0.0, 0  # the last logged step's
-        self._first_step: int | None = None
 
     def event(self, event: Event) -> None:
-        kind = event["kind"]
-        if kind == "checkpoint":
+        if event["kind"] == "checkpoint":
             self._values["checkpoint_step"] = event["step"]  # written beside training, which is further by now
             return
         self._values |= {name: event[key] for name, (key, _) in GAUGES.items() if key in event}
-        if kind == "start":
-            self._session_s, self._step = 0.0, event["step"]
-            self._first_step = event["step"] if self._first_step is None else self._first_step
-        elif kind == "step":
-            self._compute_s += event["compute_s"] - self._session_s
-            self._computed += event["step"] - self._step
-            self._session_s, self._step = event["compute_s"], event["step"]
-        elif kind == "fault":
+        if event["kind"] == "fault":
             self._values |= {"faults": self._values.get("faults", 0) + 1, "workers": 0, "images_per_second": 0}
 
     def export(self) -> None:
         """Set all gauges; to be called every few seconds."""
-        for name, value in {**self._values, "goodput_ratio": self._goodput()}.items():
+        for name, value in self._values.items():
             self._gauges[name].set(value)
-
-    def _goodput(self) -> float:
-        if not self._computed or self._first_step is None:
-            return 0.0
-        gained = self._step - self._first_step
-        return self._compute_s / self._computed * gained / (time.monotonic() - self._began)

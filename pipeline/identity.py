@@ -1,6 +1,6 @@
 """Which training a run's folder holds, and whose it is now: run.json.
 
-{"training_id": finds the MLflow run and the run's own checkpoints,
+{"training_id": finds the MLflow run and the run's own checkpoints, "began": its first session, Unix time,
  "sessions": so far, "faults": so far, "owner": the driver, "open": whether a session has not ended}
 """
 
@@ -28,6 +28,7 @@ class Identity:
     faults: int = 0
     owner: str = ""
     open: bool = False
+    began: float = field(default_factory=time.time)
 
     @classmethod
     def read(cls, run: Storage, report: Callable[[str], None]) -> "Identity | None":
@@ -35,7 +36,8 @@ class Identity:
         try:
             content = json.loads(run.read_bytes(FILE))
             numbers = int(content["sessions"]), int(content["faults"])
-            return cls(str(content["training_id"]), *numbers, str(content["owner"]), bool(content["open"]))
+            owner, is_open = str(content["owner"]), bool(content["open"])
+            return cls(str(content["training_id"]), *numbers, owner, is_open, float(content["began"]))
         except FileNotFoundError:
             return None
         except (ValueError, TypeError, KeyError):

@@ -63,13 +63,16 @@ class Job:
         return self.run / "checkpoints"
 
 
+Marks = tuple[tuple[str, float], ...]  # what has been done, in order, and when (Unix time); the first is the beginning
+
+
 @dataclass(frozen=True)
 class Context:
     """Where a rank stands, and whom it talks to.
 
     num_threads: CPU threads for computing. emit: hands an event to whoever watches; returns at once.
     stop_reason: why to save a checkpoint and end, if so; asked at every step. progress: told the steps done.
-    faults: those since the last session began.
+    faults: those since the last session began. marks: of this session's start. restarted: not by the user.
     """
 
     rank: int
@@ -80,6 +83,8 @@ class Context:
     stop_reason: Callable[[], StopReason | None] = lambda: None
     progress: Callable[[int], None] = lambda step: None
     faults: tuple[Fault, ...] = ()
+    marks: Marks = ()
+    restarted: bool = False
 
     def warn(self, text: str) -> None:
         self.emit({"kind": "warning", "text": text})

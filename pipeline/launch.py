@@ -27,7 +27,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline import cluster
 from pipeline.config import Config, ConfigError
 from pipeline.gauges import Gauges
-from pipeline.job import Event, FailureBudget, Fault, Job
+from pipeline.job import Event, FailureBudget, Fault, Job, Marks
 from pipeline.link import Link
 from pipeline.supervise import Interrupted, TrainingFailedError
 from pipeline.worker import POLL_SECONDS, train_on_worker
@@ -46,6 +46,7 @@ def train(
     job: Job,
     watch: Callable[[Event], None],
     wants_stop: threading.Event,
+    marks: Marks,
     *,
     faults: tuple[Fault, ...] = (),
     again: bool = False,
@@ -55,6 +56,7 @@ def train(
     Args:
         watch: called with each event in turn, in this thread.
         wants_stop: set from outside to have a checkpoint saved and the training end as "interrupted".
+        marks: of the start so far.
         faults: what ended earlier drivers since the last session began.
         again: wait for a cluster that is away: it was there before.
 
@@ -69,7 +71,7 @@ def train(
     """
     with connected(job.cfg, again, wants_stop):
         try:
-            return _Driver(job, watch, wants_stop, faults).run()
+            return _Driver(job, watch, wants_stop, faults, (*marks, ("Ray", time.time())), again).run()
         except ray.exceptions.RayError as e:
             raise ClusterLostError(f"the Ray cluster is lost: {_reason(e)}") from e
 
@@ -78,10 +80,17 @@ class _Driver:
     """Runs sessions, one group of workers after the other."""
 
     def __init__(
-        self, job: Job, watch: Callable[[Event], None], wants_stop: threading.Event, faults: tuple[Fault, ...]
+        self,
+        job: Job,
+        watch: Callable[[Event], None],
+        wants_stop: threading.Event,
+        faults: tuple[Fault, ...],
+        marks: Marks,
+        again: bool,
     ):
         self._job, self._settings = job, job.cfg.cluster
         self._watch, self._wants_stop, self._faults = watch, wants_stop, faults
+        self._marks, self._restarted = marks, again
         self._gauges = Gauges(job.run.name)
         self._size = cluster.size_of_worker(self._settings)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -96,6 +105,7 @@ class _Driver:
             num_workers, attempt, self._started = self._wait_for_room(), attempt + 1, None
             self._get(self._link.begin.remote(attempt))
             outcome = self._run_session(num_workers, attempt)
+            self._marks, self._restarted = (("end of the last session", time.time()),), True
             if fatal := self._get(self._link.fatal.remote()):
                 kind, text = fatal
                 raise ConfigError(text) if kind == ConfigError.__name__ else TrainingFailedError(text)
@@ -189,6 +199,8 @@ class _Driver:
             "link": self._link,
             "attempt": attempt,
             "faults": self._faults,
+            "marks": self._marks,
+            "restarted": self._restarted,
             "num_threads": int(self._size["CPU"]),
         }
         return _Trainer(

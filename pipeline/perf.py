@@ -1,22 +1,50 @@
-"""Where the time goes: a ledger that splits a run's wall time into phases without overlap."""
+"""Where the time goes: a ledger that splits a training's wall time into phases without overlap."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeVar
+from itertools import pairwise
+from typing import Any, TypeVar
+
+import torch
 
 T = TypeVar("T")
+CPU = torch.device("cpu")
+COMPUTE = ("forward", "backward", "optimizer")  # a training's useful work
+STEP = (*COMPUTE, "data wait", "communication wait", "logging")  # what is counted for images/s
+# Of all that the ledger knows, in the order in which people read it.
+PHASES = (
+    *("start-up", "compile", "data wait", "compute", "communication wait"),
+    *("checkpoint", "evaluation", "logging", "recovery", "shut-down"),
+)
 
 
 class Ledger:
-    """Seconds per phase. Phases nest: an inner phase's time is not the outer one's.
+    """Seconds per phase, over all sessions of a training. Phases nest: an inner one's time is not the outer one's.
 
-    Time is the host's: on a GPU, work that was queued counts where the host waits for it.
+    On a GPU the clock is its stream's: a phase lasts from when the device comes to its first mark to when it comes to
+    the next one. So waiting for data counts only where the device ran dry, and computing where it computes. The marks
+    are events, read when the host has waited for the device anyway.
+
+    Args:
+        phase: what the time from now on is counted to.
+        before: seconds per phase that are counted already.
     """
 
-    def __init__(self, phase: str):
-        self.seconds: dict[str, float] = {}
-        self._phase, self._since = phase, time.perf_counter()
+    def __init__(self, phase: str, device: torch.device = CPU, before: Mapping[str, float] | None = None):
+        self._seconds = dict(before or {})
+        self._now = _event if device.type == "cuda" else time.perf_counter
+        self._marks: list[tuple[str, Any]] = [(phase, self._now())]
+        self._compiling = False
+        self.listener: Callable[[str], None] | None = None  # told of each phase that begins
+
+    def switch(self, name: str) -> str:
+        """Count the time from now on to `name`; return what was counted until now. It costs a microsecond or less."""
+        previous = self._marks[-1][0]
+        self._marks.append(("compile" if self._compiling and name in COMPUTE else name, self._now()))
+        if self.listener is not None and name != previous:
+            self.listener(name)
+        return previous
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -27,24 +55,55 @@ class Ledger:
         finally:
             self.switch(outer)
 
-    def switch(self, name: str) -> str:
-        """Count the time from now on to `name`; return what was counted until now."""
-        now, previous = time.perf_counter(), self._phase
-        self.seconds[previous] = self.seconds.get(previous, 0.0) + now - self._since
-        self._phase, self._since = name, now
-        return previous
+    def steps(self, batches: Iterator[T], *, compiling: bool = False) -> Iterator[T]:
+        """`batches`, with the time that each is waited for as "data wait", and the first one's left where it was.
 
-    def waits(self, items: Iterator[T], name: str) -> Iterator[T]:
-        """`items`, with the time that each one is waited for counted to `name`."""
-        while True:
-            with self.phase(name):
-                try:
-                    item = next(items)
-                except StopIteration:
-                    return
-            yield item
+        Args:
+            compiling: the first step compiles the network, and is counted as that.
+        """
+        self._compiling = compiling
+        for batch in batches:
+            self.switch("forward")
+            yield batch
+            self._compiling = False
+            self.switch("data wait")
 
-    def total(self, *names: str) -> float:
-        """Seconds in these phases up to now; in all phases without names."""
-        self.switch(self._phase)
-        return sum(s for name, s in self.seconds.items() if not names or name in names)
+    def seconds(self) -> dict[str, float]:
+        """Per phase, up to now. On a GPU this waits for the device."""
+        self.switch(self._marks[-1][0])
+        for (name, began), (_, ended) in pairwise(self._marks):
+            self._seconds[name] = self._seconds.get(name, 0.0) + _between(began, ended)
+        del self._marks[:-1]
+        return dict(self._seconds)
+
+
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+def _between(began: Any, ended: Any) -> float:
+    """Seconds between two marks."""
+    if isinstance(began, float):
+        return float(ended - began)
+    ended.synchronize()
+    return float(began.elapsed_time(ended)) / 1000
+
+
+def total(seconds: Mapping[str, float], *names: str) -> float:
+    """Seconds in these phases."""
+    return sum(seconds.get(name, 0.0) for name in names)
+
+
+def summed_up(seconds: Mapping[str, float]) -> dict[str, float]:
+    """As people read it: each of PHASES, a step's own work together as "compute"."""
+    grouped = dict.fromkeys(PHASES, 0.0)
+    for name, s in seconds.items():
+        grouped["compute" if name in COMPUTE else name] += s
+    return grouped
+
+
+def goodput(seconds: Mapping[str, float]) -> float:
+    """The share of all time that was spent on computing steps that count."""
+    return total(seconds, *COMPUTE) / sum(seconds.values())

@@ -4,6 +4,8 @@ The loop calls a `Recorder` on every rank; only rank 0's does anything.
 """
 
 import time
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from pipeline import checkpoint
@@ -12,7 +14,7 @@ from pipeline.data.index import Index
 from pipeline.identity import Identity
 from pipeline.job import Context, Job
 from pipeline.mlflow_run import CHECKPOINTS, tracking_uri
-from pipeline.perf import Ledger
+from pipeline.perf import STEP, Ledger, goodput, summed_up, total
 from pipeline.saver import Saver
 from pipeline.settings import dump, flatten
 from pipeline.state import TrainState
@@ -22,7 +24,6 @@ from pipeline.tracking import Tracker
 # How long a session's end goes on trying an MLflow that fails; what is left waits in the spool.
 PATIENCE_S = 30.0
 PATIENCE_BEFORE_RESTART_S = 5.0
-STEP_PHASES = ("compute", "data wait", "logging")
 
 
 class Recorder:
@@ -50,8 +51,10 @@ class Recorder:
         self.num_bad = 0  # broken images that this rank has met
         self._newest, self._scores = resumed, dict(resumed.meta["metrics"]) if resumed else {}
         self._first_step = self._logged_step = resumed.step if resumed else 0
-        self._logged_s = 0.0
+        self._first = self._logged = ledger.seconds()  # per phase
         self._postponed, self._num_postponed, self._held_s = False, 0, 0.0
+        marks = (*ctx.marks, ("state", time.time()))
+        self._startup = {name: ended - began for (_, began), (name, ended) in pairwise(marks)}
         if ctx.rank == 0:
             self._identity = identity
             self._begin()
@@ -103,6 +106,7 @@ class Recorder:
                 "faults": num_faults,
                 "num_threads": ctx.num_threads,
                 "device": ctx.device.type,
+                "startup": self._startup,
                 **{name: story[name] for name in ("lost_steps", "recovery_s") if name in story},
             }
         )
@@ -116,19 +120,21 @@ class Recorder:
         """Log one step: `loss` is the mean over its global batch, of the weights before it."""
         if self._ctx.rank != 0:
             return
-        step_s = self._ledger.total(*STEP_PHASES)
+        seconds, before = self._ledger.seconds(), self._logged
+        step_s = total(seconds, *STEP) - total(before, *STEP)
         images = (step - self._logged_step) * self._job.cfg.train.global_batch
         metrics = {
             "train/loss": loss,
             "train/lr": lr,
             "train/epoch": epoch,
-            "perf/images_per_s": images / (step_s - self._logged_s),
-            "perf/data_wait_share": self._ledger.total("data wait") / step_s,
+            "perf/images_per_s": images / step_s,
+            "perf/data_wait_share": (total(seconds, "data wait") - total(before, "data wait")) / step_s,
+            "perf/goodput": goodput(seconds),
             "data/bad_images": num_bad,
         }
-        self._logged_step, self._logged_s = step, step_s
-        self._tracker.metrics(step, metrics)
-        self._ctx.emit({"kind": "step", "step": step, "compute_s": self._ledger.total("compute"), **metrics})
+        self._logged_step, self._logged = step, seconds
+        self._tracker.metrics(step, metrics | {f"time/{_key(name)}_s": s for name, s in summed_up(seconds).items()})
+        self._ctx.emit({"kind": "step", "step": step, **metrics})
 
     def evaluation(self, step: int, scores: dict[str, float]) -> None:
         """Log the scores of the weights after `step` steps."""
@@ -157,6 +163,8 @@ class Recorder:
             "sessions": self._identity.sessions,
             "faults": self._identity.faults,
             "mlflow_run_id": self._tracker.run_id,
+            "time": time.time(),
+            "seconds": self._ledger.seconds(),
         }
         if not self._job.run.local:  # the spool lies on this machine alone
             meta["unsent"] = self._tracker.unsent()
@@ -224,7 +232,7 @@ class Recorder:
             self._upload(top)
         if done and cfg.mlflow.log_model:
             self._tracker.model(self._newest.path)
-        with self._ledger.phase("mlflow"):
+        with self._ledger.phase("logging"):
             patience_s = PATIENCE_S if status != "regroup" else PATIENCE_BEFORE_RESTART_S
             waiting = self._tracker.close("FINISHED" if done else "KILLED", patience_s)
         if waiting and status != "regroup":
@@ -232,7 +240,7 @@ class Recorder:
                 f"MLflow is away; {waiting} records wait in {self._tracker.spool}; "
                 f"to send them: pipeline sync {self._job.run}"
             )
-        step_s = self._ledger.total(*STEP_PHASES)
+        seconds = self._ledger.seconds()
         images = (state.step - self._first_step) * cfg.train.global_batch
         return {
             "run": self._job.run.name,
@@ -241,8 +249,10 @@ class Recorder:
             "step": state.step,
             "num_steps": self._num_steps,
             **{name: self._scores.get(name) for name in ("top1", "top5", "loss")},
-            "images_per_s": images / step_s if images else None,
-            "seconds": {name: round(s, 3) for name, s in self._ledger.seconds.items()},
+            "images_per_s": images / (total(seconds, *STEP) - total(self._first, *STEP)) if images else None,
+            "seconds": seconds,
+            "startup": self._startup,
+            "ended": time.time(),
             "checkpoint": str(self._newest.place),
             "best_checkpoint": _place(top),
             "sessions": self._identity.sessions,
@@ -252,6 +262,10 @@ class Recorder:
             "mlflow_run_id": self._tracker.run_id,
             "mlflow_waiting": waiting,
         }
+
+    def publish(self, folder: Path) -> None:
+        """Have a folder's files logged as artifacts, below its name."""
+        self._tracker.folder(folder, folder.name)
 
     def _upload(self, saved: Checkpoint) -> None:
         self._tracker.folder(saved.path, f"{CHECKPOINTS}/{saved.path.name}")
@@ -266,6 +280,10 @@ def mark_failed(job: Job, reason: str) -> None:
     tracker = Tracker.of_run(job.cfg.mlflow, uri, job.run, identity.training_id, lambda _: None)
     tracker.tags({"pipeline.failure": reason[:500]})
     tracker.close("FAILED", PATIENCE_BEFORE_RESTART_S)
+
+
+def _key(phase: str) -> str:
+    return phase.replace(" ", "_").replace("-", "_")
 
 
 def _place(saved: Checkpoint | None) -> str | None:

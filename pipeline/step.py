@@ -6,6 +6,7 @@ mean over the global batch, also where shares are uneven, and whether or not a r
 over micro-batches.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -25,14 +26,26 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, AUTOCAST[precision], enabled=precision != "fp32")
 
 
+def _unmarked(part: str) -> None:
+    """Nobody wants to know how far a step is."""
+
+
 def train_step(
-    state: TrainState, net: nn.Module, batch: Batch, cfg: TrainConfig, *, lr: float, world_size: int
+    state: TrainState,
+    net: nn.Module,
+    batch: Batch,
+    cfg: TrainConfig,
+    *,
+    lr: float,
+    world_size: int,
+    mark: Callable[[str], object] = _unmarked,
 ) -> Tensor:
     """Advance `state` by one step.
 
     Args:
         net: `state.model`, wrapped in DDP where there are several ranks.
         batch: this rank's share of the global batch.
+        mark: called with "forward", "backward" and "optimizer" as each begins.
 
     Returns:
         A scalar on the device, detached: this rank's part of the mean loss over the global batch; the
@@ -43,12 +56,15 @@ def train_step(
     state.optimizer.zero_grad(set_to_none=True)
     loss_part = torch.zeros((), device=batch.labels.device)
     for i, (images, labels) in enumerate(micro_batches, 1):
+        mark("forward")
         with _sync_gradients(net, i == num_micro):
             with autocast(cfg.precision, images.device):
                 logits = net(images)
             losses = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=cfg.label_smoothing)
+            mark("backward")
             state.scaler.scale(losses * (world_size / cfg.global_batch)).backward()  # type: ignore[no-untyped-call]
         loss_part += losses.detach() / cfg.global_batch
+    mark("optimizer")
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     if cfg.clip_norm is not None:

@@ -39,12 +39,16 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What a driver is to do. faults: since the last session began. again: an earlier driver had begun."""
+    """What a driver is to do. faults: since the last session began. again: an earlier driver had begun.
+
+    began: the user's command, Unix time.
+    """
 
     cfg: Config
     resume_from: str | None
     faults: tuple[Fault, ...]
     again: bool
+    began: float
 
 
 def train(cfg: Config, label: str, resume_from: str | None, watch: Callable[[Event], None]) -> dict[str, Any]:
@@ -68,7 +72,7 @@ def train(cfg: Config, label: str, resume_from: str | None, watch: Callable[[Eve
     name = cfg.run.name or f"{label}-{time.strftime('%Y%m%d-%H%M%S')}"
     cfg = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, name=name))
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # Ray's processes stay findable when a driver dies
-    budget, step = FailureBudget(cfg.cluster.max_failures), 0
+    budget, step, began = FailureBudget(cfg.cluster.max_failures), 0, time.time()
     faults: tuple[Fault, ...] = ()
 
     def note(event: Event) -> None:
@@ -83,7 +87,7 @@ def train(cfg: Config, label: str, resume_from: str | None, watch: Callable[[Eve
     with _signals() as received:
         again = False
         while True:
-            kind, content = _run_driver(Request(cfg, resume_from, faults, again), note, received)
+            kind, content = _run_driver(Request(cfg, resume_from, faults, again, began), note, received)
             if kind == "done":
                 return dict(content)
             if kind == "wrong":

@@ -1,12 +1,16 @@
 """The training loop, and what a rank needs to run it. Knows neither Ray nor MLflow."""
 
 import math
+import os
+import shutil
+import time
 from contextlib import closing
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import checkpoint
@@ -20,6 +24,7 @@ from pipeline.identity import Identity
 from pipeline.job import Context, Job
 from pipeline.optim import Schedule, lr_at
 from pipeline.perf import Ledger
+from pipeline.profile import Profile
 from pipeline.record import Recorder
 from pipeline.state import TrainState
 from pipeline.step import train_step
@@ -42,18 +47,23 @@ def fit(job: Job, ctx: Context) -> dict[str, Any]:
     Raises:
         ConfigError: a checkpoint that does not fit. NonFiniteLossError. BadDataError.
     """
-    ledger = Ledger("start-up")
+    entered = time.time()
     torch.set_num_threads(ctx.num_threads)
     cfg, index = job.cfg, load_index(Storage(job.train_index).fetch())
     schedule = Schedule.create(cfg, len(index))
     stop_step = min(schedule.num_steps, cfg.run.stop_at_step or schedule.num_steps)
     state = TrainState.create(cfg, len(index.classes), ctx.device)
     identity, resumed = _resume(job, ctx, state, index, schedule.num_steps)
+    ledger = _ledger(ctx, identity, resumed, entered)
     recorder = Recorder(job, ctx, index, identity, resumed, ledger, schedule.num_steps)
     train_loader, val_loader = _loaders(job, ctx, index, recorder)
     net: nn.Module = state.model
     if ctx.world_size > 1:
-        net = _distribute(state.model, cfg.data.image_size, ctx.device)
+        net = _distribute(state.model, cfg, ctx.device)
+        _watch_communication(state.model, ledger)
+    compiling = cfg.model.compile != "none"
+    if compiling:
+        net = _compiled(net, cfg.model.compile)
     votes = Votes(ctx.world_size, cfg.cluster.timeout_s)
 
     def due(every: int) -> bool:
@@ -64,13 +74,16 @@ def fit(job: Job, ctx: Context) -> dict[str, Any]:
         closing(train_loader),
         closing(val_loader),
         recorder,
+        closing(Profile(job, ctx, ledger, recorder.publish)) as profile,
         Trace(job, ctx) as trace,
         Watchdog(cfg.cluster.timeout_s) as watchdog,
     ):
-        ledger.switch("compute")
-        for batch in ledger.waits(train_loader.from_step(state.step, stop_step), "data wait"):
+        profile.step(state.step)
+        for batch in ledger.steps(train_loader.from_step(state.step, stop_step), compiling=compiling):
             lr = lr_at(state.step, cfg.optim, schedule)
-            losses.append(train_step(state, net, batch, cfg.train, lr=lr, world_size=ctx.world_size))
+            mark, world_size = ledger.switch, ctx.world_size
+            losses.append(train_step(state, net, batch, cfg.train, lr=lr, world_size=world_size, mark=mark))
+            profile.step(state.step)
             trace.step(state.step, batch)
             watchdog.feed()
             ctx.progress(state.step)
@@ -142,6 +155,22 @@ def _resume(
     return identity, found
 
 
+def _ledger(ctx: Context, identity: Identity, resumed: Checkpoint | None, entered: float) -> Ledger:
+    """What this training has counted so far, and the time since, in which this session was started.
+
+    After a fault, what came after the checkpoint is lost, the steps to be done again like the time without training:
+    all of it is recovery. A session that its user starts counts from the command on.
+    """
+    own = resumed if resumed is not None and resumed.meta["training_id"] == identity.training_id else None
+    if ctx.restarted or identity.open:
+        phase, since = "recovery", own.meta["time"] if own else identity.began
+    else:
+        phase, since = "start-up", ctx.marks[0][1] if ctx.marks else entered
+    before = dict(own.meta["seconds"]) if own else {}
+    before[phase] = before.get(phase, 0.0) + max(0.0, time.time() - since)
+    return Ledger(phase, ctx.device, before)
+
+
 def _look(job: Job, ctx: Context) -> tuple[Identity, Checkpoint | None]:
     """What the storage says: whose run this is, and from which checkpoint it goes on."""
     identity = Identity.read(job.run, ctx.warn)
@@ -171,7 +200,7 @@ def _loaders(job: Job, ctx: Context, index: Index, recorder: Recorder) -> tuple[
     return train, EvalLoader(val_index, cfg.data, place, recorder.bad_image, batch=cfg.train.eval_batch, warn=ctx.warn)
 
 
-def _distribute(model: nn.Module, image_size: int, device: torch.device) -> nn.Module:
+def _distribute(model: nn.Module, cfg: Config, device: torch.device) -> nn.Module:
     """The model in DDP, with the buckets that it keeps.
 
     DDP lays its buckets out anew after the first backward pass, and the order of a ring's sums over three ranks
@@ -179,11 +208,44 @@ def _distribute(model: nn.Module, image_size: int, device: torch.device) -> nn.M
     in the middle of a run; so the first pass is one that changes nothing.
     """
     # BN statistics stay local until they are read: see sync_buffers.
-    net = DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
+    net = DistributedDataParallel(
+        model, forward_sync_buffers=False, gradient_as_bucket_view=True, bucket_cap_mb=cfg.cluster.bucket_mb
+    )
+    if cfg.cluster.gradients == "bf16":
+        net.register_comm_hook(None, bf16_compress_hook)
     model.eval()
-    net(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8, device=device)).sum().backward()
+    size = cfg.data.image_size
+    net(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device)).sum().backward()
     model.zero_grad(set_to_none=True)
     model.train()
+    return net
+
+
+def _watch_communication(model: nn.Module, ledger: Ledger) -> None:
+    """Count the rest of a backward pass as waiting for other ranks once the last gradient is there."""
+
+    def there(parameter: Tensor) -> None:
+        ledger.switch("communication wait")
+
+    last = next(p for p in model.parameters() if p.requires_grad)  # the first layer's
+    last.register_post_accumulate_grad_hook(there)  # type: ignore[no-untyped-call]
+
+
+def _compiled(net: nn.Module, mode: str) -> nn.Module:
+    """The network in `mode` of torch.compile. `state.model` stays as it is: evaluation would take a compilation more.
+
+    Raises:
+        ConfigError: no compiler on this node.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise ConfigError(
+            f"model.compile={mode}: needs a C++ compiler on every node, and {compiler} is not here; "
+            "install it, or set model.compile=none"
+        )
+    if not isinstance(net, DistributedDataParallel):
+        return cast(nn.Module, torch.compile(net, mode=mode))
+    net.module = torch.compile(net.module, mode=mode)  # torch cuts it where buckets end
     return net
 
 

@@ -17,6 +17,7 @@ POLL_SECONDS = 0.1
 
 def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
     """Run `fit` as one rank; Ray calls this in a thread of its own, so it can install no signal handlers."""
+    entered = time.time()
     # Late: the driver's and the controller's processes import this module and have no use for these.
     from pipeline.checkpoint import CheckpointError
     from pipeline.data.fetch import BadDataError
@@ -39,6 +40,8 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
         stop_reason=lambda: line.stop_reason,
         progress=line.progress,
         faults=config["faults"],
+        marks=(*config["marks"], ("processes", entered), ("imports of workers", time.time())),
+        restarted=config["restarted"],
     )
     try:
         return fit(job, context)

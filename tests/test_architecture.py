@@ -12,7 +12,7 @@ ORDER = """__init__ config settings web storage
     data.rows data.find data.shards data.parquet data.scan data.build data.cache data.groups data.read data.fetch
     data.pack data.augment data.dali data.mix data.loader data.verify
     model optim state step evaluate checkpoint saver spool mlflow_run tracking perf job identity record votes watchdog
-    trace train
+    trace profile train
     link runs infer preview contestants bench supervise cluster worker gauges launch driver
     probes findings doctor
     submission jobs console commands cli""".split()  # noqa: SIM905

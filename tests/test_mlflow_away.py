@@ -89,16 +89,15 @@ def test_everything_arrives_once_in_order(
     summary, warnings = train(job(name), proxy, STORIES[story])
     assert summary["status"] == "done"
     assert summary["mlflow_waiting"] == 0
-    seconds = summary["seconds"]
-    per_step_ms = 1000 * seconds["logging"] / NUM_STEPS
-    print(f"{story}: {per_step_ms:.2f} ms of logging a step, {seconds['mlflow']:.1f} s at the end")
-    assert seconds["logging"] < 0.05 * seconds["compute"]
     assert [step for step, _ in loss_series(server.uri, name)] == list(range(1, NUM_STEPS + 1))
     told = [w for w in warnings if "records wait in" in w]
     assert bool(told) == ("down" in story or "fails" in story)
     client = mlflow.MlflowClient(server.uri)
     run = client.get_run(summary["mlflow_run_id"])
     assert run.info.status == "FINISHED"
+    logging_s, compute_s = (run.data.metrics[f"time/{phase}_s"] for phase in ("logging", "compute"))
+    print(f"{story}: {1000 * logging_s / NUM_STEPS:.2f} ms of logging a step")
+    assert logging_s < 0.05 * compute_s
     assert run.data.tags["pipeline.session_1"] == "from step 0, 1 workers"
     assert {a.path for a in client.list_artifacts(run.info.run_id, "checkpoints")} == {"checkpoints/step_00000060"}
 

@@ -1,0 +1,223 @@
+"""The ledger: no second counted twice or lost, through faults and resumes; nearly free; nothing waits in a step."""
+
+import dataclasses
+import gzip
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import torch
+from ranks import context, run_ranks
+from test_train import FAST
+
+from pipeline.config import ConfigError
+from pipeline.data.loader import Batch, TrainLoader
+from pipeline.identity import Identity
+from pipeline.job import Job
+from pipeline.perf import PHASES, Ledger, goodput, summed_up, total
+from pipeline.settings import load
+from pipeline.storage import Storage
+from pipeline.train import fit
+
+
+@pytest.fixture
+def job(digits_index: Callable[[str], Path], tmp_path: Path) -> Callable[..., Job]:
+    """Makes the job of one run, by overrides."""
+
+    def make(*overrides: str) -> Job:
+        train, val = digits_index("train"), digits_index("val")
+        cfg = load(None, [f"data.train={train}", f"data.val={val}", *FAST, f"run.storage={tmp_path}", *overrides])
+        (tmp_path / "run").mkdir(exist_ok=True)
+        return Job(cfg, Storage(tmp_path / "run"), str(train), str(val))
+
+    return make
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Lets so many seconds pass."""
+    now = 100.0
+
+    def passes(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr("pipeline.perf.time.perf_counter", lambda: now)
+    return passes
+
+
+def test_phases_nest_without_overlap(clock: Callable[[float], None]) -> None:
+    ledger = Ledger("start-up", before={"recovery": 7.0})
+    clock(1)
+
+    def batches() -> Iterator[int]:
+        for seconds in (2, 3, 4):  # that each takes to come
+            clock(seconds)
+            yield seconds
+
+    for _ in ledger.steps(batches(), compiling=True):
+        clock(10)
+        ledger.switch("backward")
+        clock(20)
+        ledger.switch("communication wait")
+        clock(0.5)
+        ledger.switch("optimizer")
+        with ledger.phase("checkpoint"):
+            clock(5)
+            with ledger.phase("logging"):
+                clock(0.25)
+        clock(1)
+    seconds = ledger.seconds()
+    assert seconds == {
+        "recovery": 7.0,
+        "start-up": 3.0,  # the first batch's wait is in it
+        "compile": 31.0,
+        "data wait": 7.0,
+        "forward": 20.0,
+        "backward": 40.0,
+        "optimizer": 2.0,
+        "communication wait": 1.5,
+        "checkpoint": 15.0,
+        "logging": 0.75,
+    }
+    assert summed_up(seconds) == dict.fromkeys(PHASES, 0.0) | {
+        **{name: s for name, s in seconds.items() if name in PHASES},
+        "compute": 62.0,
+    }
+    assert goodput(seconds) == pytest.approx(62 / 127.25)
+
+
+def test_marks_cost_next_to_nothing() -> None:
+    """Six a step: less than 0.5% of one of 5 ms, which no network worth training is faster than."""
+    ledger, num_marks = Ledger("forward"), 20_000
+    costs = []
+    for _ in range(5):
+        began = time.perf_counter()
+        for _ in range(num_marks):
+            ledger.switch("backward")
+        costs.append((time.perf_counter() - began) / num_marks)
+        ledger.seconds()
+    print(f"{1e6 * min(costs):.2f} us a mark")
+    assert 6 * min(costs) < 0.005 * 0.005
+
+
+def test_sessions_add_up_to_the_wall_time_since_the_first(job: Callable[..., Job]) -> None:
+    """A session that ends, one whose end is never told, and one that goes on from the checkpoint before."""
+    began = time.time()
+    first = fit(job("run.stop_at_step=10"), context())
+    stopped = time.time()
+    assert sum(first["seconds"].values()) == pytest.approx(first["ended"] - began, rel=0.02, abs=0.2)
+    assert first["seconds"]["forward"] < first["seconds"]["backward"]
+    assert "recovery" not in first["seconds"]
+
+    asked = dataclasses.replace(context(), marks=(("command", time.time() - 5),))
+    second = fit(job("run.stop_at_step=20"), asked)
+    gained = second["seconds"]["start-up"] - first["seconds"]["start-up"]
+    assert 5 < gained < 5 + time.time() - stopped, "what the command did before its workers is counted"
+
+    run = job().run
+    last = Identity.read(run, pytest.fail)
+    assert last is not None
+    dataclasses.replace(last, open=True).write(run)  # as a killed process leaves it
+    time.sleep(2)
+    resumed = time.time()
+    third = fit(job(), context())
+    assert third["seconds"]["recovery"] > 2, "the time without training, since the checkpoint"
+    whole = sum(third["seconds"].values()) - sum(second["seconds"].values())
+    assert whole == pytest.approx(third["ended"] - second["ended"], rel=0.02, abs=0.2)
+    assert whole > time.time() - resumed + 2
+    assert total(third["seconds"], "start-up") == total(second["seconds"], "start-up")
+
+
+def test_steps_done_again_are_recovery_and_not_compute(job: Callable[..., Job]) -> None:
+    """Ended by an error at step 19, and taken up again from the checkpoint of step 10."""
+    settings = ["train.log_every=1", "checkpoint.every=10", "train.eval_every=100"]
+
+    def fall(event: dict[str, Any]) -> None:
+        if event["kind"] == "step" and event["step"] == 19:
+            raise RuntimeError("the end")
+
+    with pytest.raises(RuntimeError, match="the end"):
+        fit(job(*settings), dataclasses.replace(context(), emit=fall))
+    done = fit(job(*settings), dataclasses.replace(context(), restarted=True))
+    client = mlflow.MlflowClient(done["mlflow_uri"])
+
+    def series(phase: str) -> dict[int, float]:
+        return {m.step: m.value for m in client.get_metric_history(done["mlflow_run_id"], f"time/{phase}_s")}
+
+    compute, recovery = series("compute"), series("recovery")
+    assert recovery[10] == 0
+    per_step = (compute[10] - compute[5]) / 5
+    assert recovery[30] > 5 * per_step, "nine steps are lost"
+    assert compute[30] - compute[20] == pytest.approx(10 * per_step, rel=0.7)
+    assert compute[30] < 40 * per_step
+
+
+def waits(rank: int, world_size: int, job: Job) -> dict[str, float]:
+    """Rank 1 is late with each batch."""
+    if rank == 1:
+        ours = TrainLoader.from_step
+
+        def late(self: TrainLoader, step: int, stop: int) -> Iterator[Batch]:
+            for batch in ours(self, step, stop):
+                time.sleep(0.05)
+                yield batch
+
+        TrainLoader.from_step = late  # type: ignore[method-assign]  # in this process alone
+    return dict(fit(job, context(rank, world_size)).get("seconds", {}))
+
+
+def test_waiting_for_a_slow_rank_is_communication(job: Callable[..., Job]) -> None:
+    seconds, _ = run_ranks(waits, 2, job("train.steps=20", "train.eval_every=100"))
+    assert seconds["communication wait"] > 20 * 0.04
+    assert seconds["data wait"] < 0.5 * seconds["communication wait"]
+
+
+@pytest.mark.parametrize("log_every", [5, 10])
+def test_nothing_waits_for_the_device_but_logged_steps(
+    job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, log_every: int
+) -> None:
+    """`.item()`, `.tolist()` and copies to the host, as they would wait on a GPU, happen where losses are gathered."""
+    calls = Counter[str]()
+
+    def counted(name: str) -> Any:
+        real = getattr(torch.Tensor, name)
+
+        def count(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return real(self, *args, **kwargs)
+
+        return count
+
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, counted(name))
+    monkeypatch.setattr("pipeline.train.evaluate", lambda *args, **kwargs: {"top1": 0.5, "top5": 1.0, "loss": 1.0})
+    fit(
+        job(f"train.log_every={log_every}", "checkpoint.every=1000", "train.eval_every=100", "train.clip_norm=1.0"),
+        context(),
+    )
+    ended = 1  # the last step is saved, which gathers nothing but is logged
+    assert calls["tolist"] == 30 // log_every
+    assert sum(calls.values()) - calls["tolist"] <= ended
+
+
+def test_a_profile_names_the_parts_of_its_steps(job: Callable[..., Job]) -> None:
+    done = fit(job("train.profile=[3,4]", "train.steps=6"), context())
+    client = mlflow.MlflowClient(done["mlflow_uri"])
+    (artifact,) = client.list_artifacts(done["mlflow_run_id"], "profile")
+    assert artifact.path == "profile/steps_3_4.json.gz"
+    with gzip.open(client.download_artifacts(done["mlflow_run_id"], artifact.path)) as file:
+        events = json.load(file)["traceEvents"]
+    ranges = Counter(event["name"] for event in events if event.get("cat") == "user_annotation")
+    for part in ("forward", "backward", "optimizer", "data wait"):
+        assert ranges[part] == 2, part
+
+
+def test_a_profile_of_steps_that_end_before_they_begin_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"train.profile=\[5,4\]: must be \[first,last\] step"):
+        load(None, ["data.train=x", "data.val=x", "train.profile=[5,4]"])
