@@ -108,8 +108,9 @@ def test_marks_cost_next_to_nothing() -> None:
 
 def test_sessions_add_up_to_the_wall_time_since_the_first(job: Callable[..., Job]) -> None:
     """A session that ends, one whose end is never told, and one that goes on from the checkpoint before."""
+    ten = job("run.stop_at_step=10")
     began = time.time()
-    first = fit(job("run.stop_at_step=10"), context())
+    first = fit(ten, context())
     stopped = time.time()
     assert sum(first["seconds"].values()) == pytest.approx(first["ended"] - began, rel=0.02, abs=0.2)
     assert first["seconds"]["forward"] < first["seconds"]["backward"]
