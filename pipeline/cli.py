@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import re
 import sys
@@ -66,6 +67,17 @@ def _count(text: str, low: int = 1) -> int:
     if not text.isdecimal() or int(text) < low:
         raise argparse.ArgumentTypeError(f"{text}: must be a whole number, at least {low}")
     return int(text)
+
+
+def _positive(text: str) -> float:
+    """A number above 0 of an option."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: must be a number above 0")
+    return value
 
 
 def _variable(text: str) -> str:
@@ -170,6 +182,20 @@ def _parser() -> argparse.ArgumentParser:
     loader.add_argument("--rounds", type=_count, default=7, metavar="R", help="that all take part in (default 7)")
     loader.add_argument("--images", type=_count, default=2048, metavar="K", help="timed in a round (default 2048)")
     loader.add_argument("--out", type=Path, metavar="DIR", help="for loader.json and a plot, loader.png")
+
+    plan = add("plan", commands.plan, "Predict images/s, hours, goodput and cost on 8 to 1,024 GPUs, on paper.")
+    add_config(plan)
+    plan.add_argument("--gpus", type=_count, required=True, metavar="N", help="how many, such as 64")
+    plan.add_argument("--gpu", required=True, metavar="CARD", help="H100, A100, ... (a wrong one lists all)")
+    text = "weak scaling: so many images on each GPU; by default train.global_batch is kept"
+    plan.add_argument("--batch-per-gpu", type=_count, metavar="N", help=text)
+    plan.add_argument("--images", type=_count, metavar="N", help="of data.train; by default its index's, or ImageNet's")
+    text = "of one GPU alone at a large batch, as measured; by default modelled"
+    plan.add_argument("--images-per-s-per-gpu", type=_positive, metavar="R", help=text)
+    text = "replace a number that the plan rests on; the answer lists all; may be given again"
+    plan.add_argument("--assume", action="append", default=[], metavar="NAME=VALUE", help=text)
+    text = "the JSON of `pipeline bench scale`: predict its efficiency from one worker's figures"
+    plan.add_argument("--measured", type=Path, metavar="FILE", help=text)
 
     evaluate = add(
         "evaluate", commands.evaluate, "Exact top-1, top-5 and loss of a run's newest checkpoint, or of a given one."

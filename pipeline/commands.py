@@ -154,6 +154,23 @@ def bench_loader(args: argparse.Namespace) -> Outcome:
     return result, bench.table(result), DONE
 
 
+def plan(args: argparse.Namespace) -> Outcome:
+    from pipeline.plan import plan
+    from pipeline.plan_view import table
+
+    result = plan(
+        load(args.config, args.overrides),
+        args.gpus,
+        args.gpu,
+        args.assume,
+        batch_per_gpu=args.batch_per_gpu,
+        num_images=args.images,
+        rate=args.images_per_s_per_gpu,
+        measured=args.measured,
+    )
+    return result, table(result), DONE
+
+
 def evaluate(args: argparse.Namespace) -> Outcome:
     from pipeline import infer, runs
 

@@ -13,7 +13,8 @@ ORDER = """__init__ config settings web storage
     data.pack data.augment data.dali data.mix data.loader data.verify
     model optim state step evaluate checkpoint saver spool mlflow_run tracking perf job identity record votes watchdog
     trace profile train
-    link runs infer preview contestants bench supervise cluster worker gauges launch driver
+    link runs infer preview contestants bench assumptions outages scaling plan plan_view
+    supervise cluster worker gauges launch driver
     probes findings doctor
     submission jobs console commands cli""".split()  # noqa: SIM905
 # Library -> the modules that may import it.

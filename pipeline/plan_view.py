@@ -1,0 +1,94 @@
+"""What people see of a plan: cluster sizes, what to change, and every number that it rests on; 80 columns wide."""
+
+import textwrap
+from typing import Any
+
+WIDTH = 80
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """The lines of `plan.plan()`'s answer."""
+    lines = _wrap(_title(result))
+    for note in result["notes"]:
+        lines += _wrap(note)
+    head = f"{'GPUs':>7}{'batch':>9}{'images/s':>11}{'effic.':>8}{'goodput':>9}{'hours':>9}{'$':>10}  bound by"
+    lines += ["", head, *(_row(one, one["gpus"] == result["gpus"]) for one in result["rows"]), ""]
+    lines += [*_step(result), *_checkpoints(result["checkpoints"])]
+    if result["measured"]:
+        lines += ["", *_measured(result["measured"])]
+    lines += ["", "All numbers that this rests on (--assume NAME=VALUE replaces one):"]
+    for name, one in result["assumptions"].items():
+        value = f"{one['value']:,.10g} {one['unit']}".strip()
+        lines += _wrap(f"{name:<20} {value:<14} {one['origin']:<9}  {one['what']}", " " * 47)
+    return lines
+
+
+def _wrap(text: str, indent: str = "") -> list[str]:
+    return textwrap.wrap(text, WIDTH, subsequent_indent=indent, break_on_hyphens=False)
+
+
+def _title(result: dict[str, Any]) -> str:
+    net, alone = result["network"], result["images_per_s_per_gpu"]
+    length = f"{result['steps']:,} steps" if result["steps"] else f"{result['epochs']} epochs"
+    batch = "the recipe's global batch" if result["scaling"] == "strong" else "a fixed batch on each GPU"
+    return (
+        f"ResNet-{net['depth']}, {net['image_size']} pixels, {result['precision']}, {length} of {result['images']:,} "
+        f"images, {result['gpu']}, {batch}. {net['parameters'] / 1e6:.1f} million parameters, "
+        f"{net['macs'] / 1e9:.2f} billion multiply-adds an image; one GPU alone at a large batch: "
+        f"{alone['value']:,.0f} images/s ({alone['origin']})."
+    )
+
+
+def _row(one: dict[str, Any], chosen: bool) -> str:
+    hours, cost = ("-", "-") if one["hours"] is None else (f"{one['hours']:,.1f}", f"{one['cost']:,.0f}")
+    return (
+        f"{'>' if chosen else ' '}{one['gpus']:>6,}{one['global_batch']:>9,}{one['images_per_s']:>11,.0f}"
+        f"{one['efficiency']:>8.2f}{one['goodput']:>9.4f}{hours:>9}{cost:>10}  {one['bound']}"
+    )
+
+
+def _step(result: dict[str, Any]) -> list[str]:
+    chosen = next(one for one in result["rows"] if one["gpus"] == result["gpus"])
+    parts = ", ".join(f"{name} {seconds * 1e3:.1f}" for name, seconds in chosen["parts"].items())
+    lines = _wrap(
+        f"On {chosen['gpus']:,} GPUs a step takes {chosen['step_s'] * 1e3:.1f} ms: {parts}. Beside it, and hidden if "
+        f"shorter: reading {chosen['read_s'] * 1e3:.1f}, decoding {chosen['decode_s'] * 1e3:.1f}."
+    )
+    best = result["changes"][0] if result["changes"] else None
+    if best and best["saves"] >= 0.005:
+        lines += _wrap(f"Helps most: {best['change']}; {best['hours']:,.1f} hours, {best['saves']:.0%} fewer.")
+    return lines
+
+
+def _checkpoints(found: dict[str, Any]) -> list[str]:
+    lines = _wrap(
+        f"A failure every {found['mtbf'] / 3600:,.1f} h, {found['failures']:,.2f} in the whole run. A checkpoint holds "
+        f"steps for {found['hold']:.2f} s and is written in {found['write']:.1f} s, so least is lost with "
+        f"{found['daly_s']:,.0f} s between two (Daly; Young: {found['young_s']:,.0f} s):"
+    )
+    for name in ("best", "configured"):
+        one = found[name]
+        spread, text = one["simulated"], "not simulated, for its many failures"
+        if spread:
+            text = (
+                f"simulated {1 - spread['mean']:.3%}, standard error {spread['error']:.3%}, nine runs in ten "
+                f"{1 - spread['high']:.3%} to {1 - spread['low']:.3%}"
+            )
+        lines += _wrap(
+            f"  {name:<11}checkpoint.every={one['every']} ({one['interval_s']:,.0f} s) loses {1 - one['goodput']:.3%} "
+            f"of the time; {text}",
+            " " * 13,
+        )
+    return lines
+
+
+def _measured(found: dict[str, Any]) -> list[str]:
+    lines = _wrap(
+        f"Measured here, and predicted from one worker, a link of {found['network_gb_s']:.3g} GB/s, a jitter of "
+        f"{found['jitter']:.3f} and an overlap of {found['overlap']:g}:"
+    )
+    for workers, one in found["workers"].items():
+        lines.append(
+            f"  {workers} workers: efficiency {one['predicted']:.3f} predicted, {one['measured']:.3f} measured"
+        )
+    return lines
