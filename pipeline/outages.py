@@ -76,7 +76,7 @@ def simulate(
     num_runs = num_runs or int(min(20_000, max(200, 1e6 * expected * o.mtbf / work)))
     rng = np.random.default_rng(seed)
     segment = interval + o.hold
-    left, wall = np.full(num_runs, work), np.zeros(num_runs)
+    left, wall = np.full(num_runs, float(work)), np.zeros(num_runs)
     going = np.arange(num_runs)
     while len(going):
         until = rng.exponential(o.mtbf, len(going))

@@ -26,6 +26,7 @@ from pipeline.scaling import (
     expected_max,
     exposed_s,
     num_buckets,
+    num_steps,
     predict,
 )
 from pipeline.storage import Storage
@@ -70,12 +71,17 @@ def plan(
     images = num_images or (len(index) if index is not None else IMAGENET)
     case = Case(cfg, a, net, images, batch_per_gpu, rate)
     row = predict(case, gpus)
-    rows = [row if n == gpus else predict(case, n) for n in sorted({*SIZES, gpus}) if n <= gpus or _fits(case, n)]
+    rows = [row if n == gpus else predict(case, n) for n in sorted({*SIZES, gpus}) if n == gpus or _fits(case, n)]
     notes = [WARNING]
     if num_images is None and index is None:
         notes.append(f"data.train={cfg.data.train} is no index here: ImageNet-1k's {IMAGENET:,} images are assumed.")
     if cfg.train.precision == "bf16" and gpu.upper() in ("V100", "T4"):
         notes.append(f"A {gpu.upper()} has no fast bf16: train.precision=fp16 is assumed.")
+    if batch_per_gpu:
+        notes.append(
+            "The global batch grows with the GPUs: optim.lr must follow it, and above 8,192 images accuracy is at risk "
+            "(Goyal et al. 2017)."
+        )
     if math.isinf(row.hours):
         notes.append(f"On {gpus} GPUs failures come faster than the run gets on: it would not end.")
     return {
@@ -111,7 +117,7 @@ def _index(source: str) -> Any:
 
 def _fits(case: Case, gpus: int) -> bool:
     try:
-        batches(case, gpus)
+        num_steps(case, gpus)
     except ConfigError:
         return False
     return True
@@ -128,8 +134,12 @@ def changes(case: Case, row: Row) -> list[dict[str, Any]]:
     best = checkpoints(case, row)["best"]["every"]
     checkpoint = replace(cfg.checkpoint, every=best)
     tried = {
-        "CUDA graphs or torch.compile (launch_us a fifth)": replace(case, a=replace(a, launch_us=a.launch_us / 5)),
-        "gradients sent as bf16 (grad_bytes=2)": replace(case, a=replace(a, grad_bytes=min(2, a.grad_bytes))),
+        "CUDA graphs or torch.compile (launch_us a fifth; not in this pipeline)": replace(
+            case, a=replace(a, launch_us=a.launch_us / 5)
+        ),
+        "gradients sent as bf16 (grad_bytes=2; not in this pipeline)": replace(
+            case, a=replace(a, grad_bytes=min(2, a.grad_bytes))
+        ),
         "twice the network of a node (network_gb_s)": replace(case, a=replace(a, network_gb_s=2 * a.network_gb_s)),
         "twice the reading (node_read_gb_s, storage_gb_s)": replace(
             case, a=replace(a, node_read_gb_s=2 * a.node_read_gb_s, storage_gb_s=2 * a.storage_gb_s)
@@ -149,8 +159,8 @@ def changes(case: Case, row: Row) -> list[dict[str, Any]]:
     found = []
     for text, other in tried.items():
         total, _ = batches(other, row.gpus)
-        if total <= case.images and math.isfinite(row.hours):
-            hours = predict(other, row.gpus).hours
+        hours = predict(other, row.gpus).hours if total <= case.images else math.inf
+        if math.isfinite(row.hours) and math.isfinite(hours):
             found.append({"change": text, "hours": hours, "saves": 1 - hours / row.hours})
     return sorted(found, key=lambda one: -float(one["saves"]))
 

@@ -11,7 +11,7 @@ def table(result: dict[str, Any]) -> list[str]:
     lines = _wrap(_title(result))
     for note in result["notes"]:
         lines += _wrap(note)
-    head = f"{'GPUs':>7}{'batch':>9}{'images/s':>11}{'effic.':>8}{'goodput':>9}{'hours':>9}{'$':>10}  bound by"
+    head = f"{'GPUs':>7}{'batch':>8}{'images/s':>11}{'effic.':>8}{'goodput':>9}{'hours':>9}{'$':>9}  bound by"
     lines += ["", head, *(_row(one, one["gpus"] == result["gpus"]) for one in result["rows"]), ""]
     lines += [*_step(result), *_checkpoints(result["checkpoints"])]
     if result["measured"]:
@@ -40,31 +40,46 @@ def _title(result: dict[str, Any]) -> str:
 
 
 def _row(one: dict[str, Any], chosen: bool) -> str:
-    hours, cost = ("-", "-") if one["hours"] is None else (f"{one['hours']:,.1f}", f"{one['cost']:,.0f}")
+    hours, cost = ("-", "-") if one["hours"] is None else (_hours(one["hours"]), f"{one['cost']:,.0f}")
     return (
-        f"{'>' if chosen else ' '}{one['gpus']:>6,}{one['global_batch']:>9,}{one['images_per_s']:>11,.0f}"
-        f"{one['efficiency']:>8.2f}{one['goodput']:>9.4f}{hours:>9}{cost:>10}  {one['bound']}"
+        f"{'>' if chosen else ' '}{one['gpus']:>6,}{one['global_batch']:>8,}{one['images_per_s']:>11,.0f}"
+        f"{one['efficiency']:>8.2f}{one['goodput']:>9.4f}{hours:>9}{cost:>9}  {one['bound']}"
     )
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.2f}" if hours < 10 else f"{hours:,.1f}"
 
 
 def _step(result: dict[str, Any]) -> list[str]:
     chosen = next(one for one in result["rows"] if one["gpus"] == result["gpus"])
     parts = ", ".join(f"{name} {seconds * 1e3:.1f}" for name, seconds in chosen["parts"].items())
     lines = _wrap(
-        f"On {chosen['gpus']:,} GPUs a step takes {chosen['step_s'] * 1e3:.1f} ms: {parts}. Beside it, and hidden if "
+        f"On {chosen['gpus']:,} GPU{'s'[: chosen['gpus'] - 1]} a step takes {chosen['step_s'] * 1e3:.1f} ms: {parts}. Beside it, and hidden if "
         f"shorter: reading {chosen['read_s'] * 1e3:.1f}, decoding {chosen['decode_s'] * 1e3:.1f}."
     )
     best = result["changes"][0] if result["changes"] else None
-    if best and best["saves"] >= 0.005:
-        lines += _wrap(f"Helps most: {best['change']}; {best['hours']:,.1f} hours, {best['saves']:.0%} fewer.")
+    if best and best["saves"] >= 0.05:
+        lines += _wrap(f"Helps most: {best['change']}; {_hours(best['hours'])} hours, {best['saves']:.0%} fewer.")
+    elif best:
+        lines += _wrap("No single change would save 5% of the hours; more or faster GPUs would.")
+    rows = result["rows"]
+    poor = [a["gpus"] for a in rows for b in rows if b["gpus"] == 2 * a["gpus"] and _gain(a, b) < 1.5]
+    if poor:
+        lines += _wrap(f"From {poor[0]:,} GPUs on, twice as many bring less than 1.5 times the speed.")
     return lines
 
 
+def _gain(fewer: dict[str, Any], more: dict[str, Any]) -> float:
+    return float(more["images_per_s"] / fewer["images_per_s"])
+
+
 def _checkpoints(found: dict[str, Any]) -> list[str]:
+    times = "" if found["failures"] is None else f", {found['failures']:,.2f} in the whole run"
     lines = _wrap(
-        f"A failure every {found['mtbf'] / 3600:,.1f} h, {found['failures']:,.2f} in the whole run. A checkpoint holds "
-        f"steps for {found['hold']:.2f} s and is written in {found['write']:.1f} s, so least is lost with "
-        f"{found['daly_s']:,.0f} s between two (Daly; Young: {found['young_s']:,.0f} s):"
+        f"A failure every {found['mtbf'] / 3600:,.2f} h{times}. A checkpoint holds steps for {found['hold']:.2f} s and is "
+        f"written in {found['write']:.1f} s, so least is lost with {found['daly_s']:,.0f} s between two (Daly; Young: "
+        f"{found['young_s']:,.0f} s):"
     )
     for name in ("best", "configured"):
         one = found[name]
@@ -79,7 +94,9 @@ def _checkpoints(found: dict[str, Any]) -> list[str]:
             f"of the time; {text}",
             " " * 13,
         )
-    return lines
+    more = found["best"]["goodput"] - found["configured"]["goodput"]
+    mend = "leave it" if more < 0.001 else f"set checkpoint.every={found['best']['every']}"
+    return [*lines, *_wrap(f"The configured interval loses {more:.3%} more than the best: {mend}.")]
 
 
 def _measured(found: dict[str, Any]) -> list[str]:

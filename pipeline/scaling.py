@@ -74,7 +74,7 @@ def count_network(model: ModelConfig, image_size: int, num_classes: int = 1000) 
         layers += 1
 
     with torch.device("meta"):
-        net = ResNet(model, num_classes)
+        net = ResNet(model, num_classes).eval()  # BatchNorm refuses a single value a channel in training
         for module in net.modules():
             if not list(module.children()):
                 module.register_forward_hook(count)
@@ -138,11 +138,13 @@ def batches(case: Case, gpus: int) -> tuple[int, int]:
         ConfigError: fewer images than GPUs.
     """
     unit = 2 if case.cfg.data.mixes else 1
+    if case.batch_per_gpu and case.batch_per_gpu % unit:
+        raise ConfigError(f"--batch-per-gpu {case.batch_per_gpu}: must be even, for pairs of data.mixup or data.cutmix")
     total = case.batch_per_gpu * gpus if case.batch_per_gpu else case.cfg.train.global_batch
-    if total < gpus * unit or total % unit:
+    if total < gpus * unit:
         raise ConfigError(
-            f"--gpus {gpus}: train.global_batch={total} has too few images (pairs with mixup or CutMix) for each; "
-            "lower it, or give --batch-per-gpu"
+            f"--gpus {gpus}: train.global_batch={total} gives some of them nothing; ask for at most {total // unit}, "
+            "or give --batch-per-gpu"
         )
     return total, -(-total // unit // gpus) * unit
 
@@ -200,7 +202,10 @@ def predict(case: Case, gpus: int) -> Row:
 def num_steps(case: Case, gpus: int) -> int:
     total, _ = batches(case, gpus)
     if case.images < total:
-        raise ConfigError(f"--images {case.images}: fewer than a global batch of {total}; lower train.global_batch")
+        mend = "--batch-per-gpu" if case.batch_per_gpu else "train.global_batch"
+        raise ConfigError(
+            f"--gpus {gpus}: a global batch of {total} is more than the {case.images} images; lower {mend}"
+        )
     return case.cfg.train.steps or case.cfg.train.epochs * (case.images // total)
 
 
@@ -249,7 +254,7 @@ def checkpoints(case: Case, row: Row) -> dict[str, Any]:
         **asdict(o),
         "young_s": outages.young(o.hold, o.mtbf),
         "daly_s": outages.daly(o.hold, o.mtbf),
-        "failures": row.hours * 3600 / o.mtbf,
+        "failures": row.hours * 3600 / o.mtbf if row.goodput else None,
         "configured": judged(case.cfg.checkpoint.every),
         "best": judged(best_every(case, row)),
     }
