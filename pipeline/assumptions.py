@@ -65,7 +65,7 @@ class Assumptions:
     resnet50_memory_gb_s: float = _is(2039, "published", "GB/s", "of that card", above=0)
     fp32_speed: float = _is(0.38, "published", "", "of fp32 to AMP: TF32 938 / 2,470 there", above=0)
     peak_share: float = _is(0.5, "assumed", "", "of the peak, that convolutions reach at most", above=0)
-    launch_us: float = _is(120, "assumed", "us", "per layer and pass; forward alone 117 on a V100 there", low=0)
+    launch_us: float = _is(120, "assumed", "us", "to launch a layer, all passes; forward alone took 117 there", low=0)
     full_node: float = _is(0.865, "published", "", "kept in a full node; fitted to 16,621 on 8 A100s there", above=0)
     grad_bytes: float = _is(4, "counted", "B", "of a gradient on the wire (DDP's fp32; 2 with a bf16 hook)", above=0)
     bucket_mb: float = _is(25, "published", "MB", "of gradients in a DDP bucket: torch's default", above=0)

@@ -178,12 +178,17 @@ def predicted_efficiency(compute_s: float, parameters: int, workers: int, a: Ass
 
 
 def check(found: dict[str, Any], a: Assumptions, origins: dict[str, Origin]) -> dict[str, Any]:
-    """Predicted beside measured efficiency, from one worker's figures, the link and the jitter alone."""
+    """Predicted beside measured efficiency, from one worker's figures, the link and the jitter alone.
+
+    Workers that share memory or cores compute more slowly together, which the model does not know: compute_ratio tells.
+    """
     try:
         one = found["workers"]["1"]
         alone, parameters = float(one["images_per_s"]), int(found["parameters"])
         compute_s = float(one.get("compute_s_per_step") or found["global_batch_per_worker"] / alone)
-        speeds = {int(n): float(w["images_per_s"]) for n, w in found["workers"].items() if int(n) > 1}
+        more = {int(n): w for n, w in found["workers"].items() if int(n) > 1}
+        speeds = {n: float(w["images_per_s"]) for n, w in more.items()}
+        computed = {n: float(w["compute_s_per_step"]) for n, w in more.items() if "compute_s_per_step" in w}
         if "allreduce_gb_s" in found and origins["network_gb_s"] != "given":
             a = replace(a, network_gb_s=float(found["allreduce_gb_s"]))
         elif origins["network_gb_s"] != "given":
@@ -205,6 +210,7 @@ def check(found: dict[str, Any], a: Assumptions, origins: dict[str, Origin]) -> 
             n: {
                 "predicted": predicted_efficiency(compute_s, parameters, n, a),
                 "measured": speed / (n * alone),
+                "compute_ratio": computed[n] / compute_s if n in computed else None,
             }
             for n, speed in sorted(speeds.items())
         },

@@ -54,8 +54,9 @@ def _hours(hours: float) -> str:
 def _step(result: dict[str, Any]) -> list[str]:
     chosen = next(one for one in result["rows"] if one["gpus"] == result["gpus"])
     parts = ", ".join(f"{name} {seconds * 1e3:.1f}" for name, seconds in chosen["parts"].items())
+    where = "one GPU" if chosen["gpus"] == 1 else f"{chosen['gpus']:,} GPUs"
     lines = _wrap(
-        f"On {chosen['gpus']:,} GPU{'s'[: chosen['gpus'] - 1]} a step takes {chosen['step_s'] * 1e3:.1f} ms: {parts}. Beside it, and hidden if "
+        f"On {where} a step takes {chosen['step_s'] * 1e3:.1f} ms: {parts}. Beside it, and hidden if "
         f"shorter: reading {chosen['read_s'] * 1e3:.1f}, decoding {chosen['decode_s'] * 1e3:.1f}."
     )
     best = result["changes"][0] if result["changes"] else None
@@ -77,9 +78,9 @@ def _gain(fewer: dict[str, Any], more: dict[str, Any]) -> float:
 def _checkpoints(found: dict[str, Any]) -> list[str]:
     times = "" if found["failures"] is None else f", {found['failures']:,.2f} in the whole run"
     lines = _wrap(
-        f"A failure every {found['mtbf'] / 3600:,.2f} h{times}. A checkpoint holds steps for {found['hold']:.2f} s and is "
-        f"written in {found['write']:.1f} s, so least is lost with {found['daly_s']:,.0f} s between two (Daly; Young: "
-        f"{found['young_s']:,.0f} s):"
+        f"A failure every {found['mtbf'] / 3600:,.2f} h{times}. A checkpoint holds steps for {found['hold']:.2f} s and "
+        f"is written in {found['write']:.1f} s, so least is lost with {found['daly_s']:,.0f} s between two (Daly; "
+        f"Young: {found['young_s']:,.0f} s):"
     )
     for name in ("best", "configured"):
         one = found[name]
@@ -94,6 +95,8 @@ def _checkpoints(found: dict[str, Any]) -> list[str]:
             f"of the time; {text}",
             " " * 13,
         )
+    if not found["best"]["goodput"]:
+        return lines
     more = found["best"]["goodput"] - found["configured"]["goodput"]
     mend = "leave it" if more < 0.001 else f"set checkpoint.every={found['best']['every']}"
     return [*lines, *_wrap(f"The configured interval loses {more:.3%} more than the best: {mend}.")]
@@ -105,7 +108,8 @@ def _measured(found: dict[str, Any]) -> list[str]:
         f"{found['jitter']:.3f} and an overlap of {found['overlap']:g}:"
     )
     for workers, one in found["workers"].items():
-        lines.append(
-            f"  {workers} workers: efficiency {one['predicted']:.3f} predicted, {one['measured']:.3f} measured"
-        )
+        slower = one["compute_ratio"]
+        text = "" if slower is None else f"; a step computed for {slower:.2f} times as long as one worker's"
+        figures = f"efficiency {one['predicted']:.3f} predicted, {one['measured']:.3f} measured"
+        lines += _wrap(f"  {workers} workers: {figures}{text}", "    ")
     return lines

@@ -213,7 +213,7 @@ def test_changes_help_where_they_bound() -> None:
 MEASURED = {
     "workers": {
         "1": {"images_per_s": 10.0, "images_per_s_quartiles": [10.0, 10.0], "compute_s_per_step": 1.0},
-        "2": {"images_per_s": 16.0},
+        "2": {"images_per_s": 16.0, "compute_s_per_step": 1.05},
     },
     "global_batch_per_worker": 10,
     "parameters": 50_000_000,
@@ -227,12 +227,14 @@ def test_two_workers_are_predicted_from_one() -> None:
     found = plan.check(MEASURED, a, origins)
     assert found["workers"][2]["predicted"] == pytest.approx(1 / 1.2)
     assert found["workers"][2]["measured"] == 0.8
+    assert found["workers"][2]["compute_ratio"] == 1.05
     a, origins = assume("H100", ["overlap=0", "latency_us=0", "network_gb_s=0.5"])
     assert plan.check(MEASURED, a, origins)["workers"][2]["predicted"] == pytest.approx(1 / 1.4)
 
 
 def test_a_measurement_that_is_none(tmp_path: Path) -> None:
     a, origins = assume("H100", [])
+    broken: dict[str, Any]
     for broken in ({}, {"workers": {}}, MEASURED | {"allreduce_gb_s": 0}, MEASURED | {"parameters": "many"}):
         with pytest.raises(ConfigError, match="bench scale"):
             plan.check(broken, a, origins)
