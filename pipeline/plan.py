@@ -82,6 +82,8 @@ def plan(
             "The global batch grows with the GPUs: optim.lr must follow it, and above 8,192 images accuracy is at risk "
             "(Goyal et al. 2017)."
         )
+    if cfg.data.start_size and cfg.data.start_size < cfg.data.image_size:
+        notes.append(f"data.start_size is left out: all epochs count as {cfg.data.image_size} pixels.")
     if math.isinf(row.hours):
         notes.append(f"On {gpus} GPUs failures come faster than the run gets on: it would not end.")
     return {

@@ -76,7 +76,7 @@ def _gain(fewer: dict[str, Any], more: dict[str, Any]) -> float:
 
 
 def _checkpoints(found: dict[str, Any]) -> list[str]:
-    times = "" if found["failures"] is None else f", {found['failures']:,.2f} in the whole run"
+    times = "" if found["failures"] is None else f", {found['failures']:.2g} in the whole run"
     lines = _wrap(
         f"A failure every {found['mtbf'] / 3600:,.2f} h{times}. A checkpoint holds steps for {found['hold']:.2f} s and "
         f"is written in {found['write']:.1f} s, so least is lost with {found['daly_s']:,.0f} s between two (Daly; "
