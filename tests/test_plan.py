@@ -102,6 +102,13 @@ def test_published_speeds_of_resnet50(resnet50: Network, card: str, gpus: int, p
     assert row.images_per_s == pytest.approx(published, rel=within)
 
 
+def test_the_published_efficiency_of_256_gpus(resnet50: Network) -> None:
+    """Goyal et al. 2017: about 90% from 8 to 256 P100s, 8 a machine, 50 Gbit/s, 32 images on each."""
+    a, _ = assume("V100", ["network_gb_s=6.25", "full_node=1"])
+    few, many = (scaling.predict(case(resnet50, a, depth=50, batch_per_gpu=32, rate=150.0), n) for n in (8, 256))
+    assert many.efficiency / few.efficiency == pytest.approx(0.9, abs=0.05)
+
+
 def test_what_bounds_is_named(resnet152: Network) -> None:
     def bound(gpus: int, *words: str, **more: Any) -> str:
         return scaling.predict(case(resnet152, assume("H100", words)[0], **more), gpus).bound
@@ -192,6 +199,8 @@ def test_small_images_and_small_data_are_planned_for() -> None:
     cfg = load(IMAGENET.parent / "digits.yaml")
     result = plan.plan(cfg, 2, "T4", batch_per_gpu=256, num_images=1437)
     assert [one["gpus"] for one in result["rows"]] == [2]
+    grown = load(IMAGENET.parent / "digits.yaml", ["data.start_size=16"])
+    assert any("start_size" in note for note in plan.plan(grown, 2, "T4")["notes"])
 
 
 def test_the_recommended_interval_loses_no_more_than_the_configured() -> None:
