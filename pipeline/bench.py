@@ -5,27 +5,24 @@ ratio within a round.
 """
 
 import importlib.metadata
-import importlib.util
-import json
 import os
-import platform
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from pipeline import figures
 from pipeline.config import Config, ConfigError
 from pipeline.contestants import CEILING, OURS, Contestant, Running, Speed, Task, contestants
 from pipeline.data.build import Progress, open_index
+from pipeline.figures import machine, need, open_folder, save, spread
 
 TRIALS = 2  # rounds before those that count, to find each contestant's best setting
 AIM = 1.4  # times the best of the others
 WHAT = "random-resized-crop and flip alone, whatever the configuration augments with; uint8 out, on the CPU"
 PACKAGES = ("torch", "torchvision", "timm", "pillow", "nvidia-dali-cuda130")
-FloatArray = NDArray[np.float64]
 Speeds = dict[str, list[Speed]]  # of each round, by contestant
 
 
@@ -74,11 +71,11 @@ def bench_loader(
         "images_per_round": batch * num_batches,
         "what": WHAT,
         **summarise(speeds, settings),
-        "machine": {"cpu": _cpu_model(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "machine": machine(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
     if out:
-        (out / "loader.json").write_text(json.dumps(result, indent=2) + "\n")
+        save(result, out, "loader")
         plot(result, out / "loader.png")
     return result
 
@@ -86,14 +83,9 @@ def bench_loader(
 def _check(num_cores: int | None, num_allowed: int, out: Path | None) -> None:
     if num_cores and num_cores > num_allowed:
         raise ConfigError(f"--cores {num_cores}: this process may use {num_allowed}; lower it")
-    for package in ("timm", "matplotlib") if out else ("timm",):
-        if importlib.util.find_spec(package) is None:
-            raise ConfigError(f"{package} is not installed; install it with: pip install 'pipeline[bench]'")
+    need("timm")
     if out:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise ConfigError(f"--out {out}: {e.strerror or e}; name another directory") from None
+        open_folder(out)
 
 
 def measure(task: Task, ones: list[Contestant], progress: Progress) -> tuple[Speeds, dict[str, str]]:
@@ -126,8 +118,8 @@ def summarise(speeds: Speeds, settings: dict[str, str]) -> dict[str, Any]:
     loaders = {
         name: {
             "setting": settings[name],
-            **_spread("images_per_s", per_s[name]),
-            **_spread("images_per_cpu_s", per_cpu_s[name]),
+            **spread("images_per_s", per_s[name]),
+            **spread("images_per_cpu_s", per_cpu_s[name]),
             "per_round": per_s[name].round(1).tolist(),
         }
         for name in speeds
@@ -135,15 +127,10 @@ def summarise(speeds: Speeds, settings: dict[str, str]) -> dict[str, Any]:
     return {
         "loaders": loaders,
         "best_other": max(others, key=lambda name: float(np.median(per_s[name]))),
-        **_spread("ratio", per_s[OURS] / np.max([per_s[name] for name in others], axis=0)),
-        **_spread("cpu_ratio", per_cpu_s[OURS] / np.max([per_cpu_s[name] for name in others], axis=0)),
-        **_spread("decode_share", per_cpu_s[OURS] / per_cpu_s[CEILING]),
+        **spread("ratio", per_s[OURS] / np.max([per_s[name] for name in others], axis=0)),
+        **spread("cpu_ratio", per_cpu_s[OURS] / np.max([per_cpu_s[name] for name in others], axis=0)),
+        **spread("decode_share", per_cpu_s[OURS] / per_cpu_s[CEILING]),
     }
-
-
-def _spread(name: str, values: FloatArray) -> dict[str, Any]:
-    low, median, high = np.percentile(values, [25, 50, 75]).round(4).tolist()
-    return {name: median, f"{name}_quartiles": [low, high]}
 
 
 def table(result: dict[str, Any]) -> list[str]:
@@ -179,29 +166,8 @@ def verdict(result: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], file: Path) -> None:
-    """Bars of the medians, with the quartiles and each round's figure."""
-    from matplotlib.figure import Figure  # not pyplot, which keeps figures and picks a display
-
-    names = list(result["loaders"])[::-1]
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
-    axes = figure.subplots()
-    for y, name in enumerate(names):
-        one = result["loaders"][name]
-        colour = {OURS: "tab:green", CEILING: "lightgrey"}.get(name, "tab:blue")
-        middle, (low, high) = one["images_per_s"], one["images_per_s_quartiles"]
-        axes.barh(y, middle, xerr=[[middle - low], [high - middle]], color=colour, capsize=4, height=0.6)
-        axes.plot(one["per_round"], [y] * len(one["per_round"]), "k.", markersize=3, alpha=0.5)
-        axes.annotate(f"{middle:.0f} ", (0, y), xytext=(6, 0), textcoords="offset points", va="center")
-    axes.set_yticks(range(len(names)), names)
-    axes.set_xlabel(f"images/s, cores: {result['cores']}; bars: median, lines: quartiles, dots: rounds")
     height, width = result["median_size"]
-    axes.set_title(f"{height}x{width} to {result['image_size']} pixels, batch {result['batch']}")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file, dpi=150)
-
-
-def _cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
+    title = f"{height}x{width} to {result['image_size']} pixels, batch {result['batch']}"
+    figures.plot(
+        result["loaders"], title, f", cores: {result['cores']}", file, {OURS: "tab:green", CEILING: "lightgrey"}
+    )

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline import commands
+from pipeline import bench_commands, commands
 from pipeline.commands import FAILED, INTERRUPTED, WRONG
 from pipeline.config import ConfigError
 
@@ -67,6 +67,11 @@ def _count(text: str, low: int = 1) -> int:
     if not text.isdecimal() or int(text) < low:
         raise argparse.ArgumentTypeError(f"{text}: must be a whole number, at least {low}")
     return int(text)
+
+
+def _counts(text: str) -> list[int]:
+    """Whole numbers of an option, separated by commas."""
+    return [_count(word) for word in text.split(",")]
 
 
 def _positive(text: str) -> float:
@@ -173,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     parts = subparsers.add_parser("bench", help=text, description=text).add_subparsers(required=True, metavar="PART")
     loader = add(
         "loader",
-        commands.bench_loader,
+        bench_commands.loader,
         "images/s of the loader beside torchvision's and timm's, by turns, on the CPU.",
         parts,
     )
@@ -183,7 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     loader.add_argument("--images", type=_count, default=2048, metavar="K", help="timed in a round (default 2048)")
     loader.add_argument("--out", type=Path, metavar="DIR", help="for loader.json and a plot, loader.png")
 
-    plan = add("plan", commands.plan, "Predict images/s, hours, goodput and cost on 8 to 1,024 GPUs, on paper.")
+    plan = add("plan", bench_commands.plan, "Predict images/s, hours, goodput and cost on 8 to 1,024 GPUs, on paper.")
     add_config(plan)
     plan.add_argument("--gpus", type=_count, required=True, metavar="N", help="how many, such as 64")
     plan.add_argument("--gpu", required=True, metavar="CARD", help="H100, A100, ... (a wrong one lists all)")
@@ -196,6 +201,27 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--assume", action="append", default=[], metavar="NAME=VALUE", help=text)
     text = "the JSON of `pipeline bench scale`: predict its efficiency from one worker's figures"
     plan.add_argument("--measured", type=Path, metavar="FILE", help=text)
+
+    def add_bench(name: str, function: Any, text: str, rounds: int, steps: int) -> argparse.ArgumentParser:
+        command = add(name, function, text, parts)
+        add_config(command)
+        command.add_argument("--rounds", type=_count, default=rounds, metavar="R", help=f"(default {rounds})")
+        text = f"timed in each round (default {steps})"
+        command.add_argument("--steps", type=_count, default=steps, metavar="S", help=text)
+        command.add_argument("--out", type=Path, metavar="DIR", help=f"for {name}.json and a plot, {name}.png")
+        return command
+
+    text = "images/s of the bare step on synthetic data, the part of the peak that this is, and what would help."
+    step = add_bench("step", bench_commands.step, text, rounds=7, steps=3)
+    text = "a setting to compare with, by turns, such as model.compile=default; may be given again"
+    step.add_argument("--try", action="append", default=[], dest="tries", metavar="KEY=VALUE", help=text)
+    text = "images/s through data, training and logging beside the bare step on synthetic data, by turns."
+    for command in (step, add_bench("train", bench_commands.train, text, rounds=10, steps=10)):
+        command.add_argument("--threads", type=_count, metavar="N", help="for computing; by default all cores")
+    text = "images/s of whole trainings through Ray with more and more workers, by turns."
+    scale = add_bench("scale", bench_commands.scale, text, rounds=3, steps=20)
+    text = "numbers of workers, separated by commas (default 1,2)"
+    scale.add_argument("--workers", type=_counts, default=[1, 2], metavar="N,N", help=text)
 
     evaluate = add(
         "evaluate", commands.evaluate, "Exact top-1, top-5 and loss of a run's newest checkpoint, or of a given one."

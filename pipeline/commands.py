@@ -144,33 +144,6 @@ def _indexed(index: Any, report: Any) -> dict[str, Any]:
     }
 
 
-def bench_loader(args: argparse.Namespace) -> Outcome:
-    from pipeline import bench
-    from pipeline.console import WorkView
-
-    cfg = load(args.config, args.overrides)
-    with WorkView(sys.stderr) as view:
-        result = bench.bench_loader(cfg, args.cores, args.rounds, args.images, args.out, view)
-    return result, bench.table(result), DONE
-
-
-def plan(args: argparse.Namespace) -> Outcome:
-    from pipeline.plan import plan
-    from pipeline.plan_view import table
-
-    result = plan(
-        load(args.config, args.overrides),
-        args.gpus,
-        args.gpu,
-        args.assume,
-        batch_per_gpu=args.batch_per_gpu,
-        num_images=args.images,
-        rate=args.images_per_s_per_gpu,
-        measured=args.measured,
-    )
-    return result, table(result), DONE
-
-
 def evaluate(args: argparse.Namespace) -> Outcome:
     from pipeline import infer, runs
 

@@ -64,6 +64,10 @@ def plan(
         ConfigError: anything in these that cannot be.
     """
     a, origins = assume(gpu, assumed)
+    if origins["grad_bytes"] != "given" and cfg.cluster.gradients == "bf16":
+        a = replace(a, grad_bytes=2)
+    if origins["bucket_mb"] != "given":
+        a, origins["bucket_mb"] = replace(a, bucket_mb=float(cfg.cluster.bucket_mb)), "counted"
     net = count_network(cfg.model, cfg.data.image_size)
     index = _index(cfg.data.train)
     if index is not None and origins["image_kb"] != "given":
@@ -136,12 +140,10 @@ def changes(case: Case, row: Row) -> list[dict[str, Any]]:
     best = checkpoints(case, row)["best"]["every"]
     checkpoint = replace(cfg.checkpoint, every=best)
     tried = {
-        "CUDA graphs or torch.compile (launch_us a fifth; not in this pipeline)": replace(
+        "model.compile=reduce-overhead, which is CUDA graphs (launch_us a fifth)": replace(
             case, a=replace(a, launch_us=a.launch_us / 5)
         ),
-        "gradients sent as bf16 (grad_bytes=2; not in this pipeline)": replace(
-            case, a=replace(a, grad_bytes=min(2, a.grad_bytes))
-        ),
+        "cluster.gradients=bf16 (grad_bytes=2)": replace(case, a=replace(a, grad_bytes=min(2, a.grad_bytes))),
         "twice the network of a node (network_gb_s)": replace(case, a=replace(a, network_gb_s=2 * a.network_gb_s)),
         "twice the reading (node_read_gb_s, storage_gb_s)": replace(
             case, a=replace(a, node_read_gb_s=2 * a.node_read_gb_s, storage_gb_s=2 * a.storage_gb_s)

@@ -133,8 +133,9 @@ class Recorder:
             "data/bad_images": num_bad,
         }
         self._logged_step, self._logged = step, seconds
-        self._tracker.metrics(step, metrics | {f"time/{_key(name)}_s": s for name, s in summed_up(seconds).items()})
-        self._ctx.emit({"kind": "step", "step": step, **metrics})
+        times = {f"time/{_key(name)}_s": s for name, s in summed_up(seconds).items()}
+        self._tracker.metrics(step, metrics | times)
+        self._ctx.emit({"kind": "step", "step": step, "seconds": summed_up(seconds), **metrics})
 
     def evaluation(self, step: int, scores: dict[str, float]) -> None:
         """Log the scores of the weights after `step` steps."""

@@ -63,7 +63,7 @@ def fit(job: Job, ctx: Context) -> dict[str, Any]:
         _watch_communication(state.model, ledger)
     compiling = cfg.model.compile != "none"
     if compiling:
-        net = _compiled(net, cfg.model.compile)
+        net = compiled(net, cfg.model.compile)
     votes = Votes(ctx.world_size, cfg.cluster.timeout_s)
 
     def due(every: int) -> bool:
@@ -231,7 +231,7 @@ def _watch_communication(model: nn.Module, ledger: Ledger) -> None:
     last.register_post_accumulate_grad_hook(there)  # type: ignore[no-untyped-call]
 
 
-def _compiled(net: nn.Module, mode: str) -> nn.Module:
+def compiled(net: nn.Module, mode: str) -> nn.Module:
     """The network in `mode` of torch.compile. `state.model` stays as it is: evaluation would take a compilation more.
 
     Raises:

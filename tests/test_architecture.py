@@ -13,10 +13,10 @@ ORDER = """__init__ config settings web storage
     data.pack data.augment data.dali data.mix data.loader data.verify
     model optim state step evaluate checkpoint saver spool mlflow_run tracking perf job identity record votes watchdog
     trace profile train
-    link runs infer preview contestants bench assumptions outages scaling plan plan_view
+    link runs infer preview figures contestants bench assumptions outages scaling plan plan_view
     supervise cluster worker gauges launch driver
-    probes findings doctor
-    submission jobs console commands cli""".split()  # noqa: SIM905
+    probes findings doctor speed scale
+    submission jobs console commands bench_commands cli""".split()  # noqa: SIM905
 # Library -> the modules that may import it.
 OWNERS = {
     "ray": {"launch", "worker", "gauges", "cluster", "submission", "jobs"},
@@ -27,7 +27,7 @@ OWNERS = {
     "fsspec": {"web", "storage"},
     "aiohttp": {"web", "jobs"},
     "timm": {"contestants"},
-    "matplotlib": {"bench"},
+    "matplotlib": {"figures"},
     "pyarrow": {
         "web",
         "storage",

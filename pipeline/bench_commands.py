@@ -1,0 +1,91 @@
+"""What `pipeline bench` and `pipeline plan` do, like `commands`: results for programs, and lines for people."""
+
+import argparse
+import sys
+from typing import Any
+
+from pipeline.commands import DONE, FAILED, Outcome
+from pipeline.settings import load
+
+
+def loader(args: argparse.Namespace) -> Outcome:
+    from pipeline import bench
+    from pipeline.console import WorkView
+
+    cfg = load(args.config, args.overrides)
+    with WorkView(sys.stderr) as view:
+        result = bench.bench_loader(cfg, args.cores, args.rounds, args.images, args.out, view)
+    return result, bench.table(result), DONE
+
+
+def step(args: argparse.Namespace) -> Outcome:
+    from pipeline import speed
+
+    variants = {speed.CONFIGURED: load(args.config, args.overrides)}
+    variants |= {one: load(args.config, [*args.overrides, one]) for one in args.tries}
+    place = speed.here(args.threads)
+    with _measuring(args) as view:
+        result = speed.bench_step(variants, place, args.rounds, args.steps, view)
+    return _done(args, "step", result, result["rows"], speed.table(result))
+
+
+def train(args: argparse.Namespace) -> Outcome:
+    from pipeline import speed
+
+    cfg, place = load(args.config, args.overrides), speed.here(args.threads)
+    with _measuring(args) as view:
+        result = speed.bench_train(cfg, place, args.rounds, args.steps, view)
+    return _done(args, "train", result, result["rows"], speed.table(result))
+
+
+def scale(args: argparse.Namespace) -> Outcome:
+    from pipeline import scale
+    from pipeline.supervise import TrainingFailedError
+
+    cfg = load(args.config, args.overrides)
+    try:
+        with _measuring(args) as view:
+            result = scale.bench_scale(cfg, args.workers, args.rounds, args.steps, view)
+    except TrainingFailedError as e:
+        return {"status": "failed", "error": str(e)}, [f"failed: {e}"], FAILED
+    return _done(args, "scale", result, result["workers"], scale.table(result))
+
+
+def _measuring(args: argparse.Namespace) -> Any:
+    """Shows how far it is; what could not be written in the end is told before."""
+    from pipeline import figures
+    from pipeline.console import WorkView
+
+    if args.out:
+        figures.open_folder(args.out)
+    return WorkView(sys.stderr)
+
+
+def _done(
+    args: argparse.Namespace, name: str, result: dict[str, Any], bars: dict[str, Any], lines: list[str]
+) -> Outcome:
+    """The outcome; its figures and their picture are in --out."""
+    from pipeline import figures
+
+    if args.out:
+        figures.save(result, args.out, name)
+        title = f"ResNet-{result['depth']}, {result['image_size']} pixels, {result['precision']}"
+        figures.plot(bars, title, "", args.out / f"{name}.png", {})
+    return result, lines, DONE
+
+
+def plan(args: argparse.Namespace) -> Outcome:
+    from pipeline.plan import plan
+    from pipeline.plan_view import table
+
+    result = plan(
+        load(args.config, args.overrides),
+        args.gpus,
+        args.gpu,
+        args.assume,
+        batch_per_gpu=args.batch_per_gpu,
+        num_images=args.images,
+        rate=args.images_per_s_per_gpu,
+        measured=args.measured,
+    )
+    return result, table(result), DONE

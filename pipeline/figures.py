@@ -1,0 +1,96 @@
+"""What all benchmarks share: medians and quartiles, the machine, where results go, and their picture."""
+
+import importlib.util
+import json
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.config import ConfigError
+
+FloatArray = NDArray[np.float64]
+
+
+def spread(name: str, values: FloatArray) -> dict[str, Any]:
+    """The median as `name`, and both quartiles."""
+    low, median, high = np.percentile(values, [25, 50, 75]).round(4).tolist()
+    return {name: median, f"{name}_quartiles": [low, high]}
+
+
+def rows(per_s: Mapping[str, list[float]], to: str) -> dict[str, dict[str, Any]]:
+    """Of images/s by rounds: medians and quartiles, and those of the ratio to `to` within each round."""
+    return {
+        name: {
+            **spread("images_per_s", np.array(ones)),
+            **spread("ratio", np.array(ones) / np.array(per_s[to])),
+            "per_round": [round(one, 2) for one in ones],
+        }
+        for name, ones in per_s.items()
+    }
+
+
+def machine() -> dict[str, Any]:
+    return {"cpu": cpu_model(), "cores": os.cpu_count(), "python": platform.python_version()}
+
+
+def cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def need(*packages: str) -> None:
+    """Raise ConfigError where one of these is not installed."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(f"{package} is not installed; install it with: pip install 'pipeline[bench]'")
+
+
+def open_folder(out: Path) -> None:
+    """Make the folder for a result, before anything is measured.
+
+    Raises:
+        ConfigError: it cannot be made, or nothing can be drawn.
+    """
+    need("matplotlib")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ConfigError(f"--out {out}: {e.strerror or e}; name another directory") from None
+
+
+def save(result: dict[str, Any], out: Path, name: str) -> None:
+    (out / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+def plot(bars: Mapping[str, dict[str, Any]], title: str, text: str, file: Path, colours: Mapping[str, str]) -> None:
+    """Bars of the medians of images/s, with the quartiles and each round's figure.
+
+    Args:
+        bars: {"images_per_s", "images_per_s_quartiles", "per_round"} of each.
+        text: what else there is to say at the axis.
+        colours: of bars that are not blue.
+    """
+    from matplotlib.figure import Figure  # not pyplot, which keeps figures and picks a display
+
+    names = list(bars)[::-1]
+    figure = Figure(figsize=(8, 1.2 + 0.5 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    for y, name in enumerate(names):
+        one = bars[name]
+        middle, (low, high) = one["images_per_s"], one["images_per_s_quartiles"]
+        colour = colours.get(name, "tab:blue")
+        axes.barh(y, middle, xerr=[[middle - low], [high - middle]], color=colour, capsize=4, height=0.6)
+        axes.plot(one["per_round"], [y] * len(one["per_round"]), "k.", markersize=3, alpha=0.5)
+        axes.annotate(f"{middle:.4g} ", (0, y), xytext=(6, 0), textcoords="offset points", va="center")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel(f"images/s{text}; bars: median, lines: quartiles, dots: rounds")
+    axes.set_title(title)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=150)
