@@ -114,6 +114,8 @@ class DataConfig(Section):
     mixup: float = _num(0.0, low=0, high=100)  # alpha of the Beta distribution; 0: off
     cutmix: float = _num(0.0, low=0, high=100)  # likewise; with both on, each pair takes one of them
     decode_threads: int | None = _num(None, low=1)  # per worker; null: its share of the node's cores
+    decode_on_gpu: bool = True  # where training is on one; false: on CPU cores, and only the rest there
+    hw_decoder_load: float = _num(0.65, low=0, high=1)  # share of images for a GPU's own JPEG decoder, if it has one
     read_threads: int = _num(4, low=1, high=256)  # per worker, reading files ahead
     prefetch: int = _num(2, low=1, high=64)  # batches decoded ahead of the one in use
     cache_dir: str | None = None  # for data at a URI, one a node; null: in the machine's temporary directory
@@ -226,6 +228,8 @@ class ClusterConfig(Section):
     address: str | None = None  # of a running Ray cluster; null: $RAY_ADDRESS, else one on this machine
     max_failures: int = _num(3, low=-1)  # to recover from without a new checkpoint in between; -1: without end
     timeout_s: int = _num(600, low=10)  # a rank, a storage or a cluster silent for so long counts as failed
+    # Where a worker's threads run: near its GPU; or on cores of its own, if nothing else runs on the nodes.
+    pin: Literal["none", "numa", "cores"] = "numa"
     gradients: Literal["fp32", "bf16"] = "fp32"  # as workers exchange them
     bucket_mb: int = _num(25, low=1)  # of gradients that are exchanged together, while others are being computed
     grow_after_s: float = _num(60.0, low=0)  # at the earliest, after workers have started, more are taken in

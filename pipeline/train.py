@@ -49,6 +49,9 @@ def fit(job: Job, ctx: Context) -> dict[str, Any]:
     """
     entered = time.time()
     torch.set_num_threads(ctx.num_threads)
+    if ctx.device.type == "cuda":
+        torch.cuda.set_device(ctx.device)
+        torch.backends.cudnn.benchmark = True  # shapes stay the same
     cfg, index = job.cfg, load_index(Storage(job.train_index).fetch())
     schedule = Schedule.create(cfg, len(index))
     stop_step = min(schedule.num_steps, cfg.run.stop_at_step or schedule.num_steps)

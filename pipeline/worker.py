@@ -19,6 +19,7 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
     """Run `fit` as one rank; Ray calls this in a thread of its own, so it can install no signal handlers."""
     entered = time.time()
     # Late: the driver's and the controller's processes import this module and have no use for these.
+    from pipeline.affinity import pin
     from pipeline.checkpoint import CheckpointError
     from pipeline.data.fetch import BadDataError
     from pipeline.identity import SupersededError
@@ -31,10 +32,12 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
     line = _Line(link, attempt, job.cfg.cluster.timeout_s)
     if rank == 0:
         threading.Thread(target=line.keep, name="link", daemon=True).start()
+    device = ray.train.torch.get_device()
+    pin(job.cfg.cluster.pin, device, here.get_local_rank(), here.get_local_world_size(), config["num_threads"])
     context = Context(
         rank=rank,
         world_size=here.get_world_size(),
-        device=ray.train.torch.get_device(),
+        device=device,
         num_threads=config["num_threads"],
         emit=lambda event: link.emit.remote(attempt, event),
         stop_reason=lambda: line.stop_reason,

@@ -14,7 +14,7 @@ ORDER = """__init__ config settings web storage
     model optim state step evaluate checkpoint saver spool mlflow_run tracking perf job identity record votes watchdog
     trace profile train
     link runs infer preview figures contestants bench assumptions outages scaling plan plan_view
-    supervise cluster worker gauges launch driver
+    supervise cluster affinity worker gauges launch driver
     probes findings doctor speed scale
     submission jobs console commands bench_commands cli""".split()  # noqa: SIM905
 # Library -> the modules that may import it.

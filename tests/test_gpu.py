@@ -1,18 +1,27 @@
 """What only a GPU can show. Run with: pytest -m gpu"""
 
 import dataclasses
-from collections.abc import Callable
+import os
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from odd_images import damaged_jpeg, encode, picture
 from ranks import no_bad_image
 
+from pipeline.affinity import near
 from pipeline.config import DataConfig
 from pipeline.data.build import build_index
 from pipeline.data.index import load_index
-from pipeline.data.loader import Place, TrainLoader
+from pipeline.data.loader import Batch, Place, TrainLoader
+from pipeline.perf import Ledger
+from pipeline.settings import load
+from pipeline.state import TrainState
+from pipeline.step import train_step
+from pipeline.train import compiled
 
 pytestmark = pytest.mark.gpu
 
@@ -23,7 +32,10 @@ AUGMENTED = dataclasses.replace(
 )
 
 
-@pytest.mark.parametrize("cfg", [PLAIN, AUGMENTED], ids=["plain", "augmented"])
+ON_CPU = dataclasses.replace(PLAIN, decode_on_gpu=False)
+
+
+@pytest.mark.parametrize("cfg", [PLAIN, AUGMENTED, ON_CPU], ids=["plain", "augmented", "decoded on the CPU"])
 def test_gpu_batches_are_the_cpus_to_within_decoding(digits_index: Callable[[str], Path], cfg: DataConfig) -> None:
     """Same samples, crops and flips; nvJPEG's inverse DCT and chroma differ from libjpeg-turbo's by little."""
     index = load_index(digits_index("train"))
@@ -68,3 +80,50 @@ def test_broken_images_are_replaced_on_a_gpu(tmp_path: Path) -> None:
     )
     assert [len(batch.images) for batch in loader.from_step(0, 6)] == [10] * 6
     assert [Path(place).stem for place in named] == ["07"]
+
+
+def test_the_ledger_follows_the_stream() -> None:
+    """Work that is queued counts as computing, also while the host waits for something else; the sum is wall time."""
+    device = torch.device("cuda")
+    a = torch.randn(8192, 8192, device=device)
+    (a @ a)[0, 0].item()
+    began = time.perf_counter()
+    ledger = Ledger("start-up", device)
+
+    def batches() -> Iterator[int]:
+        for i in range(20):
+            time.sleep(0.002)  # hidden behind what is queued
+            yield i
+
+    for _ in ledger.steps(batches()):
+        for _ in range(10):
+            a @ a
+    seconds = ledger.seconds()
+    wall = time.perf_counter() - began
+    assert sum(seconds.values()) == pytest.approx(wall, rel=0.02)
+    assert seconds["data wait"] < 0.02 * seconds["forward"]
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_compiled_step_is_the_same_step(mode: str) -> None:
+    """With CUDA graphs, too, over several steps."""
+    states = list[TrainState]()
+    for compile_mode in ("none", mode):
+        cfg = load(
+            None, ["data.train=x", "data.val=x", "model.depth=18", "train.global_batch=32", "train.precision=fp32"]
+        )
+        state = TrainState.create(cfg, 10, torch.device("cuda"))
+        net = state.model if compile_mode == "none" else compiled(state.model, compile_mode)
+        torch.manual_seed(1)
+        for _ in range(5):
+            images = torch.randint(0, 256, (32, 3, 64, 64), dtype=torch.uint8, device="cuda")
+            batch = Batch(images, torch.randint(0, 10, (32,), device="cuda"), np.arange(32))
+            train_step(state, net, batch, cfg.train, lr=0.01, world_size=1)
+        states.append(state)
+    for one, other in zip(states[0].model.parameters(), states[1].model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-3)
+
+
+def test_a_gpus_worker_is_pinned_next_to_it() -> None:
+    cores = near(torch.cuda.get_device_properties(0))
+    assert not cores or cores <= set(range(os.cpu_count() or 1))

@@ -34,7 +34,11 @@ Source = Callable[[], Any]
 @pipeline_def(enable_conditionals=True)  # type: ignore[untyped-decorator]
 def _gpu_graph(source: Source, draws: Sequence[str], cfg: DataConfig) -> Any:
     encoded, anchors, shapes, sizes, flips, *values = _inputs(source, 5 + len(draws))
-    images = fn.decoders.image_slice(encoded, anchors, shapes, axes=[0, 1], device="mixed")
+    if cfg.decode_on_gpu:
+        load = cfg.hw_decoder_load
+        images = fn.decoders.image_slice(encoded, anchors, shapes, axes=[0, 1], device="mixed", hw_decoder_load=load)
+    else:
+        images = fn.decoders.image_slice(encoded, anchors, shapes, axes=[0, 1], device="cpu").gpu()
     images = fn.resize(images, size=sizes, antialias=True)  # triangular filter, as torch's antialias
     images = fn.flip(images, horizontal=flips)
     return augment(images, {name: values[i] for i, name in enumerate(draws)}, cfg)
