@@ -121,7 +121,7 @@ class DataConfig(Section):
     cache_dir: str | None = None  # for data at a URI, one a node; null: in the machine's temporary directory
     cache_gb: float = _num(20.0, above=0)  # at most, of all data in cache_dir
     max_bad_fraction: float = _num(0.01, low=0, high=1)  # of all images; a worker that meets more stops the run
-    trace: bool = False  # write down the rows of the index that each step trains on, in the run's folder
+    trace: bool = False  # write down each step's time and rows of the index, in the run's folder
     allow_changed: bool = False  # resume although the images' index is another than the checkpoint's
 
     def __post_init__(self) -> None:

@@ -1,6 +1,7 @@
-"""Which images each step was trained on, written down where data.trace asks for it, so that anyone can check."""
+"""Which images each step was trained on and when, written down where data.trace asks for it: anyone can check."""
 
 import json
+import time
 from typing import TextIO
 
 from pipeline.data.loader import Batch
@@ -10,9 +11,10 @@ from pipeline.job import Context, Job
 class Trace:
     """Appends a line for each step of this rank to trace/rank_R.jsonl in the run's folder (of this machine):
 
-    {"step": counted from 1, "rank": R, "world_size": W, "rows": rows of the index, in order}
+    {"step": counted from 1, "rank": R, "world_size": W, "time": T, "rows": rows of the index, in order}
 
-    A step that is trained again after a fault is in it again.
+    T is when it was done, by the machine's monotonic clock in seconds, which all its processes share; on a GPU, when
+    its work was handed over. A step that is trained again after a fault is in it again.
     """
 
     def __init__(self, job: Job, ctx: Context):
@@ -21,7 +23,8 @@ class Trace:
     def step(self, step: int, batch: Batch) -> None:
         if self._file is not None:
             place = {"step": step, "rank": self._ctx.rank, "world_size": self._ctx.world_size}
-            print(json.dumps({**place, "rows": batch.rows.tolist()}), file=self._file, flush=True)
+            now = round(time.monotonic(), 6)
+            print(json.dumps({**place, "time": now, "rows": batch.rows.tolist()}), file=self._file, flush=True)
 
     def __enter__(self) -> "Trace":
         return self
