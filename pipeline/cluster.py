@@ -67,6 +67,7 @@ def start(num_cpus: int) -> None:
     """Start a cluster on this machine, with its cores, or so many CPUs: more workers than cores are slow but work."""
     os.environ.update(ENVIRONMENT)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # 15, Ray's default, would let all else on the machine go first
     ray.init(
         address="local",
         num_cpus=max(len(os.sched_getaffinity(0)), num_cpus),

@@ -21,6 +21,7 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -221,15 +222,15 @@ class _Driver:
 
 
 class _Trainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]  # what comes from ray is Any
-    """Ray's, but without its cleaner of placement groups where that cannot work.
+    """Ray's, but without Ray Data, and without its cleaner of placement groups where that cannot work.
 
-    The cleaner asks the dashboard whether the controller lives. Without a dashboard it asks in vain, and each
-    session's end waits 12 s for it.
+    Ray Data would take an actor and an import of its own in each session. The cleaner asks the dashboard whether the
+    controller lives. Without a dashboard it asks in vain, and each session's end waits 12 s for it.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
-        callbacks: list[Any] = super()._create_default_callbacks()
-        return [c for c in callbacks if cluster.has_dashboard() or not isinstance(c, PlacementGroupCleanerCallback)]
+        dropped = (DatasetsCallback,) if cluster.has_dashboard() else (DatasetsCallback, PlacementGroupCleanerCallback)
+        return [c for c in super()._create_default_callbacks() if not isinstance(c, dropped)]
 
 
 def _fit(trainer: _Trainer, outcome: list[Any]) -> None:

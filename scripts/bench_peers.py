@@ -15,7 +15,6 @@ import dataclasses
 import importlib.metadata
 import json
 import os
-import platform
 import signal
 import sys
 import tempfile
@@ -30,6 +29,8 @@ import make_photos
 from peer import LABEL_SMOOTHING, LR, Peer
 from peers_report import AIMS, CEILING, FIT, OURS, fastest, steps_per_s, summarise, table
 from turns import Program, Running, race
+
+from pipeline.figures import machine
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "imagenet" / "resnet50.yaml"  # the plain recipe; the depth is set
@@ -233,7 +234,7 @@ def main() -> int:
         "settings": {name: str(s) for name, s in settings.items()},
         "trials": trials,
         **summarise(windows, case.batch, args.discard, bench.background[OURS]),
-        "machine": {"cpu": _cpu_model(), "cores": num_cores(), "python": platform.python_version()},
+        "machine": machine(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
     if args.out:
@@ -281,13 +282,6 @@ def _interrupt(number: int, frame: object) -> NoReturn:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def _cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 if __name__ == "__main__":
