@@ -37,7 +37,7 @@ class Identity:
             content = json.loads(run.read_bytes(FILE))
             numbers = int(content["sessions"]), int(content["faults"])
             owner, is_open = str(content["owner"]), bool(content["open"])
-            return cls(str(content["training_id"]), *numbers, owner, is_open, float(content["began"]))
+            return cls(str(content["training_id"]), *numbers, owner, is_open, float(content.get("began", time.time())))
         except FileNotFoundError:
             return None
         except (ValueError, TypeError, KeyError):

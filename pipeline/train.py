@@ -166,10 +166,10 @@ def _ledger(ctx: Context, identity: Identity, resumed: Checkpoint | None, entere
     """
     own = resumed if resumed is not None and resumed.meta["training_id"] == identity.training_id else None
     if ctx.restarted or identity.open:
-        phase, since = "recovery", own.meta["time"] if own else identity.began
+        phase, since = "recovery", own.meta.get("time", identity.began) if own else identity.began
     else:
         phase, since = "start-up", ctx.marks[0][1] if ctx.marks else entered
-    before = dict(own.meta["seconds"]) if own else {}
+    before = dict(own.meta.get("seconds", {})) if own else {}
     before[phase] = before.get(phase, 0.0) + max(0.0, time.time() - since)
     return Ledger(phase, ctx.device, before)
 

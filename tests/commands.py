@@ -156,8 +156,13 @@ def differences(a: Any, b: Any, place: str = "") -> list[str]:
 
 def loss_series(uri: str, run: str) -> list[tuple[int, float]]:
     """(step, loss) of a run, by its name, in the order in which MLflow got them."""
+    return [(m.step, m.value) for m in history(uri, run, "train/loss")]
+
+
+def history(uri: str, run: str, metric: str) -> list[Any]:
+    """What MLflow has of a metric of a run, by the run's name."""
     client = mlflow.MlflowClient(uri)
     experiment = client.get_experiment_by_name("pipeline")
     assert experiment is not None
     (found,) = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{run}'")
-    return [(m.step, m.value) for m in client.get_metric_history(found.info.run_id, "train/loss")]
+    return list(client.get_metric_history(found.info.run_id, metric))

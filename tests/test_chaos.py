@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import PIPELINE, ROOT, Start, Training, differences, kill, loss_series, state_of
+from commands import PIPELINE, ROOT, Start, Training, differences, history, kill, loss_series, state_of
 from nodes import AUTHENTICATION, Cluster, cluster
 from s3 import free_port
 from servers import MlflowServer
+
+from pipeline.perf import PHASES
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(400)]
 
@@ -103,13 +105,25 @@ class Run:
                 print(re.sub(r"resumed from \S+", "resumed", line)[:200])
 
 
-def worker_killed(run: Run, _: MlflowServer) -> None:
+def assert_all_time_is_counted(uri: str, run: str) -> None:
+    """From the first step to the last, the fault in between: the phases' growth is the time that passed."""
+    grown, passed = 0.0, 0.0
+    for phase in PHASES:
+        found = {m.step: m for m in history(uri, run, f"time/{phase.replace(' ', '_').replace('-', '_')}_s")}
+        first, last = found[1], found[NUM_STEPS]
+        grown, passed = grown + last.value - first.value, (last.timestamp - first.timestamp) / 1000
+        assert phase != "recovery" or last.value > 3, "a restart takes longer"
+    assert grown == pytest.approx(passed, rel=0.02, abs=0.3)
+
+
+def worker_killed(run: Run, server: MlflowServer) -> None:
     run.begin()
     run.reach_a_random_moment()
     run.kill_one("RayTrainWorker")
     run.end()
     assert run.codes == [0], run.training.said
     assert re.search(r"fault: .*worker \d failed", run.training.said)
+    assert_all_time_is_counted(server.uri, run.name)
 
 
 def worker_frozen(run: Run, _: MlflowServer) -> None:
@@ -128,16 +142,17 @@ def worker_frozen(run: Run, _: MlflowServer) -> None:
     assert run.codes == [0], run.training.said
 
 
-def driver_killed(run: Run, _: MlflowServer) -> None:
+def driver_killed(run: Run, server: MlflowServer) -> None:
     run.begin()
     run.reach_a_random_moment()
     run.kill_one("pipeline.driver")
     run.end()
     assert run.codes == [0], run.training.said
     assert "fault: the driver was killed by SIGKILL" in run.training.said
+    assert_all_time_is_counted(server.uri, run.name)
 
 
-def everything_killed_and_started_again(run: Run, _: MlflowServer) -> None:
+def everything_killed_and_started_again(run: Run, server: MlflowServer) -> None:
     """As when the machine loses power, but for the disk."""
     run.begin()
     run.reach_a_random_moment()
@@ -146,6 +161,7 @@ def everything_killed_and_started_again(run: Run, _: MlflowServer) -> None:
     run.end()
     assert run.codes == [0], run.training.said
     assert "session 2: step" in run.training.said
+    assert_all_time_is_counted(server.uri, run.name)
 
 
 def supervisor_killed_and_started_again(run: Run, _: MlflowServer) -> None:
