@@ -166,8 +166,8 @@ def verdict(found: dict[str, Any]) -> str:
     costs = {part: many[f"{part}_s_per_step"] - one[f"{part}_s_per_step"] for part in PARTS}
     worst = max(costs, key=lambda part: costs[part])
     mends = {
-        "compute": "each computes more slowly beside the others: cores, caches or memory bandwidth are shared; give "
-        "fewer workers more cores each (cluster.workers)",
+        "compute": "each computes more slowly beside the others: cores, caches and memory bandwidth are shared, and "
+        "on CPUs summing gradients takes them, too; give fewer workers more cores each (cluster.workers)",
         "communication": "waiting for the others' gradients; try cluster.gradients=bf16, another cluster.bucket_mb, "
         "or a larger batch for each worker",
         "data": "waiting for images; raise data.decode_threads or data.prefetch, or give workers more cores",

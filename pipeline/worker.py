@@ -12,7 +12,7 @@ import ray.train.torch
 from pipeline.config import ConfigError
 from pipeline.job import Context, StopReason
 
-POLL_SECONDS = 0.25
+POLL_SECONDS = 0.5
 
 
 def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:

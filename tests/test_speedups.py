@@ -73,6 +73,8 @@ def test_a_compiled_network_trains_alike(job: Callable[..., Job], world_size: in
 def test_compiling_without_a_compiler_is_refused(job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     one = job("run", "model.compile=default")
-    wanted = r"model.compile=default: needs a C\+\+ compiler on every node, and no-such-compiler is not here; install it"
+    wanted = (
+        r"model.compile=default: needs a C\+\+ compiler on every node, and no-such-compiler is not here; install it"
+    )
     with pytest.raises(ConfigError, match=wanted):
         fit(one, context())
