@@ -91,6 +91,7 @@ class Assumptions:
 
 
 NAMES = {f.name: f.metadata for f in fields(Assumptions)}
+TINY, HUGE = 1e-6, 1e9  # beyond these nothing in the table is real
 FRACTIONS = {"peak_share", "full_node", "link_share", "overlap", "fp32_speed"}
 
 
@@ -128,11 +129,10 @@ def _number(word: str, name: str, text: str) -> float:
     except ValueError:
         raise ConfigError(f"--assume {word}: must be a number, such as {name}={_default(name):g}") from None
     meta = NAMES[name]
-    low, high = meta["low"], 1.0 if name in FRACTIONS else math.inf
-    if not (math.isfinite(value) and low <= value <= high and value > meta["above"]):
-        wanted = "above 0" if meta["above"] == 0 else f"at least {low:g}"
-        wanted += " and at most 1" if high == 1 else ""
-        raise ConfigError(f"--assume {word}: must be a finite number, {wanted}")
+    low = TINY if meta["above"] == 0 else meta["low"]
+    high = 1.0 if name in FRACTIONS else HUGE
+    if not (low <= value <= high):
+        raise ConfigError(f"--assume {word}: must be a number, at least {low:g} and at most {high:g}")
     if name == "gpus_per_node" and value != int(value):
         raise ConfigError(f"--assume {word}: must be a whole number")
     return value

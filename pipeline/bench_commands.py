@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 from pipeline.commands import DONE, FAILED, Outcome
+from pipeline.config import ConfigError
 from pipeline.settings import load
 
 
@@ -22,7 +23,10 @@ def step(args: argparse.Namespace) -> Outcome:
     from pipeline import speed
 
     variants = {speed.CONFIGURED: load(args.config, args.overrides)}
-    variants |= {one: load(args.config, [*args.overrides, one]) for one in args.tries}
+    for one in args.tries:
+        variants[one] = load(args.config, [*args.overrides, one])
+        if speed.same_step(variants[one], variants[speed.CONFIGURED]):
+            raise ConfigError(f"--try {one}: changes nothing of the bare step; try another of model., train. or optim.")
     place = speed.here(args.threads)
     with _measuring(args) as view:
         result = speed.bench_step(variants, place, args.rounds, args.steps, view)

@@ -75,13 +75,13 @@ def _counts(text: str) -> list[int]:
 
 
 def _positive(text: str) -> float:
-    """A number above 0 of an option."""
+    """A number of an option that is no nonsense as a speed."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: must be a number above 0")
+    if not 1e-3 <= value <= 1e7:
+        raise argparse.ArgumentTypeError(f"{text}: must be a number, at least 0.001 and at most 1e7")
     return value
 
 

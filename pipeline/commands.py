@@ -13,6 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
+
 from pipeline.config import Config, ConfigError
 from pipeline.settings import dump, load, parse_override, to_dict
 
@@ -31,7 +33,7 @@ def train(args: argparse.Namespace) -> Outcome:
     cfg, label, resume_from = config_to_train(args)
     with TrainingView(_people(args)) as view:
         try:
-            summary = supervise.train(cfg, label, resume_from, view)
+            summary = supervise.train(cfg, label, resume_from, view, began=psutil.Process().create_time())
         except supervise.TrainingFailedError as e:
             return {"status": "failed", "run": view.run, "error": str(e)}, [f"failed: {e}"], FAILED
     seconds = summary["seconds"] | {"shut-down": time.time() - summary.pop("ended")}

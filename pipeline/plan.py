@@ -208,7 +208,7 @@ def check(found: dict[str, Any], a: Assumptions, origins: dict[str, Origin]) -> 
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         if isinstance(e, ConfigError):
             raise
-        raise ConfigError(f"--measured: not what `pipeline bench scale --json` writes ({e!r}); give its file") from None
+        raise ConfigError("--measured: not what `pipeline bench scale --json` writes; give its file") from e
     return {
         "network_gb_s": a.network_gb_s,
         "jitter": a.jitter,

@@ -14,7 +14,7 @@ from pipeline.data.index import Index
 from pipeline.identity import Identity
 from pipeline.job import Context, Job
 from pipeline.mlflow_run import CHECKPOINTS, tracking_uri
-from pipeline.perf import STEP, Ledger, goodput, summed_up, total
+from pipeline.perf import PHASES, STEP, Ledger, goodput, summed_up, total
 from pipeline.saver import Saver
 from pipeline.settings import dump, flatten
 from pipeline.state import TrainState
@@ -129,13 +129,12 @@ class Recorder:
             "train/epoch": epoch,
             "perf/images_per_s": images / step_s,
             "perf/data_wait_share": (total(seconds, "data wait") - total(before, "data wait")) / step_s,
-            "perf/goodput": goodput(seconds),
             "data/bad_images": num_bad,
         }
         self._logged_step, self._logged = step, seconds
-        times = {f"time/{_key(name)}_s": s for name, s in summed_up(seconds).items()}
-        self._tracker.metrics(step, metrics | times)
-        self._ctx.emit({"kind": "step", "step": step, "seconds": summed_up(seconds), **metrics})
+        self._tracker.metrics(step, metrics | _times(seconds))
+        told = {"seconds": summed_up(seconds), "perf/goodput": goodput(seconds)}
+        self._ctx.emit({"kind": "step", "step": step, **told, **metrics})
 
     def evaluation(self, step: int, scores: dict[str, float]) -> None:
         """Log the scores of the weights after `step` steps."""
@@ -233,6 +232,7 @@ class Recorder:
             self._upload(top)
         if done and cfg.mlflow.log_model:
             self._tracker.model(self._newest.path)
+        self._tracker.metrics(state.step, _times(self._ledger.seconds()))
         with self._ledger.phase("logging"):
             patience_s = PATIENCE_S if status != "regroup" else PATIENCE_BEFORE_RESTART_S
             waiting = self._tracker.close("FINISHED" if done else "KILLED", patience_s)
@@ -283,8 +283,11 @@ def mark_failed(job: Job, reason: str) -> None:
     tracker.close("FAILED", PATIENCE_BEFORE_RESTART_S)
 
 
-def _key(phase: str) -> str:
-    return phase.replace(" ", "_").replace("-", "_")
+def _times(seconds: dict[str, float]) -> dict[str, float]:
+    """For MLflow: the ledger up to now, of all sessions."""
+    names = {phase: f"time/{phase.replace(' ', '_').replace('-', '_')}_s" for phase in PHASES if phase != "shut-down"}
+    grouped = summed_up(seconds)
+    return {"perf/goodput": goodput(seconds)} | {name: grouped[phase] for phase, name in names.items()}
 
 
 def _place(saved: Checkpoint | None) -> str | None:

@@ -54,7 +54,11 @@ def bench_scale(
     cores = cfg.cluster.cpus_per_worker
     if joins and cores is None:
         raise ConfigError("cluster.cpus_per_worker=null: one worker would get more cores than two; set it")
-    cores = cores or max(1, len(os.sched_getaffinity(0)) // counts[-1])
+    num_cores = len(os.sched_getaffinity(0))
+    cores = cores or max(1, num_cores // counts[-1])
+    if not joins and counts[-1] * cores > num_cores:
+        room = num_cores // cores
+        raise ConfigError(f"--workers {counts[-1]}: with {cores} cores each, this machine has room for {room}")
     share = -(-cfg.train.global_batch // cfg.cluster.max_workers)
     per_s: dict[str, list[float]] = {str(n): [] for n in counts}
     spent: dict[str, list[dict[str, float]]] = {str(n): [] for n in counts}
@@ -63,7 +67,9 @@ def bench_scale(
         turn = i % len(counts)
         for n in counts[turn:] + counts[:turn]:
             with ExitStack() as opened:
-                storage = cfg.run.storage if joins else opened.enter_context(tempfile.TemporaryDirectory())
+                storage = (
+                    cfg.run.storage if joins else opened.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))
+                )
                 start, *steps = _train(_to_measure(cfg, n, cores, share, LOG_EVERY + num_steps, storage))
             first, last = steps[0]["seconds"], steps[-1]["seconds"]
             seconds = {phase: last[phase] - first[phase] for phase in PHASES}

@@ -33,6 +33,7 @@ NUM_CLASSES = 1000
 MARKS = 6  # of the ledger, in a step
 GEMM = 2048  # rows and columns of the product that shows a CPU's peak
 NOISE = 0.03  # a gain below this is none
+FEW = 5  # rounds
 CONFIGURED, PIPELINE, CEILING = "as configured", "pipeline", "ceiling"
 
 
@@ -70,6 +71,12 @@ class Stepper:
         self.ledger.switch("outside")
         seconds = self.ledger.seconds()
         return {part: seconds[part] / total(seconds, *COMPUTE) for part in COMPUTE}
+
+
+def same_step(one: Config, other: Config) -> bool:
+    """Whether both have the same bare step, the workers' number and the images' size among it."""
+    parts = [(c.model, c.train, c.optim, c.data.image_size, c.cluster.max_workers) for c in (one, other)]
+    return parts[0] == parts[1]
 
 
 def bench_step(
@@ -188,6 +195,8 @@ def step_verdict(result: dict[str, Any]) -> str:
             f"memory bounds a step, and what lies between the convolutions: it attains {mfu:.0%} of the peak "
             f"({result['peak_origin']})"
         )
+    if result["rounds"] < FEW:
+        return f"{text}; fewer than {FEW} rounds do not say which of the settings tried helps"
     if not gains:
         return f"{text}; none of the settings tried helps"
     best = max(gains, key=lambda n: float(gains[n]["ratio"]))

@@ -51,7 +51,9 @@ class Request:
     began: float
 
 
-def train(cfg: Config, label: str, resume_from: str | None, watch: Callable[[Event], None]) -> dict[str, Any]:
+def train(
+    cfg: Config, label: str, resume_from: str | None, watch: Callable[[Event], None], *, began: float | None = None
+) -> dict[str, Any]:
     """Run a training and wait for its end.
 
     SIGINT, SIGTERM or SIGHUP once: checkpoint, then return a summary with status "interrupted".
@@ -60,6 +62,7 @@ def train(cfg: Config, label: str, resume_from: str | None, watch: Callable[[Eve
         label: what a run without a name is called, before the time.
         resume_from: path or URI of a checkpoint to begin with, where the run has none.
         watch: called with each event in turn, in this thread.
+        began: the user's command, Unix time; None: now.
 
     Returns:
         The summary that rank 0's `fit` returns.
@@ -72,7 +75,7 @@ def train(cfg: Config, label: str, resume_from: str | None, watch: Callable[[Eve
     name = cfg.run.name or f"{label}-{time.strftime('%Y%m%d-%H%M%S')}"
     cfg = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, name=name))
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # Ray's processes stay findable when a driver dies
-    budget, step, began = FailureBudget(cfg.cluster.max_failures), 0, time.time()
+    budget, step, began = FailureBudget(cfg.cluster.max_failures), 0, began or time.time()
     faults: tuple[Fault, ...] = ()
 
     def note(event: Event) -> None:

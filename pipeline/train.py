@@ -124,6 +124,7 @@ def fit(job: Job, ctx: Context) -> dict[str, Any]:
                 break
         votes.finish()
         watchdog.stop()
+        profile.finish()
         return recorder.finished(state)
 
 

@@ -108,7 +108,7 @@ class Run:
 def assert_all_time_is_counted(uri: str, run: str) -> None:
     """From the first step to the last, the fault in between: the phases' growth is the time that passed."""
     grown, passed = 0.0, 0.0
-    for phase in PHASES:
+    for phase in PHASES[:-1]:  # MLflow does not see the shut-down
         found = {m.step: m for m in history(uri, run, f"time/{phase.replace(' ', '_').replace('-', '_')}_s")}
         first, last = found[1], found[NUM_STEPS]
         grown, passed = grown + last.value - first.value, (last.timestamp - first.timestamp) / 1000

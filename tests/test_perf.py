@@ -217,6 +217,20 @@ def test_a_profile_names_the_parts_of_its_steps(job: Callable[..., Job]) -> None
         assert ranges[part] == 2, part
 
 
+def test_a_profile_is_named_by_the_steps_that_it_holds(job: Callable[..., Job]) -> None:
+    """A session that ends within the steps asked for, the next one, and one that comes after them."""
+    settings = ["train.profile=[3,6]", "train.steps=9"]
+    fit(job(*settings, "run.stop_at_step=4"), context())
+    fit(job(*settings, "run.stop_at_step=7"), context())
+    events: list[Event] = []
+    done = fit(job(*settings), context(events=events))
+    told = [event["text"] for event in events if event["kind"] == "warning"]
+    assert told == ["train.profile=[3,6]: this session trained none of these steps; there is no trace"]
+    client = mlflow.MlflowClient(done["mlflow_uri"])
+    names = [a.path for a in client.list_artifacts(done["mlflow_run_id"], "profile")]
+    assert names == ["profile/steps_3_4.json.gz", "profile/steps_5_6.json.gz"]
+
+
 def test_a_profile_of_steps_that_end_before_they_begin_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"train.profile=\[5,4\]: must be \[first,last\] step"):
         load(None, ["data.train=x", "data.val=x", "train.profile=[5,4]"])

@@ -17,10 +17,10 @@ SMALL = ["model.depth=18", "train.global_batch=16", "cluster.workers=2"]
 PLACE = Place(0, 1, torch.device("cpu"), 1)
 
 
-def judged(mfu: float | None, ratios: dict[str, float]) -> str:
+def judged(mfu: float | None, ratios: dict[str, float], rounds: int = 5) -> str:
     per_s = {speed.CONFIGURED: [10.0, 20.0]} | {name: [10 * r, 20 * r] for name, r in ratios.items()}
     found = figures.rows(per_s, speed.CONFIGURED)
-    return speed.step_verdict({"rows": found, "mfu": mfu, "peak_origin": "measured"})
+    return speed.step_verdict({"rows": found, "mfu": mfu, "peak_origin": "measured", "rounds": rounds})
 
 
 def test_the_steps_verdict_names_the_bound_and_the_best_setting() -> None:
@@ -30,6 +30,7 @@ def test_the_steps_verdict_names_the_bound_and_the_best_setting() -> None:
         "arithmetic bounds a step: it attains 60% of the peak; b=2 helps most: 1.50 times"
     )
     assert "the device's peak is not known" in judged(None, {})
+    assert judged(0.6, {"a=1": 1.2}, rounds=4).endswith("do not say which of the settings tried helps")
 
 
 @pytest.mark.parametrize(("wait", "words"), [(0.0, "computing bounds"), (0.2, "data bounds training: 20% of it")])
@@ -67,6 +68,19 @@ def test_a_step_is_timed_for_the_share_of_one_worker() -> None:
         6 * result["macs_per_image"] * result["rows"][speed.CONFIGURED]["images_per_s"] / 1e12, rel=1e-3
     )
     assert len(told) == 4
+
+
+def test_settings_that_leave_the_step_alone_are_not_tried(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["bench", "step", str(ROOT / "configs/digits.yaml"), "--try"]
+    for one in ("data.train=/x", "model.compile=none"):
+        assert cli.main([*words, one]) == 2
+        assert f"--try {one}: changes nothing of the bare step" in capsys.readouterr().err
+
+
+def test_more_workers_than_cores_are_refused_by_scale() -> None:
+    cfg = load(ROOT / "configs/digits.yaml", SMALL)
+    with pytest.raises(ConfigError, match=r"--workers 9999: with 1 cores each, this machine has room for \d+"):
+        scale.bench_scale(cfg, [9999], 1, 5, lambda done, total, text: None)
 
 
 def test_more_threads_than_cores_are_refused() -> None:
