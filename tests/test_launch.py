@@ -70,7 +70,7 @@ def test_train_tells_its_progress_and_its_result(undisturbed: tuple[dict[str, An
     seconds = summary["seconds"]
     for phase in ("start-up", "compute", "data wait", "communication wait", "evaluation", "checkpoint", "shut-down"):
         assert seconds[phase] > 0, phase
-    assert sum(seconds.values()) == pytest.approx(summary["took"], rel=0.02, abs=0.5)  # of Python's start
+    assert sum(seconds.values()) == pytest.approx(summary["took"], rel=0.02, abs=1)  # Python's own end
     assert summary["goodput"] == pytest.approx(seconds["compute"] / sum(seconds.values()), abs=1e-3)
     assert sum(summary["startup"].values()) <= seconds["start-up"] + 0.1
 
