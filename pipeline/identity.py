@@ -1,6 +1,6 @@
 """Which training a run's folder holds, and whose it is now: run.json.
 
-{"training_id": finds the MLflow run and the run's own checkpoints, "began": its first session, Unix time,
+{"training_id": finds the MLflow run and the run's own checkpoints, "began": the command that began it, Unix time,
  "sessions": so far, "faults": so far, "owner": the driver, "open": whether a session has not ended}
 """
 

@@ -181,7 +181,8 @@ def _look(job: Job, ctx: Context) -> tuple[Identity, Checkpoint | None]:
     found = checkpoint.newest_valid(job.checkpoints, ctx.warn, identity.training_id if identity else None)
     if identity is None:  # a new run, or one whose run.json is lost
         known = ("training_id", "sessions", "faults")
-        identity = Identity(**{key: found.meta[key] for key in known if key in found.meta}) if found else Identity()
+        kept = {key: found.meta[key] for key in known if key in found.meta} if found else {}
+        identity = Identity(**kept, began=ctx.marks[0][1] if ctx.marks else time.time())
     if found is None and job.resume_from is not None:
         found = checkpoint.read(Storage(job.resume_from))
     return identity, found

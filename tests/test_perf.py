@@ -157,6 +157,21 @@ def test_steps_done_again_are_recovery_and_not_compute(job: Callable[..., Job]) 
     assert tenth["compute"] < again["compute"] < lost["compute"], "and count once"
 
 
+def test_a_fault_before_any_checkpoint_loses_no_time(job: Callable[..., Job]) -> None:
+    """All since the command is recovery then, its start-up among it."""
+
+    def fall(event: Event) -> None:
+        if event["kind"] == "step":
+            raise RuntimeError("the end")
+
+    command = (("command", time.time() - 30),)
+    with pytest.raises(RuntimeError, match="the end"):
+        fit(job("train.log_every=1"), dataclasses.replace(context(), emit=fall, marks=command))
+    done = fit(job("run.stop_at_step=2"), dataclasses.replace(context(), restarted=True))
+    assert done["seconds"]["recovery"] > 30
+    assert sum(done["seconds"].values()) == pytest.approx(done["ended"] - command[0][1], rel=0.02)
+
+
 def waits(rank: int, world_size: int, job: Job) -> dict[str, float]:
     """Rank 1 is late with each batch."""
     if rank == 1:
