@@ -230,7 +230,7 @@ class ClusterConfig(Section):
     timeout_s: int = _num(600, low=10)  # a rank, a storage or a cluster silent for so long counts as failed
     # Where a worker's threads run: near its GPU; or on cores of its own, if nothing else runs on the nodes.
     pin: Literal["none", "numa", "cores"] = "numa"
-    gradients: Literal["fp32", "bf16"] = "fp32"  # as workers exchange them
+    gradients: Literal["fp32", "bf16"] = "fp32"  # as workers exchange them; bf16 cost accuracy
     bucket_mb: int = _num(25, low=1)  # of gradients that are exchanged together, while others are being computed
     grow_after_s: float = _num(60.0, low=0)  # at the earliest, after workers have started, more are taken in
 
