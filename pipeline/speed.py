@@ -26,7 +26,7 @@ from pipeline.job import Context, Event
 from pipeline.perf import COMPUTE, Ledger, total
 from pipeline.scaling import count_network
 from pipeline.state import TrainState
-from pipeline.step import AUTOCAST, train_step
+from pipeline.step import AUTOCAST, train_step, unmarked
 from pipeline.train import compiled, fit
 
 NUM_CLASSES = 1000
@@ -55,7 +55,7 @@ class Stepper:
         self.first_step_s = self.seconds(1)  # with whatever is compiled or looked up first
         self.ledger = Ledger("outside", place.device)
 
-    def seconds(self, num_steps: int, mark: Callable[[str], object] = str) -> float:
+    def seconds(self, num_steps: int, mark: Callable[[str], object] = unmarked) -> float:
         """That so many steps take."""
         torch.set_num_threads(self._place.num_threads)
         began = time.perf_counter()
