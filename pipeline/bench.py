@@ -17,7 +17,7 @@ from pipeline import figures
 from pipeline.config import Config, ConfigError
 from pipeline.contestants import CEILING, OURS, Contestant, Running, Speed, Task, contestants
 from pipeline.data.build import Progress, open_index
-from pipeline.figures import machine, need, open_folder, save, spread
+from pipeline.figures import machine, open_folder, save, spread
 
 TRIALS = 2  # rounds before those that count, to find each contestant's best setting
 AIM = 1.4  # times the best of the others
@@ -83,7 +83,6 @@ def bench_loader(
 def _check(num_cores: int | None, num_allowed: int, out: Path | None) -> None:
     if num_cores and num_cores > num_allowed:
         raise ConfigError(f"--cores {num_cores}: this process may use {num_allowed}; lower it")
-    need("timm")
     if out:
         open_folder(out)
 

@@ -17,7 +17,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,8 +180,11 @@ def _read_own(place: Storage, training_id: str | None) -> Checkpoint:
     return found
 
 
-def load_model(place: Storage) -> tuple[ResNet, Config, tuple[str, ...]]:
+def load_model(place: Storage, overrides: Sequence[str] = ()) -> tuple[ResNet, Config, tuple[str, ...]]:
     """The network of a checkpoint (averaged weights where it has them), in eval mode on the CPU.
+
+    Args:
+        overrides: of its configuration.
 
     Returns:
         The model, the configuration it was trained with, and its classes in the order of the logits.
@@ -190,7 +193,7 @@ def load_model(place: Storage) -> tuple[ResNet, Config, tuple[str, ...]]:
         CheckpointError: the checkpoint is damaged.
     """
     found = read(place)
-    cfg, classes = load(found.path / CONFIG), tuple(found.meta["classes"])
+    cfg, classes = load(found.path / CONFIG, overrides), tuple(found.meta["classes"])
     model = ResNet(cfg.model, len(classes)).to(memory_format=torch.channels_last)
     saved = found.state()
     load_weights(model, saved["ema"] or saved["model"])

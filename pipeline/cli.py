@@ -227,7 +227,10 @@ def _parser() -> argparse.ArgumentParser:
         "evaluate", commands.evaluate, "Exact top-1, top-5 and loss of a run's newest checkpoint, or of a given one."
     )
     add_run(evaluate)
+    evaluate.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, such as data.val_size=288")
     evaluate.add_argument("--data", metavar="SRC", help=f"{SOURCES}, or an index; the run's own val by default")
+    text = "of each image, averaged: itself, with its mirror image, or the ten crops of He et al. 2015"
+    evaluate.add_argument("--views", choices=["one", "flip", "ten"], default="one", help=text)
 
     predict = add(
         "predict", commands.predict, "Class and probability of images, by a run's newest checkpoint or a given one."

@@ -150,9 +150,10 @@ def evaluate(args: argparse.Namespace) -> Outcome:
     from pipeline import infer, runs
 
     found = runs.find(args.run, runs.open_storage(args.storage), args.mlflow_uri)
-    scores = infer.evaluate_checkpoint(found.place, args.data)
+    said, _ = infer.evaluate_checkpoint(found.place, args.data, views=args.views, overrides=args.overrides)
+    scores = said.scores()
     figures = f"top-1 {scores['top1']:.4f}  top-5 {scores['top5']:.4f}  loss {scores['loss']:.4f}"
-    text = f"{figures}  on {int(scores['count'])} images"
+    text = f"{figures}  calibration error {scores['ece']:.4f}  on {int(scores['count'])} images"
     return {"checkpoint": str(found.place), **scores}, [str(found.place), text], DONE
 
 

@@ -3,78 +3,20 @@
 What is wrong is told in one line that names the key, the value and the mend.
 """
 
-import json
-import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-
-class ConfigError(ValueError):
-    """A request that cannot be carried out as it stands; its text is one line for the user."""
-
-
-def _num(default: Any, *, low: float = -math.inf, above: float = -math.inf, high: float = math.inf) -> Any:
-    """A field whose number, or each of whose numbers, is finite, >= low, > above and <= high."""
-    bounds = {"low": low, "above": above, "high": high}
-    return field(default=default, metadata=bounds)
-
-
-def _out_of_bounds(value: float, bounds: Mapping[str, float]) -> str:
-    """What `value` should be; empty if it is that."""
-    if math.isfinite(value) and bounds["low"] <= value <= bounds["high"] and value > bounds["above"]:
-        return ""
-    limits = {"low": "at least", "above": "above", "high": "at most"}
-    return " and ".join(f"{words} {bounds[k]:g}" for k, words in limits.items() if math.isfinite(bounds[k])) or "finite"
-
-
-class Section:
-    """Checks the bounds that a section's fields declare."""
-
-    @classmethod
-    def key(cls, name: str) -> str:
-        return f"{cls.__name__.removesuffix('Config').lower()}.{name}"
-
-    def __post_init__(self) -> None:
-        for f in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, f.name)
-            if value is not None and "low" in f.metadata:
-                for number in value if isinstance(value, (list, tuple)) else [value]:
-                    wanted = _out_of_bounds(number, f.metadata)
-                    self.require(not wanted, f.name, f"must be {wanted}")
-
-    def require(self, holds: bool, name: str, mend: str) -> None:
-        """Raise ConfigError naming this section's field `name`, its value, and `mend`."""
-        if not holds:
-            raise ConfigError(f"{self.key(name)}={show(getattr(self, name))}: {mend}")
-
-
-# scheme://NAME:SECRET@ with any SECRET, also with slashes, as AWS's have; but not host:port/x@y, nor [v6 address].
-_CREDENTIALS = re.compile(r"^[a-z][a-z0-9+.-]*://[^/:@\[]*:(?!\d+/)[^@]+@", re.IGNORECASE)
-
-
-def refuse_credentials(key: str, value: Any) -> None:
-    """Raise ConfigError, without the value, where it is a URI with a password in it."""
-    if isinstance(value, str) and _CREDENTIALS.match(value):
-        raise ConfigError(
-            f"{key}: leave the login out of it, since settings are logged and stored; give it in the environment, as "
-            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
-            "PGPASSWORD"
-        )
-
-
-def show(value: Any) -> str:
-    """A value as one would write it in an override."""
-    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"), default=str)
+from pipeline.schema import ConfigError as ConfigError
+from pipeline.schema import Section, num, refuse_credentials, show
 
 
 @dataclass(frozen=True)
 class RunConfig(Section):
     name: str | None = None  # a name used before resumes that run; null makes a new one
     storage: str = "runs"  # of all runs: a directory that every node mounts, or a URI such as s3://bucket/runs
-    seed: int = _num(0, low=0, high=2**63 - 1)
-    stop_at_step: int | None = _num(None, low=1)  # end this session there, after a checkpoint
+    seed: int = num(0, low=0, high=2**63 - 1)
+    stop_at_step: int | None = num(None, low=1)  # end this session there, after a checkpoint
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,36 +33,38 @@ class DataConfig(Section):
     # index file of any of these; paths or URIs. Must be given.
     train: str = ""
     val: str = ""
-    image_size: int = _num(224, low=8, high=4096)  # height and width of what the model trains on, pixels
-    start_size: int | None = _num(None, low=8, high=4096)  # progressive: the first epochs' size; null: image_size
-    grow_epochs: tuple[float, float] = _num((0.0, 0.0), low=0)  # from start_size at the first to image_size at the last
-    val_size: int | None = _num(None, low=8, high=4096)  # of what is evaluated; null: image_size
-    val_resize: int = _num(256, low=8, high=4096)  # evaluation: short side before the centre crop, pixels
-    shuffle_block: int | None = _num(None, low=1)  # shuffle blocks of so many rows, read in sequence; null: all rows
-    shuffle_window: int = _num(64, low=1)  # blocks that are shuffled into each other
-    repeats: int = _num(1, low=1)  # repeated augmentation: copies of each image in a global batch
-    crop_scale: tuple[float, float] = _num((0.08, 1.0), above=0, high=1)  # area of the random crop
-    crop_ratio: tuple[float, float] = _num((3 / 4, 4 / 3), above=0)  # width / height of the random crop
-    flip: float = _num(0.5, low=0, high=1)  # probability of a horizontal flip
-    jitter: tuple[float, float, float, float] = _num(
+    image_size: int = num(224, low=8, high=4096)  # height and width of what the model trains on, pixels
+    start_size: int | None = num(None, low=8, high=4096)  # progressive: the first epochs' size; null: image_size
+    grow_epochs: tuple[float, float] = num((0.0, 0.0), low=0)  # from start_size at the first to image_size at the last
+    val_size: int | None = num(None, low=8, high=4096)  # of what is evaluated; null: image_size
+    val_resize: int = num(256, low=8, high=4096)  # evaluation: short side before the centre crop, pixels
+    shuffle_block: int | None = num(None, low=1)  # shuffle blocks of so many rows, read in sequence; null: all rows
+    shuffle_window: int = num(64, low=1)  # blocks that are shuffled into each other
+    repeats: int = num(1, low=1)  # repeated augmentation: copies of each image in a global batch
+    crop_scale: tuple[float, float] = num((0.08, 1.0), above=0, high=1)  # area of the random crop
+    # The paper's scale augmentation instead: the short side's length is drawn, then a square of image_size cut out.
+    crop_short: tuple[int, int] | None = num(None, low=8, high=4096)  # pixels
+    crop_ratio: tuple[float, float] = num((3 / 4, 4 / 3), above=0)  # width / height of the random crop
+    flip: float = num(0.5, low=0, high=1)  # probability of a horizontal flip
+    jitter: tuple[float, float, float, float] = num(
         (0.0, 0.0, 0.0, 0.0), low=0
     )  # brightness, contrast, saturation, hue
     auto_augment: Literal["none", "trivial", "rand", "auto"] = "none"  # TrivialAugmentWide, RandAugment, AutoAugment
-    rand_ops: int = _num(2, low=1, high=8)  # RandAugment: operations in a row
-    rand_magnitude: int = _num(9, low=0, high=30)  # RandAugment: their strength
-    erase: float = _num(0.0, low=0, high=1)  # probability of erasing a rectangle
-    erase_scale: tuple[float, float] = _num((0.02, 0.33), above=0, high=1)  # its area
-    erase_ratio: tuple[float, float] = _num((0.3, 3.3), above=0)  # its width / height
-    mixup: float = _num(0.0, low=0, high=100)  # alpha of the Beta distribution; 0: off
-    cutmix: float = _num(0.0, low=0, high=100)  # likewise; with both on, each pair takes one of them
-    decode_threads: int | None = _num(None, low=1)  # per worker; null: its share of the node's cores
+    rand_ops: int = num(2, low=1, high=8)  # RandAugment: operations in a row
+    rand_magnitude: int = num(9, low=0, high=30)  # RandAugment: their strength
+    erase: float = num(0.0, low=0, high=1)  # probability of erasing a rectangle
+    erase_scale: tuple[float, float] = num((0.02, 0.33), above=0, high=1)  # its area
+    erase_ratio: tuple[float, float] = num((0.3, 3.3), above=0)  # its width / height
+    mixup: float = num(0.0, low=0, high=100)  # alpha of the Beta distribution; 0: off
+    cutmix: float = num(0.0, low=0, high=100)  # likewise; with both on, each pair takes one of them
+    decode_threads: int | None = num(None, low=1)  # per worker; null: its share of the node's cores
     decode_on_gpu: bool = True  # where training is on one; false: on CPU cores, and only the rest there
-    hw_decoder_load: float = _num(0.65, low=0, high=1)  # share of images for a GPU's own JPEG decoder, if it has one
-    read_threads: int = _num(4, low=1, high=256)  # per worker, reading files ahead
-    prefetch: int = _num(2, low=1, high=64)  # batches decoded ahead of the one in use
+    hw_decoder_load: float = num(0.65, low=0, high=1)  # share of images for a GPU's own JPEG decoder, if it has one
+    read_threads: int = num(4, low=1, high=256)  # per worker, reading files ahead
+    prefetch: int = num(2, low=1, high=64)  # batches decoded ahead of the one in use
     cache_dir: str | None = None  # for data at a URI, one a node; null: in the machine's temporary directory
-    cache_gb: float = _num(20.0, above=0)  # at most, of all data in cache_dir
-    max_bad_fraction: float = _num(0.01, low=0, high=1)  # of all images; a worker that meets more stops the run
+    cache_gb: float = num(20.0, above=0)  # at most, of all data in cache_dir
+    max_bad_fraction: float = num(0.01, low=0, high=1)  # of all images; a worker that meets more stops the run
     trace: bool = False  # write down each step's time and rows of the index, in the run's folder
     allow_changed: bool = False  # resume although the images' index is another than the checkpoint's
 
@@ -135,6 +79,10 @@ class DataConfig(Section):
             low, high = getattr(self, name)
             self.require(low <= high, name, "must be [low,high] with low <= high")
         self.require(self.jitter[3] <= 0.5, "jitter", "the hue's, the last, must be at most 0.5")
+        if self.crop_short is not None:
+            low, high = self.crop_short
+            holds = self.image_size <= low <= high
+            self.require(holds, "crop_short", f"must be [low,high] with image_size={self.image_size} <= low <= high")
         grows = self.start_size is None or self.start_size <= self.image_size
         self.require(grows, "start_size", f"must be at most image_size={self.image_size}")
 
@@ -151,56 +99,74 @@ class DataConfig(Section):
 class ModelConfig(Section):
     depth: Literal[18, 34, 50, 101, 152] = 152
     stride_on: Literal["3x3", "1x1"] = "3x3"  # of a downsampling bottleneck: v1.5, or the paper's v1
+    # "d": three 3x3 convolutions for the first 7x7, and shortcuts that average before they project (ResNet-D).
+    variant: Literal["plain", "d"] = "plain"
     zero_init_residual: bool = True  # the last BN of each branch starts at 0, so blocks start as identity
+    drop_path: float = num(0.0, low=0, high=0.9)  # stochastic depth: of the last block; rises from 0 at the first
+    sync_bn: bool = False  # BatchNorm over all workers' images; needs GPUs
+    recompute: bool = False  # activations in the backward pass, block by block, instead of keeping them in memory
+    weights: str | None = None  # to begin with: a file of torchvision's or timm's, or a run, as RUN of `--resume`
+    # This part and all before it stay as they are: for fine-tuning. Their BatchNorms do not follow the data either.
+    freeze: Literal["none", "stem", "layer1", "layer2", "layer3", "layer4"] = "none"
     # torch.compile's mode, for training; evaluation is not compiled. reduce-overhead uses CUDA graphs.
     compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = "none"
 
 
 @dataclass(frozen=True)
 class OptimConfig(Section):
-    name: Literal["sgd", "adamw"] = "sgd"
-    lr: float = _num(0.1, above=0)  # at the top of the schedule, for the recipe's global batch
-    momentum: float = _num(0.9, low=0, high=0.9999)  # SGD
-    nesterov: bool = True  # SGD
-    betas: tuple[float, float] = _num((0.9, 0.999), low=0, high=0.999999)  # AdamW
-    weight_decay: float = _num(1e-4, low=0)  # not on parameters with ndim <= 1
+    name: Literal["sgd", "adamw", "lamb", "lars"] = "sgd"
+    lr: float = num(0.1, above=0)  # at the top of the schedule
+    lr_batch: int | None = num(None, low=1)  # the global batch that lr and final_lr are for; null: whatever it is
+    lr_scaling: Literal["none", "linear", "sqrt"] = "none"  # how they follow another global batch
+    layer_decay: float = num(1.0, above=0, high=1)  # lr of each part (stem, layer1, ..., fc) by that of the next one
+    momentum: float = num(0.9, low=0, high=0.9999)  # SGD, LARS
+    nesterov: bool = True  # SGD, LARS
+    betas: tuple[float, float] = num((0.9, 0.999), low=0, high=0.999999)  # AdamW, LAMB
+    weight_decay: float = num(1e-4, low=0)  # not on parameters with ndim <= 1
     schedule: Literal["cosine", "step", "linear"] = "cosine"
-    warmup_epochs: float = _num(5.0, low=0)  # linear from lr / warm-up steps
-    final_lr: float = _num(0.0, low=0)  # where cosine and linear end
-    step_epochs: tuple[float, ...] = _num((30.0, 60.0, 80.0), above=0)  # where "step" multiplies by step_gamma
-    step_gamma: float = _num(0.1, above=0, high=1)
+    warmup_epochs: float = num(5.0, low=0)  # linear from lr / warm-up steps
+    final_lr: float = num(0.0, low=0)  # where cosine and linear end
+    step_epochs: tuple[float, ...] = num((30.0, 60.0, 80.0), above=0)  # where "step" multiplies by step_gamma
+    step_gamma: float = num(0.1, above=0, high=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(self.final_lr <= self.lr, "final_lr", f"must be at most lr={self.lr}")
-        self.require(not self.nesterov or self.momentum > 0 or self.name != "sgd", "nesterov", "needs optim.momentum")
+        uses_momentum = self.name in ("sgd", "lars")
+        self.require(not (self.nesterov and uses_momentum) or self.momentum > 0, "nesterov", "needs optim.momentum")
+        given = self.lr_scaling == "none" or self.lr_batch is not None
+        self.require(given, "lr_scaling", "give optim.lr_batch, the global batch that optim.lr is for")
         self.require(list(self.step_epochs) == sorted(set(self.step_epochs)), "step_epochs", "must be rising")
 
 
 @dataclass(frozen=True)
 class TrainConfig(Section):
-    epochs: int = _num(90, low=1)
-    steps: int | None = _num(None, low=1)  # instead of epochs: the length of the schedule in steps
-    global_batch: int = _num(256, low=1)  # images per optimizer step over all workers
-    micro_batch: int | None = _num(None, low=1)  # images per forward pass of a worker; null: its whole share
+    epochs: int = num(90, low=1)
+    steps: int | None = num(None, low=1)  # instead of epochs: the length of the schedule in steps
+    global_batch: int = num(256, low=1)  # images per optimizer step over all workers
+    micro_batch: int | None = num(None, low=1)  # images per forward pass of a worker; null: its whole share
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    label_smoothing: float = _num(0.0, low=0, high=0.9999)
-    clip_norm: float | None = _num(None, above=0)  # of the global gradient
-    ema_decay: float | None = _num(None, above=0, high=0.999999)  # per step; null: no averaged weights
-    log_every: int = _num(10, low=1)  # steps
-    eval_every: int = _num(1, low=1)  # epochs
-    eval_batch: int = _num(128, low=1)  # images per forward pass; part of the figures' exactness
-    profile: tuple[int, int] | None = _num(None, low=1)  # trace these steps, first and last one, for Perfetto
+    loss: Literal["cross_entropy", "bce"] = "cross_entropy"  # bce: each class on its own, mean over the classes
+    bce_threshold: float | None = num(None, low=0, high=0.9999)  # shares above it count as 1; null: as they are
+    label_smoothing: float = num(0.0, low=0, high=0.9999)
+    clip_norm: float | None = num(None, above=0)  # of the global gradient
+    ema_decay: float | None = num(None, above=0, high=0.999999)  # per step; null: no averaged weights
+    log_every: int = num(10, low=1)  # steps
+    eval_every: int = num(1, low=1)  # epochs
+    eval_batch: int = num(128, low=1)  # images per forward pass; part of the figures' exactness
+    profile: tuple[int, int] | None = num(None, low=1)  # trace these steps, first and last one, for Perfetto
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        holds = self.bce_threshold is None or self.loss == "bce"
+        self.require(holds, "bce_threshold", "needs train.loss=bce")
         self.require(self.profile is None or self.profile[0] <= self.profile[1], "profile", "must be [first,last] step")
 
 
 @dataclass(frozen=True)
 class CheckpointConfig(Section):
-    every: int = _num(1000, low=1)  # steps
-    keep: int = _num(3, low=1)  # the newest ones; the best is kept besides
+    every: int = num(1000, low=1)  # steps
+    keep: int = num(3, low=1)  # the newest ones; the best is kept besides
 
 
 @dataclass(frozen=True)
@@ -209,10 +175,15 @@ class MlflowConfig(Section):
     experiment: str = "pipeline"
     checkpoints: Literal["all", "best", "last", "none"] = "last"  # uploaded as artifacts
     log_model: bool = True  # the final model with its signature
+    register: str | None = None  # the final model as a new version of this name in MLflow's Model Registry
+    report: bool = True  # at the end, as `pipeline report` makes it
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(bool(self.experiment.strip()), "experiment", "name an experiment, such as pipeline")
+        legal = self.register is None or re.fullmatch(r"[^/:.%\"']{1,100}", self.register) is not None
+        self.require(legal, "register", "must be a name without / : . % and quotes")
+        self.require(self.register is None or self.log_model, "register", "needs mlflow.log_model")
         refuse_credentials("mlflow.uri", self.uri)
         refused = self.uri is not None and (self.uri.startswith("file:") or "://" not in self.uri)
         self.require(
@@ -224,15 +195,15 @@ class MlflowConfig(Section):
 class ClusterConfig(Section):
     workers: Any = 1  # DDP ranks, one process each; [min,max]: as many as the cluster has room for
     device: Literal["auto", "cpu", "gpu"] = "auto"  # auto: a GPU for each worker where the cluster has them
-    cpus_per_worker: int | None = _num(None, low=1)  # null: the cores there are at the start shared out evenly
+    cpus_per_worker: int | None = num(None, low=1)  # null: the cores there are at the start shared out evenly
     address: str | None = None  # of a running Ray cluster; null: $RAY_ADDRESS, else one on this machine
-    max_failures: int = _num(3, low=-1)  # to recover from without a new checkpoint in between; -1: without end
-    timeout_s: int = _num(600, low=10)  # a rank, a storage or a cluster silent for so long counts as failed
+    max_failures: int = num(3, low=-1)  # to recover from without a new checkpoint in between; -1: without end
+    timeout_s: int = num(600, low=10)  # a rank, a storage or a cluster silent for so long counts as failed
     # Where a worker's threads run: near its GPU; or on cores of its own, if nothing else runs on the nodes.
     pin: Literal["none", "numa", "cores"] = "numa"
     gradients: Literal["fp32", "bf16"] = "fp32"  # as workers exchange them; bf16 cost accuracy
-    bucket_mb: int = _num(25, low=1)  # of gradients that are exchanged together, while others are being computed
-    grow_after_s: float = _num(60.0, low=0)  # at the earliest, after workers have started, more are taken in
+    bucket_mb: int = num(25, low=1)  # of gradients that are exchanged together, while others are being computed
+    grow_after_s: float = num(60.0, low=0)  # at the earliest, after workers have started, more are taken in
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -289,6 +260,8 @@ class Config:
                 f"train.global_batch={train.global_batch}: gives some forward pass a single image, which at "
                 f"a size of {size} is one value a channel, too few for BatchNorm; raise it or train.micro_batch"
             )
+        if self.model.recompute and self.model.compile != "none":
+            raise ConfigError("model.recompute=true: does not go together with model.compile; choose one of them")
         if train.steps is None and self.optim.warmup_epochs > train.epochs:
             raise ConfigError(
                 f"optim.warmup_epochs={self.optim.warmup_epochs}: longer than train.epochs={train.epochs}"

@@ -10,8 +10,9 @@ from functools import partial
 
 from pipeline import cluster, findings, probes
 from pipeline.cluster import Node
-from pipeline.config import Config, ConfigError, show
+from pipeline.config import Config, ConfigError
 from pipeline.findings import Check
+from pipeline.schema import show
 from pipeline.storage import Storage
 
 PATIENCE_S = 60.0  # with a probe, whose process may have to be started first

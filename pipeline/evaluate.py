@@ -1,18 +1,21 @@
 """Exact evaluation: every sample once, and the same figures for every world size, to the last bit.
 
-Each chunk of samples is evaluated whole by one rank, whatever the number of ranks, and its sums go
-into the chunk's own row of a table. The rows are added up only after one all-reduce, which adds zeros
-to them, so neither rounding nor order depends on who computed what.
+Each chunk of samples is evaluated whole by one rank, whatever the number of ranks, and what the model says of
+each sample goes into the sample's own row of a table. One all-reduce adds zeros to the rows, and every figure is
+computed from the whole table, so neither rounding nor order depends on who computed what.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.data.loader import EvalLoader
+from pipeline.predictions import TOP, Predictions
 from pipeline.step import autocast
 
 
@@ -24,34 +27,45 @@ def evaluate(
     precision: str,
     device: torch.device,
     heartbeat: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
-    """Top-1, top-5 and mean cross-entropy over the loader's whole index; on every rank alike.
+) -> Predictions:
+    """What the model says of each sample of the loader's index; on every rank alike.
 
     Call it on all ranks, with equal weights and statistics (see `sync_buffers`).
 
     Args:
         heartbeat: called with each chunk.
-
-    Returns:
-        {"top1", "top5": shares in 0..1, "loss": nats, "count": samples}
     """
     was_training = model.training
     model.eval()
-    table = torch.zeros(loader.num_chunks, 4, dtype=torch.float64, device=device)
-    for chunk, batch in loader:
-        with autocast(precision, device):
-            logits = model(batch.images).float()
-        ranking = logits.topk(min(5, logits.shape[1])).indices == batch.labels[:, None]
-        loss = F.cross_entropy(logits, batch.labels, reduction="sum")
-        count = torch.tensor(len(batch.labels), device=device)
+    table = torch.zeros(len(loader.index), 1 + 2 * TOP, dtype=torch.float64, device=device)
+    for _, batch in loader:
+        rows = torch.from_numpy(batch.rows).to(device)
+        logs = log_probabilities(model, loader.views(batch.images), precision)
+        losses = F.nll_loss(logs, batch.labels, reduction="none")
+        likeliest = logs.topk(min(TOP, logs.shape[1]))
+        padding = (0, TOP - likeliest.indices.shape[1])
+        places = F.pad(likeliest.indices.double(), padding, value=-1)
+        table[rows] = torch.cat([losses[:, None], places, F.pad(likeliest.values.exp(), padding)], 1)
         heartbeat()
-        table[chunk] = torch.stack([count, ranking[:, 0].sum(), ranking.sum(), loss]).double()
     model.train(was_training)
     if dist.is_initialized():
         dist.all_reduce(table)
-    count, top1, top5, loss = table.sum(0).tolist()
-    assert count == len(loader.index), f"evaluated {count:g} of {len(loader.index)} samples"
-    return {"top1": top1 / count, "top5": top5 / count, "loss": loss / count, "count": count}
+    said = table.cpu().numpy()
+    labels, best = loader.index.labels.astype(np.int64), said[:, 1 : 1 + TOP].astype(np.int64)
+    return Predictions(labels, best, said[:, 1 + TOP :], said[:, 0])
+
+
+def log_probabilities(model: nn.Module, views: Sequence[Tensor], precision: str) -> Tensor:
+    """Logarithms of the classes' probabilities (B, C), float64: of the mean over views (B, 3, S, S) of the same images.
+
+    He et al. 2015, section 3.4, average scores, too.
+    """
+    logs = []
+    for images in views:
+        with autocast(precision, images.device):
+            logits = model(images)
+        logs.append(logits.double().log_softmax(1))
+    return torch.stack(logs).logsumexp(0) - math.log(len(logs))
 
 
 def sync_buffers(model: nn.Module) -> None:

@@ -1,6 +1,5 @@
 """What all benchmarks share: medians and quartiles, the machine, where results go, and their picture."""
 
-import importlib.util
 import json
 import os
 import platform
@@ -45,20 +44,12 @@ def cpu_model() -> str:
     return platform.machine()
 
 
-def need(*packages: str) -> None:
-    """Raise ConfigError where one of these is not installed."""
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            raise ConfigError(f"{package} is not installed; install it with: pip install 'pipeline[bench]'")
-
-
 def open_folder(out: Path) -> None:
     """Make the folder for a result, before anything is measured.
 
     Raises:
-        ConfigError: it cannot be made, or nothing can be drawn.
+        ConfigError: it cannot be made.
     """
-    need("matplotlib")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:

@@ -1,5 +1,6 @@
 """Using a trained checkpoint: exact evaluation, and predictions for image files. One process, no Ray."""
 
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -10,24 +11,32 @@ from pipeline import checkpoint
 from pipeline.config import Config, ConfigError
 from pipeline.data.build import index_files, open_index
 from pipeline.data.index import Index
-from pipeline.data.loader import EvalLoader, Place
+from pipeline.data.loader import EvalLoader, Place, Views
 from pipeline.evaluate import evaluate
+from pipeline.predictions import Predictions
 from pipeline.step import autocast
 from pipeline.storage import Storage
 
 
-def evaluate_checkpoint(place: Storage, data: str | None) -> dict[str, float]:
-    """Scores of a checkpoint on `data`, a source of images or an index; by default on its run's own validation images.
+def evaluate_checkpoint(
+    place: Storage, data: str | None = None, *, views: Views = "one", overrides: Sequence[str] = ()
+) -> tuple[Predictions, Index]:
+    """What a checkpoint says of the images in `data`, a source or an index; by default of its run's validation images.
+
+    Args:
+        views: of each image, see `EvalLoader`.
+        overrides: of its configuration, such as `data.val_size=288`.
 
     Raises:
         ConfigError: data that cannot be evaluated on, or a broken image in it.
     """
     here = Place.here()
     torch.set_num_threads(here.num_threads)
-    model, cfg, classes = checkpoint.load_model(place)
+    model, cfg, classes = checkpoint.load_model(place, overrides)
     index = open_index(data or cfg.data.val)[0].with_classes(classes)
-    with closing(EvalLoader(index, cfg.data, here, _refuse, batch=cfg.train.eval_batch)) as loader:
-        return evaluate(model.to(here.device), loader, precision=cfg.train.precision, device=here.device)
+    with closing(EvalLoader(index, cfg.data, here, _refuse, batch=cfg.train.eval_batch, views=views)) as loader:
+        said = evaluate(model.to(here.device), loader, precision=cfg.train.precision, device=here.device)
+    return said, index
 
 
 def predict(place: Storage, images: list[Path], top: int) -> list[dict[str, Any]]:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import checkpoint
-from pipeline.config import ConfigError, refuse_credentials
+from pipeline.config import ConfigError
+from pipeline.schema import refuse_credentials
 from pipeline.spool import Record
 from pipeline.storage import Storage
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from pipeline import checkpoint, mlflow_run
 from pipeline.checkpoint import Checkpoint
-from pipeline.config import Config, ConfigError, refuse_credentials
+from pipeline.config import Config, ConfigError
 from pipeline.data.build import build_index, fetch_index
 from pipeline.data.find import is_index
 from pipeline.data.index import Index
@@ -33,6 +33,7 @@ from pipeline.data.sampling import steps_per_epoch
 from pipeline.identity import FILE, Identity
 from pipeline.job import Event, Job
 from pipeline.mlflow_run import tracking_uri
+from pipeline.schema import refuse_credentials
 from pipeline.settings import load
 from pipeline.storage import Storage, patiently
 

@@ -14,7 +14,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from pipeline.config import Config, ConfigError, show
+from pipeline.config import Config, ConfigError
+from pipeline.schema import show
 
 
 def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:

@@ -17,7 +17,8 @@ from typing import Any
 from ray._private.ray_constants import get_runtime_env_default_excludes
 from ray._private.runtime_env import packaging  # Ray does not tell what it would send otherwise
 
-from pipeline.config import ConfigError, RunConfig, refuse_credentials
+from pipeline.config import ConfigError, RunConfig
+from pipeline.schema import refuse_credentials
 from pipeline.settings import flatten, load, parse_override
 
 logging.getLogger("ray._private.runtime_env").setLevel(logging.ERROR)  # it tells of each .gitignore, several times

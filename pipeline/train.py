@@ -107,13 +107,14 @@ def fit(job: Job, ctx: Context) -> dict[str, Any]:
             if evaluating:
                 with ledger.phase("evaluation"):
                     sync_buffers(state.best_model)
-                    scores = evaluate(
+                    said = evaluate(
                         state.best_model,
                         val_loader,
                         precision=cfg.train.precision,
                         device=ctx.device,
                         heartbeat=watchdog.feed,
                     )
+                scores = said.scores()
                 improved = scores["top1"] > state.best_top1
                 state.best_top1 = max(state.best_top1, scores["top1"])
                 recorder.evaluation(state.step, scores)

@@ -7,13 +7,13 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "pipeline"
 # Each module may import those above it.
-ORDER = """__init__ config settings web storage
+ORDER = """__init__ schema config settings web storage
     data data.sampling data.draws data.index data.request
     data.rows data.find data.shards data.parquet data.scan data.build data.cache data.groups data.read data.fetch
     data.pack data.augment data.dali data.mix data.loader data.verify
-    model optim state step evaluate checkpoint saver spool mlflow_run tracking perf job identity record votes watchdog
-    trace profile train
-    link runs infer preview figures contestants bench assumptions outages scaling plan plan_view
+    model optim state step predictions evaluate checkpoint saver spool figures mlflow_run tracking perf job identity
+    record votes watchdog trace profile train
+    link runs infer preview contestants bench assumptions outages scaling plan plan_view
     supervise cluster affinity worker gauges launch driver
     probes findings doctor speed scale
     submission jobs console commands bench_commands cli""".split()  # noqa: SIM905
@@ -26,7 +26,7 @@ OWNERS = {
     "rich": {"console"},
     "fsspec": {"web", "storage"},
     "aiohttp": {"web", "jobs"},
-    "timm": {"contestants"},
+    "timm": {"optim", "contestants"},
     "matplotlib": {"figures"},
     "pyarrow": {
         "web",

@@ -54,8 +54,8 @@ def test_an_image_of_one_pixel_is_cropped_to_itself() -> None:
     assert (shapes == 1).all()
 
 
-def test_centre_crops_are_square_and_central() -> None:
-    anchors, shapes = draws.centre_crops(np.array([256, 300]), np.array([400, 256]), 224 / 256)
+def test_crops_of_evaluation_are_square_and_central() -> None:
+    anchors, shapes = draws.crops_at(np.array([256, 300]), np.array([400, 256]), 224 / 256)
     assert shapes.tolist() == [[224, 224], [224, 224]]
     assert anchors.tolist() == [[16, 88], [38, 16]]
 

@@ -37,7 +37,7 @@ def scores(rank: int, world_size: int, index: Path, precision: str) -> dict[str,
     torch.set_num_threads(1)
     model = ResNet(ModelConfig(depth=18, zero_init_residual=False), 10).to(memory_format=torch.channels_last)
     loader = EvalLoader(load_index(index), SMALL, Place(rank, world_size, CPU, 1), no_bad_image, batch=64)
-    return evaluate(model, loader, precision=precision, device=CPU)
+    return evaluate(model, loader, precision=precision, device=CPU).scores()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -58,7 +58,7 @@ def scores_in_one_chunk(rank: int, world_size: int, index: Path) -> dict[str, fl
     torch.manual_seed(0)
     model = ResNet(ModelConfig(depth=18), 10)
     loader = EvalLoader(load_index(index), SMALL, Place(rank, world_size, CPU, 1), no_bad_image, batch=400)
-    return evaluate(model, loader, precision="fp32", device=CPU)
+    return evaluate(model, loader, precision="fp32", device=CPU).scores()
 
 
 def test_figures_are_their_definitions(digits_index: Callable[[str], Path]) -> None:
@@ -66,7 +66,7 @@ def test_figures_are_their_definitions(digits_index: Callable[[str], Path]) -> N
     model = ResNet(ModelConfig(depth=18, zero_init_residual=False), 10).train()
     index = load_index(digits_index("val"))
     loader = EvalLoader(index, SMALL, Place(0, 1, CPU, 2), no_bad_image, batch=128)
-    found = evaluate(model, loader, precision="fp32", device=CPU)
+    found = evaluate(model, loader, precision="fp32", device=CPU).scores()
     assert model.training  # as it was
     ((_, batch),) = EvalLoader(index, SMALL, Place(0, 1, CPU, 2), no_bad_image, batch=360)
     with torch.inference_mode():

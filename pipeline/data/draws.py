@@ -55,6 +55,27 @@ def random_resized_crops(
     return anchors, shapes
 
 
+def short_side_crops(
+    heights: IntArray, widths: IntArray, size: int, lengths: tuple[int, int], draws: FloatArray
+) -> tuple[IntArray, IntArray]:
+    """The paper's scale augmentation (He et al. 2015, section 3.4), in the image's own pixels.
+
+    The short side is resized to a length drawn from `lengths`, and a square of `size` is cut out anywhere.
+
+    Args:
+        heights, widths: (B,) image sizes, pixels.
+        draws: (B, 3) uniforms.
+
+    Returns:
+        anchors (B, 2) as (top, left) and shapes (B, 2) as (height, width), pixels.
+    """
+    drawn = np.floor(lengths[0] + draws[:, 0] * (lengths[1] - lengths[0] + 1))
+    side = np.maximum(np.rint(np.minimum(heights, widths) * size / drawn), 1).astype(np.int64)
+    shapes = np.stack([side, side], axis=1)
+    room = np.stack([heights, widths], axis=1) - shapes + 1
+    return (draws[:, 1:] * room).astype(np.int64), shapes
+
+
 def _nearest_ratio(heights: IntArray, widths: IntArray, ratio: tuple[float, float]) -> IntArray:
     h = np.where(widths / heights < ratio[0], np.rint(widths / ratio[0]), heights)
     w = np.where(widths / heights > ratio[1], np.rint(heights * ratio[1]), widths)
@@ -62,15 +83,24 @@ def _nearest_ratio(heights: IntArray, widths: IntArray, ratio: tuple[float, floa
     return shapes
 
 
-def centre_crops(heights: IntArray, widths: IntArray, fraction: float) -> tuple[IntArray, IntArray]:
-    """The central square of `fraction` of the short side: resize-then-centre-crop in the image's own pixels.
+CENTRE = (0.5, 0.5)
+FIVE = (CENTRE, (0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0))  # and the corners
+
+
+def crops_at(
+    heights: IntArray, widths: IntArray, fraction: float, place: tuple[float, float] = CENTRE
+) -> tuple[IntArray, IntArray]:
+    """The square of `fraction` of the short side at a place: resize-then-crop in the image's own pixels.
+
+    Args:
+        place: of the square, from (0, 0), top left, to (1, 1), bottom right.
 
     Returns:
         anchors (B, 2) as (top, left) and shapes (B, 2) as (height, width), pixels.
     """
     side = np.maximum(np.rint(np.minimum(heights, widths) * fraction), 1).astype(np.int64)
     shapes = np.stack([side, side], axis=1)
-    anchors: IntArray = (np.stack([heights, widths], axis=1) - shapes) // 2
+    anchors: IntArray = ((np.stack([heights, widths], axis=1) - shapes) * place).astype(np.int64)
     return anchors, shapes
 
 

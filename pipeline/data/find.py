@@ -19,8 +19,9 @@ from urllib.parse import urlsplit
 
 from braceexpand import braceexpand
 
-from pipeline.config import ConfigError, refuse_credentials
+from pipeline.config import ConfigError
 from pipeline.data.rows import SUFFIXES
+from pipeline.schema import refuse_credentials
 from pipeline.storage import Storage
 
 UNIT_IMAGES = 1000

@@ -4,6 +4,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from pipeline.config import DataConfig
 from pipeline.data import request
 from pipeline.data.dali import Decoder
+from pipeline.data.draws import CENTRE, FIVE
 from pipeline.data.index import Index
 from pipeline.data.mix import mix
 from pipeline.data.request import Request
@@ -51,6 +53,7 @@ class Place:
         return cls(rank=0, world_size=1, device=device, num_threads=len(os.sched_getaffinity(0)))
 
 
+Views = Literal["one", "flip", "ten"]
 OnBad = Callable[[str, str], None]  # called with a broken image's place and the reason
 Warn = Callable[[str], None]
 
@@ -105,6 +108,10 @@ class EvalLoader:
     """Evaluation in chunks that are the same for every world size, so that figures are too.
 
     Chunk j holds rows [j * batch, (j + 1) * batch); rank r takes chunks r, r + W, r + 2W, ...
+
+    Args:
+        views: of each image: its centre ("one"), that and its mirror image ("flip"), or centre and corners with their
+            mirror images ("ten", the paper's ten crops).
     """
 
     def __init__(
@@ -116,27 +123,36 @@ class EvalLoader:
         *,
         batch: int,
         warn: Warn = _ignore,
+        views: Views = "one",
     ):
         self.index, self._cfg, self._batch = index, cfg, batch
+        self._places, self._mirrored = FIVE if views == "ten" else (CENTRE,), views != "one"
         self.num_chunks = -(-len(index) // batch)
         self.chunks = range(place.rank, self.num_chunks, place.world_size)
         in_sequence = dataclasses.replace(cfg, shuffle_block=batch)  # a reader's cache is of use then, however small
-        self._decoder = _decoder(index, in_sequence, batch, place, on_bad, warn)
+        self._decoder = _decoder(index, in_sequence, batch * len(self._places), place, on_bad, warn)
 
     def __iter__(self) -> Iterator[tuple[int, Batch]]:
-        """(chunk, batch) for this rank's chunks."""
+        """(chunk, batch) for this rank's chunks; of several places all their images, see `views`."""
         decoded = self._decoder.decode(map(self.request, self.chunks))
         for chunk, (asked, images) in zip(self.chunks, decoded, strict=True):
-            yield chunk, _batch(self.index, asked, images)
+            batch = _batch(self.index, asked, images)
+            n = len(batch.rows) // len(self._places)
+            yield chunk, Batch(batch.images, batch.labels[:n], batch.rows[:n])
+
+    def views(self, images: Tensor) -> list[Tensor]:
+        """A batch's images as views of the same ones, (B, 3, S, S) each."""
+        crops = list(images.chunk(len(self._places)))
+        return [*crops, *(crop.flip(3) for crop in crops)] if self._mirrored else crops
 
     def close(self) -> None:
         """End its threads."""
         self._decoder.close()
 
     def request(self, chunk: int) -> Request:
-        """The centre crops of one chunk."""
+        """The crops of one chunk."""
         rows = np.arange(chunk * self._batch, min((chunk + 1) * self._batch, len(self.index)))
-        return request.to_evaluate(self.index, self._cfg, rows)
+        return request.to_evaluate(self.index, self._cfg, rows, self._places)
 
 
 def _decoder(index: Index, cfg: DataConfig, max_batch: int, place: Place, on_bad: OnBad, warn: Warn) -> Decoder:

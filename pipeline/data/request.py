@@ -1,5 +1,6 @@
 """What a batch consists of, before anything is read: rows, crops and draws, a pure function of seed and step."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,8 +55,11 @@ def to_train(index: Index, cfg: DataConfig, order: Stream, step: int, rank: int,
         return uniforms(purpose, order.seed, epoch, start, stop, number)
 
     heights, widths = index.heights[rows].astype(np.int64), index.widths[rows].astype(np.int64)
-    crop = drawn(Purpose.CROP, draws.CROP_DRAWS)
-    anchors, shapes = draws.random_resized_crops(heights, widths, cfg.crop_scale, cfg.crop_ratio, crop)
+    if cfg.crop_short is not None:
+        anchors, shapes = draws.short_side_crops(heights, widths, size, cfg.crop_short, drawn(Purpose.CROP, 3))
+    else:
+        crop = drawn(Purpose.CROP, draws.CROP_DRAWS)
+        anchors, shapes = draws.random_resized_crops(heights, widths, cfg.crop_scale, cfg.crop_ratio, crop)
     flips = draws.flips(cfg.flip, drawn(Purpose.FLIP, 1))
     changes: dict[str, NDArray[Any]] = {}
     if any(cfg.jitter):
@@ -74,9 +78,12 @@ def to_train(index: Index, cfg: DataConfig, order: Stream, step: int, rank: int,
     return Request(rows, size, anchors, shapes, flips, changes, mixture)
 
 
-def to_evaluate(index: Index, cfg: DataConfig, rows: IntArray) -> Request:
-    """The centre crops of some rows."""
+def to_evaluate(
+    index: Index, cfg: DataConfig, rows: IntArray, places: Sequence[tuple[float, float]] = (draws.CENTRE,)
+) -> Request:
+    """Crops of some rows at each of the places: all rows at the first one, all at the next one, and so on."""
     size = cfg.size_to_evaluate
     heights, widths = index.heights[rows].astype(np.int64), index.widths[rows].astype(np.int64)
-    anchors, shapes = draws.centre_crops(heights, widths, size / cfg.val_resize)
-    return Request(rows, size, anchors, shapes, np.zeros(len(rows), dtype=np.bool_))
+    crops = [draws.crops_at(heights, widths, size / cfg.val_resize, place) for place in places]
+    anchors, shapes = (np.concatenate(parts) for parts in zip(*crops, strict=True))
+    return Request(np.tile(rows, len(places)), size, anchors, shapes, np.zeros(len(anchors), dtype=np.bool_))

@@ -1,0 +1,66 @@
+"""What the configuration's sections are made of: bounded fields, and errors of one line."""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import field, fields
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A request that cannot be carried out as it stands; its text is one line for the user."""
+
+
+def num(default: Any, *, low: float = -math.inf, above: float = -math.inf, high: float = math.inf) -> Any:
+    """A field whose number, or each of whose numbers, is finite, >= low, > above and <= high."""
+    bounds = {"low": low, "above": above, "high": high}
+    return field(default=default, metadata=bounds)
+
+
+def _out_of_bounds(value: float, bounds: Mapping[str, float]) -> str:
+    """What `value` should be; empty if it is that."""
+    if math.isfinite(value) and bounds["low"] <= value <= bounds["high"] and value > bounds["above"]:
+        return ""
+    limits = {"low": "at least", "above": "above", "high": "at most"}
+    return " and ".join(f"{words} {bounds[k]:g}" for k, words in limits.items() if math.isfinite(bounds[k])) or "finite"
+
+
+class Section:
+    """Checks the bounds that a section's fields declare."""
+
+    @classmethod
+    def key(cls, name: str) -> str:
+        return f"{cls.__name__.removesuffix('Config').lower()}.{name}"
+
+    def __post_init__(self) -> None:
+        for f in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            if value is not None and "low" in f.metadata:
+                for number in value if isinstance(value, (list, tuple)) else [value]:
+                    wanted = _out_of_bounds(number, f.metadata)
+                    self.require(not wanted, f.name, f"must be {wanted}")
+
+    def require(self, holds: bool, name: str, mend: str) -> None:
+        """Raise ConfigError naming this section's field `name`, its value, and `mend`."""
+        if not holds:
+            raise ConfigError(f"{self.key(name)}={show(getattr(self, name))}: {mend}")
+
+
+# scheme://NAME:SECRET@ with any SECRET, also with slashes, as AWS's have; but not host:port/x@y, nor [v6 address].
+_CREDENTIALS = re.compile(r"^[a-z][a-z0-9+.-]*://[^/:@\[]*:(?!\d+/)[^@]+@", re.IGNORECASE)
+
+
+def refuse_credentials(key: str, value: Any) -> None:
+    """Raise ConfigError, without the value, where it is a URI with a password in it."""
+    if isinstance(value, str) and _CREDENTIALS.match(value):
+        raise ConfigError(
+            f"{key}: leave the login out of it, since settings are logged and stored; give it in the environment, as "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
+            "PGPASSWORD"
+        )
+
+
+def show(value: Any) -> str:
+    """A value as one would write it in an override."""
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"), default=str)
