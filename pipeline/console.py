@@ -87,6 +87,8 @@ class TrainingView(_View):
                 self.say(f"{event['text']}: saving a checkpoint, then going on with the workers there are")
             case "fault":
                 self.say(f"fault: {event['text']}; going on from the newest checkpoint")
+            case "note":
+                self.say(event["text"])
             case "warning":
                 self.say(f"warning: {event['text']}")
 

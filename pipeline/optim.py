@@ -2,46 +2,94 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from pipeline.config import Config, OptimConfig
 from pipeline.data.sampling import steps_per_epoch
+from pipeline.model import PARTS
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The lengths of a training, in steps."""
+    """The lengths of a training, in steps, and what its global batch makes of the learning rate."""
 
     steps_per_epoch: int
     num_steps: int
+    lr_factor: float = 1.0
 
     @classmethod
     def create(cls, cfg: Config, num_samples: int) -> "Schedule":
         """Raises ConfigError where the images do not fill one global batch."""
         per_epoch = steps_per_epoch(num_samples, cfg.train.global_batch)
-        return cls(per_epoch, cfg.train.steps or cfg.train.epochs * per_epoch)
+        num_steps = cfg.train.steps or cfg.train.epochs * per_epoch
+        return cls(per_epoch, num_steps, lr_factor(cfg.optim, cfg.train.global_batch))
+
+
+def lr_factor(cfg: OptimConfig, global_batch: int) -> float:
+    """What to multiply lr and final_lr with: 1, or n or sqrt(n) for n times the batch that they are for.
+
+    Linear for SGD: Goyal et al. 2017, section 2.1. The square root for LAMB: You et al. 2020, section 4.
+    """
+    ratio = global_batch / (cfg.lr_batch or global_batch)
+    return {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[cfg.lr_scaling]
+
+
+def lr_note(cfg: Config) -> str | None:
+    """A line for the user where the global batch is another than the one that the learning rate is for."""
+    optim, batch = cfg.optim, cfg.train.global_batch
+    if optim.lr_batch in (None, batch):
+        return None
+    now = optim.lr * lr_factor(optim, batch)
+    return (
+        f"optim.lr={optim.lr:g} is for a global batch of {optim.lr_batch}; with {batch} images it is {now:g} "
+        f"(optim.lr_scaling={optim.lr_scaling})"
+    )
 
 
 def make_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:
-    """SGD or AdamW over all parameters; weight decay only on those with ndim > 1.
+    """The optimizer over all parameters that are not frozen; weight decay only on those with ndim > 1.
 
     Biases and the normalisations' scales stay undecayed (Goyal et al. 2017; by shape, since names lie:
-    `downsample.1` is a BatchNorm).
+    `downsample.1` is a BatchNorm). Each group's "lr_scale" is by which its learning rate differs from the schedule's:
+    layer_decay to the power of the parts between it and the last layer (as in Clark et al. 2020, ELECTRA).
     """
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    if cfg.name == "adamw":
-        return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, fused=True)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    depth = {module: i for i, modules in enumerate(PARTS.values()) for module in modules}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            above = len(PARTS) - 1 - depth.get(name.partition(".")[0], len(PARTS) - 1)
+            groups.setdefault((cfg.layer_decay**above, parameter.ndim > 1), []).append(parameter)
+    return _make(
+        [
+            {"params": params, "weight_decay": cfg.weight_decay if decayed else 0.0, "lr_scale": scale}
+            for (scale, decayed), params in groups.items()
+        ],
+        cfg,
+    )
+
+
+def _make(groups: list[dict[str, Any]], cfg: OptimConfig) -> torch.optim.Optimizer:
+    match cfg.name:
+        case "adamw":
+            return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, fused=True)
+        case "lamb":
+            from timm.optim import Lamb  # late: timm takes seconds to import
+
+            lamb: torch.optim.Optimizer = Lamb(groups, lr=cfg.lr, betas=cfg.betas)
+            return lamb
+        case "lars":
+            from timm.optim import Lars
+
+            lars: torch.optim.Optimizer = Lars(groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.nesterov)
+            return lars
     sgd = torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.nesterov, fused=True)
     if cfg.momentum:
         # torch's fused SGD allocates its buffers without filling them, and a first step that fp16's
         # scaler skips leaves them so. From zeros the first step is the same: 0 m + g.
-        for p in parameters:
+        for p in (p for group in groups for p in group["params"]):
             sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return sgd
 
@@ -51,8 +99,12 @@ def lr_at(step: int, cfg: OptimConfig, schedule: Schedule) -> float:
 
     Warm-up rises linearly, lr/n, 2 lr/n, ..., lr over its n steps (Goyal et al. 2017, 2.2). Then cosine
     (Loshchilov & Hutter 2017, eq. 5) or linear falls to `final_lr` at `num_steps`; "step" multiplies by
-    `step_gamma` at each of `step_epochs`.
+    `step_gamma` at each of `step_epochs`. All of it times the schedule's `lr_factor`.
     """
+    return schedule.lr_factor * _lr_at(step, cfg, schedule)
+
+
+def _lr_at(step: int, cfg: OptimConfig, schedule: Schedule) -> float:
     warmup = round(cfg.warmup_epochs * schedule.steps_per_epoch)
     if step < warmup:
         return cfg.lr * (step + 1) / warmup

@@ -67,6 +67,9 @@ def prepare(cfg: Config, watch: Callable[[Event], None], resume_from: str | None
         raise ConfigError(
             f"run.storage={storage}: cannot be written to ({e.strerror or e}); name another place"
         ) from None
+    if cfg.model.weights is not None and resume_from is None and not (run / "checkpoints").names():
+        weights = find_weights(cfg.model.weights, storage, cfg.mlflow.uri)
+        cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, weights=weights))
     tracking_uri(cfg.mlflow.uri, storage)  # tells of a missing one before any worker is started
     with held(run, watch):
         train_index, train = _index(train_source, run / "index" / "train.arrow", watch)
@@ -168,6 +171,21 @@ def find(reference: str, storage: Storage, mlflow_uri: str | None) -> Checkpoint
     if run is not None:
         return _newest(run)
     raise no_such_run(reference, storage, mlflow_uri)
+
+
+def find_weights(reference: str, storage: Storage, mlflow_uri: str | None) -> str:
+    """URI of the weight file or the checkpoint that model.weights means.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    place = Storage(reference)
+    if place.name in place.parent.sizes():
+        return place.uri
+    try:
+        return find(reference, storage, mlflow_uri).place.uri
+    except ConfigError as e:
+        raise ConfigError(f"model.weights={reference}: no such file, and {e}") from None
 
 
 def find_to_resume(

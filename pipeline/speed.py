@@ -23,11 +23,12 @@ from pipeline.data.build import Progress
 from pipeline.data.loader import Batch, Place
 from pipeline.figures import cpu_model, machine, rows
 from pipeline.job import Context, Event
+from pipeline.network import compiled
 from pipeline.perf import COMPUTE, Ledger, total
 from pipeline.scaling import count_network
 from pipeline.state import TrainState
 from pipeline.step import AUTOCAST, train_step, unmarked
-from pipeline.train import compiled, fit
+from pipeline.train import fit
 
 NUM_CLASSES = 1000
 MARKS = 6  # of the ledger, in a step

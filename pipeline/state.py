@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import Config
+from pipeline.config import Config, ConfigError
 from pipeline.model import ResNet
 from pipeline.optim import make_optimizer
 
@@ -31,6 +31,10 @@ class TrainState:
         """The state before step 0: the same on every rank, by the seed."""
         torch.manual_seed(cfg.run.seed)
         model = ResNet(cfg.model, num_classes).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if cfg.model.sync_bn:
+            if device.type == "cpu":
+                raise ConfigError("model.sync_bn=true: torch has it for GPUs alone; set it to false")
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         ema = deepcopy(model).requires_grad_(False) if cfg.train.ema_decay else None
         scaler = torch.amp.GradScaler(device.type, enabled=cfg.train.precision == "fp16")
         return cls(model, ema, make_optimizer(model, cfg.optim), scaler)

@@ -11,11 +11,11 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.config import TrainConfig
 from pipeline.data.loader import Batch
+from pipeline.losses import loss_sum
 from pipeline.state import TrainState
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -38,6 +38,7 @@ def train_step(
     *,
     lr: float,
     world_size: int,
+    micro_batch: int | None = None,
     mark: Callable[[str], object] = unmarked,
 ) -> Tensor:
     """Advance `state` by one step.
@@ -45,28 +46,18 @@ def train_step(
     Args:
         net: `state.model`, wrapped in DDP where there are several ranks.
         batch: this rank's share of the global batch.
+        micro_batch: images of it to compute at a time; None: as configured.
         mark: called with "forward", "backward" and "optimizer" as each begins.
 
     Returns:
         A scalar on the device, detached: this rank's part of the mean loss over the global batch; the
         sum over ranks is the mean. Nothing here waits for the device.
     """
-    num_micro = -(-len(batch.labels) // (cfg.micro_batch or len(batch.labels)))
-    micro_batches = list(zip(batch.images.tensor_split(num_micro), batch.labels.tensor_split(num_micro), strict=True))
     state.optimizer.zero_grad(set_to_none=True)
-    loss_part = torch.zeros((), device=batch.labels.device)
-    for i, (images, labels) in enumerate(micro_batches, 1):
-        mark("forward")
-        with _sync_gradients(net, i == num_micro):
-            with autocast(cfg.precision, images.device):
-                logits = net(images)
-            losses = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=cfg.label_smoothing)
-            mark("backward")
-            state.scaler.scale(losses * (world_size / cfg.global_batch)).backward()  # type: ignore[no-untyped-call]
-        loss_part += losses.detach() / cfg.global_batch
+    loss_part = accumulate(state, net, batch, cfg, world_size=world_size, micro_batch=micro_batch, mark=mark)
     mark("optimizer")
     for group in state.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
     if cfg.clip_norm is not None:
         state.scaler.unscale_(state.optimizer)
         nn.utils.clip_grad_norm_(state.model.parameters(), cfg.clip_norm)
@@ -75,6 +66,31 @@ def train_step(
     state.step += 1
     if cfg.ema_decay is not None:
         state.update_ema(cfg.ema_decay)
+    return loss_part
+
+
+def accumulate(
+    state: TrainState,
+    net: nn.Module,
+    batch: Batch,
+    cfg: TrainConfig,
+    *,
+    world_size: int,
+    micro_batch: int | None = None,
+    mark: Callable[[str], object] = unmarked,
+) -> Tensor:
+    """Add up the gradients of a batch, micro-batch by micro-batch; arguments and result as of `train_step`."""
+    micro_batches = batch.split(micro_batch or cfg.micro_batch)
+    loss_part = torch.zeros((), device=batch.labels.device)
+    for i, micro in enumerate(micro_batches, 1):
+        mark("forward")
+        with _sync_gradients(net, i == len(micro_batches)):
+            with autocast(cfg.precision, micro.images.device):
+                logits = net(micro.images) if micro.keep is None else net(micro.images, micro.keep)
+            loss = loss_sum(logits.float(), micro.labels, cfg)
+            mark("backward")
+            state.scaler.scale(loss * (world_size / cfg.global_batch)).backward()  # type: ignore[no-untyped-call]
+        loss_part += loss.detach() / cfg.global_batch
     return loss_part
 
 

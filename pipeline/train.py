@@ -1,17 +1,13 @@
 """The training loop, and what a rank needs to run it. Knows neither Ray nor MLflow."""
 
 import math
-import os
-import shutil
 import time
 from contextlib import closing
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from pipeline import checkpoint
 from pipeline.checkpoint import Checkpoint
@@ -22,7 +18,10 @@ from pipeline.data.request import stream
 from pipeline.evaluate import evaluate, sync_buffers
 from pipeline.identity import Identity
 from pipeline.job import Context, Job
-from pipeline.optim import Schedule, lr_at
+from pipeline.memory import MicroBatches
+from pipeline.model import drop_rates
+from pipeline.network import as_trained
+from pipeline.optim import Schedule, lr_at, lr_note
 from pipeline.perf import Ledger
 from pipeline.profile import Profile
 from pipeline.record import Recorder
@@ -32,6 +31,7 @@ from pipeline.storage import Storage, patiently
 from pipeline.trace import Trace
 from pipeline.votes import Votes, Word
 from pipeline.watchdog import Watchdog
+from pipeline.weights import begin_with
 
 
 class NonFiniteLossError(RuntimeError):
@@ -57,16 +57,12 @@ def fit(job: Job, ctx: Context) -> dict[str, Any]:
     stop_step = min(schedule.num_steps, cfg.run.stop_at_step or schedule.num_steps)
     state = TrainState.create(cfg, len(index.classes), ctx.device)
     identity, resumed = _resume(job, ctx, state, index, schedule.num_steps)
+    _begin(state, cfg, index, ctx, new=resumed is None)
     ledger = _ledger(ctx, identity, resumed, entered)
     recorder = Recorder(job, ctx, index, identity, resumed, ledger, schedule.num_steps)
     train_loader, val_loader = _loaders(job, ctx, index, recorder)
-    net: nn.Module = state.model
-    if ctx.world_size > 1:
-        net = _distribute(state.model, cfg, ctx.device)
-        _watch_communication(state.model, ledger)
-    compiling = cfg.model.compile != "none"
-    if compiling:
-        net = compiled(net, cfg.model.compile)
+    net = as_trained(state.model, cfg, ctx.world_size, ctx.device, ledger)
+    micro_batches = MicroBatches(cfg.train, ctx.device.type == "cuda", ctx.warn)
     votes = Votes(ctx.world_size, cfg.cluster.timeout_s)
 
     def due(every: int) -> bool:
@@ -82,10 +78,20 @@ def fit(job: Job, ctx: Context) -> dict[str, Any]:
         Watchdog(cfg.cluster.timeout_s) as watchdog,
     ):
         profile.step(state.step)
-        for batch in ledger.steps(train_loader.from_step(state.step, stop_step), compiling=compiling):
+        for batch in ledger.steps(train_loader.from_step(state.step, stop_step), compiling=cfg.model.compile != "none"):
             lr = lr_at(state.step, cfg.optim, schedule)
-            mark, world_size = ledger.switch, ctx.world_size
-            losses.append(train_step(state, net, batch, cfg.train, lr=lr, world_size=world_size, mark=mark))
+            micro_batch = micro_batches.size(state, net, batch)
+            loss = train_step(
+                state,
+                net,
+                batch,
+                cfg.train,
+                lr=lr,
+                world_size=ctx.world_size,
+                micro_batch=micro_batch,
+                mark=ledger.switch,
+            )
+            losses.append(loss)
             profile.step(state.step)
             trace.step(state.step, batch)
             watchdog.feed()
@@ -160,6 +166,17 @@ def _resume(
     return identity, found
 
 
+def _begin(state: TrainState, cfg: Config, index: Index, ctx: Context, new: bool) -> None:
+    """Load the weights that a new training begins with, and tell what is not as one might think."""
+    notes = [lr_note(cfg)]
+    if new and cfg.model.weights is not None:
+        notes.append(begin_with(state.model, cfg.model.weights, index.classes))
+        if state.ema is not None:
+            state.ema.load_state_dict(state.model.state_dict())
+    for note in filter(None, notes if ctx.rank == 0 else []):
+        ctx.emit({"kind": "note", "text": note})
+
+
 def _ledger(ctx: Context, identity: Identity, resumed: Checkpoint | None, entered: float) -> Ledger:
     """What this training has counted so far, and the time since, in which this session was started.
 
@@ -200,59 +217,11 @@ def _loaders(job: Job, ctx: Context, index: Index, recorder: Recorder) -> tuple[
         recorder.bad_image,
         global_batch=cfg.train.global_batch,
         seed=cfg.run.seed,
+        drop_rates=drop_rates(cfg.model),
         warn=ctx.warn,
     )
     val_index = load_index(Storage(job.val_index).fetch()).with_classes(index.classes)
     return train, EvalLoader(val_index, cfg.data, place, recorder.bad_image, batch=cfg.train.eval_batch, warn=ctx.warn)
-
-
-def _distribute(model: nn.Module, cfg: Config, device: torch.device) -> nn.Module:
-    """The model in DDP, with the buckets that it keeps.
-
-    DDP lays its buckets out anew after the first backward pass, and the order of a ring's sums over three ranks
-    or more follows the layout. A resumed run's first step would differ in the last bit from the same step
-    in the middle of a run; so the first pass is one that changes nothing.
-    """
-    # BN statistics stay local until they are read: see sync_buffers.
-    net = DistributedDataParallel(
-        model, forward_sync_buffers=False, gradient_as_bucket_view=True, bucket_cap_mb=cfg.cluster.bucket_mb
-    )
-    if cfg.cluster.gradients == "bf16":
-        net.register_comm_hook(None, bf16_compress_hook)
-    model.eval()
-    size = cfg.data.image_size
-    net(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device)).sum().backward()
-    model.zero_grad(set_to_none=True)
-    model.train()
-    return net
-
-
-def _watch_communication(model: nn.Module, ledger: Ledger) -> None:
-    """Count the rest of a backward pass as waiting for other ranks once the last gradient is there."""
-
-    def there(parameter: Tensor) -> None:
-        ledger.switch("communication wait")
-
-    last = next(p for p in model.parameters() if p.requires_grad)  # the first layer's
-    last.register_post_accumulate_grad_hook(there)  # type: ignore[no-untyped-call]
-
-
-def compiled(net: nn.Module, mode: str) -> nn.Module:
-    """The network in `mode` of torch.compile. `state.model` stays as it is: evaluation would take a compilation more.
-
-    Raises:
-        ConfigError: no compiler on this node.
-    """
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        raise ConfigError(
-            f"model.compile={mode}: needs a C++ compiler on every node, and {compiler} is not here; "
-            "install it, or set model.compile=none"
-        )
-    if not isinstance(net, DistributedDataParallel):
-        return cast(nn.Module, torch.compile(net, mode=mode))
-    net.module = torch.compile(net.module, mode=mode)  # torch cuts it where buckets end
-    return net
 
 
 def _gather(losses: list[Tensor], num_bad: int, ctx: Context) -> tuple[list[float], int]:

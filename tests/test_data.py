@@ -136,6 +136,34 @@ def test_augmented_batches_do_not_depend_on_the_world_size_or_on_resumes(index: 
     assert not torch.equal(undisturbed[8][1], plain[1])
 
 
+def test_dropped_branches_do_not_depend_on_the_world_size_or_on_resumes(index: Index) -> None:
+    """Stochastic depth's draws belong to the stream: the same image skips the same blocks."""
+
+    def kept(rank: int, world_size: int, start: int) -> list[torch.Tensor]:
+        rates = [0.0, 0.1, 0.5]
+        place = Place(rank, world_size, CPU, 1)
+        loader = TrainLoader(index, SMALL, place, no_bad_image, global_batch=50, seed=3, drop_rates=rates)
+        return [batch.keep for batch in loader.from_step(start, 30) if batch.keep is not None]
+
+    undisturbed = kept(0, 1, 26)  # into the second epoch
+    shares = zip(*(kept(rank, 3, 27) for rank in range(3)), strict=True)
+    for whole, parts in zip(undisturbed[1:], shares, strict=True):
+        assert torch.equal(torch.cat(parts), whole)
+    values = torch.cat(undisturbed)
+    assert values.shape == (200, 3)
+    assert (values[:, 0] == 1).all()
+    assert set(values[:, 2].tolist()) == {0.0, 2.0}
+    assert (values[:, 2] == 0).float().mean() == pytest.approx(0.5, abs=0.1)
+    assert not torch.equal(undisturbed[0], undisturbed[1])
+
+
+def test_the_papers_scale_augmentation_is_part_of_the_stream(index: Index) -> None:
+    cfg = dataclasses.replace(SMALL, crop_short=(32, 60))
+    undisturbed = global_batches(index, 1, 0, 3, cfg)
+    assert_same(global_batches(index, 2, 1, 3, cfg), undisturbed[1:])
+    assert not torch.equal(undisturbed[0][1], global_batches(index, 1, 0, 1)[0][1])
+
+
 def test_the_size_grows_with_the_epoch(index: Index) -> None:
     cfg = dataclasses.replace(SMALL, **RECIPES["everything"])  # type: ignore[arg-type]
     assert [batch[1].shape[2:] for batch in global_batches(index, 2, 26, 30, cfg)] == [(24, 24)] * 2 + [(32, 32)] * 2
@@ -247,6 +275,20 @@ def test_evaluation_crops_are_resize_then_centre_crop(pictures: Index) -> None:
         whole = TF.pil_to_tensor(Image.open(file(pictures, row)))
         expected = TF.center_crop(TF.resize(whole, [128], antialias=True), [112])
         assert (image.int() - expected.int()).abs().float().mean() < 4
+
+
+def test_ten_crops_are_those_of_the_resized_image(pictures: Index) -> None:
+    """As torchvision cuts them, to within rounding the square; in any order, since they are averaged."""
+    cfg = DataConfig(train="-", val="-", image_size=112, val_resize=128)
+    loader = EvalLoader(pictures, cfg, Place(0, 1, CPU, 1), no_bad_image, batch=6, views="ten")
+    ((_, batch),) = loader
+    views = loader.views(batch.images)
+    assert [len(view) for view in views] == [6] * 10
+    for i, row in enumerate(batch.rows):
+        whole = TF.resize(TF.pil_to_tensor(Image.open(file(pictures, row))), [128], antialias=True)
+        for expected in TF.ten_crop(whole, [112]):
+            gaps = [(view[i].int() - expected.int()).abs().float().mean().item() for view in views]
+            assert min(gaps) < 4
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

@@ -60,6 +60,33 @@ def test_crops_of_evaluation_are_square_and_central() -> None:
     assert anchors.tolist() == [[16, 88], [38, 16]]
 
 
+def test_crops_at_corners_touch_them() -> None:
+    for place, expected in {
+        (0.0, 0.0): [0, 0],
+        (0.0, 1.0): [0, 176],
+        (1.0, 0.0): [32, 0],
+        (1.0, 1.0): [32, 176],
+    }.items():
+        anchors, _ = draws.crops_at(np.array([256]), np.array([400]), 224 / 256, place)
+        assert anchors.tolist() == [expected]
+
+
+def test_short_side_crops_are_the_papers() -> None:
+    """The short side becomes 256 to 480 pixels, each as likely, and a square of 224 lies anywhere in the image."""
+    n = 20_000
+    u = sampling.uniforms(Purpose.CROP, 0, 0, 0, n, 3)
+    anchors, shapes = draws.short_side_crops(np.full(n, 900), np.full(n, 600), 224, (256, 480), u)
+    assert (shapes[:, 0] == shapes[:, 1]).all()
+    lengths = 600 * 224 / shapes[:, 0]
+    assert lengths.min() == pytest.approx(256, abs=0.5)
+    assert lengths.max() == pytest.approx(480, abs=1)
+    assert np.percentile(lengths, [25, 50, 75]) == pytest.approx([312, 368, 424], abs=3)
+    assert (anchors >= 0).all()
+    assert (anchors + shapes <= [900, 600]).all()
+    room = np.array([900, 600]) - shapes + 1
+    assert ((anchors + 0.5) / room).mean(axis=0) == pytest.approx([0.5, 0.5], abs=0.01)
+
+
 def test_flips_have_their_probability() -> None:
     u = sampling.uniforms(Purpose.FLIP, 0, 0, 0, 10_000, 1)
     assert draws.flips(0.0, u).sum() == 0

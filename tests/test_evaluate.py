@@ -74,7 +74,36 @@ def test_figures_are_their_definitions(digits_index: Callable[[str], Path]) -> N
     assert found["top1"] == (logits.argmax(1) == batch.labels).double().mean().item()
     in_five = (logits.argsort(1, descending=True)[:, :5] == batch.labels[:, None]).any(1)
     assert found["top5"] == pytest.approx(in_five.double().mean().item())
+    assert found["ece"] == pytest.approx(calibration_error(logits, batch.labels), abs=1e-6)
     assert found["loss"] == pytest.approx(F.cross_entropy(logits, batch.labels).item(), rel=1e-5)
+
+
+def calibration_error(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """Guo et al. 2017, eq. 3, bin by bin."""
+    sure, taken = logits.double().softmax(1).max(1)
+    total = 0.0
+    for low in range(15):
+        inside = (sure >= low / 15) & (sure < (low + 1) / 15)
+        if inside.any():
+            right = (taken == labels)[inside].double().mean()
+            total += inside.double().mean().item() * abs(right - sure[inside].mean()).item()
+    return total
+
+
+def test_views_are_averaged(digits_index: Callable[[str], Path]) -> None:
+    torch.manual_seed(0)
+    model = ResNet(ModelConfig(depth=18, zero_init_residual=False), 10).eval()
+    index = load_index(digits_index("val"))
+    loader = EvalLoader(index, SMALL, Place(0, 1, CPU, 2), no_bad_image, batch=360, views="flip")
+    found = evaluate(model, loader, precision="fp32", device=CPU)
+    ((_, batch),) = loader
+    with torch.inference_mode():
+        images = batch.images
+        expected = (model(images).double().softmax(1) + model(images.flip(3)).double().softmax(1)) / 2
+    best = expected.max(1)
+    assert found.best[:, 0].tolist() == best.indices.tolist()
+    assert found.probabilities[:, 0] == pytest.approx(best.values.numpy(), abs=1e-6)
+    assert found.losses == pytest.approx(-expected[torch.arange(360), batch.labels].log().numpy(), abs=1e-5)
 
 
 def test_buffers_become_rank_zeros() -> None:

@@ -17,11 +17,11 @@ from pipeline.config import DataConfig
 from pipeline.data.build import build_index
 from pipeline.data.index import load_index
 from pipeline.data.loader import Batch, Place, TrainLoader
+from pipeline.network import compiled
 from pipeline.perf import Ledger
 from pipeline.settings import load
 from pipeline.state import TrainState
 from pipeline.step import train_step
-from pipeline.train import compiled
 
 pytestmark = pytest.mark.gpu
 

@@ -6,9 +6,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from pipeline.config import ModelConfig, OptimConfig
+from pipeline.config import Config, ModelConfig, OptimConfig
 from pipeline.model import ResNet
-from pipeline.optim import Schedule, lr_at, make_optimizer
+from pipeline.optim import Schedule, lr_at, lr_note, make_optimizer
 from pipeline.settings import load
 
 TEN_BY_100 = Schedule(steps_per_epoch=100, num_steps=1000)
@@ -64,3 +64,50 @@ def test_length_in_steps_or_epochs() -> None:
     data = ["data.train=a", "data.val=b", "train.global_batch=64"]
     assert Schedule.create(load(None, [*data, "train.epochs=7"]), 1437) == Schedule(22, 154)
     assert Schedule.create(load(None, [*data, "train.epochs=7", "train.steps=30"]), 1437) == Schedule(22, 30)
+
+
+def recipe(*overrides: str) -> Config:
+    return load(None, ["data.train=a", "data.val=b", "optim.lr=0.4", "optim.lr_batch=1024", *overrides])
+
+
+@pytest.mark.parametrize(("scaling", "lr"), [("none", 0.4), ("linear", 0.1), ("sqrt", 0.2)])
+def test_the_learning_rate_follows_the_global_batch_as_stated(scaling: str, lr: float) -> None:
+    settings = [f"optim.lr_scaling={scaling}", "optim.warmup_epochs=0", "optim.final_lr=0.04"]
+    cfg = recipe("train.global_batch=256", *settings)
+    schedule = Schedule.create(cfg, 256_000)
+    assert lr_at(0, cfg.optim, schedule) == pytest.approx(lr)
+    assert lr_at(schedule.num_steps, cfg.optim, schedule) == pytest.approx(lr / 10)
+    note = lr_note(cfg)
+    assert note is not None
+    assert "is for a global batch of 1024; with 256 images it is" in note
+    assert f"it is {lr:g} (optim.lr_scaling={scaling})" in note
+    assert lr_note(recipe("train.global_batch=1024", *settings)) is None
+
+
+def test_each_part_has_its_learning_rate() -> None:
+    model = ResNet(ModelConfig(depth=18, freeze="stem"), 10)
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = make_optimizer(model, OptimConfig(layer_decay=0.5)).param_groups
+    scales = {names[id(p)].partition(".")[0]: group["lr_scale"] for group in groups for p in group["params"]}
+    assert scales == {"layer1": 1 / 16, "layer2": 1 / 8, "layer3": 1 / 4, "layer4": 1 / 2, "fc": 1.0}
+    assert {group["weight_decay"] for group in groups if group["params"][0].ndim <= 1} == {0.0}
+
+
+def test_lamb_and_lars_take_the_steps_of_their_papers() -> None:
+    """First step, bias-corrected: LAMB (You et al. 2020, algorithm 2) and LARS (You et al. 2017, algorithm 1)."""
+    lr, decay = 0.1, 0.01
+    for name in ("lamb", "lars"):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(5, 3, bias=False)
+        weight, gradient = layer.weight.detach().clone(), torch.randn(3, 5) / 10  # of a norm below LAMB's limit of 1
+        cfg = OptimConfig(name=name, lr=lr, weight_decay=decay, momentum=0.9, nesterov=False)
+        optimizer = make_optimizer(layer, cfg)
+        layer.weight.grad = gradient.clone()
+        optimizer.step()
+        if name == "lamb":
+            update = gradient / (gradient.abs() + 1e-6) + decay * weight
+            expected = weight - lr * weight.norm() / update.norm() * update
+        else:
+            trust = 0.001 * weight.norm() / (gradient.norm() + decay * weight.norm())
+            expected = weight - lr * trust * (gradient + decay * weight)
+        torch.testing.assert_close(layer.weight.detach(), expected, rtol=0, atol=1e-6)

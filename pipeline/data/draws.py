@@ -4,6 +4,8 @@ Pure functions of the uniforms that `sampling` looks up; `dali` and `mix` carry 
 torchvision's where it has one.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from scipy.special import betaincinv
 
@@ -186,6 +188,21 @@ def mixtures(mixup: float, cutmix: float, size: int, draws: FloatArray) -> tuple
     corners = np.stack([y - half, x - half, y + half, x + half], axis=1)
     boxes = np.where(cuts[:, None], np.clip(np.rint(corners), 0, size), 0).astype(np.int64)
     return weights, boxes
+
+
+def kept_branches(rates: Sequence[float], draws: FloatArray) -> FloatArray:
+    """Stochastic depth (Huang et al. 2016): 0 where a sample skips a residual branch, else 1 / (1 - rate).
+
+    Args:
+        rates: of dropping, one a block.
+        draws: (B, blocks) uniforms.
+
+    Returns:
+        (B, blocks), 1 on average.
+    """
+    kept = 1 - np.array(rates)
+    factors: FloatArray = (draws < kept) / kept
+    return factors
 
 
 # The operations that an automatic augmentation chooses from. Their order is part of the stream's definition.

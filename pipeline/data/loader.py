@@ -2,8 +2,9 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -13,11 +14,11 @@ from torch import Tensor
 from pipeline.config import DataConfig
 from pipeline.data import request
 from pipeline.data.dali import Decoder
-from pipeline.data.draws import CENTRE, FIVE
+from pipeline.data.draws import CENTRE, FIVE, kept_branches
 from pipeline.data.index import Index
 from pipeline.data.mix import mix
 from pipeline.data.request import Request
-from pipeline.data.sampling import IntArray
+from pipeline.data.sampling import IntArray, Purpose, uniforms
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,26 @@ class Batch:
     """A rank's part of a global batch.
 
     images: (B, 3, S, S) uint8, channels_last. labels: (B,) int64, or (B, C) float32, the share of each class, where
-    images are mixed. Both on the device. rows: (B,) rows of the index, on the host.
+    images are mixed. keep: (B, blocks) factors of the network's residual branches, float32, where some are dropped. All
+    on the device. rows: (B,) rows of the index, on the host.
     """
 
     images: Tensor
     labels: Tensor
     rows: IntArray
+    keep: Tensor | None = None
+
+    def part(self, start: int, stop: int) -> "Batch":
+        """Images [start, stop)."""
+        s = slice(start, stop)
+        return Batch(self.images[s], self.labels[s], self.rows[s], None if self.keep is None else self.keep[s])
+
+    def split(self, size: int | None) -> list["Batch"]:
+        """Parts of nearly equal size, at most `size` images each; None: the whole."""
+        number = -(-len(self.rows) // (size or len(self.rows)))
+        stops = [len(part) for part in np.array_split(self.rows, number)]
+        bounds = np.cumsum([0, *stops]).tolist()
+        return [self.part(a, b) for a, b in pairwise(bounds)]
 
 
 @dataclass(frozen=True)
@@ -67,6 +82,7 @@ class TrainLoader:
 
     Args:
         on_bad: called once for each broken image.
+        drop_rates: of the network's residual blocks (stochastic depth); none where there is none.
         warn: told what makes reading slow.
     """
 
@@ -79,21 +95,30 @@ class TrainLoader:
         *,
         global_batch: int,
         seed: int,
+        drop_rates: Sequence[float] = (),
         warn: Warn = _ignore,
     ):
         self._index, self._cfg, self._place = index, cfg, place
+        self._drop_rates = drop_rates
         self._order = request.stream(cfg, len(index), global_batch, seed)
         max_batch = self._order.largest_share(place.world_size)
         self._decoder = _decoder(index, cfg, max_batch, place, on_bad, warn)
 
     def from_step(self, step: int, stop: int) -> Iterator[Batch]:
         """This rank's part of global batches [step, stop)."""
-        for asked, images in self._decoder.decode(self.request(s) for s in range(step, stop)):
+        steps, requests = range(step, stop), (self.request(s) for s in range(step, stop))
+        for s, (asked, images) in zip(steps, self._decoder.decode(requests), strict=True):
             batch = _batch(self._index, asked, images)
             if asked.mixture is not None:
                 mixed = mix(batch.images, batch.labels, *asked.mixture, len(self._index.classes))
                 batch = Batch(*mixed, batch.rows)
-            yield batch
+            yield dataclasses.replace(batch, keep=self._kept(s, images.device)) if self._drop_rates else batch
+
+    def _kept(self, step: int, device: torch.device) -> Tensor:
+        epoch, start, stop = self._order.positions(step, self._place.rank, self._place.world_size)
+        drawn = uniforms(Purpose.DROP_PATH, self._order.seed, epoch, start, stop, len(self._drop_rates))
+        factors = torch.from_numpy(kept_branches(self._drop_rates, drawn).astype(np.float32))
+        return factors.to(device, non_blocking=True)
 
     def close(self) -> None:
         """End its threads."""

@@ -37,6 +37,7 @@ class Purpose(IntEnum):
     AUGMENT = 7
     ERASE = 8
     MIX = 9
+    DROP_PATH = 10
 
 
 def steps_per_epoch(num_samples: int, global_batch: int) -> int:

@@ -1,0 +1,84 @@
+"""Weights to begin with: torchvision's and timm's files, and our own checkpoints, fitted to the model at hand."""
+
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pipeline import checkpoint
+from pipeline.config import ConfigError
+from pipeline.model import ResNet
+from pipeline.state import load_weights
+from pipeline.storage import Storage
+
+SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
+# Where training programs put the weights in what they save, averaged ones first.
+WRAPPERS = ("model_ema", "state_dict_ema", "model", "state_dict")
+HEAD = ("fc.weight", "fc.bias")
+
+
+def begin_with(model: ResNet, place: str, classes: tuple[str, ...]) -> str:
+    """Load weights into a new model; its last layer stays as it is where the classes are others.
+
+    Args:
+        place: path or URI of a file, or of one of our checkpoints.
+        classes: of the model, in the order of its logits.
+
+    Returns:
+        A line for the user on what was loaded.
+
+    Raises:
+        ConfigError: they cannot be read, or are another network's.
+    """
+    weights, theirs = _read(Storage(place))
+    own = model.state_dict()
+    missing = [name for name in HEAD if name not in weights]
+    if missing:
+        raise ConfigError(f"model.weights={place}: has no {missing[0]}; give the weights of a ResNet classifier")
+    number = len(weights["fc.bias"])
+    kept = weights["fc.weight"].shape == own["fc.weight"].shape and theirs in (None, classes)
+    if not kept:
+        weights |= {name: own[name] for name in HEAD}
+    try:
+        load_weights(model, weights)
+    except ValueError as e:
+        raise ConfigError(
+            f"model.weights={place}: is another network ({e}); set model.depth and model.variant to its own"
+        ) from None
+    head = "the last layer, too" if kept else f"the last layer anew: {number} classes there, {len(classes)} here"
+    return f"begins with the weights of {place}; {head}"
+
+
+def _read(place: Storage) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
+    """The weights by name, and the classes if they are known."""
+    if checkpoint.META in place.sizes():
+        try:
+            found = checkpoint.read(place)
+        except checkpoint.CheckpointError as e:
+            raise ConfigError(f"model.weights={place}: {e}") from None
+        saved = found.state()
+        return dict(saved["ema"] or saved["model"]), tuple(found.meta["classes"])
+    try:
+        content = _load(place.fetch())
+    except (RuntimeError, ValueError, EOFError, UnpicklingError, SafetensorError) as e:
+        text = (str(e).strip() or type(e).__name__).splitlines()[0][:150]
+        raise ConfigError(
+            f"model.weights={place}: is no file of tensors ({text}); save the model's state_dict alone"
+        ) from None
+    inner = next((content[name] for name in WRAPPERS if isinstance(content.get(name), dict)), content)
+    tensors = {name.removeprefix("module."): value for name, value in inner.items() if isinstance(value, Tensor)}
+    tensors.pop("n_averaged", None)  # of torchvision's averaged model
+    return tensors, None
+
+
+def _load(file: Path) -> dict[str, Any]:
+    if file.suffix == ".safetensors":
+        return dict(load_file(file))
+    loaded = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(loaded, dict):
+        raise ValueError(f"it holds a {type(loaded).__name__}")
+    return loaded
