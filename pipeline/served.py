@@ -36,7 +36,7 @@ FETCH_S = 10.0  # for an image at a URL
 TOP = 5  # likeliest classes in an answer
 BATCH = 32  # images of a request that are classified together
 NUM_THREADS = 8  # that fetch and decode: each may hold an image of MAX_PIXELS
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000")  # what can be trained on
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000")  # what can be trained on; MPO is read as JPEG
 ORIENTATION = 0x0112  # EXIF's number for it
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -77,7 +77,8 @@ class Classifier(PythonModel):  # type: ignore[misc]
         with ThreadPoolExecutor(NUM_THREADS) as pool:
             for start in range(0, len(images), BATCH):
                 rows += self._classify(list(pool.map(self._prepare, images[start : start + BATCH])))
-        return pd.DataFrame(rows, columns=["class", "probability", "classes", "probabilities", "error"])
+        columns = ["class", "probability", "classes", "probabilities", "error"]
+        return pd.DataFrame(rows, columns=columns, dtype=object)  # else nothing would become NaN, which is no JSON
 
     def _prepare(self, image: object) -> Tensor | ImageError:
         try:
@@ -191,7 +192,9 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ImageError("its pixels are floating-point numbers, of unknown range")
     if image.mode.startswith("I"):  # 16 bits a pixel; `convert` would cut off what is above 255
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        levels = (np.asarray(image, dtype=np.uint32) + 128) // 257
+        return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
+    image.info.pop("transparency", None)  # of a palette: dropped, as an alpha channel is
     return image.convert("RGB")
 
 
