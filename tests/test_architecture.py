@@ -11,8 +11,8 @@ ORDER = """__init__ schema config settings web storage
     data data.sampling data.draws data.index data.request
     data.rows data.find data.shards data.parquet data.scan data.build data.cache data.groups data.read data.fetch
     data.pack data.augment data.dali data.mix data.loader data.verify
-    model optim state step predictions evaluate checkpoint export served saver spool figures published mlflow_run tracking
-    perf job identity record votes watchdog trace profile train
+    model optim state step predictions evaluate checkpoint export served saver spool figures published mlflow_run
+    tracking perf job identity record votes watchdog trace profile train
     link runs infer preview contestants bench assumptions outages scaling plan plan_view
     supervise cluster affinity worker gauges launch driver
     probes findings doctor speed scale

@@ -1,6 +1,5 @@
 """The command line as a person meets it: what it prints, its JSON, its exit codes."""
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -8,48 +7,17 @@ from typing import Any
 
 import mlflow
 import pytest
+from commands import Run
 from odd_images import damaged_jpeg, write_odd_folder
 from ranks import context
 
-from pipeline import cli
 from pipeline.job import Job
 from pipeline.settings import load
 from pipeline.storage import Storage
 from pipeline.train import fit
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-
-
-SMALL = ["model.depth=18", "train.epochs=3", "optim.warmup_epochs=0.5", "checkpoint.every=40", "mlflow.log_model=false"]
-
-
-@pytest.fixture(scope="module")
-def trained(
-    digits: Path, digits_index: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Any]:
-    """The summary of a short training of ResNet-18, whose run is called "small"."""
-    run_dir = tmp_path_factory.mktemp("runs") / "small"
-    run_dir.mkdir()
-    cfg = load(CONFIGS / "digits.yaml", SMALL)
-    data = dataclasses.replace(cfg.data, train=str(digits / "train"), val=str(digits / "val"))
-    indexes = str(digits_index("train")), str(digits_index("val"))
-    return fit(Job(dataclasses.replace(cfg, data=data), Storage(run_dir), *indexes), context())
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Run a command: (exit code, stdout, stderr)."""
-
-    def run_cli(*args: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = cli.main([str(a) for a in args])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run_cli
-
-
-Run = Callable[..., tuple[int, str, str]]
+SMALL = ["model.depth=18", "train.epochs=3", "optim.warmup_epochs=0.5", "checkpoint.every=40"]
 
 
 def storage(trained: dict[str, Any]) -> str:
