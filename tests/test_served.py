@@ -128,7 +128,7 @@ def test_what_cannot_be_decoded_is_told(data: bytes, message: str) -> None:
         ("", "no image"),
         (None, "no image"),
         (7, "no image"),
-        ("no base64", "neither base64"),
+        ("not base64!", "neither base64"),
         ("größe", "neither base64"),
         ("file:///etc/passwd", "a URL of file:// is not fetched"),
         ("ftp://127.0.0.1/x.png", "a URL of ftp:// is not fetched"),
