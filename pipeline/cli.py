@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline import bench_commands, commands
+from pipeline import bench_commands, commands, model_commands
 from pipeline.commands import FAILED, INTERRUPTED, WRONG
 from pipeline.config import ConfigError
 
@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for line in [json.dumps(result)] if args.json else lines:
             print(line, flush=True)
-    except BrokenPipeError:  # the reader has gone; Python would complain once more when it ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        commands.drop_stdout()
     return int(code)
 
 
@@ -232,10 +232,25 @@ def _parser() -> argparse.ArgumentParser:
     text = "of each image, averaged: itself, with its mirror image, or the ten crops of He et al. 2015"
     evaluate.add_argument("--views", choices=["one", "flip", "ten"], default="one", help=text)
 
-    predict = add(
-        "predict", commands.predict, "Class and probability of images, by a run's newest checkpoint or a given one."
-    )
+    text = "Class and probability of images, by a run's newest checkpoint or a given one."
+    predict = add("predict", model_commands.predict, text)
     add_run(predict)
-    predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
+    text = "image files; folders, whose images at any depth are meant; - for such paths on stdin, one a line"
+    predict.add_argument("images", nargs="+", metavar="PATH", help=text)
     predict.add_argument("--top", type=int, default=1, metavar="K", help="the K likeliest classes")
+    predict.add_argument("--csv", action="store_true", help="a table with a header on stdout, a line for each image")
+
+    text = (
+        "Write the model of a run's newest checkpoint, or of a given one, as a file that needs nothing of this package."
+    )
+    export = add("export", model_commands.export, text)
+    add_run(export)
+    text = "onnx, or pt2 for torch.export.load"
+    export.add_argument("--format", required=True, metavar="onnx|pt2", help=text)
+    export.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file to be written")
+
+    text = "Put the model of a run's newest checkpoint, or of a given one, into MLflow's Model Registry, to be served."
+    register = add("register", model_commands.register, text)
+    add_run(register)
+    register.add_argument("name", metavar="NAME", help="of the registered model, of which it becomes a new version")
     return parser

@@ -157,21 +157,6 @@ def evaluate(args: argparse.Namespace) -> Outcome:
     return {"checkpoint": str(found.place), **scores}, [str(found.place), text], DONE
 
 
-def predict(args: argparse.Namespace) -> Outcome:
-    from pipeline import infer, runs
-
-    found = runs.find(args.run, runs.open_storage(args.storage), args.mlflow_uri)
-    predictions = infer.predict(found.place, args.images, args.top)
-    lines = []
-    for one in predictions:
-        if "error" in one:
-            print(f"{one['image']}: {one['error']}", file=sys.stderr)
-        else:
-            lines.append(f"{one['image']}  " + "  ".join(f"{t['class']} {t['probability']:.4f}" for t in one["top"]))
-    code = WRONG if any("error" in one for one in predictions) else DONE
-    return {"checkpoint": str(found.place), "predictions": predictions}, lines, code
-
-
 def doctor(args: argparse.Namespace) -> Outcome:
     from pipeline.doctor import NOT_GIVEN, examine
 
@@ -251,6 +236,11 @@ def stop(args: argparse.Namespace) -> Outcome:
     stopped = list(jobs.stop(client, names))
     lines = [f"job {details.submission_id}: {details.status}{text and f', {text}'}" for details, text in stopped]
     return [jobs.describe(details) | {"log": text} for details, text in stopped], lines, DONE
+
+
+def drop_stdout() -> None:
+    """The reader has gone; Python would complain once more when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _say(text: str) -> None:

@@ -1,21 +1,26 @@
 """Using a trained checkpoint: exact evaluation, and predictions for image files. One process, no Ray."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from pipeline import checkpoint
 from pipeline.config import Config, ConfigError
-from pipeline.data.build import index_files, open_index
+from pipeline.data.build import index_files, open_index, without
 from pipeline.data.index import Index
 from pipeline.data.loader import EvalLoader, Place, Views
-from pipeline.evaluate import evaluate
+from pipeline.data.rows import printable
+from pipeline.evaluate import evaluate, log_probabilities
 from pipeline.predictions import Predictions
-from pipeline.step import autocast
 from pipeline.storage import Storage
+
+CHUNK = 4096  # images that are indexed together: of millions, the first answers come soon
 
 
 def evaluate_checkpoint(
@@ -39,23 +44,51 @@ def evaluate_checkpoint(
     return said, index
 
 
-def predict(place: Storage, images: list[Path], top: int) -> list[dict[str, Any]]:
-    """The `top` likeliest classes of each image, in the order given.
+def some_images(cfg: Config, number: int) -> tuple[Tensor, str]:
+    """Up to `number` images to try a model on, spread over the run's validation images; random ones in their stead.
 
     Returns:
+        (N, 3, S, S) uint8 on the CPU, and what they are, in words.
+    """
+    here = Place.here()
+    try:
+        index = open_index(cfg.data.val)[0]
+        chosen = set(np.linspace(0, len(index) - 1, number).astype(int).tolist())
+        some = without(index, sorted(set(range(len(index))) - chosen))
+        with closing(EvalLoader(some, cfg.data, here, _refuse, batch=len(some))) as loader:
+            ((_, batch),) = loader
+            return batch.images.cpu(), "validation images"
+    except (ConfigError, OSError) as e:
+        shape = (number, 3, cfg.data.size_to_evaluate, cfg.data.size_to_evaluate)
+        images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        return images, f"random images (of the run's own: {e})"
+
+
+def predict(place: Storage, images: Sequence[Path], top: int) -> Iterator[dict[str, Any]]:
+    """The `top` likeliest classes of each image, in the order given, while the images are read.
+
+    Yields:
         For each image {"image", "class", "probability", "top": [{"class", "probability"}, ...]}, or
         {"image", "error"} where it cannot be decoded.
+
+    Raises:
+        ConfigError: `top` is not a number of the model's classes.
     """
     here = Place.here()
     torch.set_num_threads(here.num_threads)
     model, cfg, classes = checkpoint.load_model(place)
     if not 1 <= top <= len(classes):
         raise ConfigError(f"--top {top}: must be from 1 to the model's {len(classes)} classes")
-    index, refused = index_files(images)
-    results: dict[str, dict[str, Any]] = {one.path: {"image": one.path, "error": one.reason} for one in refused}
-    if index is not None:
-        results |= _predict(model.to(here.device), cfg, classes, index, here, top)
-    return [results[str(image)] for image in images]
+    # Others' images: broken ones are told one by one, however many they are.
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, max_bad_fraction=1.0))
+    model = model.to(here.device)
+    for start in range(0, len(images), CHUNK):
+        chunk = images[start : start + CHUNK]
+        index, refused = index_files(chunk)
+        results: dict[str, dict[str, Any]] = {one.path: {"image": one.path, "error": one.reason} for one in refused}
+        if index is not None:
+            results |= _predict(model, cfg, classes, index, here, top)
+        yield from (results[printable(str(image))] for image in chunk)
 
 
 @torch.inference_mode()
@@ -66,9 +99,7 @@ def _predict(
     results: dict[str, dict[str, Any]] = {}
     with closing(EvalLoader(index, cfg.data, here, broken.__setitem__, batch=cfg.train.eval_batch)) as loader:
         for _, batch in loader:
-            with autocast(cfg.train.precision, here.device):
-                logits = model(batch.images)
-            best = logits.float().softmax(1).topk(top)
+            best = log_probabilities(model, [batch.images], cfg.train.precision).exp().topk(top)
             for row, probabilities, labels in zip(batch.rows, best.values.tolist(), best.indices.tolist(), strict=True):
                 likeliest = [
                     {"class": classes[k], "probability": p} for k, p in zip(labels, probabilities, strict=True)

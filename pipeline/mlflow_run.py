@@ -1,4 +1,7 @@
-"""The MLflow run of a training: finding or making it, and sending it records. The only file that imports `mlflow`."""
+"""The MLflow run of a training: finding or making it, and sending it records.
+
+This file and `published` alone import `mlflow`; and `served`, which MLflow runs.
+"""
 
 import os
 import shutil
@@ -10,6 +13,7 @@ from typing import Any
 
 from pipeline import checkpoint
 from pipeline.config import ConfigError
+from pipeline.published import Publisher
 from pipeline.schema import refuse_credentials
 from pipeline.spool import Record
 from pipeline.storage import Storage
@@ -17,7 +21,6 @@ from pipeline.storage import Storage
 TRAINING_ID_TAG = "pipeline.training_id"
 RUN_TAG = "pipeline.run_dir"
 CHECKPOINTS = "checkpoints"  # the folder of artifacts
-MODEL_TAG = "pipeline.model_from"  # the checkpoint whose model is logged
 SESSION = uuid.uuid4().hex  # this process: a session's start that is sent by a later one is past
 
 
@@ -62,6 +65,7 @@ class MlflowRun:
         self.experiment_id = self._experiment(target.experiment)
         run_filter = f"tags.`{TRAINING_ID_TAG}` = '{target.training_id}'"
         found = self._client.search_runs([self.experiment_id], run_filter, max_results=1)
+        self.is_new = not found
         self.id = str(found[0].info.run_id if found else self._create(target))
 
     def _experiment(self, name: str) -> str:
@@ -103,10 +107,7 @@ class MlflowRun:
                 client.log_artifacts(self.id, record["source"], record["to"])
                 shutil.rmtree(record["source"])
             case "model":
-                source = Path(record["source"])
-                if client.get_run(self.id).data.tags.get(MODEL_TAG) != source.name:  # a finished run, run again
-                    _log_model(self._uri, self.id, source)
-                    client.set_tag(self.id, MODEL_TAG, source.name)
+                self.publish(Storage(record["source"]), record.get("register"))
             case "start":
                 client.update_run(self.id, status="RUNNING")
                 client.set_tag(self.id, RUN_TAG, self._folder)  # it may lie elsewhere now
@@ -116,6 +117,12 @@ class MlflowRun:
                 if self._monitor is not None:
                     self._monitor.finish()
                 client.set_terminated(self.id, record["status"])
+
+    def publish(self, place: Storage, name: str | None) -> int | None:
+        """Log the model of a checkpoint, and register it where a `name` is given: see `published.Publisher`."""
+        publisher = Publisher(self._client, self._uri, self.experiment_id, self.id)
+        model_id = publisher.log(place)
+        return None if name is None else publisher.register(model_id, name, place, {RUN_TAG: self._folder})
 
     def _monitor_system(self) -> None:
         """Log CPU, memory, disk, network and GPUs of this node from now on."""
@@ -187,30 +194,27 @@ def fetch_checkpoints(uri: str, run_id: str, to: Path) -> Iterator[Path]:
         raise ConnectionError(f"MLflow at {uri} does not give the checkpoints of run {run_id}: {reason(e)}") from None
 
 
-def _log_model(uri: str, run_id: str, source: Path) -> None:
-    """Log a checkpoint's model as an exported graph (pt2): loading it runs no pickled code."""
-    import mlflow
-    import numpy as np
-    from mlflow.models import ModelSignature
-    from mlflow.types import Schema, TensorSpec
+def register(target: Target, place: Storage, name: str) -> int:
+    """Log the model of a checkpoint to its training's MLflow run, as far as it is not there, and register it.
 
-    model, cfg, classes = checkpoint.load_model(Storage(source))
-    size = cfg.data.size_to_evaluate
-    signature = ModelSignature(
-        Schema([TensorSpec(np.dtype("uint8"), (-1, 3, size, size))]),
-        Schema([TensorSpec(np.dtype("float32"), (-1, len(classes)))]),
-    )
-    mlflow.set_tracking_uri(uri)  # for the process: there is no log_model on a client
-    with mlflow.start_run(run_id=run_id):
-        mlflow.pytorch.log_model(
-            model,
-            name="model",
-            signature=signature,
-            input_example=np.zeros((2, 3, size, size), dtype=np.uint8),  # two: a batch of one would fix the size
-            pip_requirements=["torch", "numpy"],
-            metadata={"classes": list(classes), "checkpoint": source.name},
-            serialization_format="pt2",
-        )
+    Returns:
+        The version of the registered model `name`.
+
+    Raises:
+        ConnectionError: MLflow does not answer, or refuses it.
+        CheckpointError: the checkpoint is damaged.
+    """
+    from mlflow import MlflowException
+
+    try:
+        run = MlflowRun(target)
+        if run.is_new:  # of a training that was logged elsewhere; nothing else would end it
+            _client(target.uri).set_terminated(run.id)
+        made = run.publish(place, name)
+    except (MlflowException, OSError) as e:
+        raise ConnectionError(f"MLflow at {target.uri} does not take the model: {reason(e)}") from None
+    assert made is not None, "it has a name"
+    return made
 
 
 def try_out(uri: str, experiment: str) -> None:

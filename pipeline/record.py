@@ -231,7 +231,7 @@ class Recorder:
         elif cfg.mlflow.checkpoints == "best" and top and status != "regroup":
             self._upload(top)
         if done and cfg.mlflow.log_model:
-            self._tracker.model(self._newest.path)
+            self._tracker.model(self._newest.path, cfg.mlflow.register)
         self._tracker.metrics(state.step, _times(self._ledger.seconds()))
         with self._ledger.phase("logging"):
             patience_s = PATIENCE_S if status != "regroup" else PATIENCE_BEFORE_RESTART_S

@@ -107,9 +107,9 @@ class Tracker:
         else:
             self._put({"kind": "folder", "source": str(aside), "to": to})
 
-    def model(self, source: Path) -> None:
-        """Log the model of the checkpoint `source`, with its signature, as the run's model."""
-        self._put({"kind": "model", "source": str(source)})
+    def model(self, source: Path, register: str | None) -> None:
+        """Log the model of the checkpoint `source` as the run's model, also in the registry where a name is given."""
+        self._put({"kind": "model", "source": str(source), "register": register})
 
     def close(self, status: str, patience_s: float) -> int:
         """End the MLflow run and wait until all is sent.

@@ -87,6 +87,7 @@ class Training:
 
 
 Start = Callable[..., Training]
+Run = Callable[..., tuple[int, str, str]]  # of a command's words: exit code, stdout, stderr
 
 
 @contextmanager

@@ -1,18 +1,26 @@
 """Shared by the tests: small data sets of real pixels, and running `fit` without Ray."""
 
+import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 # The tests of one machine are no census of a product's users.
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 
 import pytest
-from commands import Start, trainings
+from commands import ROOT, Run, Start, trainings
+from ranks import context
 
+from pipeline import cli
 from pipeline.data.build import build_index
+from pipeline.job import Job
+from pipeline.settings import load
+from pipeline.storage import Storage
+from pipeline.train import fit
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import make_digits
@@ -50,3 +58,30 @@ def start(tmp_path: Path) -> Iterator[Start]:
     """Starts whole trainings as a user does; what still runs of them at the test's end is killed."""
     with trainings(tmp_path) as start_one:
         yield start_one
+
+
+@pytest.fixture(scope="session")
+def trained(
+    digits: Path, digits_index: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """The summary of a short training of ResNet-18, whose run is called "small", and its registered model "digits"."""
+    run_dir = tmp_path_factory.mktemp("runs") / "small"
+    run_dir.mkdir()
+    settings = ["model.depth=18", "train.epochs=3", "optim.warmup_epochs=0.5", "checkpoint.every=40"]
+    cfg = load(ROOT / "configs/digits.yaml", [*settings, "mlflow.register=digits"])
+    data = dataclasses.replace(cfg.data, train=str(digits / "train"), val=str(digits / "val"))
+    indexes = str(digits_index("train")), str(digits_index("val"))
+    return fit(Job(dataclasses.replace(cfg, data=data), Storage(run_dir), *indexes), context())
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command: (exit code, stdout, stderr)."""
+
+    def run_cli(*args: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = cli.main([str(a) for a in args])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run_cli

@@ -1,5 +1,6 @@
 """A folder of everything that turns up in real image folders."""
 
+import base64
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,11 @@ def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
     buffer = BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+def as_text(data: bytes) -> str:
+    """An encoded image as a request to a model server holds it."""
+    return base64.b64encode(data).decode()
 
 
 def damaged_jpeg() -> bytes:

@@ -11,16 +11,16 @@ ORDER = """__init__ schema config settings web storage
     data data.sampling data.draws data.index data.request
     data.rows data.find data.shards data.parquet data.scan data.build data.cache data.groups data.read data.fetch
     data.pack data.augment data.dali data.mix data.loader data.verify
-    model optim state losses step predictions evaluate checkpoint weights memory saver spool figures mlflow_run tracking
-    perf network job identity record votes watchdog trace profile train
+    model optim state losses step predictions evaluate checkpoint weights memory export served saver spool figures
+    published mlflow_run tracking perf network job identity record votes watchdog trace profile train
     link runs infer preview contestants bench assumptions outages scaling plan plan_view
     supervise cluster affinity worker gauges launch driver
     probes findings doctor speed scale
-    submission jobs console commands bench_commands cli""".split()  # noqa: SIM905
+    submission jobs console commands bench_commands model_commands cli""".split()  # noqa: SIM905
 # Library -> the modules that may import it.
 OWNERS = {
     "ray": {"launch", "worker", "gauges", "cluster", "submission", "jobs"},
-    "mlflow": {"mlflow_run"},
+    "mlflow": {"mlflow_run", "published", "served"},
     "nvidia": {"data.augment", "data.dali"},
     "omegaconf": {"settings"},
     "rich": {"console"},

@@ -1,55 +1,29 @@
 """The command line as a person meets it: what it prints, its JSON, its exit codes."""
 
-import dataclasses
+import csv
 import json
+import os
+import shutil
+import sys
 from collections.abc import Callable
+from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import pytest
+from commands import Run
 from odd_images import damaged_jpeg, write_odd_folder
 from ranks import context
 
-from pipeline import cli
+from pipeline import infer
 from pipeline.job import Job
 from pipeline.settings import load
 from pipeline.storage import Storage
 from pipeline.train import fit
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-
-
-SMALL = ["model.depth=18", "train.epochs=3", "optim.warmup_epochs=0.5", "checkpoint.every=40", "mlflow.log_model=false"]
-
-
-@pytest.fixture(scope="module")
-def trained(
-    digits: Path, digits_index: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Any]:
-    """The summary of a short training of ResNet-18, whose run is called "small"."""
-    run_dir = tmp_path_factory.mktemp("runs") / "small"
-    run_dir.mkdir()
-    cfg = load(CONFIGS / "digits.yaml", SMALL)
-    data = dataclasses.replace(cfg.data, train=str(digits / "train"), val=str(digits / "val"))
-    indexes = str(digits_index("train")), str(digits_index("val"))
-    return fit(Job(dataclasses.replace(cfg, data=data), Storage(run_dir), *indexes), context())
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Run a command: (exit code, stdout, stderr)."""
-
-    def run_cli(*args: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = cli.main([str(a) for a in args])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run_cli
-
-
-Run = Callable[..., tuple[int, str, str]]
+SMALL = ["model.depth=18", "train.epochs=3", "optim.warmup_epochs=0.5", "checkpoint.every=40"]
 
 
 def storage(trained: dict[str, Any]) -> str:
@@ -163,6 +137,65 @@ def test_predict_names_a_class_for_each_image(run: Run, trained: dict[str, Any],
     code, _, err = run("predict", trained["run_dir"], images[0], "--top", 11)
     assert code == 2
     assert "--top 11: must be from 1 to the model's 10 classes" in err
+
+
+def test_predict_takes_folders_and_stdin_in_their_order(
+    run: Run, trained: dict[str, Any], digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table and JSON say the same; more images than fit one chunk; an image that is named twice is answered twice."""
+    monkeypatch.setattr(infer, "CHUNK", 25)
+    folder, three = digits / "val" / "7", digits / "val" / "3"
+    sevens, threes = (sorted(place.glob("*.jpg")) for place in (folder, three))
+    (tmp_path / "deep" / ".hidden").mkdir(parents=True)
+    for name in ("deep/b.JPG", "a.png", "deep/.hidden/c.jpg", "notes.txt"):
+        shutil.copy(sevens[0], tmp_path / name)
+    listed = f"{three}\n\n{sevens[0]}\r\n{tmp_path}/none.jpg".encode()
+
+    def asked(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(listed)))
+        return run("predict", trained["run_dir"], folder, "-", tmp_path, "--top", 2, *words)
+
+    expected = [*sevens, *threes, sevens[0], tmp_path / "none.jpg", tmp_path / "a.png", tmp_path / "deep/b.JPG"]
+    code, out, err = asked("--csv")
+    rows = list(csv.DictReader(StringIO(out)))
+    assert (code, err) == (2, f"{tmp_path}/none.jpg: no such file\n")
+    assert out.startswith("image,class,probability,error,class_2,probability_2\n")
+    assert [row["image"] for row in rows] == [str(path) for path in expected]
+    code, out, _ = asked("--json")
+    for row, one in zip(rows, json.loads(out)["predictions"], strict=True):
+        top = [value for t in one.get("top", [{}, {}]) for value in (t.get("class", ""), str(t.get("probability", "")))]
+        assert [row[k] for k in ("class", "probability", "class_2", "probability_2")] == top
+        assert row["error"] == one.get("error", "")
+
+
+def test_predict_is_told_of_every_broken_image(run: Run, trained: dict[str, Any], tmp_path: Path) -> None:
+    """Also where all are broken, more than a training would bear, and one has a name that is no text."""
+    for k in range(5):
+        (tmp_path / f"{k}.jpg").write_bytes(damaged_jpeg())
+    Path(os.fsdecode(bytes(tmp_path) + b"/\xff.jpg")).write_bytes(damaged_jpeg())
+    code, out, err = run("predict", trained["run_dir"], tmp_path, Path("x" * 300), "--csv")
+    rows = list(csv.DictReader(StringIO(out)))
+    assert (code, len(rows), err.count("\n")) == (2, 7, 7)
+    assert all(row["error"] and not row["class"] for row in rows)
+    assert rows[5]["error"] == "the name is not UTF-8; rename it"
+    assert rows[6]["error"].startswith("not readable (File name too long")
+
+
+def test_predict_without_an_image_gets_one_line(
+    run: Run, trained: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "notes.txt").write_text("no image")
+    monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(b"\n")))
+    for words, message in (
+        ([tmp_path], f"{tmp_path} has no image file at any depth"),
+        (["-"], "stdin names no image; give it paths, one a line"),
+        (["x.jpg", "--csv", "--json"], "--csv: does not go with --json"),
+        (["x.jpg", "--csv", "--top", 0], "--top 0: must be from 1 to"),
+    ):
+        code, out, err = run("predict", trained["run_dir"], *words)
+        assert (code, err.count("\n")) == (2, 1)
+        assert message in err
+        assert out == "" or "--json" in words
 
 
 def test_unknown_runs_name_the_nearest(run: Run, trained: dict[str, Any]) -> None:

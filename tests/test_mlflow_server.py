@@ -1,5 +1,6 @@
 """A team's MLflow server: on Postgres, with login, artifacts through it; and a run of which nothing else is left."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mlflow
-import numpy as np
+import pandas as pd
 import pytest
 from commands import BIN, PIPELINE, ROOT, descendants, differences, kill, loss_series, state_of
+from odd_images import as_text
 from postgres import binaries, postgres
 from s3 import free_port, wait_for_port
 
@@ -160,8 +162,14 @@ def test_a_run_of_which_only_mlflow_is_left_goes_on_bitwise(
         [mlflow.MlflowClient(server.uri).get_run(run_id).info.experiment_id], f"source_run_id = '{run_id}'"
     )
     mlflow.set_tracking_uri(server.uri)
-    scores = mlflow.pyfunc.load_model(model.model_uri).predict(np.zeros((2, 3, 32, 32), dtype=np.uint8))
-    assert scores.shape == (2, 10)
+    image = as_text(next((digits / "val").glob("*/*.jpg")).read_bytes())
+    answers = mlflow.pyfunc.load_model(model.model_uri).predict(pd.DataFrame({"image": [image, "broken"]}))
+    assert (answers["error"] == "").tolist() == [True, False]
+    registered = pipeline("register", str(tmp_path / "second/left"), "left", "--json")
+    assert registered.returncode == 0, registered.stderr
+    assert json.loads(registered.stdout)["model"] == "models:/left/1"
+    (registered_version,) = mlflow.MlflowClient(server.uri).search_model_versions("name = 'left'")
+    assert registered_version.source == f"models:/{model.model_id}"  # not a second copy
 
     tags = {RUN_TAG: str(tmp_path / "third/left")}
     bare = mlflow.MlflowClient(server.uri).create_run("0", tags=tags).info.run_id

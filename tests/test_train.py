@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.distributed as dist
 from commands import differences
-from odd_images import damaged_jpeg, write_odd_folder
+from odd_images import as_text, damaged_jpeg, encode, write_odd_folder
+from PIL import Image
 from ranks import context, run_ranks
 
 from pipeline import checkpoint, runs
@@ -154,14 +157,13 @@ def assert_model_predicts_like_checkpoint(client: Any, summary: dict[str, Any]) 
     mlflow.set_tracking_uri(summary["mlflow_uri"])
     (logged,) = client.get_run(summary["mlflow_run_id"]).outputs.model_outputs
     served = mlflow.pyfunc.load_model(f"models:/{logged.model_id}")
-    assert str(served.metadata.signature.inputs.inputs[0].type) == "uint8"
     model, _, classes = checkpoint.load_model(Storage(summary["checkpoint"]))
-    pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
     with torch.inference_mode():
-        expected = model(pixels)
-    predicted = torch.from_numpy(served.predict(pixels.numpy()))
-    assert predicted.shape == (3, len(classes))
-    torch.testing.assert_close(predicted, expected, rtol=1e-4, atol=1e-4)
+        expected = model(torch.from_numpy(pixels).permute(0, 3, 1, 2)).softmax(1).topk(5)
+    answers = served.predict(pd.DataFrame({"image": [as_text(encode(Image.fromarray(one), "PNG")) for one in pixels]}))
+    assert answers["classes"].tolist() == [[classes[k] for k in row] for row in expected.indices.tolist()]
+    np.testing.assert_allclose(answers["probabilities"].tolist(), expected.values, atol=1e-4)
 
 
 def test_a_non_finite_loss_names_step_rate_and_samples(job: Callable[..., Job]) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -246,7 +246,7 @@ def _fingerprint(arrays: list[pa.Array], classes: list[str]) -> str:
     return digest.hexdigest()
 
 
-def index_files(paths: list[Path]) -> tuple[Index | None, list[Refused]]:
+def index_files(paths: Sequence[Path]) -> tuple[Index | None, list[Refused]]:
     """Index single image files, without labels; None where none is usable. Paths stay as given."""
     rows = [Row.of(str(p), "", 0, partial(Label, text=""), partial(image_file, p)) for p in dict.fromkeys(paths)]
     refused = [Refused(row.file, row.reason) for row in rows if row.reason is not None]

@@ -153,6 +153,23 @@ def _list(root: Storage) -> tuple[list[str], list[str], dict[str, int]]:
     return files, sorted(name for name in by_folder if name), sizes
 
 
+def images_at(path: Path) -> list[Path]:
+    """The image files in a folder of this machine, at any depth, by their names, in torchvision's order; else `path`.
+
+    Raises:
+        ConfigError: a folder without any, or that cannot be listed.
+    """
+    try:
+        if not path.is_dir():
+            return [path]
+        found = [file for file in _below(path, "") if kind_of(file) == "images"]
+    except OSError as e:
+        raise ConfigError(f"{path} cannot be listed ({e.strerror})") from None
+    if not found:
+        raise ConfigError(f"{path} has no image file at any depth; their names end in {', '.join(sorted(SUFFIXES))}")
+    return [path / file for file in sorted(found, key=posixpath.split)]
+
+
 def _below(root: Path, folder: str) -> Iterator[str]:
     """Files at any depth, through links to folders, but no folder twice: a link may lead to its own parent."""
     seen: set[str] = set()

@@ -89,9 +89,9 @@ def image_file(path: Path) -> Header:
     Raises:
         Unusable: it cannot be trained on.
     """
-    if not path.is_file():
-        raise Unusable("not a file" if path.exists() else "no such file")
     try:
+        if not path.is_file():
+            raise Unusable("not a file" if path.exists() else "no such file")
         f = path.open("rb")
     except OSError as e:
         raise Unusable(f"not readable ({e.strerror})") from None

@@ -1,0 +1,136 @@
+"""What the commands that put a trained model to use do: predict, export, register. See `commands`."""
+
+import argparse
+import csv
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.commands import DONE, FAILED, WRONG, Outcome, drop_stdout
+from pipeline.config import ConfigError
+
+if TYPE_CHECKING:  # torch takes seconds to import
+    from pipeline.checkpoint import Checkpoint
+
+NUM_COMPARED = 16  # images that an exported model is compared on
+
+
+def predict(args: argparse.Namespace) -> Outcome:
+    from pipeline import infer
+
+    if args.csv and args.json:
+        raise ConfigError("--csv: does not go with --json; choose one of them")
+    images = _images(args.images)
+    place = _found(args).place
+    told: list[dict[str, Any]] = []
+    tell = told.append if args.json else _csv(args.top) if args.csv else _print
+    code = DONE
+    try:
+        for one in infer.predict(place, images, args.top):
+            if "error" in one:
+                code = WRONG
+                print(f"{one['image']}: {one['error']}", file=sys.stderr)
+            tell(one)
+    except BrokenPipeError:  # the reader has had enough, as `head` has
+        drop_stdout()
+    return {"checkpoint": str(place), "predictions": told}, [], code
+
+
+def _images(names: list[str]) -> list[Path]:
+    """The image files that are meant by paths of files and folders, and by "-", which stands for more of these."""
+    from pipeline.data.find import images_at
+
+    paths = [path for name in names for path in (_named_on_stdin() if name == "-" else [name])]
+    if not paths:
+        raise ConfigError("-: stdin names no image; give it paths, one a line")
+    return [image for path in paths for image in images_at(Path(path))]
+
+
+def _named_on_stdin() -> Iterator[str]:
+    for line in sys.stdin.buffer:
+        if name := os.fsdecode(line.rstrip(b"\r\n")):
+            yield name
+
+
+def _print(one: dict[str, Any]) -> None:
+    if "error" not in one:
+        likeliest = "  ".join(f"{t['class']} {t['probability']:.4f}" for t in one["top"])
+        print(f"{one['image']}  {likeliest}", flush=True)
+
+
+def _csv(top: int) -> Callable[[dict[str, Any]], None]:
+    """Writes predictions to stdout, after a header; what comes after the likeliest class stands behind the error."""
+    more = [f"{name}_{k}" for k in range(2, top + 1) for name in ("class", "probability")]
+    table = csv.DictWriter(sys.stdout, ["image", "class", "probability", "error", *more], lineterminator="\n")
+    told = False
+
+    def tell(one: dict[str, Any]) -> None:
+        nonlocal told
+        if not told:  # not before: the request may turn out to be wrong
+            table.writeheader()
+        told = True
+        others = [f"{t[name]}" for t in one.get("top", [])[1:] for name in ("class", "probability")]
+        first = {key: value for key, value in one.items() if key != "top"}
+        table.writerow(first | dict(zip(more, others, strict=False)))
+        sys.stdout.flush()
+
+    return tell
+
+
+def export(args: argparse.Namespace) -> Outcome:
+    from pipeline import checkpoint, export, infer
+
+    export.require_writable(args.format, args.out)
+    place = _found(args).place
+    model, cfg, classes = checkpoint.load_model(place)
+    notes = export.notes_of(cfg, classes, place.name)
+    images, what = infer.some_images(cfg, NUM_COMPARED)
+    compared = {"images": len(images), "of": what, "tolerance": export.TOLERANCE}
+    result = {"checkpoint": str(place), "out": str(args.out), "format": args.format, "compared": compared}
+    try:
+        check = export.export(model, notes, images, args.format, args.out)
+    except export.ExportError as e:
+        text = f"{args.out} is not written: {e}"
+        return result | {"status": "failed", "error": text}, [f"failed: {text}"], FAILED
+    compared |= {"batches": check.batches, "largest_difference": check.difference}
+    size, num_bytes = notes["size"], args.out.stat().st_size
+    lines = [
+        str(place),
+        f"{args.out}: {args.format}, {num_bytes / 2**20:.1f} MB; "
+        f"images uint8 (N, 3, {size}, {size}) -> logits float32 (N, {len(classes)}), N from 1 up",
+        f"compared with the checkpoint in batches of {check.batches[0]} and {check.batches[-1]} {what}: top-1 the "
+        f"same, probabilities differ by at most {check.difference:.1e} (allowed: {export.TOLERANCE:.0e})",
+    ]
+    return result | {"status": "done", "bytes": num_bytes}, lines, DONE
+
+
+def register(args: argparse.Namespace) -> Outcome:
+    from pipeline import mlflow_run
+    from pipeline.checkpoint import CONFIG
+    from pipeline.settings import load
+
+    found = _found(args)
+    run = found.place.parent.parent
+    if found.place.parent.name != "checkpoints":
+        raise ConfigError(f"{found.place}: lies in no run's folder, which MLflow would be told; name a run")
+    cfg = replace(load(found.path / CONFIG).mlflow, log_model=True, register=args.name)  # which checks the name
+    target = mlflow_run.Target(
+        mlflow_run.tracking_uri(args.mlflow_uri or cfg.uri, run.parent),
+        cfg.experiment,
+        run.uri,
+        found.meta["training_id"],
+    )
+    version = mlflow_run.register(target, found.place, args.name)
+    model = f"models:/{args.name}/{version}"
+    result = {"model": model, "version": version, "checkpoint": str(found.place), "mlflow_uri": target.uri}
+    serve = f"MLFLOW_TRACKING_URI={target.uri} mlflow models serve -m {model} --env-manager local --port 5001"
+    return result, [f"{model} is {found.place}", f"to serve it: {serve}"], DONE
+
+
+def _found(args: argparse.Namespace) -> "Checkpoint":
+    from pipeline import runs
+
+    return runs.find(args.run, runs.open_storage(args.storage), args.mlflow_uri)
