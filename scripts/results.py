@@ -1,11 +1,11 @@
 """Trainings of several settings with several seeds, one after the other, and the table of what they reached.
 
     python scripts/results.py configs/digits.yaml model.depth=18 cluster.workers=1 \\
-        --case bf16 --case fp32 train.precision=fp32 --seeds 0,1,2 --out runs/results
+        --case bf16 --case fp32 train.precision=fp32 --seeds 0 1 2 --out runs/results
 
-Each is a whole `pipeline train` of its own, by the name CONFIG-CASE-SEED in OUT; OUT/NAME.json keeps its command, commit
-and summary. What is there already is not trained again, and what was interrupted is resumed. The table goes to stdout as
-Markdown: one seed proves nothing, so mean and range stand beside each other.
+Each is a whole `pipeline train` of its own, by the name CONFIG-CASE-SEED in OUT; OUT/NAME.json keeps its command,
+commit and summary. What is there already is not trained again, and what was interrupted is resumed. The table goes to
+stdout as Markdown: one seed proves nothing, so mean and range stand beside each other.
 """
 
 import argparse
@@ -37,7 +37,9 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of all cases")
     text = "a row: its name, then its own settings; may be given again"
     parser.add_argument("--case", action="append", required=True, nargs="+", metavar=("NAME", "KEY=VALUE"), help=text)
-    parser.add_argument("--seeds", type=_seeds, default=[0, 1, 2], metavar="N,N", help="of the runs (default 0,1,2)")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="of the runs (default 0 1 2)"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/results"), metavar="DIR", help="default: %(default)s")
     args = parser.parse_args()
     cases = [Case(name, tuple(settings)) for name, *settings in args.case]
@@ -63,7 +65,7 @@ def train(name: str, words: Sequence[str], out: Path) -> Any:
     if file.exists():
         kept = json.loads(file.read_text())
         if kept["command"] != list(words):
-            print(f"{file}: is of {' '.join(kept['command'])}; choose another --out, or delete it", file=sys.stderr)
+            print(f"{file}: is of {' '.join(kept['command'])}; choose another --out", file=sys.stderr)
             return None
         return kept["summary"]
     print(f"{name}: {' '.join(words)}", file=sys.stderr)
@@ -72,14 +74,12 @@ def train(name: str, words: Sequence[str], out: Path) -> Any:
         [PIPELINE, "train", *words, *places, "--json"], stdout=subprocess.PIPE, text=True, check=False
     )
     if done.returncode:
-        print(f"{name}: ended with code {done.returncode}; the same command goes on from here", file=sys.stderr)
+        print(f"{name}: ended with code {done.returncode}; called again, this script goes on with it", file=sys.stderr)
         return None
     summary = json.loads(done.stdout)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     kept = {"command": list(words), "commit": commit.stdout.strip(), "summary": summary}
-    unfinished = file.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(kept, indent=1))
-    unfinished.rename(file)
+    file.write_text(json.dumps(kept, indent=1))
     return summary
 
 
@@ -110,10 +110,6 @@ def _spread(values: Sequence[float], digits: int) -> str:
 
 def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def _seeds(text: str) -> list[int]:
-    return [int(seed) for seed in text.split(",")]
 
 
 if __name__ == "__main__":
