@@ -37,9 +37,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of all cases")
     text = "a row: its name, then its own settings; may be given again"
     parser.add_argument("--case", action="append", required=True, nargs="+", metavar=("NAME", "KEY=VALUE"), help=text)
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="of the runs (default 0 1 2)"
-    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="default: 0 1 2")
     parser.add_argument("--out", type=Path, default=Path("runs/results"), metavar="DIR", help="default: %(default)s")
     args = parser.parse_args()
     cases = [Case(name, tuple(settings)) for name, *settings in args.case]

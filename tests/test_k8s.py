@@ -243,7 +243,7 @@ def test_settings_reach_all_they_are_for(tmp_path: Path, monkeypatch: pytest.Mon
     settings = tmp_path / "base" / "settings.yaml"
     text = settings.read_text()
     for old, new in (
-        ("resnet152.yaml", "resnet50.yaml"),
+        ("resnet152.yaml", "v2.yaml"),
         ("run.name=resnet152", "run.name=mine"),
         ("/data/imagenet", "/data/mine"),
         ('nodes: "2"', 'nodes: "4"'),
