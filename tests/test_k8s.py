@@ -260,7 +260,7 @@ def test_settings_reach_all_they_are_for(tmp_path: Path, monkeypatch: pytest.Mon
     objects = kustomize(tmp_path / "base")
     [job] = of_kind(objects, "RayJob")
     cfg = train_config(job, monkeypatch)
-    assert (cfg.run.name, cfg.model.depth, cfg.cluster.workers) == ("mine", 50, 8)
+    assert (cfg.run.name, cfg.train.epochs, cfg.cluster.workers) == ("mine", 600, 8)
     assert (cfg.data.train, cfg.data.val) == ("/data/mine/train.arrow", "/data/mine/val.arrow")
     [group] = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (4, 4, 4)
