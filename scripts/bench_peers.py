@@ -33,7 +33,7 @@ from turns import Program, Running, race
 from pipeline.figures import machine
 
 ROOT = Path(__file__).parent.parent
-CONFIG = ROOT / "configs" / "imagenet" / "resnet50.yaml"  # the plain recipe; the depth is set
+CONFIG = ROOT / "configs" / "imagenet" / "resnet152.yaml"  # the plain recipe; the depth is set
 WARM_UP = 3  # steps
 RANK, RAY_WORKER = "peer.py", "ray::RayTrainWorker"  # in the command lines of what is frozen
 PACKAGES = ("torch", "torchvision", "timm", "pillow", "nvidia-dali-cuda130", "ray", "mlflow")
@@ -196,6 +196,7 @@ class Bench:
             "data.trace=true",
             f"model.depth={case.depth}",
             f"optim.lr={LR}",
+            "optim.lr_scaling=none",
             "train.steps=100000000",
             f"train.global_batch={case.batch}",
             f"train.precision={case.precision}",

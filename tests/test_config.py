@@ -37,7 +37,7 @@ WRONG = {
     "model.variant=c": "must be one of plain, d",
     "model.drop_path=1": "must be at least 0 and at most 0.9",
     "model.freeze=fc": "must be one of none, stem, layer1, layer2, layer3, layer4",
-    "optim.lr_scaling=linear": "give optim.lr_batch",
+    "optim.lr_batch=null": "lr_scaling=linear: give optim.lr_batch",
     "optim.layer_decay=0": "must be above 0 and at most 1",
     "train.bce_threshold=0.2": "needs train.loss=bce",
     "mlflow.register=a/b": "must be a name without",

@@ -243,7 +243,7 @@ def test_settings_reach_all_they_are_for(tmp_path: Path, monkeypatch: pytest.Mon
     settings = tmp_path / "base" / "settings.yaml"
     text = settings.read_text()
     for old, new in (
-        ("resnet152.yaml", "resnet50.yaml"),
+        ("resnet152.yaml", "v2.yaml"),
         ("run.name=resnet152", "run.name=mine"),
         ("/data/imagenet", "/data/mine"),
         ('nodes: "2"', 'nodes: "4"'),
@@ -260,7 +260,7 @@ def test_settings_reach_all_they_are_for(tmp_path: Path, monkeypatch: pytest.Mon
     objects = kustomize(tmp_path / "base")
     [job] = of_kind(objects, "RayJob")
     cfg = train_config(job, monkeypatch)
-    assert (cfg.run.name, cfg.model.depth, cfg.cluster.workers) == ("mine", 50, 8)
+    assert (cfg.run.name, cfg.train.epochs, cfg.cluster.workers) == ("mine", 600, 8)
     assert (cfg.data.train, cfg.data.val) == ("/data/mine/train.arrow", "/data/mine/val.arrow")
     [group] = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (4, 4, 4)

@@ -29,11 +29,11 @@ def resnet152() -> Network:
 
 @pytest.fixture(scope="module")
 def resnet50() -> Network:
-    return scaling.count_network(load(IMAGENET / "resnet50.yaml").model, 224)
+    return scaling.count_network(load(IMAGENET / "resnet152.yaml", ["model.depth=50"]).model, 224)
 
 
 def case(net: Network, a: Assumptions, *words: str, depth: int = 152, **more: Any) -> Case:
-    return Case(load(IMAGENET / f"resnet{depth}.yaml", words), a, net, plan.IMAGENET, **more)
+    return Case(load(IMAGENET / "resnet152.yaml", [f"model.depth={depth}", *words]), a, net, plan.IMAGENET, **more)
 
 
 def test_the_network_is_counted_from_our_own_model(resnet152: Network, resnet50: Network) -> None:
@@ -281,8 +281,8 @@ def test_the_answer_for_programs(
     capsys: pytest.CaptureFixture[str], digits_index: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """Images and their size come from the index where there is one."""
-    words = [f"data.train={digits_index('train')}", "train.global_batch=64"]
-    code, out, _ = run(capsys, IMAGENET / "resnet50.yaml", *words, "--gpus", 8, "--gpu", "A100", "--json")
+    words = ["model.depth=50", f"data.train={digits_index('train')}", "train.global_batch=64"]
+    code, out, _ = run(capsys, IMAGENET / "resnet152.yaml", *words, "--gpus", 8, "--gpu", "A100", "--json")
     found = json.loads(out)
     assert code == 0
     assert found["images"] == 1437
