@@ -11,12 +11,12 @@ ORDER = """__init__ schema config settings web storage
     data data.sampling data.draws data.index data.request
     data.rows data.find data.shards data.parquet data.scan data.build data.cache data.groups data.read data.fetch
     data.pack data.augment data.dali data.mix data.loader data.verify
-    model optim state step predictions evaluate checkpoint saver spool figures mlflow_run tracking perf job identity
-    record votes watchdog trace profile train
-    link runs infer preview contestants bench assumptions outages scaling plan plan_view
+    provenance model optim state step predictions evaluate checkpoint saver spool perf figures charts report
+    mlflow_run tracking job identity record votes watchdog trace profile train
+    link runs listing infer report_run preview contestants bench assumptions outages scaling plan plan_view
     supervise cluster affinity worker gauges launch driver
     probes findings doctor speed scale
-    submission jobs console commands bench_commands cli""".split()  # noqa: SIM905
+    submission jobs console commands bench_commands report_commands cli""".split()  # noqa: SIM905
 # Library -> the modules that may import it.
 OWNERS = {
     "ray": {"launch", "worker", "gauges", "cluster", "submission", "jobs"},
@@ -27,7 +27,8 @@ OWNERS = {
     "fsspec": {"web", "storage"},
     "aiohttp": {"web", "jobs"},
     "timm": {"optim", "contestants"},
-    "matplotlib": {"figures"},
+    "jinja2": {"report"},
+    "matplotlib": {"figures", "charts"},
     "pyarrow": {
         "web",
         "storage",
