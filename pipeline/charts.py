@@ -32,6 +32,8 @@ MAX_NAME = 20  # characters
 
 def curves(history: History, file: Path) -> None:
     """Loss, accuracy, learning rate and images/s by step."""
+    from matplotlib.ticker import MaxNLocator
+
     figure = _figure(11, 6.2)
     for axes, (title, metrics) in zip(figure.subplots(2, 2).flat, CURVES.items(), strict=True):
         for (metric, name), colour in zip(metrics.items(), (BLUE, ORANGE), strict=False):
@@ -41,6 +43,8 @@ def curves(history: History, file: Path) -> None:
         axes.set_title(title, fontsize=10, loc="left", fontweight="bold")
         axes.grid(color="#e2e8f0", linewidth=0.8)
         axes.tick_params(labelsize=8)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.xaxis.set_major_formatter("{x:,.0f}")
         if axes.get_legend_handles_labels()[1]:
             axes.legend(frameon=False, fontsize=8)
     for axes in figure.axes[2:]:

@@ -27,7 +27,7 @@ from pipeline.settings import changed_keys, dump, load, marked
 NUM_MISTAKES = 24  # pictures
 MAX_CLASSES = 50  # in the table; of more the worst and the best
 MAX_MATRIX = 20  # classes whose confusion matrix is a table
-MAX_PAIRS = 25  # most confused classes, where there are too many for that
+MAX_PAIRS = 12  # most confused classes
 PAGE, TEMPLATE = "report.html", "report.html.j2"
 FACTS, CONFIG, PREDICTIONS = "facts.json", "config.yaml", "predictions.npz"
 
