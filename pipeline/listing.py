@@ -131,7 +131,7 @@ def table(runs: Sequence[Listed]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [" ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     notes = [f"{one.name}: {one.problem}" for one in runs if one.problem]
-    return [*lines, *notes] if runs else ["no runs there"]
+    return [*lines, *notes]
 
 
 def _age(changed: float | None) -> str:

@@ -42,5 +42,6 @@ def runs(args: argparse.Namespace) -> Outcome:
     from pipeline import listing
     from pipeline.runs import open_storage
 
-    found = listing.listed(open_storage(args.storage))
-    return [asdict(one) for one in found], listing.table(found), DONE
+    storage = open_storage(args.storage)
+    found = listing.listed(storage)
+    return [asdict(one) for one in found], listing.table(found) if found else [f"no runs in {storage}"], DONE

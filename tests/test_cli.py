@@ -21,6 +21,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 SMALL = ["model.depth=18", "train.epochs=3", "optim.warmup_epochs=0.5", "checkpoint.every=40", "mlflow.log_model=false"]
+SMALL += ["mlflow.report=false"]
 
 
 @pytest.fixture(scope="module")
