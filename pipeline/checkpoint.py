@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,9 +23,9 @@ from typing import Any
 
 import torch
 
-import pipeline
 from pipeline.config import Config, ConfigError
 from pipeline.model import ResNet
+from pipeline.provenance import software
 from pipeline.settings import dump, flatten, load
 from pipeline.state import TrainState, load_weights
 from pipeline.storage import Storage, fsync
@@ -92,7 +91,14 @@ def save(folder: Storage, state: dict[str, Any], cfg: Config, meta: dict[str, An
         _write_state(state, staging / STATE)
         (staging / CONFIG).write_text(dump(cfg))
         files = {file: _digest(staging / file) for file in (STATE, CONFIG)}
-        full_meta = {"format": FORMAT, "step": state["step"], "files": files, **meta, **_provenance()}
+        full_meta = {
+            "format": FORMAT,
+            "step": state["step"],
+            "files": files,
+            **meta,
+            **software(),
+            "saved_at": time.time(),
+        }
         (staging / META).write_text(json.dumps(full_meta, indent=1))
         for file in (STATE, CONFIG, META):
             fsync(staging / file)
@@ -121,7 +127,7 @@ def read(place: Storage, *, use_copy: bool = False) -> Checkpoint:
         CheckpointError: it is not what its meta.json says, or has none that this version reads.
         OSError: the storage does not answer.
     """
-    meta = _read_meta(place)
+    meta = read_meta(place)
     if meta["format"] != FORMAT:
         raise CheckpointError(f"{place}: has format {meta['format']}, this version reads {FORMAT}")
     sizes, files = place.sizes(), meta["files"]
@@ -256,7 +262,13 @@ def _write_state(state: dict[str, Any], path: Path) -> None:
             raise OSError(errno.EIO, f"torch cannot write it ({free / 2**20:.0f} MiB free)", str(path)) from e
 
 
-def _read_meta(place: Storage) -> dict[str, Any]:
+def read_meta(place: Storage) -> dict[str, Any]:
+    """A checkpoint's meta.json, of which is there and of its type what every checkpoint has.
+
+    Raises:
+        CheckpointError: it is damaged; IncompleteError: there is none.
+        OSError: the storage does not answer.
+    """
     try:
         meta = json.loads(place.read_bytes(META))
         _ = meta["format"], meta["files"], int(meta["step"]), meta["metrics"].get("top1")
@@ -275,7 +287,7 @@ def _listed(folder: Storage) -> list[Checkpoint]:
     for name in folder.names():
         if name.startswith("step_"):
             try:
-                listed.append(Checkpoint(folder / name, folder.scratch / name, _read_meta(folder / name)))
+                listed.append(Checkpoint(folder / name, folder.scratch / name, read_meta(folder / name)))
             except CheckpointError:
                 continue
     return listed
@@ -284,15 +296,3 @@ def _listed(folder: Storage) -> list[Checkpoint]:
 def _digest(path: Path) -> dict[str, Any]:
     with path.open("rb") as f:
         return {"sha256": hashlib.file_digest(f, "sha256").hexdigest(), "size": path.stat().st_size}
-
-
-def _provenance() -> dict[str, Any]:
-    commit = ""
-    if git := shutil.which("git"):  # the image has none
-        command = [git, "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "versions": {"pipeline": pipeline.__version__, "torch": torch.__version__},
-        "git_commit": commit or None,
-        "saved_at": time.time(),
-    }

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline import bench_commands, commands, model_commands
+from pipeline import bench_commands, commands, model_commands, report_commands
 from pipeline.commands import FAILED, INTERRUPTED, WRONG
 from pipeline.config import ConfigError
 
@@ -231,6 +231,16 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--data", metavar="SRC", help=f"{SOURCES}, or an index; the run's own val by default")
     text = "of each image, averaged: itself, with its mirror image, or the ten crops of He et al. 2015"
     evaluate.add_argument("--views", choices=["one", "flip", "ten"], default="one", help=text)
+
+    text = "A run's report as one HTML page and its figures: of the newest checkpoint, or of a given one."
+    report = add("report", report_commands.report, text)
+    add_run(report)
+    report.add_argument("--out", type=Path, metavar="DIR", help="the folder of its files (default report-NAME)")
+    report.add_argument("--data", metavar="SRC", help=f"{SOURCES}, or an index; the run's own val by default")
+
+    text = "List the runs of a storage: state, best top-1, images/s, where they resume."
+    runs = add("runs", report_commands.runs, text)
+    runs.add_argument("--storage", default="runs", metavar="PLACE", help="the directory or URI where runs lie")
 
     text = "Class and probability of images, by a run's newest checkpoint or a given one."
     predict = add("predict", model_commands.predict, text)

@@ -1,8 +1,10 @@
 """What people see: a progress bar on a terminal, plain lines elsewhere."""
 
 import time
+from collections.abc import Mapping, Sequence
 from typing import IO, Any, Self
 
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -155,6 +157,39 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
     if summary["status"] == "interrupted":
         lines.append(f"  go on with  pipeline train --resume {summary['run_dir']}")
     return lines
+
+
+def report_lines(head: Mapping[str, Any], worst: Sequence[Mapping[str, Any]], num_classes: int) -> list[str]:
+    """A report's figures, in at most 80 columns.
+
+    Args:
+        head: of `Facts.headline`.
+        worst: of the classes with the lowest recall, {"class", "images", "recall", "precision", "taken_for"}.
+    """
+    top = [f"top-1 {head['top1']:.4f}", f"top-5 {head['top5']:.4f}", f"loss {head['loss']:.4f}"]
+    of = "" if head["num_steps"] is None else f" of {head['num_steps']}"
+    goodput = _figure(head["goodput"], ".1%")
+    lines = [
+        "  ".join([*top, f"calibration error {head['ece']:.4f}"]),
+        f"on {int(head['count'])} images, after step {head['step']}{of}",
+        f"{_figure(head['images_per_s'], '.1f')} images/s, goodput {goodput}, "
+        f"sessions {_figure(head['sessions'], 'd')}, faults {_figure(head['faults'], 'd')}",
+        "",
+        f"{f'worst of {num_classes} classes':26}  images  accuracy  precision  taken for",
+    ]
+    for one in worst:
+        figures = f"{one['images']:6}  {_figure(one['recall'], '8.4f'):>8}  {_figure(one['precision'], '9.4f'):>9}"
+        lines.append(f"{_cell(one['class'], 26)}  {figures}  {_cell(one['taken_for'] or '-', 21)}".rstrip())
+    whole = sum(head["seconds"].values())
+    lines += ["", f"{'time':26} seconds  share"]
+    lines += [f"{name:22}  {s:10.1f}  {s / whole:5.1%}" for name, s in head["seconds"].items() if s >= 0.05]
+    return lines
+
+
+def _cell(text: str, width: int) -> str:
+    """A name that anyone may have chosen, in so many columns of a terminal."""
+    safe = "".join(c if c.isprintable() else "?" for c in text)
+    return set_cell_size(safe if cell_len(safe) <= width else set_cell_size(safe, width - 1).rstrip() + "…", width)
 
 
 def _figure(value: float | None, form: str = ".4f") -> str:

@@ -10,10 +10,14 @@ import time
 from multiprocessing.connection import Connection
 from typing import Any
 
-from pipeline import launch, record, runs
+from pipeline import launch, runs
 from pipeline.config import ConfigError
-from pipeline.job import Event
+from pipeline.identity import Identity
+from pipeline.job import Event, Job
+from pipeline.mlflow_run import tracking_uri
+from pipeline.record import PATIENCE_BEFORE_RESTART_S
 from pipeline.supervise import Interrupted, Request, TrainingFailedError
+from pipeline.tracking import Tracker
 
 
 class Supervisor:
@@ -38,6 +42,17 @@ class Supervisor:
         self.tell("event", event)
 
 
+def mark_failed(job: Job, reason: str) -> None:
+    """Tell MLflow that a training has ended in failure, from outside it: its workers may be dead."""
+    identity = Identity.read(job.run, lambda _: None)
+    if identity is None:
+        return
+    uri = tracking_uri(job.cfg.mlflow.uri, job.run.parent)
+    tracker = Tracker.of_run(job.cfg.mlflow, uri, job.run, identity.training_id, lambda _: None)
+    tracker.tags({"pipeline.failure": reason[:500]})
+    tracker.close("FAILED", PATIENCE_BEFORE_RESTART_S)
+
+
 def main() -> None:
     supervisor = Supervisor(Connection(int(sys.argv[1])))
     request = supervisor.request
@@ -51,7 +66,7 @@ def main() -> None:
                     job, supervisor.event, supervisor.wants_stop, marks, faults=request.faults, again=request.again
                 )
             except TrainingFailedError as e:
-                record.mark_failed(job, str(e))
+                mark_failed(job, str(e))
                 raise
     except ConfigError as e:
         supervisor.tell("wrong", str(e))

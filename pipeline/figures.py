@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import ConfigError
+from pipeline.provenance import cpu_model
 
 FloatArray = NDArray[np.float64]
 
@@ -35,13 +36,6 @@ def rows(per_s: Mapping[str, list[float]], to: str) -> dict[str, dict[str, Any]]
 
 def machine() -> dict[str, Any]:
     return {"cpu": cpu_model(), "cores": os.cpu_count(), "python": platform.python_version()}
-
-
-def cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def open_folder(out: Path) -> None:

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from pipeline.job import Fault
@@ -55,6 +55,14 @@ class Identity:
 
     def end(self) -> "Identity":
         return dataclasses.replace(self, open=False)
+
+    def story(self, faults: Sequence[Fault], first_step: int, workers: int) -> dict[str, float]:
+        """What is worth a chart at the beginning of a session that these faults came before."""
+        story: dict[str, float] = {"first_step": first_step, "workers": workers, "faults": self.faults}
+        if faults and faults[0].step is not None:
+            story["lost_steps"] = max(0, faults[0].step - first_step)
+            story["recovery_s"] = round(time.time() - faults[0].time, 1)
+        return story
 
     def unended(self) -> tuple[Fault, ...]:
         """The fault that is left of a session which could not tell of its end."""

@@ -6,21 +6,23 @@ This file and `published` alone import `mlflow`; and `served`, which MLflow runs
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline import checkpoint
+from pipeline.charts import METRICS, History
 from pipeline.config import ConfigError
 from pipeline.published import Publisher
+from pipeline.report import Facts, ReportError, write_report
 from pipeline.schema import refuse_credentials
 from pipeline.spool import Record
 from pipeline.storage import Storage
 
 TRAINING_ID_TAG = "pipeline.training_id"
 RUN_TAG = "pipeline.run_dir"
-CHECKPOINTS = "checkpoints"  # the folder of artifacts
+CHECKPOINTS, REPORT = "checkpoints", "report"  # folders of artifacts
 SESSION = uuid.uuid4().hex  # this process: a session's start that is sent by a later one is past
 
 
@@ -63,10 +65,9 @@ class MlflowRun:
         self._monitor: Any = None
         self._client = _client(target.uri)
         self.experiment_id = self._experiment(target.experiment)
-        run_filter = f"tags.`{TRAINING_ID_TAG}` = '{target.training_id}'"
-        found = self._client.search_runs([self.experiment_id], run_filter, max_results=1)
-        self.is_new = not found
-        self.id = str(found[0].info.run_id if found else self._create(target))
+        found = _search(self._client, self.experiment_id, target.training_id)
+        self.is_new = found is None
+        self.id = found or self._create(target)
 
     def _experiment(self, name: str) -> str:
         experiment = self._client.get_experiment_by_name(name)
@@ -86,6 +87,17 @@ class MlflowRun:
         """The highest step of each metric."""
         keys = self._client.get_run(self.id).data.metrics
         return {key: max(m.step for m in self._client.get_metric_history(self.id, key)) for key in keys}
+
+    def history(self) -> History:
+        """What the report draws."""
+        known = self._client.get_run(self.id).data.metrics
+        series = {key: self._client.get_metric_history(self.id, key) for key in METRICS if key in known}
+        return {key: sorted((m.step, m.value) for m in points) for key, points in series.items()}
+
+    def log_report(self, files: Iterable[Path]) -> None:
+        """In the place of the one there is, if so."""
+        for file in files:
+            self._client.log_artifact(self.id, str(file), REPORT)
 
     def send(self, records: list[Record]) -> None:
         """Log several records of metrics, or one of another kind. A record that was sent before changes nothing."""
@@ -108,6 +120,8 @@ class MlflowRun:
                 shutil.rmtree(record["source"])
             case "model":
                 self.publish(Storage(record["source"]), record.get("register"))
+            case "report":
+                self._report(Path(record["source"]))
             case "start":
                 client.update_run(self.id, status="RUNNING")
                 client.set_tag(self.id, RUN_TAG, self._folder)  # it may lie elsewhere now
@@ -123,6 +137,19 @@ class MlflowRun:
         publisher = Publisher(self._client, self._uri, self.experiment_id, self.id)
         model_id = publisher.log(place)
         return None if name is None else publisher.register(model_id, name, place, {RUN_TAG: self._folder})
+
+    def _report(self, source: Path) -> None:
+        """Make the report of facts that were laid aside, now that all metrics before it have arrived."""
+        if not source.exists():  # it was logged, and the process ended just then
+            return
+        history, out = self.history(), source / REPORT
+        try:
+            names = write_report(Facts.load(source), history, out)
+        except Exception as e:  # whatever drawing raises: trying again would not help, and no training may end by it
+            shutil.rmtree(source)
+            raise ReportError(f"{type(e).__name__}: {e}") from e
+        self.log_report(out / name for name in names)
+        shutil.rmtree(source)
 
     def _monitor_system(self) -> None:
         """Log CPU, memory, disk, network and GPUs of this node from now on."""
@@ -155,6 +182,26 @@ def reason(error: Exception) -> str:
     if getattr(error, "error_code", None) in {"UNAUTHENTICATED", "PERMISSION_DENIED"}:
         text += "; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to a login of that server"
     return text
+
+
+def _search(client: Any, experiment_id: str, training_id: str) -> str | None:
+    """The id of a training's run."""
+    found = client.search_runs([experiment_id], f"tags.`{TRAINING_ID_TAG}` = '{training_id}'", max_results=1)
+    return str(found[0].info.run_id) if found else None
+
+
+def reopen(target: Target) -> MlflowRun | None:
+    """A training's run, or None where the store has none; nothing is made.
+
+    Raises:
+        Exception: MLflow raises whatever its transport raises.
+    """
+    if target.uri.startswith("sqlite:///") and not Path(target.uri.removeprefix("sqlite:///")).exists():
+        return None  # MLflow would make it
+    client = _client(target.uri)
+    experiment = client.get_experiment_by_name(target.experiment)
+    known = experiment is not None and _search(client, experiment.experiment_id, target.training_id) is not None
+    return MlflowRun(target) if known else None
 
 
 def find_run(uri: str, run_id: str) -> Storage | None:

@@ -104,6 +104,13 @@ def summed_up(seconds: Mapping[str, float]) -> dict[str, float]:
     return grouped
 
 
+def for_mlflow(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Metrics of the ledger up to now, over all sessions."""
+    names = {phase: f"time/{phase.replace(' ', '_').replace('-', '_')}_s" for phase in PHASES if phase != "shut-down"}
+    grouped = summed_up(seconds)
+    return {"perf/goodput": goodput(seconds)} | {name: grouped[phase] for phase, name in names.items()}
+
+
 def goodput(seconds: Mapping[str, float]) -> float:
     """The share of all time that was spent on computing steps that count."""
     return total(seconds, *COMPUTE) / sum(seconds.values())

@@ -12,6 +12,18 @@ ECE_BINS = 15
 
 
 @dataclass(frozen=True)
+class ClassFigures:
+    """Of the images of class number `label`, the share that was recognised (recall, the class's accuracy); of those
+    taken for it, the share that is right (precision); the class that they were most often taken for, and how often."""
+
+    label: int
+    images: int
+    recall: float | None
+    precision: float | None
+    taken_for: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
 class Predictions:
     """Of N images, in the index's order.
 
@@ -52,6 +64,34 @@ class Predictions:
         counts: IntArray = np.bincount(bins, minlength=ECE_BINS)
         sums = [np.bincount(bins, weights, ECE_BINS) / np.maximum(counts, 1) for weights in (sure, self.correct)]
         return sums[0], sums[1], counts
+
+    def confused(self) -> list[tuple[int, int, int]]:
+        """(class, class that it was taken for, images), the most frequent first. Takes no (C, C) table."""
+        wrong = self.correct == 0
+        pairs, counts = np.unique(np.stack([self.labels, self.best[:, 0]])[:, wrong], axis=1, return_counts=True)
+        order = np.argsort(-counts, kind="stable")
+        return [(int(a), int(b), int(n)) for a, b, n in zip(*pairs[:, order], counts[order], strict=True)]
+
+    def confident_mistakes(self, number: int) -> IntArray:
+        """Up to `number` rows of the index whose likeliest class is wrong, the most probable ones first."""
+        wrong = np.flatnonzero(self.correct == 0)
+        return wrong[np.argsort(-self.probabilities[wrong, 0], kind="stable")][:number]
+
+    def per_class(self, num_classes: int) -> list[ClassFigures]:
+        """Of each class, in their order."""
+        images, taken = (np.bincount(of, minlength=num_classes) for of in (self.labels, self.best[:, 0]))
+        right = np.bincount(self.labels, self.correct, num_classes)
+        commonest = {a: (b, n) for a, b, n in reversed(self.confused())}
+        return [
+            ClassFigures(
+                label=k,
+                images=int(images[k]),
+                recall=float(right[k] / images[k]) if images[k] else None,
+                precision=float(right[k] / taken[k]) if taken[k] else None,
+                taken_for=commonest.get(k),
+            )
+            for k in range(num_classes)
+        ]
 
     def confusion(self, num_classes: int) -> IntArray:
         """(C, C) images of a row's class that were taken for a column's."""

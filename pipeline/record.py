@@ -11,10 +11,14 @@ from typing import Any
 from pipeline import checkpoint
 from pipeline.checkpoint import Checkpoint
 from pipeline.data.index import Index
+from pipeline.data.loader import EvalLoader
 from pipeline.identity import Identity
 from pipeline.job import Context, Job
 from pipeline.mlflow_run import CHECKPOINTS, tracking_uri
-from pipeline.perf import PHASES, STEP, Ledger, goodput, summed_up, total
+from pipeline.perf import STEP, Ledger, for_mlflow, goodput, summed_up, total
+from pipeline.predictions import Predictions
+from pipeline.provenance import device_name
+from pipeline.report import Facts, find_mistakes
 from pipeline.saver import Saver
 from pipeline.settings import dump, flatten
 from pipeline.state import TrainState
@@ -50,6 +54,7 @@ class Recorder:
         self._data = {"fingerprint": index.fingerprint, "classes": index.classes}
         self.num_bad = 0  # broken images that this rank has met
         self._newest, self._scores = resumed, dict(resumed.meta["metrics"]) if resumed else {}
+        self._said: Predictions | None = None  # of this session's last evaluation
         self._first_step = self._logged_step = resumed.step if resumed else 0
         self._first = self._logged = ledger.seconds()  # per phase
         self._postponed, self._num_postponed, self._held_s = False, 0, 0.0
@@ -84,15 +89,8 @@ class Recorder:
                 **{f"pipeline.fault_{num_faults - i}": f.text[:500] for i, f in enumerate(reversed(faults))},
             }
         )
+        story = self._identity.story(faults, self._first_step, ctx.world_size)
         # Charts over the sessions: their step axis counts sessions.
-        story: dict[str, float] = {
-            "first_step": self._first_step,
-            "workers": ctx.world_size,
-            "faults": num_faults,
-        }
-        if faults and faults[0].step is not None:
-            story["lost_steps"] = max(0, faults[0].step - self._first_step)
-            story["recovery_s"] = round(time.time() - faults[0].time, 1)
         self._tracker.metrics(session, {f"session/{name}": value for name, value in story.items()})
         ctx.emit(
             {
@@ -132,13 +130,13 @@ class Recorder:
             "data/bad_images": num_bad,
         }
         self._logged_step, self._logged = step, seconds
-        self._tracker.metrics(step, metrics | _times(seconds))
+        self._tracker.metrics(step, metrics | for_mlflow(seconds))
         told = {"seconds": summed_up(seconds), "perf/goodput": goodput(seconds)}
         self._ctx.emit({"kind": "step", "step": step, **told, **metrics})
 
-    def evaluation(self, step: int, scores: dict[str, float]) -> None:
-        """Log the scores of the weights after `step` steps."""
-        self._scores = scores
+    def evaluation(self, step: int, scores: dict[str, float], said: Predictions) -> None:
+        """Log the scores of the weights after `step` steps, and keep what they are of for the report."""
+        self._scores, self._said = scores, said
         if self._ctx.rank == 0:
             self._tracker.metrics(step, {f"val/{name}": value for name, value in scores.items()})
             self._ctx.emit({"kind": "evaluation", "step": step, **scores})
@@ -155,16 +153,21 @@ class Recorder:
             self._num_postponed += not self._postponed
             self._postponed = True
             return
-        began = time.monotonic()
+        began, seconds = time.monotonic(), self._ledger.seconds()
         meta = {
             **self._data,
             "metrics": scores or {},
+            "num_steps": self._num_steps,
+            "best_top1": state.best_top1 if state.best_top1 >= 0 else None,
+            "images_per_s": self._images_per_s(state.step, seconds),
+            "device": device_name(self._ctx.device),
+            "workers": self._ctx.world_size,
             "training_id": self._identity.training_id,
             "sessions": self._identity.sessions,
             "faults": self._identity.faults,
             "mlflow_run_id": self._tracker.run_id,
             "time": time.time(),
-            "seconds": self._ledger.seconds(),
+            "seconds": seconds,
         }
         if not self._job.run.local:  # the spool lies on this machine alone
             meta["unsent"] = self._tracker.unsent()
@@ -209,8 +212,11 @@ class Recorder:
             self._ctx.warn(str(e))
         self._tracker.close("FAILED", PATIENCE_BEFORE_RESTART_S)
 
-    def finished(self, state: TrainState) -> dict[str, Any]:
+    def finished(self, state: TrainState, val_loader: EvalLoader) -> dict[str, Any]:
         """Publish what the configuration asks for, end the session and return its summary.
+
+        Args:
+            val_loader: of the images of the last evaluation.
 
         Raises:
             CheckpointError: the last checkpoint could not be written.
@@ -232,7 +238,10 @@ class Recorder:
             self._upload(top)
         if done and cfg.mlflow.log_model:
             self._tracker.model(self._newest.path, cfg.mlflow.register)
-        self._tracker.metrics(state.step, _times(self._ledger.seconds()))
+        self._tracker.metrics(state.step, for_mlflow(self._ledger.seconds()))
+        if done and cfg.mlflow.report and self._said is not None:
+            with self._ledger.phase("logging"):
+                self._report(self._said, val_loader)
         with self._ledger.phase("logging"):
             patience_s = PATIENCE_S if status != "regroup" else PATIENCE_BEFORE_RESTART_S
             waiting = self._tracker.close("FINISHED" if done else "KILLED", patience_s)
@@ -242,7 +251,6 @@ class Recorder:
                 f"to send them: pipeline sync {self._job.run}"
             )
         seconds = self._ledger.seconds()
-        images = (state.step - self._first_step) * cfg.train.global_batch
         return {
             "run": self._job.run.name,
             "run_dir": str(self._job.run),
@@ -250,7 +258,7 @@ class Recorder:
             "step": state.step,
             "num_steps": self._num_steps,
             **{name: self._scores.get(name) for name in ("top1", "top5", "loss")},
-            "images_per_s": images / (total(seconds, *STEP) - total(self._first, *STEP)) if images else None,
+            "images_per_s": self._images_per_s(state.step, seconds),
             "seconds": seconds,
             "startup": self._startup,
             "ended": time.time(),
@@ -264,30 +272,27 @@ class Recorder:
             "mlflow_waiting": waiting,
         }
 
+    def _images_per_s(self, step: int, seconds: dict[str, float]) -> float | None:
+        """Of this session."""
+        images = (step - self._first_step) * self._job.cfg.train.global_batch
+        return images / (total(seconds, *STEP) - total(self._first, *STEP)) if images else None
+
+    def _report(self, said: Predictions, val_loader: EvalLoader) -> None:
+        """Lay aside all that the report takes, so that MLflow may be away: the thread that logs it makes it."""
+        assert self._newest is not None
+        meta = {**self._newest.meta, "seconds": self._ledger.seconds(), "mlflow_run_id": self._tracker.run_id}
+        cfg, run = self._job.cfg, self._job.run
+        try:
+            self._tracker.report(Facts(run.name, cfg.data.val, meta, cfg, said, find_mistakes(said, val_loader)))
+        except Exception as e:  # a full disk, images that cannot be read again, ...: the training is done all the same
+            self._ctx.warn(f"no report is made ({type(e).__name__}: {e}); try again: pipeline report {run}")
+
     def publish(self, folder: Path) -> None:
         """Have a folder's files logged as artifacts, below its name."""
         self._tracker.folder(folder, folder.name)
 
     def _upload(self, saved: Checkpoint) -> None:
         self._tracker.folder(saved.path, f"{CHECKPOINTS}/{saved.path.name}")
-
-
-def mark_failed(job: Job, reason: str) -> None:
-    """Tell MLflow that a training has ended in failure, from outside it: its workers may be dead."""
-    identity = Identity.read(job.run, lambda _: None)
-    if identity is None:
-        return
-    uri = tracking_uri(job.cfg.mlflow.uri, job.run.parent)
-    tracker = Tracker.of_run(job.cfg.mlflow, uri, job.run, identity.training_id, lambda _: None)
-    tracker.tags({"pipeline.failure": reason[:500]})
-    tracker.close("FAILED", PATIENCE_BEFORE_RESTART_S)
-
-
-def _times(seconds: dict[str, float]) -> dict[str, float]:
-    """For MLflow: the ledger up to now, of all sessions."""
-    names = {phase: f"time/{phase.replace(' ', '_').replace('-', '_')}_s" for phase in PHASES if phase != "shut-down"}
-    grouped = summed_up(seconds)
-    return {"perf/goodput": goodput(seconds)} | {name: grouped[phase] for phase, name in names.items()}
 
 
 def _place(saved: Checkpoint | None) -> str | None:

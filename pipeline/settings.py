@@ -5,7 +5,8 @@ dataclasses.
 """
 
 import difflib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -59,6 +60,23 @@ def to_dict(cfg: Config) -> dict[str, Any]:
 def flatten(cfg: Config) -> dict[str, Any]:
     """The configuration as {"section.key": value}."""
     return dict(_leaves(to_dict(cfg)))
+
+
+def changed_keys(cfg: Config) -> set[str]:
+    """The "section.key" of what differs from the defaults."""
+    defaults = flatten(load(None, ["data.train=to-be-given", "data.val=to-be-given"]))  # neither has one
+    return {key for key, value in flatten(cfg).items() if value != defaults[key]}
+
+
+def marked(text: str, keys: Collection[str]) -> Iterator[tuple[str, bool]]:
+    """The lines of a `dump`, each with whether it belongs to one of the "section.key" in `keys`."""
+    section, key = "", ""
+    for line in text.splitlines():
+        if found := re.match(r"(\w+):", line):
+            section, key = found[1], ""
+        elif found := re.match(r"  (\w+):", line):
+            key = found[1]
+        yield line, f"{section}.{key}" in keys
 
 
 def _read_yaml(path: Path) -> dict[Any, Any]:

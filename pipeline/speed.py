@@ -21,10 +21,11 @@ from pipeline.assumptions import CARDS
 from pipeline.config import Config, ConfigError
 from pipeline.data.build import Progress
 from pipeline.data.loader import Batch, Place
-from pipeline.figures import cpu_model, machine, rows
+from pipeline.figures import machine, rows
 from pipeline.job import Context, Event
 from pipeline.network import compiled
 from pipeline.perf import COMPUTE, Ledger, total
+from pipeline.provenance import device_name
 from pipeline.scaling import count_network
 from pipeline.state import TrainState
 from pipeline.step import AUTOCAST, train_step, unmarked
@@ -255,13 +256,12 @@ def here(num_threads: int | None) -> Place:
 
 
 def _about(cfg: Config, place: Place, batch: int) -> dict[str, Any]:
-    on_gpu = place.device.type == "cuda"
     return {
         "depth": cfg.model.depth,
         "image_size": cfg.data.image_size,
         "precision": cfg.train.precision,
         "batch": batch,
-        "device": torch.cuda.get_device_name() if on_gpu else cpu_model(),
+        "device": device_name(place.device),
         "threads": place.num_threads,
         "machine": machine(),
         "torch": torch.__version__,

@@ -87,6 +87,11 @@ class Storage:
         """The files in the folder with their sizes in bytes."""
         return {info.base_name: info.size for info in self._list() if info.is_file}
 
+    def changed(self) -> float | None:
+        """When something was last written into the folder itself, Unix time; None where nothing tells."""
+        times = [info.mtime.timestamp() for info in self._list() if info.mtime is not None]
+        return max(times, default=None)
+
     def walk(self) -> Iterator[tuple[str, int]]:
         """Path relative to the folder, and size in bytes, of every file in it and below, sorted by path.
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from pipeline.config import ConfigError, MlflowConfig
 from pipeline.mlflow_run import SESSION, MlflowRun, Target, reason, refuses_for_good
+from pipeline.report import Facts, ReportError
 from pipeline.spool import Record, Spool
 from pipeline.storage import Storage
 
@@ -107,6 +108,21 @@ class Tracker:
         else:
             self._put({"kind": "folder", "source": str(aside), "to": to})
 
+    def report(self, facts: Facts) -> None:
+        """Make the report and log it, once all that was logged before has arrived; the facts wait on disk.
+
+        Raises:
+            OSError: they cannot be written there.
+        """
+        aside = self._folder / f"report.{time.time_ns()}"
+        try:
+            aside.mkdir()
+            facts.save(aside)
+        except OSError:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        self._put({"kind": "report", "source": str(aside)})
+
     def model(self, source: Path, register: str | None) -> None:
         """Log the model of the checkpoint `source` as the run's model, also in the registry where a name is given."""
         self._put({"kind": "model", "source": str(source), "register": register})
@@ -177,6 +193,8 @@ class Tracker:
             batch = _leading_metrics(waiting) or waiting[:1]
             try:
                 self._run.send([record for record, _ in batch])
+            except ReportError as e:
+                self._on_problem(f"no report is made: {reason(e)}")
             except Exception as e:
                 if not refuses_for_good(e):
                     raise

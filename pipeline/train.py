@@ -123,7 +123,7 @@ def fit(job: Job, ctx: Context) -> dict[str, Any]:
                 scores = said.scores()
                 improved = scores["top1"] > state.best_top1
                 state.best_top1 = max(state.best_top1, scores["top1"])
-                recorder.evaluation(state.step, scores)
+                recorder.evaluation(state.step, scores, said)
             if saving or improved:
                 with ledger.phase("checkpoint"):
                     recorder.save(state, scores, now=ending or improved)
@@ -132,7 +132,7 @@ def fit(job: Job, ctx: Context) -> dict[str, Any]:
         votes.finish()
         watchdog.stop()
         profile.finish()
-        return recorder.finished(state)
+        return recorder.finished(state, val_loader)
 
 
 def _resume(

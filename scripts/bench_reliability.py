@@ -94,7 +94,8 @@ def mlflow(folder: Path, rounds: int) -> dict[str, Any]:
 
         index, num_steps = _index(folder / "digits"), (rounds * len(kinds) + 1) * WINDOW
         length = [f"train.steps={num_steps}", "train.log_every=1", "train.eval_every=1000", "checkpoint.every=100000"]
-        quiet = ["mlflow.checkpoints=none", "mlflow.log_model=false", f"mlflow.uri={proxy.uri}", "model.depth=18"]
+        quiet = ["mlflow.checkpoints=none", "mlflow.log_model=false", "mlflow.report=false"]
+        quiet += [f"mlflow.uri={proxy.uri}", "model.depth=18"]
         cfg = load(ROOT / "configs/digits.yaml", [f"data.train={index}", f"data.val={index}", *length, *quiet])
         (folder / "run").mkdir()
         torch.set_num_threads(1)

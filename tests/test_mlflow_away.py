@@ -48,7 +48,8 @@ def job(digits_index: Callable[[str], Path], tmp_path: Path, proxy: Proxy) -> Ca
         train, val = str(digits_index("train")), str(digits_index("val"))
         small = ["data.image_size=32", "data.val_resize=32", "model.depth=18", "train.global_batch=64"]
         length = [f"train.steps={NUM_STEPS}", "train.log_every=1", "train.eval_every=1000", "checkpoint.every=20"]
-        logged = [f"mlflow.uri={proxy.uri}", "mlflow.log_model=false", "optim.warmup_epochs=0.5"]
+        logged = [f"mlflow.uri={proxy.uri}", "mlflow.log_model=false", "mlflow.report=false"]
+        logged += ["optim.warmup_epochs=0.5"]
         cfg = load(None, [f"data.train={train}", f"data.val={val}", *small, *length, *logged])
         (tmp_path / name).mkdir()
         return Job(cfg, Storage(tmp_path / name), train, val)

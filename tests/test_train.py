@@ -38,6 +38,7 @@ FAST = [
     "train.log_every=5",
     "checkpoint.every=10",
     "mlflow.log_model=false",
+    "mlflow.report=false",
     "mlflow.checkpoints=none",
 ]
 

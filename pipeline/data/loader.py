@@ -170,6 +170,12 @@ class EvalLoader:
         crops = list(images.chunk(len(self._places)))
         return [*crops, *(crop.flip(3) for crop in crops)] if self._mirrored else crops
 
+    def pictures(self, rows: IntArray) -> Tensor:
+        """The centre crops of at least one row, as they are evaluated: (N, 3, S, S) uint8, on the host."""
+        parts = [rows[i : i + self._batch] for i in range(0, len(rows), self._batch)]
+        asked = (request.to_evaluate(self.index, self._cfg, part) for part in parts)
+        return torch.cat([images.cpu() for _, images in self._decoder.decode(asked)])
+
     def close(self) -> None:
         """End its threads."""
         self._decoder.close()
