@@ -47,8 +47,7 @@ class Stepper:
         self.batch = -(-cfg.train.global_batch // cfg.cluster.max_workers)
         self._train = replace(cfg.train, global_batch=self.batch)
         self._state = TrainState.create(cfg, num_classes, place.device)
-        mode, model = cfg.model.compile, self._state.model
-        self._net = model if mode == "none" else compiled(model, mode)
+        self._net = self._state.model if cfg.model.compile == "none" else compiled(self._state.model, cfg.model.compile)
         size = cfg.data.image_size
         images = torch.randint(0, 256, (self.batch, 3, size, size), dtype=torch.uint8, device=place.device)
         labels = torch.randint(0, num_classes, (self.batch,), device=place.device)
