@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from commands import ROOT
@@ -10,8 +11,9 @@ from torch.nn import functional as F
 
 from pipeline import cli
 from pipeline.config import Config
-from pipeline.data.draws import size_at
+from pipeline.data.draws import kept_branches, size_at
 from pipeline.data.loader import Batch
+from pipeline.model import drop_rates
 from pipeline.optim import Schedule, lr_at
 from pipeline.settings import load
 from pipeline.state import TrainState
@@ -36,7 +38,9 @@ def two_images(cfg: Config) -> Batch:
     labels: Tensor = torch.tensor([3, 7])
     if cfg.data.mixes:
         labels = 0.7 * F.one_hot(labels, NUM_CLASSES) + 0.3 * F.one_hot(labels.flip(0), NUM_CLASSES)
-    return Batch(images, labels, torch.arange(2).numpy())
+    rates = drop_rates(cfg.model)
+    kept = kept_branches(rates, np.random.default_rng(0).random((2, len(rates)))).astype(np.float32)
+    return Batch(images, labels, np.arange(2), torch.from_numpy(kept) if rates else None)
 
 
 @every_recipe
