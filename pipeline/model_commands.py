@@ -3,6 +3,7 @@
 import argparse
 import csv
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -126,7 +127,8 @@ def register(args: argparse.Namespace) -> Outcome:
     version = mlflow_run.register(target, found.place, args.name)
     model = f"models:/{args.name}/{version}"
     result = {"model": model, "version": version, "checkpoint": str(found.place), "mlflow_uri": target.uri}
-    serve = f"MLFLOW_TRACKING_URI={target.uri} mlflow models serve -m {model} --env-manager local --port 5001"
+    named, there = shlex.quote(model), shlex.quote(target.uri)
+    serve = f"MLFLOW_TRACKING_URI={there} mlflow models serve -m {named} --env-manager local --port 5001"
     return result, [f"{model} is {found.place}", f"to serve it: {serve}"], DONE
 
 

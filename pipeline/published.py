@@ -29,7 +29,10 @@ class Publisher:
     """
 
     def __init__(self, client: Any, uri: str, experiment_id: str, run_id: str):
-        self._client, self._uri, self._experiment_id, self._run_id = client, uri, experiment_id, run_id
+        import mlflow
+
+        self._client, self._experiment_id, self._run_id = client, experiment_id, run_id
+        mlflow.set_tracking_uri(uri)  # for the process: models:/... is looked up there, whatever the client
 
     def log(self, place: Storage) -> str:
         """The id of the logged model of a checkpoint, which is logged now if it was not before.
@@ -74,7 +77,6 @@ class Publisher:
         tags = {CHECKPOINT_TAG: place.name}
         # `pyfunc.log_model` would start the run again and end it; `Model.log` alone would not know the experiment.
         logged = self._client.create_logged_model(self._experiment_id, "model", self._run_id, tags)
-        mlflow.set_tracking_uri(self._uri)  # for the process: a client has no way to log a model
         with tempfile.TemporaryDirectory() as folder:
             graph = Path(folder) / "graph.pt2"
             export.write_pt2(export.graph_of(model, notes["size"]), notes, graph)

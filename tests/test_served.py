@@ -230,7 +230,7 @@ print(json.dumps(model.predict(rows).to_dict("records"), allow_nan=False))
     }
 
 
-def test_a_training_registers_its_model_once(run: Run, trained: dict[str, Any]) -> None:
+def test_a_training_registers_its_model_once(run: Run, trained: dict[str, Any], tmp_path: Path) -> None:
     """Also where MLflow is sent the record again; on demand the same model gets further names, and no second copy."""
     client, run_id = mlflow.MlflowClient(trained["mlflow_uri"]), trained["mlflow_run_id"]
     (version,) = client.search_model_versions("name = 'digits'")
@@ -242,6 +242,7 @@ def test_a_training_registers_its_model_once(run: Run, trained: dict[str, Any]) 
     }
     target = Target(**json.loads((Path(trained["run_dir"]) / "mlflow" / TARGET).read_text()))
     MlflowRun(target).send([{"kind": "model", "source": trained["checkpoint"], "register": "digits"}])
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/elsewhere.db")  # the process's own: a new process has another one
     code, out, _ = run("register", trained["run_dir"], "digits")
     assert code == 0
     assert out.startswith(f"models:/digits/1 is {trained['checkpoint']}\n")
@@ -254,6 +255,7 @@ def test_a_training_registers_its_model_once(run: Run, trained: dict[str, Any]) 
     assert json.loads(run("register", older, "digits", "--json")[1])["version"] == 2
     info = client.get_run(run_id).info
     assert info.status == "FINISHED"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_cannot_be_registered_gets_one_line(run: Run, trained: dict[str, Any], tmp_path: Path) -> None:
@@ -278,7 +280,7 @@ def test_mlflow_serves_it_over_http(trained: dict[str, Any], digits: Path, start
     command = [str(BIN / "mlflow"), "models", "serve", "-m", "models:/digits/1", "--env-manager", "local"]
     environment["PATH"] = f"{BIN}:{os.environ['PATH']}"
     server = start([*command, "--port", str(port)], environment)
-    server.wait_for("Application startup complete")
+    server.wait_for("Uvicorn running on")
     image = next((digits / "val" / "3").glob("*.jpg"))
     broken = as_text(damaged_jpeg())
     with web_server(digits) as web:

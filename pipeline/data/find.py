@@ -160,8 +160,12 @@ def images_at(path: Path) -> list[Path]:
         ConfigError: a folder without any, or that cannot be listed.
     """
     try:
-        if not path.is_dir():
-            return [path]
+        is_folder = path.is_dir()
+    except OSError:  # such as a name that is too long, which is told where it is read
+        is_folder = False
+    if not is_folder:
+        return [path]
+    try:
         found = [file for file in _below(path, "") if kind_of(file) == "images"]
     except OSError as e:
         raise ConfigError(f"{path} cannot be listed ({e.strerror})") from None
