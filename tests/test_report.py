@@ -316,7 +316,7 @@ def test_a_report_comes_later_where_mlflow_was_away(
     build_index(images / "val")[0].save(images / "val.arrow")
     runs.mkdir()
     with MlflowServer(tmp_path, free_port()) as server:
-        summary = fit(make_job(runs, images, f"mlflow.uri={server.uri}"), context())
+        summary = fit(make_job(runs, images, f"mlflow.uri={server.uri}"), context(events=[]))
         assert summary["mlflow_waiting"] > 0
         shutil.rmtree(images)
         shutil.rmtree(runs / "drawn/checkpoints")
