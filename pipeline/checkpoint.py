@@ -91,14 +91,8 @@ def save(folder: Storage, state: dict[str, Any], cfg: Config, meta: dict[str, An
         _write_state(state, staging / STATE)
         (staging / CONFIG).write_text(dump(cfg))
         files = {file: _digest(staging / file) for file in (STATE, CONFIG)}
-        full_meta = {
-            "format": FORMAT,
-            "step": state["step"],
-            "files": files,
-            **meta,
-            **software(),
-            "saved_at": time.time(),
-        }
+        own = {"format": FORMAT, "step": state["step"], "files": files}
+        full_meta = {**own, **meta, **software(), "saved_at": time.time()}
         (staging / META).write_text(json.dumps(full_meta, indent=1))
         for file in (STATE, CONFIG, META):
             fsync(staging / file)
@@ -196,13 +190,16 @@ def load_model(place: Storage, overrides: Sequence[str] = ()) -> tuple[ResNet, C
         The model, the configuration it was trained with, and its classes in the order of the logits.
 
     Raises:
-        CheckpointError: the checkpoint is damaged.
+        CheckpointError: the checkpoint is damaged. ConfigError: overrides that make another network.
     """
     found = read(place)
     cfg, classes = load(found.path / CONFIG, overrides), tuple(found.meta["classes"])
     model = ResNet(cfg.model, len(classes)).to(memory_format=torch.channels_last)
     saved = found.state()
-    load_weights(model, saved["ema"] or saved["model"])
+    try:
+        load_weights(model, saved["ema"] or saved["model"])
+    except ValueError as e:
+        raise ConfigError(f"{place} does not fit this configuration: {e}; leave the model's settings alone") from None
     return model.eval(), cfg, classes
 
 

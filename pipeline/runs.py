@@ -36,6 +36,7 @@ from pipeline.mlflow_run import tracking_uri
 from pipeline.schema import refuse_credentials
 from pipeline.settings import load
 from pipeline.storage import Storage, patiently
+from pipeline.weights import check
 
 MLFLOW_RUN_ID = re.compile(r"[0-9a-f]{32}")
 MAX_NAMED = 20  # refused files that are named one by one
@@ -69,6 +70,7 @@ def prepare(cfg: Config, watch: Callable[[Event], None], resume_from: str | None
         ) from None
     if cfg.model.weights is not None and resume_from is None and not (run / "checkpoints").names():
         weights = find_weights(cfg.model.weights, storage, cfg.mlflow.uri)
+        check(cfg.model, weights)  # tells of wrong ones before any worker is started
         cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, weights=weights))
     tracking_uri(cfg.mlflow.uri, storage)  # tells of a missing one before any worker is started
     with held(run, watch):

@@ -110,6 +110,12 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
     Raises:
         ValueError: naming the first difference.
     """
+    check_weights(model, weights)
+    model.load_state_dict(weights)
+
+
+def check_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Raise ValueError, naming the first difference, where a state dict's names or shapes are not the model's."""
     own = model.state_dict()
     for name in sorted(own.keys() | weights.keys()):
         mine, theirs = own.get(name), weights.get(name)
@@ -121,7 +127,6 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
             raise ValueError(
                 f"{name} is {tuple(theirs.shape)} in the saved weights and {tuple(mine.shape)} in the model"
             )
-    model.load_state_dict(weights)
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:

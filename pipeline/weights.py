@@ -1,24 +1,22 @@
 """Weights to begin with: torchvision's and timm's files, and our own checkpoints, fitted to the model at hand."""
 
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline import checkpoint
-from pipeline.config import ConfigError
+from pipeline.config import ConfigError, ModelConfig
 from pipeline.model import ResNet
-from pipeline.state import load_weights
+from pipeline.state import check_weights
 from pipeline.storage import Storage
 
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 # Where training programs put the weights in what they save, averaged ones first.
 WRAPPERS = ("model_ema", "state_dict_ema", "model", "state_dict")
-HEAD = ("fc.weight", "fc.bias")
+WEIGHT, BIAS = "fc.weight", "fc.bias"  # the last layer
 
 
 def begin_with(model: ResNet, place: str, classes: tuple[str, ...]) -> str:
@@ -35,22 +33,31 @@ def begin_with(model: ResNet, place: str, classes: tuple[str, ...]) -> str:
         ConfigError: they cannot be read, or are another network's.
     """
     weights, theirs = _read(Storage(place))
-    own = model.state_dict()
-    missing = [name for name in HEAD if name not in weights]
-    if missing:
-        raise ConfigError(f"model.weights={place}: has no {missing[0]}; give the weights of a ResNet classifier")
-    number = len(weights["fc.bias"])
-    kept = weights["fc.weight"].shape == own["fc.weight"].shape and theirs in (None, classes)
+    number, own = len(weights[BIAS]), model.state_dict()
+    kept = number == len(classes) and theirs in (None, classes)
     if not kept:
-        weights |= {name: own[name] for name in HEAD}
+        weights |= {name: own[name] for name in (WEIGHT, BIAS)}
+    _check(model, weights, place)
+    model.load_state_dict(weights)
+    head = "the last layer, too" if kept else f"the last layer anew: {number} classes there, {len(classes)} here"
+    return f"begins with the weights of {place}; {head}"
+
+
+def check(cfg: ModelConfig, place: str) -> None:
+    """Raise ConfigError where `begin_with` would, before anything is started."""
+    weights, _ = _read(Storage(place))
+    with torch.device("meta"):
+        model = ResNet(cfg, len(weights[BIAS]))
+    _check(model, weights, place)
+
+
+def _check(model: ResNet, weights: dict[str, Tensor], place: str) -> None:
     try:
-        load_weights(model, weights)
+        check_weights(model, weights)
     except ValueError as e:
         raise ConfigError(
             f"model.weights={place}: is another network ({e}); set model.depth and model.variant to its own"
         ) from None
-    head = "the last layer, too" if kept else f"the last layer anew: {number} classes there, {len(classes)} here"
-    return f"begins with the weights of {place}; {head}"
 
 
 def _read(place: Storage) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
@@ -62,16 +69,23 @@ def _read(place: Storage) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
             raise ConfigError(f"model.weights={place}: {e}") from None
         saved = found.state()
         return dict(saved["ema"] or saved["model"]), tuple(found.meta["classes"])
+    file = place.fetch()
     try:
-        content = _load(place.fetch())
-    except (RuntimeError, ValueError, EOFError, UnpicklingError, SafetensorError) as e:
+        content = _load(file)
+    except Exception as e:  # of a damaged file pickle, zip and safetensors raise whatever they stumble over
         text = (str(e).strip() or type(e).__name__).splitlines()[0][:150]
         raise ConfigError(
             f"model.weights={place}: is no file of tensors ({text}); save the model's state_dict alone"
         ) from None
     inner = next((content[name] for name in WRAPPERS if isinstance(content.get(name), dict)), content)
-    tensors = {name.removeprefix("module."): value for name, value in inner.items() if isinstance(value, Tensor)}
+    found_there = {str(name): value for name, value in inner.items() if isinstance(value, Tensor)}
+    tensors = {name.removeprefix("module."): value for name, value in found_there.items()}
     tensors.pop("n_averaged", None)  # of torchvision's averaged model
+    if tensors.get(BIAS, torch.empty(())).ndim != 1:
+        raise ConfigError(f"model.weights={place}: has no {BIAS}; give the weights of a ResNet classifier")
+    for name, value in tensors.items():
+        if not value.isfinite().all():
+            raise ConfigError(f"model.weights={place}: {name} is not finite; the file is damaged, fetch it again")
     return tensors, None
 
 

@@ -88,7 +88,8 @@ def test_files_that_are_of_no_use_get_one_line(theirs: dict[str, Tensor], tmp_pa
     headless = {name: value for name, value in theirs.items() if not name.startswith("fc.")}
     for content, message in [
         (resnet50, r"is another network \(.*\); set model.depth and model.variant to its own"),
-        (headless, "has no fc.weight"),
+        (headless, "has no fc.bias"),
+        (theirs | {"conv1.weight": theirs["conv1.weight"] * torch.nan}, "conv1.weight is not finite"),
         ({"model": theirs, "args": argparse.Namespace(lr=1)}, "is no file of tensors .*; save the model's state_dict"),
         (b"<html>not found</html>", "is no file of tensors"),
         (b"", "is no file of tensors"),
@@ -143,3 +144,8 @@ def test_weights_that_are_not_there_are_told_before_anything_starts(
     data = [f"data.train={digits}/train", f"data.val={digits}/val", f"run.storage={tmp_path}", "model.weights=nowhere"]
     assert cli.main(["train", "configs/digits.yaml", *data]) == 2
     assert "model.weights=nowhere: no such file, and no run, MLflow run id or checkpoint" in capsys.readouterr().err
+    (tmp_path / "w.pth").write_text("plain text")
+    assert cli.main(["train", "configs/digits.yaml", *data[:-1], f"model.weights={tmp_path}/w.pth"]) == 2
+    assert "w.pth: is no file of tensors" in capsys.readouterr().err
+    assert cli.main(["runs", "--storage", str(tmp_path)]) == 0
+    assert "no runs in" in capsys.readouterr().out
