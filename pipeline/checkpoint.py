@@ -26,6 +26,7 @@ import torch
 from pipeline.config import Config, ConfigError
 from pipeline.model import ResNet
 from pipeline.provenance import software
+from pipeline.schema import show
 from pipeline.settings import dump, flatten, load
 from pipeline.state import TrainState, load_weights
 from pipeline.storage import Storage, fsync
@@ -33,6 +34,8 @@ from pipeline.storage import Storage, fsync
 FORMAT = 1
 # With the step they say which images come next.
 STREAM_KEYS = ("run.seed", "train.global_batch", "data.shuffle_block", "data.shuffle_window", "data.repeats")
+# They say which parameters the optimizer's state is of, and what they mean to the network.
+NETWORK_KEYS = ("model.depth", "model.variant", "model.stride_on", "model.freeze", "optim.name", "optim.layer_decay")
 STATE, CONFIG, META = "state.pt", "config.yaml", "meta.json"
 
 
@@ -232,11 +235,13 @@ def restore(state: TrainState, checkpoint: Checkpoint, cfg: Config, fingerprint:
         ConfigError: the images, what orders them, or the network is another than the checkpoint's.
     """
     saved, now = flatten(load(checkpoint.path / CONFIG)), flatten(cfg)
-    for key in STREAM_KEYS:
+    meaning = dict.fromkeys(STREAM_KEYS, "its step would mean other images")
+    meaning |= dict.fromkeys(NETWORK_KEYS, "its weights are another network's, or its optimizer's state is")
+    for key, why in meaning.items():
         if saved[key] != now[key]:
             raise ConfigError(
-                f"{key}={now[key]}: {checkpoint.place} was trained with {saved[key]}, and its step would mean other "
-                "images; keep it, or use another run.name"
+                f"{key}={show(now[key])}: {checkpoint.place} was trained with {show(saved[key])}, and {why}; "
+                "keep it, or use another run.name"
             )
     if checkpoint.meta["fingerprint"] != fingerprint and not cfg.data.allow_changed:
         raise ConfigError(

@@ -153,8 +153,8 @@ def evaluate(args: argparse.Namespace) -> Outcome:
     said, _ = infer.evaluate_checkpoint(found.place, args.data, views=args.views, overrides=args.overrides)
     scores = said.scores()
     figures = f"top-1 {scores['top1']:.4f}  top-5 {scores['top5']:.4f}  loss {scores['loss']:.4f}"
-    text = f"{figures}  calibration error {scores['ece']:.4f}  on {int(scores['count'])} images"
-    return {"checkpoint": str(found.place), **scores}, [str(found.place), text], DONE
+    text = f"{figures}  calibration error {scores['ece']:.4f}  on {scores['count']} images, views: {args.views}"
+    return {"checkpoint": str(found.place), "views": args.views, **scores}, [str(found.place), text], DONE
 
 
 def doctor(args: argparse.Namespace) -> Outcome:

@@ -43,8 +43,10 @@ def listed(storage: Storage) -> list[Listed]:
     """The runs in `storage`, the one that changed last first.
 
     Raises:
-        ConfigError: the storage does not answer.
+        ConfigError: there is no such folder, or the storage does not answer.
     """
+    if storage.local is not None and not storage.local.is_dir():
+        raise ConfigError(f"--storage {storage}: no such folder; name the place where runs lie")
     try:
         found = [_look(storage / name) for name in storage.names() if not name.startswith(".")]
     except OSError as e:

@@ -49,7 +49,7 @@ class Predictions:
             "top5": float((self.best == self.labels[:, None]).any(1).mean()),
             "loss": float(self.losses.mean()),
             "ece": self.calibration_error(),
-            "count": float(len(self.labels)),
+            "count": len(self.labels),
         }
 
     def calibration_error(self) -> float:

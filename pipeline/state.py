@@ -101,7 +101,10 @@ class TrainState:
                         f"{key} of {names[id(parameters[i])]} is {tuple(value.shape)} in the saved optimizer and "
                         f"{tuple(parameters[i].shape)} in the model"
                     )
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict({k: v for k, v in saved.items() if k != "kind"})
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)  # torch takes the saved ones, and the configuration's would have no effect
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
@@ -121,7 +124,7 @@ def check_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
         mine, theirs = own.get(name), weights.get(name)
         if mine is None or theirs is None:
             raise ValueError(
-                f"{name} is only in the {'model' if theirs is None else 'saved weights'}; the depths differ"
+                f"{name} is only in the {'model' if theirs is None else 'saved weights'}; the networks differ"
             )
         if mine.shape != theirs.shape:
             raise ValueError(

@@ -73,9 +73,9 @@ def _read(place: Storage) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
     try:
         content = _load(file)
     except Exception as e:  # of a damaged file pickle, zip and safetensors raise whatever they stumble over
-        text = (str(e).strip() or type(e).__name__).splitlines()[0][:150]
+        text = str(e) if isinstance(e, ValueError) else type(e).__name__
         raise ConfigError(
-            f"model.weights={place}: is no file of tensors ({text}); save the model's state_dict alone"
+            f"model.weights={place}: is no file of tensors ({text}); fetch it again, or save the state_dict alone"
         ) from None
     inner = next((content[name] for name in WRAPPERS if isinstance(content.get(name), dict)), content)
     found_there = {str(name): value for name, value in inner.items() if isinstance(value, Tensor)}

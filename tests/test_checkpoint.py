@@ -225,6 +225,14 @@ def test_an_optimizer_whose_shapes_do_not_fit_says_where(save: Callable[..., Pat
         state.load_state_dict(saved)
 
 
+def test_the_optimizers_settings_are_the_configurations(save: Callable[..., Path]) -> None:
+    """torch would go on with the saved ones, so that a change of weight decay had no effect."""
+    saved = checkpoint.read(Storage(save(1))).state()
+    other = TrainState.create(load(None, [*_minimal(), "optim.weight_decay=0.5"]), 2, torch.device("cpu"))
+    other.load_state_dict(saved)
+    assert [group["weight_decay"] for group in other.optimizer.param_groups] == [0.5, 0.0]
+
+
 def test_loading_executes_nothing(save: Callable[..., Path], tmp_path: Path) -> None:
     path = save(1)
     victim = tmp_path / "executed"

@@ -182,8 +182,16 @@ def test_changed_images_or_order_are_refused(job: Callable[..., Job], digits: Pa
         fit(job("run", "train.global_batch=32"), context())
     with pytest.raises(ConfigError, match=r"run.seed=1: "):
         fit(job("run", "run.seed=1"), context())
-    with pytest.raises(ConfigError, match=r"does not fit this configuration: .* is only in"):
-        fit(job("run", "model.depth=34"), context())
+    for other in (
+        "model.depth=34",
+        "model.stride_on=1x1",
+        "model.freeze=stem",
+        "optim.name=lamb",
+        "optim.layer_decay=0.5",
+    ):
+        key, _, value = other.partition("=")
+        with pytest.raises(ConfigError, match=rf"{key}={value}: .*step_00000002 was trained with .* another network's"):
+            fit(job("run", other), context())
     with pytest.raises(ConfigError, match=r"is at step 2, and this configuration ends at step 1"):
         fit(job("run", "train.steps=1"), context())
     val = job("run").val_index

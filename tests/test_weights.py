@@ -90,7 +90,10 @@ def test_files_that_are_of_no_use_get_one_line(theirs: dict[str, Tensor], tmp_pa
         (resnet50, r"is another network \(.*\); set model.depth and model.variant to its own"),
         (headless, "has no fc.bias"),
         (theirs | {"conv1.weight": theirs["conv1.weight"] * torch.nan}, "conv1.weight is not finite"),
-        ({"model": theirs, "args": argparse.Namespace(lr=1)}, "is no file of tensors .*; save the model's state_dict"),
+        (
+            {"model": theirs, "args": argparse.Namespace(lr=1)},
+            "is no file of tensors .*; fetch it again, or save the state_dict",
+        ),
         (b"<html>not found</html>", "is no file of tensors"),
         (b"", "is no file of tensors"),
         ([1, 2], "is no file of tensors .it holds a list"),
