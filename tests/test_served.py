@@ -230,7 +230,9 @@ print(json.dumps(model.predict(rows).to_dict("records"), allow_nan=False))
     }
 
 
-def test_a_training_registers_its_model_once(run: Run, trained: dict[str, Any], tmp_path: Path) -> None:
+def test_a_training_registers_its_model_once(
+    run: Run, trained: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where MLflow is sent the record again; on demand the same model gets further names, and no second copy."""
     client, run_id = mlflow.MlflowClient(trained["mlflow_uri"]), trained["mlflow_run_id"]
     (version,) = client.search_model_versions("name = 'digits'")
@@ -243,6 +245,7 @@ def test_a_training_registers_its_model_once(run: Run, trained: dict[str, Any], 
     target = Target(**json.loads((Path(trained["run_dir"]) / "mlflow" / TARGET).read_text()))
     MlflowRun(target).send([{"kind": "model", "source": trained["checkpoint"], "register": "digits"}])
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/elsewhere.db")  # the process's own: a new process has another one
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")  # which that sets, too
     code, out, _ = run("register", trained["run_dir"], "digits")
     assert code == 0
     assert out.startswith(f"models:/digits/1 is {trained['checkpoint']}\n")
