@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,7 +125,8 @@ def register(args: argparse.Namespace) -> Outcome:
         run.uri,
         found.meta["training_id"],
     )
-    version = mlflow_run.register(target, found.place, args.name)
+    with redirect_stdout(sys.stderr):  # MLflow tells there where to look at the run
+        version = mlflow_run.register(target, found.place, args.name)
     model = f"models:/{args.name}/{version}"
     result = {"model": model, "version": version, "checkpoint": str(found.place), "mlflow_uri": target.uri}
     named, there = shlex.quote(model), shlex.quote(target.uri)

@@ -23,6 +23,7 @@ from commands import BIN, Run, Start
 from odd_images import as_text, damaged_jpeg, encode, picture, write_odd_folder
 from PIL import Image
 from s3 import free_port
+from servers import MlflowServer
 from web import web_server
 
 from pipeline import checkpoint, export, infer, served
@@ -230,7 +231,9 @@ print(json.dumps(model.predict(rows).to_dict("records"), allow_nan=False))
     }
 
 
-def test_a_training_registers_its_model_once(run: Run, trained: dict[str, Any], tmp_path: Path) -> None:
+def test_a_training_registers_its_model_once(
+    run: Run, trained: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where MLflow is sent the record again; on demand the same model gets further names, and no second copy."""
     client, run_id = mlflow.MlflowClient(trained["mlflow_uri"]), trained["mlflow_run_id"]
     (version,) = client.search_model_versions("name = 'digits'")
@@ -243,6 +246,7 @@ def test_a_training_registers_its_model_once(run: Run, trained: dict[str, Any], 
     target = Target(**json.loads((Path(trained["run_dir"]) / "mlflow" / TARGET).read_text()))
     MlflowRun(target).send([{"kind": "model", "source": trained["checkpoint"], "register": "digits"}])
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/elsewhere.db")  # the process's own: a new process has another one
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")  # which that sets, too
     code, out, _ = run("register", trained["run_dir"], "digits")
     assert code == 0
     assert out.startswith(f"models:/digits/1 is {trained['checkpoint']}\n")
@@ -270,6 +274,21 @@ def test_what_cannot_be_registered_gets_one_line(run: Run, trained: dict[str, An
     code, out, err = run("register", trained["run_dir"], "digits", "--mlflow-uri", f"http://127.0.0.1:{free_port()}")
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert "does not take the model" in err
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(300)
+def test_a_server_that_does_not_know_the_training_takes_its_model(
+    run: Run, trained: dict[str, Any], tmp_path: Path
+) -> None:
+    """As where a run of a laptop is handed to a team; and stdout has one JSON object, whatever MLflow says."""
+    with MlflowServer(tmp_path, free_port()) as server:
+        server.start()
+        code, out, _ = run("register", trained["run_dir"], "digits", "--mlflow-uri", server.uri, "--json")
+        assert (code, json.loads(out)["model"]) == (0, "models:/digits/1")
+        client = mlflow.MlflowClient(server.uri)
+        (version,) = client.search_model_versions("name = 'digits'")
+        assert client.get_run(version.run_id).info.status == "FINISHED"
 
 
 @pytest.mark.e2e
