@@ -288,7 +288,7 @@ def test_ten_crops_are_those_of_the_resized_image(pictures: Index) -> None:
         whole = TF.resize(TF.pil_to_tensor(Image.open(file(pictures, row))), [128], antialias=True)
         for expected in TF.ten_crop(whole, [112]):
             gaps = [(view[i].int() - expected.int()).abs().float().mean().item() for view in views]
-            assert min(gaps) < 4
+            assert min(gaps) < 6  # another place is 40 or more away
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

@@ -121,6 +121,7 @@ def test_a_program_that_dies_is_told_with_what_it_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.e2e
+@pytest.mark.thorough
 @pytest.mark.timeout(400)
 def test_a_short_race_tells_all_and_leaves_nothing_running(tmp_path: Path) -> None:
     photos = tmp_path / "photos"
