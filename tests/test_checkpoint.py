@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import checkpoint
+from pipeline import checkpoint, provenance
 from pipeline.checkpoint import CheckpointError
 from pipeline.config import Config
 from pipeline.settings import load
@@ -94,7 +94,9 @@ def test_it_is_written_also_where_there_is_no_git(
 ) -> None:
     """As in the image."""
     monkeypatch.setenv("PATH", str(tmp_path))
+    provenance.software.cache_clear()
     assert checkpoint.read(Storage(save(1))).meta["git_commit"] is None
+    provenance.software.cache_clear()
 
 
 @pytest.mark.parametrize("reason", DAMAGES)
