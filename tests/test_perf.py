@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import numpy as np
 import pytest
 import torch
 from ranks import context, run_ranks
@@ -20,6 +21,7 @@ from pipeline.data.loader import Batch, TrainLoader
 from pipeline.identity import Identity
 from pipeline.job import Event, Job
 from pipeline.perf import PHASES, Ledger, goodput, summed_up, total
+from pipeline.predictions import Predictions
 from pipeline.settings import load
 from pipeline.storage import Storage
 from pipeline.train import fit
@@ -210,7 +212,8 @@ def test_nothing_waits_for_the_device_but_logged_steps(
 
     for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, counted(name))
-    monkeypatch.setattr("pipeline.train.evaluate", lambda *args, **kwargs: {"top1": 0.5, "top5": 1.0, "loss": 1.0})
+    said = Predictions(np.zeros(2, int), np.zeros((2, 5), int), np.ones((2, 5)), np.ones(2))
+    monkeypatch.setattr("pipeline.train.evaluate", lambda *args, **kwargs: said)
     fit(
         job(f"train.log_every={log_every}", "checkpoint.every=1000", "train.eval_every=100", "train.clip_norm=1.0"),
         context(),
