@@ -166,8 +166,10 @@ def test_the_table_fits_80_columns_and_the_last_change_is_first(copy: Callable[.
 
 
 def test_the_command(copy: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["runs", "--storage", str(tmp_path / "nowhere")]) == 0
-    assert capsys.readouterr().out == f"no runs in {tmp_path}/nowhere\n"
+    assert cli.main(["runs", "--storage", str(tmp_path / "nowhere")]) == 2
+    assert f"--storage {tmp_path}/nowhere: no such folder; name the place" in capsys.readouterr().err
+    assert cli.main(["runs", "--storage", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"no runs in {tmp_path}\n"
     copy("one")
     assert cli.main(["runs", "--storage", str(tmp_path), "--json"]) == 0
     (one,) = json.loads(capsys.readouterr().out)
