@@ -4,6 +4,7 @@ Both are done once for a checkpoint, however often they are asked for: a record 
 """
 
 import base64
+import os
 import tempfile
 from importlib.metadata import version
 from io import BytesIO
@@ -17,6 +18,7 @@ from pipeline.storage import Storage
 
 CHECKPOINT_TAG = "pipeline.checkpoint"  # of a logged model and its registered versions
 TOP1_TAG = "pipeline.top1"
+STORE = "MLFLOW_TRACKING_URI"
 SERVED = Path(__file__).with_name("served.py")
 SERVED_PACKAGES = ("mlflow", "numpy", "pandas", "pillow", "torch")  # what that file imports
 
@@ -32,7 +34,11 @@ class Publisher:
         import mlflow
 
         self._client, self._experiment_id, self._run_id = client, experiment_id, run_id
+        before = os.environ.get(STORE)
         mlflow.set_tracking_uri(uri)  # for the process: models:/... is looked up there, whatever the client
+        os.environ.pop(STORE)  # which it sets besides; the process's next training would go to this store
+        if before is not None:
+            os.environ[STORE] = before
 
     def log(self, place: Storage) -> str:
         """The id of the logged model of a checkpoint, which is logged now if it was not before.
