@@ -17,6 +17,7 @@ from pipeline.config import DataConfig
 from pipeline.data.build import build_index
 from pipeline.data.index import load_index
 from pipeline.data.loader import Batch, Place, TrainLoader
+from pipeline.memory import MicroBatches
 from pipeline.network import compiled
 from pipeline.perf import Ledger
 from pipeline.settings import load
@@ -127,3 +128,21 @@ def test_a_compiled_step_is_the_same_step(mode: str) -> None:
 def test_a_gpus_worker_is_pinned_next_to_it() -> None:
     cores = near(torch.cuda.get_device_properties(0))
     assert not cores or cores <= set(range(os.cpu_count() or 1))
+
+
+def test_micro_batches_are_halved_until_they_fit() -> None:
+    """With 3 GiB for a share of 128 images that takes more."""
+    settings = ["model.depth=50", "train.global_batch=128", "train.precision=bf16"]
+    cfg = load(None, ["data.train=x", "data.val=x", *settings])
+    state, said = TrainState.create(cfg, 10, torch.device("cuda")), list[str]()
+    images = torch.randint(0, 256, (128, 3, 224, 224), dtype=torch.uint8, device="cuda")
+    batch = Batch(images, torch.randint(0, 10, (128,), device="cuda"), np.arange(128))
+    torch.cuda.set_per_process_memory_fraction(3 * 2**30 / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        size = MicroBatches(cfg.train, True, said.append).size(state, state.model, batch)
+        train_step(state, state.model, batch, cfg.train, lr=0.01, world_size=1, micro_batch=size)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert 1 <= size < 128
+    assert f"{size} instead of {2 * size} images at a time" in said[-1]
+    assert state.step == 1
