@@ -36,7 +36,7 @@ class Publisher:
         self._client, self._experiment_id, self._run_id = client, experiment_id, run_id
         before = os.environ.get(STORE)
         mlflow.set_tracking_uri(uri)  # for the process: models:/... is looked up there, whatever the client
-        os.environ.pop(STORE)  # which it sets besides; the process's next training would go to this store
+        os.environ.pop(STORE, None)  # which it may set besides; the process's next training would go to this store
         if before is not None:
             os.environ[STORE] = before
 

@@ -244,7 +244,10 @@ def test_a_training_registers_its_model_once(
         "pipeline.top1": f"{trained['top1']:.6f}",
     }
     target = Target(**json.loads((Path(trained["run_dir"]) / "mlflow" / TARGET).read_text()))
-    MlflowRun(target).send([{"kind": "model", "source": trained["checkpoint"], "register": "digits"}])
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for _ in range(2):  # by one process: MLflow sets the variable for a new store only
+        MlflowRun(target).send([{"kind": "model", "source": trained["checkpoint"], "register": "digits"}])
+        assert "MLFLOW_TRACKING_URI" not in os.environ
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/elsewhere.db")  # the process's own: a new process has another one
     monkeypatch.delenv("MLFLOW_TRACKING_URI")  # which that sets, too
     code, out, _ = run("register", trained["run_dir"], "digits")
