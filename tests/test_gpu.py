@@ -1,28 +1,34 @@
 """What only a GPU can show. Run with: pytest -m gpu"""
 
 import dataclasses
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from odd_images import damaged_jpeg, encode, picture
-from ranks import no_bad_image
+from ranks import context, no_bad_image, run_ranks
+from torch import Tensor
 
 from pipeline.affinity import near
 from pipeline.config import DataConfig
 from pipeline.data.build import build_index
 from pipeline.data.index import load_index
 from pipeline.data.loader import Batch, Place, TrainLoader
+from pipeline.job import Job
 from pipeline.memory import MicroBatches
-from pipeline.network import compiled
+from pipeline.network import as_trained, compiled
 from pipeline.perf import Ledger
 from pipeline.settings import load
 from pipeline.state import TrainState
 from pipeline.step import train_step
+from pipeline.storage import Storage
+from pipeline.train import fit
 
 pytestmark = pytest.mark.gpu
 
@@ -146,3 +152,58 @@ def test_micro_batches_are_halved_until_they_fit() -> None:
     assert 1 <= size < 128
     assert f"{size} instead of {2 * size} images at a time" in said[-1]
     assert state.step == 1
+
+
+def _synchronized_step(rank: int, world_size: int, batch: tuple[Tensor, Tensor], sync_bn: bool) -> dict[str, Tensor]:
+    """The weights after one step on a rank's share of the batch. All ranks share the one GPU, so gloo has to do."""
+    device = torch.device("cuda")
+    settings = ["data.image_size=32", "model.depth=18", "train.global_batch=32", "train.precision=fp32"]
+    cfg = load(None, ["data.train=x", "data.val=x", *settings, f"model.sync_bn={str(sync_bn).lower()}"])
+    state = TrainState.create(cfg, 10, device)
+    net = as_trained(state.model, cfg, world_size, device, Ledger("start-up", device))
+    images, labels = (tensor.chunk(world_size)[rank].to(device) for tensor in batch)
+    share = Batch(images.contiguous(memory_format=torch.channels_last), labels, np.arange(len(labels)))
+    train_step(state, net, share, cfg.train, lr=0.1, world_size=world_size)
+    return {name: value.cpu() for name, value in state.model.state_dict().items()}
+
+
+def test_two_workers_with_synchronized_batch_norm_step_as_one() -> None:
+    torch.manual_seed(5)
+    batch = torch.randint(0, 256, (32, 3, 32, 32), dtype=torch.uint8), torch.randint(0, 10, (32,))
+    (whole,) = run_ranks(_synchronized_step, 1, batch, False)
+    halves, others = run_ranks(_synchronized_step, 2, batch, True), run_ranks(_synchronized_step, 2, batch, False)
+    for name, value in whole.items():
+        for half in halves:
+            torch.testing.assert_close(half[name], value, rtol=1e-3, atol=1e-4, msg=name)
+    assert not torch.allclose(
+        others[0]["bn1.running_var"], whole["bn1.running_var"], rtol=1e-3
+    )  # there is a difference
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(
+    digits_index: Callable[[str], Path], tmp_path: Path, precision: str
+) -> None:
+    """The same images in the same order, and it has learnt; the sums of a GPU's atomic additions may differ."""
+    train, val = str(digits_index("train")), str(digits_index("val"))
+    common = [f"data.train={train}", f"data.val={val}", "data.image_size=32", "data.val_resize=32", "data.trace=true"]
+    common += ["data.crop_scale=[0.7,1.0]", "data.flip=0", "model.depth=18", "optim.lr=0.02", "optim.warmup_epochs=0.5"]
+    common += ["train.global_batch=64", "train.epochs=6", "train.log_every=5", f"train.precision={precision}"]
+    common += ["mlflow.log_model=false", "mlflow.report=false", "mlflow.checkpoints=none"]
+
+    def trained(name: str, *overrides: str) -> tuple[dict[str, Any], list[list[int]]]:
+        """The summary, and the rows of the index by step."""
+        (tmp_path / name).mkdir(exist_ok=True)
+        cfg = load(None, [*common, f"run.storage={tmp_path}", *overrides])
+        ctx = dataclasses.replace(context(), device=torch.device("cuda"), num_threads=2)
+        summary = fit(Job(cfg, Storage(tmp_path / name), train, val), ctx)
+        lines = (tmp_path / name / "trace" / "rank_0.jsonl").read_text().splitlines()
+        return summary, [json.loads(line)["rows"] for line in lines]
+
+    whole, order = trained("whole")
+    assert trained("parts", "run.stop_at_step=50")[0]["step"] == 50
+    parts, order_of_parts = trained("parts")
+    assert order_of_parts == order
+    assert whole["step"] == parts["step"] == 6 * 22
+    assert min(whole["top1"], parts["top1"]) > 0.95
+    assert parts["loss"] == pytest.approx(whole["loss"], rel=0.1)
