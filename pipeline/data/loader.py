@@ -64,7 +64,7 @@ class Place:
     @classmethod
     def here(cls) -> "Place":
         """All of this machine, for one process."""
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
         return cls(rank=0, world_size=1, device=device, num_threads=len(os.sched_getaffinity(0)))
 
 
