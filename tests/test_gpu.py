@@ -32,6 +32,13 @@ from pipeline.train import fit
 
 pytestmark = pytest.mark.gpu
 
+
+@pytest.fixture
+def full_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TF32, in which torch computes fp32's convolutions, has 10 bits: too few to compare two ways of computing."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 PLAIN = DataConfig(train="-", val="-", image_size=32, val_resize=32, crop_scale=(0.3, 1.0))
 # Without operations that turn a small difference into a large one, as posterize and equalize do.
 AUGMENTED = dataclasses.replace(
@@ -111,6 +118,7 @@ def test_the_ledger_follows_the_stream() -> None:
     assert seconds["data wait"] < 0.02 * seconds["forward"]
 
 
+@pytest.mark.usefixtures("full_fp32")
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_a_compiled_step_is_the_same_step(mode: str) -> None:
     """With CUDA graphs, too, over several steps."""
@@ -157,6 +165,7 @@ def test_micro_batches_are_halved_until_they_fit() -> None:
 def _synchronized_step(rank: int, world_size: int, batch: tuple[Tensor, Tensor], sync_bn: bool) -> dict[str, Tensor]:
     """The weights after one step on a rank's share of the batch. All ranks share the one GPU, so gloo has to do."""
     device = torch.device("cuda:0")
+    torch.backends.cudnn.allow_tf32 = False  # see full_fp32; this process ends here
     settings = ["data.image_size=32", "model.depth=18", "train.global_batch=32", "train.precision=fp32"]
     cfg = load(None, ["data.train=x", "data.val=x", *settings, f"model.sync_bn={str(sync_bn).lower()}"])
     state = TrainState.create(cfg, 10, device)
