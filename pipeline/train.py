@@ -18,7 +18,7 @@ from pipeline.data.request import stream
 from pipeline.evaluate import evaluate, sync_buffers
 from pipeline.identity import Identity
 from pipeline.job import Context, Job
-from pipeline.memory import MicroBatches
+from pipeline.memory import InParts, MicroBatches
 from pipeline.model import drop_rates
 from pipeline.network import as_trained
 from pipeline.optim import Schedule, lr_at, lr_note
@@ -63,6 +63,7 @@ def fit(job: Job, ctx: Context) -> dict[str, Any]:
     train_loader, val_loader = _loaders(job, ctx, index, recorder)
     net = as_trained(state.model, cfg, ctx.world_size, ctx.device, ledger)
     micro_batches = MicroBatches(cfg.train, ctx.device.type == "cuda", ctx.warn)
+    in_parts = InParts(ctx.warn)
     votes = Votes(ctx.world_size, cfg.cluster.timeout_s)
 
     def due(every: int) -> bool:
@@ -118,6 +119,7 @@ def fit(job: Job, ctx: Context) -> dict[str, Any]:
                         val_loader,
                         precision=cfg.train.precision,
                         device=ctx.device,
+                        in_parts=in_parts,
                         heartbeat=watchdog.feed,
                     )
                 scores = said.scores()

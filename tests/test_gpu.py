@@ -13,11 +13,13 @@ from odd_images import damaged_jpeg, encode, picture
 from ranks import no_bad_image
 
 from pipeline.affinity import near
-from pipeline.config import DataConfig
+from pipeline.config import DataConfig, ModelConfig
 from pipeline.data.build import build_index
 from pipeline.data.index import load_index
 from pipeline.data.loader import Batch, Place, TrainLoader
-from pipeline.memory import MicroBatches
+from pipeline.evaluate import log_probabilities
+from pipeline.memory import InParts, MicroBatches
+from pipeline.model import ResNet
 from pipeline.network import compiled
 from pipeline.perf import Ledger
 from pipeline.settings import load
@@ -146,3 +148,23 @@ def test_micro_batches_are_halved_until_they_fit() -> None:
     assert 1 <= size < 128
     assert f"{size} instead of {2 * size} images at a time" in said[-1]
     assert state.step == 1
+
+
+def test_an_evaluation_is_computed_in_parts_that_fit() -> None:
+    """With 2 GiB for 1,024 images that take more: their first layer's output alone is 3 GiB."""
+    torch.manual_seed(0)
+    model, said = ResNet(ModelConfig(depth=18), 10).cuda().eval(), list[str]()
+    brightness = torch.arange(1024, device="cuda").div(4, rounding_mode="floor").to(torch.uint8)
+    images = brightness[:, None, None, None].repeat(1, 3, 224, 224)
+    torch.cuda.set_per_process_memory_fraction(2 * 2**30 / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        with torch.inference_mode():
+            parts = log_probabilities(model, [images], "fp32", InParts(said.append))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert 1 <= len(said) < 10
+    assert "512 instead of 1024 images at a time" in said[0]
+    with torch.inference_mode():
+        whole = log_probabilities(model, [images], "fp32", InParts(pytest.fail))
+    assert (whole[0] - whole[-1]).abs().max() > 0.03
+    torch.testing.assert_close(parts, whole, rtol=0, atol=0.003)  # TF32, and other kernels for other sizes

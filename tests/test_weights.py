@@ -109,6 +109,7 @@ def write(file: Path, content: Any) -> str:
     return str(file)
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")  # torch's, of the sparse tensor
 def test_files_that_are_of_no_use_get_one_line(theirs: dict[str, Tensor], tmp_path: Path) -> None:
     resnet50 = torchvision.models.resnet50(weights=None).state_dict()
     headless = {name: value for name, value in theirs.items() if not name.startswith("fc.")}
