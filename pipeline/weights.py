@@ -85,9 +85,10 @@ def _read(place: Storage) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
     tensors = _of_one_network({str(name): value for name, value in inner.items() if isinstance(value, Tensor)}, place)
     for name, value in tensors.items():
         counts = name.endswith(COUNTER) and value.dtype == torch.int64
-        if not counts and (value.dtype not in FLOATS or value.layout != torch.strided):
+        kind = value.dtype if value.layout == torch.strided else value.layout
+        if kind not in FLOATS and not counts:
             raise ConfigError(
-                f"model.weights={place}: {name} is {value.layout} {value.dtype}, not plain floating-point numbers; "
+                f"model.weights={place}: {name} is {kind}, not plain floating-point numbers; "
                 "give the weights as they were before they were quantized or packed"
             )
         if not value.isfinite().all():
