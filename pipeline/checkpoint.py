@@ -26,16 +26,11 @@ import torch
 from pipeline.config import Config, ConfigError
 from pipeline.model import ResNet
 from pipeline.provenance import software
-from pipeline.schema import show
-from pipeline.settings import dump, flatten, load
-from pipeline.state import TrainState, load_weights
+from pipeline.settings import dump, load
+from pipeline.state import load_weights
 from pipeline.storage import Storage, fsync
 
 FORMAT = 1
-# With the step they say which images come next.
-STREAM_KEYS = ("run.seed", "train.global_batch", "data.shuffle_block", "data.shuffle_window", "data.repeats")
-# They say which parameters the optimizer's state is of, and what they mean to the network.
-NETWORK_KEYS = ("model.depth", "model.variant", "model.stride_on", "model.freeze", "optim.name", "optim.layer_decay")
 STATE, CONFIG, META = "state.pt", "config.yaml", "meta.json"
 
 
@@ -114,10 +109,11 @@ def save(folder: Storage, state: dict[str, Any], cfg: Config, meta: dict[str, An
     return Checkpoint(place, local, full_meta)
 
 
-def read(place: Storage, *, use_copy: bool = False) -> Checkpoint:
+def read(place: Storage, *, whole: bool = True, use_copy: bool = False) -> Checkpoint:
     """Open a checkpoint after checking every byte of it, fetching it first where it lies elsewhere.
 
     Args:
+        whole: False: its state is neither fetched nor checked but for its size, and must not be asked for.
         use_copy: a sound copy on this machine will do; the one in the store is known to be sound.
 
     Raises:
@@ -134,7 +130,7 @@ def read(place: Storage, *, use_copy: bool = False) -> Checkpoint:
         if name not in files or sizes[name] != files[name]["size"]:
             raise CheckpointError(f"{place}: {name} is damaged (its size differs from {META})")
     path = place.local or place.parent.scratch / place.name
-    for name in (STATE, CONFIG):
+    for name in (STATE, CONFIG) if whole else (CONFIG,):
         file = path / name
         if not (place.local or (use_copy and file.exists() and _digest(file) == files[name])):
             place.download(name, file)
@@ -143,11 +139,14 @@ def read(place: Storage, *, use_copy: bool = False) -> Checkpoint:
     return Checkpoint(place, path, meta)
 
 
-def newest_valid(folder: Storage, report: Callable[[str], None], training_id: str | None = None) -> Checkpoint | None:
+def newest_valid(
+    folder: Storage, report: Callable[[str], None], training_id: str | None = None, *, whole: bool = True
+) -> Checkpoint | None:
     """The newest usable checkpoint in `folder`; newer ones that are not are reported and skipped.
 
     Args:
         training_id: of the run that goes on; checkpoints of another one are not its own.
+        whole: see `read`.
 
     Returns:
         None where there is none, or none that was ever complete.
@@ -159,7 +158,7 @@ def newest_valid(folder: Storage, report: Callable[[str], None], training_id: st
     problems: list[CheckpointError] = []
     for name in sorted((n for n in folder.names() if n.startswith("step_")), reverse=True):
         try:
-            return _read_own(folder / name, training_id)
+            return _read_own(folder / name, training_id, whole)
         except CheckpointError as e:
             problems.append(e)
         except OSError as e:
@@ -174,8 +173,8 @@ def newest_valid(folder: Storage, report: Callable[[str], None], training_id: st
     return None
 
 
-def _read_own(place: Storage, training_id: str | None) -> Checkpoint:
-    found = read(place)
+def _read_own(place: Storage, training_id: str | None, whole: bool) -> Checkpoint:
+    found = read(place, whole=whole)
     if f"step_{found.step:08d}" != place.name:
         raise CheckpointError(f"{place}: is of step {found.step}")
     if training_id not in (None, found.meta["training_id"]):
@@ -226,33 +225,6 @@ def prune(folder: Storage, keep: int) -> None:
     if not folder.local:  # the newest may be uploaded to MLflow, or be resumed from
         for copy in sorted(folder.scratch.glob("step_*"))[:-1]:
             shutil.rmtree(copy, ignore_errors=True)
-
-
-def restore(state: TrainState, checkpoint: Checkpoint, cfg: Config, fingerprint: str) -> None:
-    """Load a checkpoint into `state`.
-
-    Raises:
-        ConfigError: the images, what orders them, or the network is another than the checkpoint's.
-    """
-    saved, now = flatten(load(checkpoint.path / CONFIG)), flatten(cfg)
-    meaning = dict.fromkeys(STREAM_KEYS, "its step would mean other images")
-    meaning |= dict.fromkeys(NETWORK_KEYS, "its weights are another network's, or its optimizer's state is")
-    for key, why in meaning.items():
-        if saved[key] != now[key]:
-            raise ConfigError(
-                f"{key}={show(now[key])}: {checkpoint.place} was trained with {show(saved[key])}, and {why}; "
-                "keep it, or use another run.name"
-            )
-    if checkpoint.meta["fingerprint"] != fingerprint and not cfg.data.allow_changed:
-        raise ConfigError(
-            f"{checkpoint.place} was trained on other images than data.train={cfg.data.train} holds now "
-            f"(fingerprint {checkpoint.meta['fingerprint'][:12]}, now {fingerprint[:12]}); "
-            "bring them back, use another run.name, or set data.allow_changed=true"
-        )
-    try:
-        state.load_state_dict(checkpoint.state())
-    except ValueError as e:
-        raise ConfigError(f"{checkpoint.place} does not fit this configuration: {e}; use another run.name") from None
 
 
 def _write_state(state: dict[str, Any], path: Path) -> None:

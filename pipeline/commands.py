@@ -54,7 +54,7 @@ def config_to_train(args: argparse.Namespace) -> tuple[Config, str, str | None]:
     from pipeline import runs  # late, as in all commands: torch takes seconds to import
 
     given = dict(map(parse_override, words))
-    found = runs.find_to_resume(args.resume, given.get("run.storage"), given.get("mlflow.uri"), _say)
+    found = runs.find_to_resume(args.resume, given.get("run.storage"), given.get("mlflow.uri"), say)
     cfg = runs.config_to_resume(found, words)
     return cfg, "", found.place.uri
 
@@ -68,12 +68,9 @@ def sync(args: argparse.Namespace) -> Outcome:
     if run is None:
         raise runs.no_such_run(args.run, storage, args.mlflow_uri)
 
-    def report(text: str) -> None:
-        print(text, file=sys.stderr)
-
-    with runs.held(run, lambda event: report(event["text"])):
-        last = Identity.read(run, report)
-        target, run_id, waiting = tracking.sync(run.scratch / "mlflow", report, ended=last is None or not last.open)
+    with runs.held(run, lambda event: say(event["text"])):
+        last = Identity.read(run, say)
+        target, run_id, waiting = tracking.sync(run.scratch / "mlflow", say, ended=last is None or not last.open)
     result = {"run": run.uri, "mlflow_uri": target.uri, "mlflow_run_id": run_id, "waiting": waiting}
     if waiting:
         return result, [f"MLflow at {target.uri} is away; {waiting} records of {run} wait"], FAILED
@@ -150,7 +147,7 @@ def evaluate(args: argparse.Namespace) -> Outcome:
     from pipeline import infer, runs
 
     found = runs.find(args.run, runs.open_storage(args.storage), args.mlflow_uri)
-    said, _ = infer.evaluate_checkpoint(found.place, args.data, views=args.views, overrides=args.overrides)
+    said, _ = infer.evaluate_checkpoint(found.place, args.data, say, views=args.views, overrides=args.overrides)
     scores = said.scores()
     figures = f"top-1 {scores['top1']:.4f}  top-5 {scores['top5']:.4f}  loss {scores['loss']:.4f}"
     text = f"{figures}  calibration error {scores['ece']:.4f}  on {scores['count']} images, views: {args.views}"
@@ -176,7 +173,7 @@ def preview(args: argparse.Namespace) -> Outcome:
     from pipeline.preview import preview
 
     cfg = load(args.config, args.overrides)
-    images = preview(cfg, args.step, args.images, args.out, lambda text: print(text, file=sys.stderr))
+    images = preview(cfg, args.step, args.images, args.out, say)
     text = f"{args.out}: {len(images)} images of step {args.step}, as they enter the model"
     return {"out": str(args.out), "step": args.step, "images": images}, [text], DONE
 
@@ -187,7 +184,7 @@ def submit(args: argparse.Namespace) -> Outcome:
     what = submission.plan(args.config, args.overrides, args.secret, args.image)
     client = jobs.connect(args.address)
     job = jobs.submit(client, what)
-    _say(f"job {job} trains run {what.run}")
+    say(f"job {job} trains run {what.run}")
     if args.detach:
         return {"status": "submitted", "job": job, "run": what.run}, [jobs.how_to_go_on(client, job)], DONE
     return _follow(args, client, job)
@@ -199,7 +196,7 @@ def _follow(args: argparse.Namespace, client: Any, job: str) -> Outcome:
 
     out = _people(args)
     try:
-        details = jobs.follow(client, job, lambda text: print(text, end="", file=out, flush=True), _say)
+        details = jobs.follow(client, job, lambda text: print(text, end="", file=out, flush=True), say)
     except KeyboardInterrupt:
         lines = ["", f"job {job} goes on; {jobs.how_to_go_on(client, job)}"]
         return {"status": "interrupted", "job": job}, lines, INTERRUPTED
@@ -232,7 +229,7 @@ def stop(args: argparse.Namespace) -> Outcome:
     names = [job.submission_id for job in chosen]
     if not names:
         return [], ["no job is active"], DONE
-    _say(f"asked for a checkpoint and an end of {', '.join(names)}; waiting")
+    say(f"asked for a checkpoint and an end of {', '.join(names)}; waiting")
     stopped = list(jobs.stop(client, names))
     lines = [f"job {details.submission_id}: {details.status}{text and f', {text}'}" for details, text in stopped]
     return [jobs.describe(details) | {"log": text} for details, text in stopped], lines, DONE
@@ -243,7 +240,8 @@ def drop_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """To people, whatever goes to stdout."""
     print(text, file=sys.stderr, flush=True)
 
 

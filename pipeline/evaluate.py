@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.data.loader import EvalLoader
+from pipeline.memory import InParts
 from pipeline.predictions import TOP, Predictions
 from pipeline.step import autocast
 
@@ -26,6 +27,7 @@ def evaluate(
     *,
     precision: str,
     device: torch.device,
+    in_parts: InParts,
     heartbeat: Callable[[], None] = lambda: None,
 ) -> Predictions:
     """What the model says of each sample of the loader's index; on every rank alike.
@@ -33,6 +35,7 @@ def evaluate(
     Call it on all ranks, with equal weights and statistics (see `sync_buffers`).
 
     Args:
+        in_parts: of the session, which knows how many images fit.
         heartbeat: called with each chunk.
     """
     was_training = model.training
@@ -40,7 +43,7 @@ def evaluate(
     table = torch.zeros(len(loader.index), 1 + 2 * TOP, dtype=torch.float64, device=device)
     for _, batch in loader:
         rows = torch.from_numpy(batch.rows).to(device)
-        logs = log_probabilities(model, loader.views(batch.images), precision)
+        logs = log_probabilities(model, loader.views(batch.images), precision, in_parts)
         losses = F.nll_loss(logs, batch.labels, reduction="none")
         likeliest = logs.topk(min(TOP, logs.shape[1]))
         padding = (0, TOP - likeliest.indices.shape[1])
@@ -55,16 +58,18 @@ def evaluate(
     return Predictions(labels, best, said[:, 1 + TOP :], said[:, 0])
 
 
-def log_probabilities(model: nn.Module, views: Sequence[Tensor], precision: str) -> Tensor:
+def log_probabilities(model: nn.Module, views: Sequence[Tensor], precision: str, in_parts: InParts) -> Tensor:
     """Logarithms of the classes' probabilities (B, C), float64: of the mean over views (B, 3, S, S) of the same images.
 
     He et al. 2015, section 3.4, average scores, too.
     """
-    logs = []
-    for images in views:
+
+    def compute(images: Tensor) -> Tensor:
         with autocast(precision, images.device):
-            logits = model(images)
-        logs.append(logits.double().log_softmax(1))
+            logits: Tensor = model(images)
+        return logits.double().log_softmax(1)
+
+    logs = [in_parts(compute, images) for images in views]
     return torch.stack(logs).logsumexp(0) - math.log(len(logs))
 
 

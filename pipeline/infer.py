@@ -1,7 +1,7 @@
 """Using a trained checkpoint: exact evaluation, and predictions for image files. One process, no Ray."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from pipeline.data.index import Index
 from pipeline.data.loader import EvalLoader, Place, Views
 from pipeline.data.rows import printable
 from pipeline.evaluate import evaluate, log_probabilities
+from pipeline.memory import InParts
 from pipeline.predictions import Predictions
 from pipeline.storage import Storage
 
@@ -24,11 +25,18 @@ CHUNK = 4096  # images that are indexed together: of millions, the first answers
 
 
 def evaluate_checkpoint(
-    place: Storage, data: str | None = None, *, views: Views = "one", overrides: Sequence[str] = ()
+    place: Storage,
+    data: str | None,
+    say: Callable[[str], None],
+    *,
+    views: Views = "one",
+    overrides: Sequence[str] = (),
 ) -> tuple[Predictions, Index]:
-    """What a checkpoint says of the images in `data`, a source or an index; by default of its run's validation images.
+    """What a checkpoint says of images, exactly.
 
     Args:
+        data: a source or an index; None: its run's validation images.
+        say: told where memory is short.
         views: of each image, see `EvalLoader`.
         overrides: of its configuration, such as `data.val_size=288`.
 
@@ -40,7 +48,9 @@ def evaluate_checkpoint(
     model, cfg, classes = checkpoint.load_model(place, overrides)
     index = open_index(data or cfg.data.val)[0].with_classes(classes)
     with closing(EvalLoader(index, cfg.data, here, _refuse, batch=cfg.train.eval_batch, views=views)) as loader:
-        said = evaluate(model.to(here.device), loader, precision=cfg.train.precision, device=here.device)
+        said = evaluate(
+            model.to(here.device), loader, precision=cfg.train.precision, device=here.device, in_parts=InParts(say)
+        )
     return said, index
 
 
@@ -64,8 +74,11 @@ def some_images(cfg: Config, number: int) -> tuple[Tensor, str]:
         return images, f"random images (of the run's own: {e})"
 
 
-def predict(place: Storage, images: Sequence[Path], top: int) -> Iterator[dict[str, Any]]:
+def predict(place: Storage, images: Sequence[Path], top: int, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     """The `top` likeliest classes of each image, in the order given, while the images are read.
+
+    Args:
+        say: told where memory is short.
 
     Yields:
         For each image {"image", "class", "probability", "top": [{"class", "probability"}, ...]}, or
@@ -81,29 +94,36 @@ def predict(place: Storage, images: Sequence[Path], top: int) -> Iterator[dict[s
         raise ConfigError(f"--top {top}: must be from 1 to the model's {len(classes)} classes")
     # Others' images: broken ones are told one by one, however many they are.
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, max_bad_fraction=1.0))
-    model = model.to(here.device)
+    model, in_parts = model.to(here.device), InParts(say)
+
+    def probabilities(pixels: Tensor) -> Tensor:
+        return log_probabilities(model, [pixels], cfg.train.precision, in_parts).exp()
+
     for start in range(0, len(images), CHUNK):
         chunk = images[start : start + CHUNK]
         index, refused = index_files(chunk)
         results: dict[str, dict[str, Any]] = {one.path: {"image": one.path, "error": one.reason} for one in refused}
         if index is not None:
-            results |= _predict(model, cfg, classes, index, here, top)
+            results |= _predict(probabilities, cfg, classes, index, here, top)
         yield from (results[printable(str(image))] for image in chunk)
 
 
 @torch.inference_mode()
 def _predict(
-    model: torch.nn.Module, cfg: Config, classes: tuple[str, ...], index: Index, here: Place, top: int
+    probabilities: Callable[[Tensor], Tensor],
+    cfg: Config,
+    classes: tuple[str, ...],
+    index: Index,
+    here: Place,
+    top: int,
 ) -> dict[str, dict[str, Any]]:
     broken: dict[str, str] = {}
     results: dict[str, dict[str, Any]] = {}
     with closing(EvalLoader(index, cfg.data, here, broken.__setitem__, batch=cfg.train.eval_batch)) as loader:
         for _, batch in loader:
-            best = log_probabilities(model, [batch.images], cfg.train.precision).exp().topk(top)
-            for row, probabilities, labels in zip(batch.rows, best.values.tolist(), best.indices.tolist(), strict=True):
-                likeliest = [
-                    {"class": classes[k], "probability": p} for k, p in zip(labels, probabilities, strict=True)
-                ]
+            best = probabilities(batch.images).topk(top)
+            for row, likely, labels in zip(batch.rows, best.values.tolist(), best.indices.tolist(), strict=True):
+                likeliest = [{"class": classes[k], "probability": p} for k, p in zip(labels, likely, strict=True)]
                 image = index.path(int(row))
                 results[image] = {"image": image, **likeliest[0], "top": likeliest}
     return results | {path: {"image": path, "error": reason} for path, reason in broken.items()}

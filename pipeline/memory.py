@@ -2,14 +2,16 @@
 
 The global batch and what a step computes stay: a rank whose share does not fit goes through it in several
 micro-batches, whose gradients add up. A shape is tried out before its first step, when a failure disturbs nobody; in
-the middle of a step the other ranks would be waiting for this one's gradients.
+the middle of a step the other ranks would be waiting for this one's gradients. In an evaluation nobody
+waits before its end, so what does not fit is simply computed once more, in smaller parts.
 """
 
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.config import ConfigError, TrainConfig
@@ -43,15 +45,8 @@ class MicroBatches:
         if shape not in self._fitting:
             while not self._fits(state, net, batch, size):
                 if size == 1:
-                    raise ConfigError(
-                        f"data.image_size={shape[-1]}: a single image does not fit into the GPU's memory; lower it, or "
-                        "set model.recompute=true"
-                    )
-                self._say(
-                    f"the GPU's memory is short: {-(-size // 2)} instead of {size} images at a time; "
-                    "the global batch stays, and this step is computed anew"
-                )
-                size = -(-size // 2)
+                    raise _too_large(f"data.image_size={shape[-1]}", "lower it, or set model.recompute=true")
+                size = _half(size, self._say, "the global batch stays, and this step is computed anew")
             self._fitting[shape] = size
         return self._fitting[shape]
 
@@ -75,3 +70,39 @@ class MicroBatches:
                 for buffer, value in zip(buffers, before, strict=True):
                     buffer.copy_(value)
             torch.cuda.empty_cache()
+
+
+class InParts:
+    """Computes images without gradients, in parts whose size goes down where they do not fit, and stays so.
+
+    Args:
+        say: told where a size does not fit.
+    """
+
+    def __init__(self, say: Callable[[str], None]):
+        self._say, self._size = say, sys.maxsize
+
+    def __call__(self, compute: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+        """What `compute` makes of images (B, 3, S, S): (B, ...), of which each row must be of its own image alone.
+
+        Raises:
+            ConfigError: a single image does not fit.
+        """
+        while True:
+            size = min(self._size, len(images))
+            try:
+                return torch.cat([compute(part) for part in torch.split(images, size)])
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise _too_large(f"data.val_size={images.shape[-1]}", "lower it") from None
+            torch.cuda.empty_cache()  # not before the error is dropped, which holds what was computed
+            self._size = _half(size, self._say, "the figures stay, to within rounding (train.eval_batch)")
+
+
+def _half(size: int, say: Callable[[str], None], then: str) -> int:
+    say(f"the GPU's memory is short: {-(-size // 2)} instead of {size} images at a time; {then}")
+    return -(-size // 2)
+
+
+def _too_large(setting: str, mend: str) -> ConfigError:
+    return ConfigError(f"{setting}: a single image does not fit into the GPU's memory; {mend}")

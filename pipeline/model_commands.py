@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.commands import DONE, FAILED, WRONG, Outcome, drop_stdout
+from pipeline.commands import DONE, FAILED, WRONG, Outcome, drop_stdout, say
 from pipeline.config import ConfigError
 
 if TYPE_CHECKING:  # torch takes seconds to import
@@ -31,7 +31,7 @@ def predict(args: argparse.Namespace) -> Outcome:
     tell = told.append if args.json else _csv(args.top) if args.csv else _print
     code = DONE
     try:
-        for one in infer.predict(place, images, args.top):
+        for one in infer.predict(place, images, args.top, say):
             if "error" in one:
                 code = WRONG
                 print(f"{one['image']}: {one['error']}", file=sys.stderr)

@@ -7,7 +7,7 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from pipeline.commands import DONE, Outcome
+from pipeline.commands import DONE, Outcome, say
 
 NUM_WORST = 10  # classes that are shown
 
@@ -18,7 +18,7 @@ def report(args: argparse.Namespace) -> Outcome:
 
     found = runs.find(args.run, runs.open_storage(args.storage), args.mlflow_uri)
     out = args.out or Path(f"report-{found.place.parent.parent.name}")
-    made = report_run.report(found, out, args.data, args.mlflow_uri)
+    made = report_run.report(found, out, args.data, args.mlflow_uri, say)
     head, classes = made.facts.headline(), made.facts.classes
     worst = [
         {

@@ -1,5 +1,6 @@
 """`pipeline report`: the report of a checkpoint at any time, from a new evaluation and what MLflow has of the run."""
 
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,19 +32,20 @@ class Made:
     not_logged: str
 
 
-def report(found: Checkpoint, out: Path, data: str | None, mlflow_uri: str | None) -> Made:
+def report(found: Checkpoint, out: Path, data: str | None, mlflow_uri: str | None, say: Callable[[str], None]) -> Made:
     """Evaluate a checkpoint and write its report into `out`; log it too, if it is the run's own.
 
     Args:
         data: a source or an index; None: the run's own validation images.
         mlflow_uri: of the store that has the run; None: the configured one.
+        say: told where memory is short.
 
     Raises:
         ConfigError: images that cannot be evaluated, or a folder that cannot be written to.
     """
     run, cfg = found.place.parent.parent, load(found.path / checkpoint.CONFIG)
     open_folder(out)
-    said, index = evaluate_checkpoint(found.place, data)
+    said, index = evaluate_checkpoint(found.place, data, say)
     with closing(EvalLoader(index, cfg.data, Place.here(), _sound, batch=NUM_MISTAKES)) as loader:
         mistakes = find_mistakes(said, loader)
     facts = Facts(run.name, data or cfg.data.val, found.meta, cfg, said, mistakes)

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline import checkpoint, mlflow_run
+from pipeline import checkpoint, mlflow_run, resume
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import Config, ConfigError
 from pipeline.data.build import build_index, fetch_index
@@ -48,11 +48,14 @@ PATIENCE_S = 10.0  # with a storage that does not answer at the start
 def prepare(cfg: Config, watch: Callable[[Event], None], resume_from: str | None = None) -> Iterator[Job]:
     """Make or reopen the run that `cfg` names, its folder and indexes, and hold it for this process.
 
+    What can be told to be wrong without the workers is told here, since it takes Ray a minute to start them.
+
     Args:
         resume_from: path or URI of a checkpoint to begin with, where the run has none.
 
     Raises:
-        ConfigError: data that cannot be trained on, or another process that trains the run.
+        ConfigError: data that cannot be trained on, a checkpoint or weights that do not fit, or another process that
+            trains the run.
     """
     storage = open_storage(cfg.run.storage)
     train_source, val_source = Storage(cfg.data.train).uri, Storage(cfg.data.val).uri
@@ -61,23 +64,31 @@ def prepare(cfg: Config, watch: Callable[[Event], None], resume_from: str | None
     cfg = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, storage=storage.uri), data=data)
     assert cfg.run.name is not None, "the supervisor names it"
     run = storage / cfg.run.name
+
+    def tell(text: str) -> None:
+        watch({"kind": "warning", "text": text})
+
     try:
-        patiently(run.make, lambda text: watch({"kind": "warning", "text": text}), PATIENCE_S)
+        patiently(run.make, tell, PATIENCE_S)
         run.scratch.mkdir(parents=True, exist_ok=True)
+        # What is damaged the workers tell.
+        _, found = patiently(lambda: resume.look(run, resume_from, lambda _: None, whole=False), tell, PATIENCE_S)
     except OSError as e:
-        raise ConfigError(
-            f"run.storage={storage}: cannot be written to ({e.strerror or e}); name another place"
-        ) from None
-    if cfg.model.weights is not None and resume_from is None and not (run / "checkpoints").names():
+        raise ConfigError(f"run.storage={storage}: cannot be used ({e.strerror or e}); name another place") from None
+    if found is not None:
+        resume.refuse_settings(found, cfg)
+    elif cfg.model.weights is not None:
         weights = find_weights(cfg.model.weights, storage, cfg.mlflow.uri)
-        check(cfg.model, weights)  # tells of wrong ones before any worker is started
+        check(cfg.model, weights)
         cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, weights=weights))
-    tracking_uri(cfg.mlflow.uri, storage)  # tells of a missing one before any worker is started
+    tracking_uri(cfg.mlflow.uri, storage)  # tells of a missing one
     with held(run, watch):
         train_index, train = _index(train_source, run / "index" / "train.arrow", watch)
         val_index, val = _index(val_source, run / "index" / "val.arrow", watch)
         val.with_classes(train.classes)
         steps_per_epoch(len(train), cfg.train.global_batch)
+        if found is not None:
+            resume.refuse_images(found, cfg, train)
         yield Job(cfg, run, train_index, val_index, resume_from, owner=uuid.uuid4().hex)
 
 

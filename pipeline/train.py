@@ -9,16 +9,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline import checkpoint
+from pipeline import checkpoint, resume
 from pipeline.checkpoint import Checkpoint
-from pipeline.config import Config, ConfigError
+from pipeline.config import Config
 from pipeline.data.index import Index, load_index
 from pipeline.data.loader import EvalLoader, Place, TrainLoader
 from pipeline.data.request import stream
 from pipeline.evaluate import evaluate, sync_buffers
 from pipeline.identity import Identity
 from pipeline.job import Context, Job
-from pipeline.memory import MicroBatches
+from pipeline.memory import InParts, MicroBatches
 from pipeline.model import drop_rates
 from pipeline.network import as_trained
 from pipeline.optim import Schedule, lr_at, lr_note
@@ -56,13 +56,14 @@ def fit(job: Job, ctx: Context) -> dict[str, Any]:
     schedule = Schedule.create(cfg, len(index))
     stop_step = min(schedule.num_steps, cfg.run.stop_at_step or schedule.num_steps)
     state = TrainState.create(cfg, len(index.classes), ctx.device)
-    identity, resumed = _resume(job, ctx, state, index, schedule.num_steps)
+    identity, resumed = _resume(job, ctx, state, index)
     _begin(state, cfg, index, ctx, new=resumed is None)
     ledger = _ledger(ctx, identity, resumed, entered)
     recorder = Recorder(job, ctx, index, identity, resumed, ledger, schedule.num_steps)
     train_loader, val_loader = _loaders(job, ctx, index, recorder)
     net = as_trained(state.model, cfg, ctx.world_size, ctx.device, ledger)
     micro_batches = MicroBatches(cfg.train, ctx.device.type == "cuda", ctx.warn)
+    in_parts = InParts(ctx.warn)
     votes = Votes(ctx.world_size, cfg.cluster.timeout_s)
 
     def due(every: int) -> bool:
@@ -118,6 +119,7 @@ def fit(job: Job, ctx: Context) -> dict[str, Any]:
                         val_loader,
                         precision=cfg.train.precision,
                         device=ctx.device,
+                        in_parts=in_parts,
                         heartbeat=watchdog.feed,
                     )
                 scores = said.scores()
@@ -135,9 +137,7 @@ def fit(job: Job, ctx: Context) -> dict[str, Any]:
         return recorder.finished(state, val_loader)
 
 
-def _resume(
-    job: Job, ctx: Context, state: TrainState, index: Index, num_steps: int
-) -> tuple[Identity, Checkpoint | None]:
+def _resume(job: Job, ctx: Context, state: TrainState, index: Index) -> tuple[Identity, Checkpoint | None]:
     """Load the newest valid checkpoint, chosen by rank 0 for all, so that all ranks start from one state.
 
     Returns:
@@ -146,10 +146,10 @@ def _resume(
     identity, found = Identity(), None
     patience_s = job.cfg.cluster.timeout_s
     if ctx.rank == 0:
-        try:
-            identity, found = patiently(lambda: _look(job, ctx), ctx.warn, patience_s)
-        except checkpoint.CheckpointError as e:
-            raise ConfigError(str(e)) from None
+        began = ctx.marks[0][1] if ctx.marks else None
+        identity, found = patiently(
+            lambda: resume.look(job.run, job.resume_from, ctx.warn, began=began), ctx.warn, patience_s
+        )
     if ctx.world_size > 1:
         chosen = [found and found.place.uri]
         dist.broadcast_object_list(chosen, src=0, device=ctx.device)
@@ -157,12 +157,7 @@ def _resume(
             place = Storage(chosen[0])
             found = patiently(lambda: checkpoint.read(place, use_copy=True), ctx.warn, patience_s)
     if found is not None:
-        checkpoint.restore(state, found, job.cfg, index.fingerprint)
-        if found.step > num_steps:
-            raise ConfigError(
-                f"{found.place} is at step {found.step}, and this configuration ends at step {num_steps}; "
-                "raise train.epochs or train.steps, or use another run.name"
-            )
+        resume.restore(state, found, job.cfg, index)
     return identity, found
 
 
@@ -191,19 +186,6 @@ def _ledger(ctx: Context, identity: Identity, resumed: Checkpoint | None, entere
     before = dict(own.meta.get("seconds", {})) if own else {}
     before[phase] = before.get(phase, 0.0) + max(0.0, time.time() - since)
     return Ledger(phase, ctx.device, before)
-
-
-def _look(job: Job, ctx: Context) -> tuple[Identity, Checkpoint | None]:
-    """What the storage says: whose run this is, and from which checkpoint it goes on."""
-    identity = Identity.read(job.run, ctx.warn)
-    found = checkpoint.newest_valid(job.checkpoints, ctx.warn, identity.training_id if identity else None)
-    if identity is None:  # a new run, or one whose run.json is lost
-        known = ("training_id", "sessions", "faults")
-        kept = {key: found.meta[key] for key in known if key in found.meta} if found else {}
-        identity = Identity(**kept, began=ctx.marks[0][1] if ctx.marks else time.time())
-    if found is None and job.resume_from is not None:
-        found = checkpoint.read(Storage(job.resume_from))
-    return identity, found
 
 
 def _loaders(job: Job, ctx: Context, index: Index, recorder: Recorder) -> tuple[TrainLoader, EvalLoader]:

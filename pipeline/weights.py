@@ -13,10 +13,12 @@ from pipeline.model import ResNet
 from pipeline.state import check_weights
 from pipeline.storage import Storage
 
-SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 # Where training programs put the weights in what they save, averaged ones first.
 WRAPPERS = ("model_ema", "state_dict_ema", "model", "state_dict")
 WEIGHT, BIAS = "fc.weight", "fc.bias"  # the last layer
+INSIDE = "layer1.0.conv1.weight"  # every depth and variant has it
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # eight bits mean nothing without their scale
+COUNTER = "num_batches_tracked"  # of a BatchNorm, which makes no use of it; files from before torch 0.4.1 have none
 
 
 def begin_with(model: ResNet, place: str, classes: tuple[str, ...]) -> str:
@@ -33,12 +35,11 @@ def begin_with(model: ResNet, place: str, classes: tuple[str, ...]) -> str:
         ConfigError: they cannot be read, or are another network's.
     """
     weights, theirs = _read(Storage(place))
-    number, own = len(weights[BIAS]), model.state_dict()
+    number, own = weights[BIAS].numel(), model.state_dict()
     kept = number == len(classes) and theirs in (None, classes)
     if not kept:
         weights |= {name: own[name] for name in (WEIGHT, BIAS)}
-    _check(model, weights, place)
-    model.load_state_dict(weights)
+    model.load_state_dict(_fitting(model, weights, place))
     head = "the last layer, too" if kept else f"the last layer anew: {number} classes there, {len(classes)} here"
     return f"begins with the weights of {place}; {head}"
 
@@ -47,17 +48,20 @@ def check(cfg: ModelConfig, place: str) -> None:
     """Raise ConfigError where `begin_with` would, before anything is started."""
     weights, _ = _read(Storage(place))
     with torch.device("meta"):
-        model = ResNet(cfg, len(weights[BIAS]))
-    _check(model, weights, place)
+        model = ResNet(cfg, weights[BIAS].numel())
+    _fitting(model, weights, place)
 
 
-def _check(model: ResNet, weights: dict[str, Tensor], place: str) -> None:
+def _fitting(model: ResNet, weights: dict[str, Tensor], place: str) -> dict[str, Tensor]:
+    """The weights, with the model's own counters where there are none; ConfigError where they are not the model's."""
+    weights = {name: value for name, value in model.state_dict().items() if name.endswith(COUNTER)} | weights
     try:
         check_weights(model, weights)
     except ValueError as e:
         raise ConfigError(
             f"model.weights={place}: is another network ({e}); set model.depth and model.variant to its own"
         ) from None
+    return weights
 
 
 def _read(place: Storage) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
@@ -78,15 +82,40 @@ def _read(place: Storage) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
             f"model.weights={place}: is no file of tensors ({text}); fetch it again, or save the state_dict alone"
         ) from None
     inner = next((content[name] for name in WRAPPERS if isinstance(content.get(name), dict)), content)
-    found_there = {str(name): value for name, value in inner.items() if isinstance(value, Tensor)}
-    tensors = {name.removeprefix("module."): value for name, value in found_there.items()}
-    tensors.pop("n_averaged", None)  # of torchvision's averaged model
-    if tensors.get(BIAS, torch.empty(())).ndim != 1:
-        raise ConfigError(f"model.weights={place}: has no {BIAS}; give the weights of a ResNet classifier")
+    tensors = _of_one_network({str(name): value for name, value in inner.items() if isinstance(value, Tensor)}, place)
     for name, value in tensors.items():
+        counts = name.endswith(COUNTER) and value.dtype == torch.int64
+        kind = value.dtype if value.layout == torch.strided else value.layout
+        if kind not in FLOATS and not counts:
+            raise ConfigError(
+                f"model.weights={place}: {name} is {kind}, not plain floating-point numbers; "
+                "give the weights as they were before they were quantized or packed"
+            )
         if not value.isfinite().all():
             raise ConfigError(f"model.weights={place}: {name} is not finite; the file is damaged, fetch it again")
     return tensors, None
+
+
+def _of_one_network(found: dict[str, Tensor], place: Storage) -> dict[str, Tensor]:
+    """The tensors of the one network among them, by its own names.
+
+    What wraps a network puts a prefix before them: DDP "module.", torch.compile "_orig_mod.", Lightning what its module
+    calls the network. It is what stands before two names that lie far apart in the network; what is without it is of
+    something else, such as a loss, or torchvision's count of averaged models.
+
+    Raises:
+        ConfigError: there is no network, or more than one.
+    """
+    ends = (BIAS, INSIDE)
+    first, second = ({n.removesuffix(end) for n in found if f".{n}".endswith(f".{end}")} for end in ends)
+    if not first & second:
+        lacking = f"{INSIDE} under the prefix of its {BIAS}" if first else BIAS
+        raise ConfigError(f"model.weights={place}: has no {lacking}; give the weights of a ResNet classifier")
+    prefix, *others = sorted(first & second)
+    if others:
+        named = ", ".join(f"{p}{BIAS}" for p in (prefix, *others))
+        raise ConfigError(f"model.weights={place}: holds several networks ({named}); save the state_dict of one alone")
+    return {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
 
 
 def _load(file: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pipeline.data.build import build_index
 from pipeline.data.index import load_index
 from pipeline.data.loader import EvalLoader, Place
 from pipeline.evaluate import evaluate, sync_buffers
+from pipeline.memory import InParts
 from pipeline.model import ResNet
 
 CPU = torch.device("cpu")
@@ -37,7 +38,7 @@ def scores(rank: int, world_size: int, index: Path, precision: str) -> dict[str,
     torch.set_num_threads(1)
     model = ResNet(ModelConfig(depth=18, zero_init_residual=False), 10).to(memory_format=torch.channels_last)
     loader = EvalLoader(load_index(index), SMALL, Place(rank, world_size, CPU, 1), no_bad_image, batch=64)
-    return evaluate(model, loader, precision=precision, device=CPU).scores()
+    return evaluate(model, loader, precision=precision, device=CPU, in_parts=InParts(pytest.fail)).scores()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -58,7 +59,7 @@ def scores_in_one_chunk(rank: int, world_size: int, index: Path) -> dict[str, fl
     torch.manual_seed(0)
     model = ResNet(ModelConfig(depth=18), 10)
     loader = EvalLoader(load_index(index), SMALL, Place(rank, world_size, CPU, 1), no_bad_image, batch=400)
-    return evaluate(model, loader, precision="fp32", device=CPU).scores()
+    return evaluate(model, loader, precision="fp32", device=CPU, in_parts=InParts(pytest.fail)).scores()
 
 
 def test_figures_are_their_definitions(digits_index: Callable[[str], Path]) -> None:
@@ -66,7 +67,7 @@ def test_figures_are_their_definitions(digits_index: Callable[[str], Path]) -> N
     model = ResNet(ModelConfig(depth=18, zero_init_residual=False), 10).train()
     index = load_index(digits_index("val"))
     loader = EvalLoader(index, SMALL, Place(0, 1, CPU, 2), no_bad_image, batch=128)
-    found = evaluate(model, loader, precision="fp32", device=CPU).scores()
+    found = evaluate(model, loader, precision="fp32", device=CPU, in_parts=InParts(pytest.fail)).scores()
     assert model.training  # as it was
     ((_, batch),) = EvalLoader(index, SMALL, Place(0, 1, CPU, 2), no_bad_image, batch=360)
     with torch.inference_mode():
@@ -95,7 +96,7 @@ def test_views_are_averaged(digits_index: Callable[[str], Path]) -> None:
     model = ResNet(ModelConfig(depth=18, zero_init_residual=False), 10).eval()
     index = load_index(digits_index("val"))
     loader = EvalLoader(index, SMALL, Place(0, 1, CPU, 2), no_bad_image, batch=360, views="flip")
-    found = evaluate(model, loader, precision="fp32", device=CPU)
+    found = evaluate(model, loader, precision="fp32", device=CPU, in_parts=InParts(pytest.fail))
     ((_, batch),) = loader
     with torch.inference_mode():
         images = batch.images

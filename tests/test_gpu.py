@@ -16,12 +16,14 @@ from ranks import context, no_bad_image, run_ranks
 from torch import Tensor
 
 from pipeline.affinity import near
-from pipeline.config import DataConfig
+from pipeline.config import DataConfig, ModelConfig
 from pipeline.data.build import build_index
 from pipeline.data.index import load_index
 from pipeline.data.loader import Batch, Place, TrainLoader
+from pipeline.evaluate import log_probabilities
 from pipeline.job import Job
-from pipeline.memory import MicroBatches
+from pipeline.memory import InParts, MicroBatches
+from pipeline.model import ResNet
 from pipeline.network import as_trained, compiled
 from pipeline.perf import Ledger
 from pipeline.settings import load
@@ -184,9 +186,7 @@ def test_two_workers_with_synchronized_batch_norm_step_as_one() -> None:
     for name, value in whole.items():
         for half in halves:
             torch.testing.assert_close(half[name], value, rtol=1e-3, atol=1e-4, msg=name)
-    assert not torch.allclose(
-        others[0]["bn1.running_var"], whole["bn1.running_var"], rtol=1e-3
-    )  # there is a difference
+    assert not torch.allclose(others[0]["bn1.running_var"], whole["bn1.running_var"], rtol=1e-3)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
@@ -216,3 +216,23 @@ def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(
     assert whole["step"] == parts["step"] == 6 * 22
     assert min(whole["top1"], parts["top1"]) > 0.95
     assert parts["loss"] == pytest.approx(whole["loss"], rel=0.1)
+
+
+def test_an_evaluation_is_computed_in_parts_that_fit() -> None:
+    """With 2 GiB for 1,024 images that take more: their first layer's output alone is 3 GiB."""
+    torch.manual_seed(0)
+    model, said = ResNet(ModelConfig(depth=18), 10).cuda().eval(), list[str]()
+    brightness = torch.arange(1024, device="cuda").div(4, rounding_mode="floor").to(torch.uint8)
+    images = brightness[:, None, None, None].repeat(1, 3, 224, 224)
+    torch.cuda.set_per_process_memory_fraction(2 * 2**30 / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        with torch.inference_mode():
+            parts = log_probabilities(model, [images], "fp32", InParts(said.append))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert 1 <= len(said) < 10
+    assert "512 instead of 1024 images at a time" in said[0]
+    with torch.inference_mode():
+        whole = log_probabilities(model, [images], "fp32", InParts(pytest.fail))
+    assert (whole[0] - whole[-1]).abs().max() > 0.03
+    torch.testing.assert_close(parts, whole, rtol=0, atol=0.003)  # TF32, and other kernels for other sizes

@@ -1,20 +1,32 @@
-"""A GPU whose memory is short: smaller micro-batches, the same step. The shortage is pretended, the error torch's."""
+"""A GPU whose memory is short: smaller parts, the same step and figures. The shortage is pretended, not its error."""
 
+import json
+from collections.abc import Callable
+from contextlib import closing
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import context, no_bad_image, run_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.config import Config, ConfigError
-from pipeline.data.loader import Batch
-from pipeline.memory import MicroBatches
+from pipeline import cli
+from pipeline.config import Config, ConfigError, ModelConfig
+from pipeline.data.index import load_index
+from pipeline.data.loader import Batch, EvalLoader, Place
+from pipeline.evaluate import evaluate
+from pipeline.job import Event, Job
+from pipeline.memory import InParts, MicroBatches
+from pipeline.model import ResNet
+from pipeline.predictions import Predictions
 from pipeline.settings import load
 from pipeline.state import TrainState
 from pipeline.step import train_step
+from pipeline.storage import Storage
+from pipeline.train import fit
 
 
 class Short(nn.Module):
@@ -102,3 +114,67 @@ def test_a_rank_that_is_short_of_memory_does_not_hold_up_the_others() -> None:
     assert first[:3] == (6, 0, True)
     assert second[:3] == (3, 1, True)
     assert torch.equal(first[3], second[3])
+
+
+def evaluated(cfg: Config, index: Path, room: int, in_parts: InParts) -> tuple[Predictions, list[int]]:
+    """What a network says for which there is memory for `room` images, and the sizes it was given."""
+    torch.manual_seed(0)
+    net = Short(ResNet(ModelConfig(depth=18, zero_init_residual=False), 10), room)
+    here = Place(0, 1, torch.device("cpu"), 1)
+    with closing(EvalLoader(load_index(index), cfg.data, here, no_bad_image, batch=128, views="flip")) as loader:
+        said = evaluate(net, loader, precision="fp32", device=here.device, in_parts=in_parts)
+    return said, net.sizes
+
+
+def test_an_evaluation_goes_on_in_parts_and_each_image_has_its_own_row(digits_index: Callable[[str], Path]) -> None:
+    said: list[str] = []
+    in_parts = InParts(said.append)
+    index = digits_index("val")
+    whole, _ = evaluated(config(), index, 128, InParts(pytest.fail))
+    parts, sizes = evaluated(config(), index, 40, in_parts)
+    chunk, rest = [32] * 4, [32, 32, 32, 8]  # 360 images are 128, 128 and 104
+    assert sizes == [128, 64, *chunk, *chunk, *chunk, *chunk, *rest, *rest]  # each chunk and its mirror image
+    assert ["64 instead of 128" in said[0], "32 instead of 64" in said[1], len(said)] == [True, True, 2]
+    assert "the figures stay" in said[0]
+    assert parts.best.tolist() == whole.best.tolist()
+    assert parts.losses == pytest.approx(whole.losses, abs=1e-5)
+    again, sizes = evaluated(config(), index, 40, in_parts)  # the next one of the session
+    assert (len(said), max(sizes)) == (2, 32)
+    assert again.losses.tolist() == parts.losses.tolist()
+
+
+def test_a_single_image_that_cannot_be_evaluated_gets_one_line(digits_index: Callable[[str], Path]) -> None:
+    with pytest.raises(ConfigError, match=r"data.val_size=32: a single image does not fit into the GPU's memory; low"):
+        evaluated(config(), digits_index("val"), 0, InParts(lambda text: None))
+
+
+def test_trainings_and_commands_evaluate_in_parts(
+    digits_index: Callable[[str], Path],
+    digits: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    forward = ResNet.forward
+
+    def short(model: ResNet, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        if not model.training and len(x) > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory (pretended)")
+        return forward(model, x, keep)
+
+    monkeypatch.setattr(ResNet, "forward", short)
+    train, val = digits_index("train"), digits_index("val")
+    quiet = ["mlflow.log_model=false", "mlflow.report=false", "mlflow.checkpoints=none"]
+    cfg = config(f"data.train={train}", f"data.val={val}", "train.steps=1", f"run.storage={tmp_path}", *quiet)
+    (tmp_path / "run").mkdir()
+    events: list[Event] = []
+    trained = fit(Job(cfg, Storage(tmp_path / "run"), str(train), str(val)), context(events=events))
+    line = "the GPU's memory is short: 64 instead of 128 images at a time; the figures stay, to within rounding"
+    assert [event["text"].startswith(line) for event in events if event["kind"] == "warning"] == [True]
+    capsys.readouterr()
+    for words in (["evaluate"], ["predict", str(digits / "val")], ["report", "--out", str(tmp_path / "report")]):
+        assert cli.main([words[0], str(tmp_path / "run"), *words[1:], "--json"]) == 0
+        told = capsys.readouterr()
+        assert told.err.count(line) == 1, told.err
+        result = json.loads(told.out)
+        assert result.get("top1", trained["top1"]) == trained["top1"]

@@ -176,31 +176,6 @@ def test_a_non_finite_loss_names_step_rate_and_samples(job: Callable[..., Job]) 
     assert broken.checkpoints.names() == []
 
 
-def test_changed_images_or_order_are_refused(job: Callable[..., Job], digits: Path) -> None:
-    fit(job("run", "run.stop_at_step=2"), context())
-    with pytest.raises(ConfigError, match=r"train.global_batch=32: .*step_00000002 was trained with 64"):
-        fit(job("run", "train.global_batch=32"), context())
-    with pytest.raises(ConfigError, match=r"run.seed=1: "):
-        fit(job("run", "run.seed=1"), context())
-    for other in (
-        "model.depth=34",
-        "model.stride_on=1x1",
-        "model.freeze=stem",
-        "optim.name=lamb",
-        "optim.layer_decay=0.5",
-    ):
-        key, _, value = other.partition("=")
-        with pytest.raises(ConfigError, match=rf"{key}={value}: .*step_00000002 was trained with .* another network's"):
-            fit(job("run", other), context())
-    with pytest.raises(ConfigError, match=r"is at step 2, and this configuration ends at step 1"):
-        fit(job("run", "train.steps=1"), context())
-    val = job("run").val_index
-    with pytest.raises(ConfigError, match="was trained on other images"):
-        fit(dataclasses.replace(job("run"), train_index=val), context())
-    allowed = job("run", "data.allow_changed=true", "run.stop_at_step=3")
-    assert fit(dataclasses.replace(allowed, train_index=val), context())["step"] == 3
-
-
 @pytest.mark.parametrize("content", [None, "{", '{"sessions": "many"}'])
 def test_a_lost_run_json_is_made_up_from_the_newest_checkpoint(job: Callable[..., Job], content: str | None) -> None:
     one = fit(job("run", "run.stop_at_step=2"), context())

@@ -78,17 +78,63 @@ def test_what_training_programs_wrap_around_weights_is_seen_through(
     assert holds(model, theirs)
 
 
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "model.", "net.", "model._orig_mod.", "_orig_mod.module.encoder_fc."])
+def test_what_stands_before_all_names_is_seen_through(prefix: str, theirs: dict[str, Tensor], tmp_path: Path) -> None:
+    """Of torch.compile, DDP and Lightning, in any order, and what else such a module holds is left."""
+    wrapped = {f"{prefix}{key}": value for key, value in theirs.items()}
+    beside = {"loss.weight": torch.ones(3), "accuracy.fc.bias": torch.ones(1), "seen": torch.tensor(3)}
+    model = new_model(1000)
+    begin_with(model, write(tmp_path / "w.ckpt", {"state_dict": wrapped | beside}), tuple(map(str, range(1000))))
+    assert holds(model, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_precision_are_taken(dtype: torch.dtype, theirs: dict[str, Tensor], tmp_path: Path) -> None:
+    model = new_model(1000)
+    stored = {name: value.to(dtype) if value.is_floating_point() else value for name, value in theirs.items()}
+    begin_with(model, write(tmp_path / "w.pth", stored), tuple(map(str, range(1000))))
+    assert holds(model, {name: value.to(theirs[name].dtype) for name, value in stored.items()})
+
+
+def test_files_from_before_batch_norms_counted_are_taken(theirs: dict[str, Tensor], tmp_path: Path) -> None:
+    """As torchvision's first weights of each depth."""
+    model = new_model(1000)
+    stored = {name: value for name, value in theirs.items() if not name.endswith("num_batches_tracked")}
+    begin_with(model, write(tmp_path / "w.pth", stored), tuple(map(str, range(1000))))
+    assert holds(model, theirs)
+
+
 def write(file: Path, content: Any) -> str:
     file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
     return str(file)
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")  # torch's, of the sparse tensor
 def test_files_that_are_of_no_use_get_one_line(theirs: dict[str, Tensor], tmp_path: Path) -> None:
     resnet50 = torchvision.models.resnet50(weights=None).state_dict()
     headless = {name: value for name, value in theirs.items() if not name.startswith("fc.")}
     for content, message in [
         (resnet50, r"is another network \(.*\); set model.depth and model.variant to its own"),
-        (headless, "has no fc.bias"),
+        (headless, "has no fc.bias; give"),
+        (headless | {"head.fc.bias": torch.ones(3)}, "has no layer1.0.conv1.weight under the prefix of its fc.bias; "),
+        (
+            {f"{who}.{name}": value for who in ("teacher", "student") for name, value in theirs.items()},
+            r"holds several networks \(student.fc.bias, teacher.fc.bias\); save the state_dict of one alone",
+        ),
+        (
+            theirs | {"fc.weight": theirs["fc.weight"].to(torch.int8)},
+            r"fc.weight is torch.int8, not plain",
+        ),
+        (
+            theirs | {"fc.weight": theirs["fc.weight"].to(torch.complex64)},
+            "fc.weight is torch.complex64, ",
+        ),
+        (
+            theirs | {"fc.weight": theirs["fc.weight"].to(torch.float8_e4m3fn)},
+            "fc.weight is torch.float8",
+        ),
+        (theirs | {"fc.weight": theirs["fc.weight"].to_sparse()}, "fc.weight is torch.sparse_coo, not"),
+        (theirs | {"bn1.num_batches_tracked": torch.tensor(1j)}, "bn1.num_batches_tracked is torch.comp"),
         (theirs | {"conv1.weight": theirs["conv1.weight"] * torch.nan}, "conv1.weight is not finite"),
         (
             {"model": theirs, "args": argparse.Namespace(lr=1)},

@@ -1,0 +1,106 @@
+"""Which checkpoint a run goes on from, and what of its configuration and its images must then be as it was.
+
+The driver refuses what does not fit before it starts anything. The workers choose and check once more: between these
+two a checkpoint may be damaged, and later sessions go on from later ones.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from pipeline import checkpoint
+from pipeline.checkpoint import CONFIG, Checkpoint, CheckpointError
+from pipeline.config import Config, ConfigError
+from pipeline.data.index import Index
+from pipeline.identity import Identity
+from pipeline.optim import Schedule
+from pipeline.schema import show
+from pipeline.settings import flatten, load
+from pipeline.state import TrainState
+from pipeline.storage import Storage
+
+# With the step they say which images come next.
+STREAM_KEYS = ("run.seed", "train.global_batch", "data.shuffle_block", "data.shuffle_window", "data.repeats")
+# They say which parameters the optimizer's state is of, and what they mean to the network.
+NETWORK_KEYS = ("model.depth", "model.variant", "model.stride_on", "model.freeze", "optim.name", "optim.layer_decay")
+
+
+def look(
+    run: Storage,
+    resume_from: str | None,
+    report: Callable[[str], None],
+    *,
+    began: float | None = None,
+    whole: bool = True,
+) -> tuple[Identity, Checkpoint | None]:
+    """What the storage says: whose run this is, and from which checkpoint it goes on.
+
+    Args:
+        run: its folder.
+        resume_from: path or URI of a checkpoint to begin with, where the run has none.
+        report: told of what is damaged.
+        began: of a training that is new, Unix time; None: now.
+        whole: see `checkpoint.read`.
+
+    Raises:
+        ConfigError: there are checkpoints, and none can be used.
+        OSError: the storage does not answer.
+    """
+    identity = Identity.read(run, report)
+    try:
+        own = identity.training_id if identity else None
+        found = checkpoint.newest_valid(run / "checkpoints", report, own, whole=whole)
+        if identity is None:  # a new run, or one whose run.json is lost
+            known = ("training_id", "sessions", "faults")
+            kept: dict[str, Any] = {key: found.meta[key] for key in known if key in found.meta} if found else {}
+            identity = Identity(**kept, began=began or time.time())
+        if found is None and resume_from is not None:
+            found = checkpoint.read(Storage(resume_from), whole=whole)
+    except CheckpointError as e:
+        raise ConfigError(str(e)) from None
+    return identity, found
+
+
+def refuse_settings(found: Checkpoint, cfg: Config) -> None:
+    """Raise ConfigError where what orders the images, or the network, is another than the checkpoint's."""
+    saved, now = flatten(load(found.path / CONFIG)), flatten(cfg)
+    meaning = dict.fromkeys(STREAM_KEYS, "its step would mean other images")
+    meaning |= dict.fromkeys(NETWORK_KEYS, "its weights are another network's, or its optimizer's state is")
+    for key, why in meaning.items():
+        if saved[key] != now[key]:
+            raise ConfigError(
+                f"{key}={show(now[key])}: {found.place} was trained with {show(saved[key])}, and {why}; "
+                "keep it, or use another run.name"
+            )
+
+
+def refuse_images(found: Checkpoint, cfg: Config, index: Index) -> None:
+    """Raise ConfigError where the images are others than the checkpoint's, or too few for its step."""
+    if found.meta["fingerprint"] != index.fingerprint and not cfg.data.allow_changed:
+        raise ConfigError(
+            f"{found.place} was trained on other images than data.train={cfg.data.train} holds now "
+            f"(fingerprint {found.meta['fingerprint'][:12]}, now {index.fingerprint[:12]}); "
+            "bring them back, use another run.name, or set data.allow_changed=true"
+        )
+    if len(found.meta["classes"]) != len(index.classes):
+        raise ConfigError(
+            f"data.train={cfg.data.train}: holds {len(index.classes)} classes, and {found.place} was trained with "
+            f"{len(found.meta['classes'])}; bring them back, or give a new run.name the weights: "
+            f"model.weights={found.place}"
+        )
+    num_steps = Schedule.create(cfg, len(index)).num_steps
+    if found.step > num_steps:
+        raise ConfigError(
+            f"{found.place} is at step {found.step}, and this configuration ends at step {num_steps}; "
+            "raise train.epochs or train.steps, or use another run.name"
+        )
+
+
+def restore(state: TrainState, found: Checkpoint, cfg: Config, index: Index) -> None:
+    """Load a checkpoint into `state`; raises ConfigError where `refuse_settings` or `refuse_images` does, too."""
+    refuse_settings(found, cfg)
+    refuse_images(found, cfg, index)
+    try:
+        state.load_state_dict(found.state())
+    except ValueError as e:
+        raise ConfigError(f"{found.place} does not fit this configuration: {e}; use another run.name") from None

@@ -1,0 +1,135 @@
+"""What a resume refuses: by the driver, before Ray is started, and in the same words by the workers."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from ranks import context
+
+from pipeline import checkpoint, runs
+from pipeline.config import Config, ConfigError
+from pipeline.data.build import build_index
+from pipeline.job import Event, Job
+from pipeline.settings import load
+from pipeline.storage import Storage
+from pipeline.train import fit
+
+SMALL = ["data.image_size=32", "data.val_resize=32", "model.depth=18", "train.global_batch=64", "train.steps=30"]
+QUIET = ["train.precision=fp32", "mlflow.log_model=false", "mlflow.report=false", "mlflow.checkpoints=none"]
+
+Settings = Callable[..., Config]
+
+
+@pytest.fixture(scope="module")
+def stopped(digits_index: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A storage with the run `run`, stopped at step 2 after a checkpoint at step 1."""
+    storage = tmp_path_factory.mktemp("runs")
+    data = [f"data.train={digits_index('train')}", f"data.val={digits_index('val')}"]
+    where = [f"run.storage={storage}", "run.name=run", "run.stop_at_step=2", "checkpoint.every=1"]
+    with runs.prepare(load(None, [*data, *SMALL, *QUIET, *where]), print) as job:
+        fit(job, context())
+    return storage
+
+
+@pytest.fixture
+def settings(stopped: Path, digits_index: Callable[[str], Path], tmp_path: Path) -> Settings:
+    """Makes the configuration of the run, with overrides, for a copy of it."""
+    shutil.copytree(stopped, tmp_path / "runs")
+    data = [f"data.train={digits_index('train')}", f"data.val={digits_index('val')}"]
+
+    def make(*overrides: str) -> Config:
+        return load(None, [*data, *SMALL, *QUIET, f"run.storage={tmp_path}/runs", "run.name=run", *overrides])
+
+    return make
+
+
+def refused(cfg: Config, resume_from: str | None = None) -> str:
+    """The line with which driver and worker refuse a training."""
+    assert cfg.run.name is not None
+    job = Job(cfg, Storage(cfg.run.storage) / cfg.run.name, cfg.data.train, cfg.data.val, resume_from)
+    with pytest.raises(ConfigError) as by_driver, runs.prepare(cfg, print, resume_from):
+        pass
+    with pytest.raises(ConfigError) as by_worker:
+        fit(job, context())
+    assert str(by_driver.value) == str(by_worker.value)
+    assert "\n" not in str(by_driver.value)
+    return str(by_driver.value)
+
+
+@pytest.mark.parametrize("setting", ["train.global_batch=32", "run.seed=1", "data.shuffle_block=8"])
+def test_what_orders_the_images_stays(settings: Settings, setting: str) -> None:
+    said = refused(settings(setting))
+    assert said.startswith(f"{setting}: ")
+    assert "step_00000002 was trained with" in said
+    assert "its step would mean other images; keep it, or use another run.name" in said
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["model.depth=34", "model.stride_on=1x1", "model.freeze=stem", "optim.name=lamb", "optim.layer_decay=0.5"],
+)
+def test_the_network_and_its_optimizer_stay(settings: Settings, setting: str) -> None:
+    said = refused(settings(setting))
+    assert said.startswith(f"{setting}: ")
+    assert "step_00000002 was trained with" in said
+    assert "its weights are another network's, or its optimizer's state is" in said
+
+
+def test_the_images_stay_unless_others_are_allowed(settings: Settings, digits_index: Callable[[str], Path]) -> None:
+    other = f"data.train={digits_index('val')}"
+    assert "was trained on other images than data.train=" in refused(settings(other))
+    with runs.prepare(settings(other, "data.allow_changed=true", "run.stop_at_step=3"), print) as job:
+        assert fit(job, context())["step"] == 3
+
+
+def test_the_number_of_classes_stays_whatever_is_allowed(settings: Settings, digits: Path, tmp_path: Path) -> None:
+    for name in ("0", "1"):
+        shutil.copytree(digits / "train" / name, tmp_path / "two" / name)
+    build_index(tmp_path / "two")[0].save(tmp_path / "two.arrow")
+    two = [f"data.{part}={tmp_path}/two.arrow" for part in ("train", "val")]
+    said = refused(settings(*two, "data.allow_changed=true"))
+    assert f"data.train={tmp_path}/two.arrow: holds 2 classes, and " in said
+    assert "step_00000002 was trained with 10; " in said
+
+
+def test_a_training_does_not_end_before_its_checkpoint(settings: Settings) -> None:
+    assert "is at step 2, and this configuration ends at step 1; raise train.epochs" in refused(
+        settings("train.steps=1")
+    )
+
+
+def test_a_branch_is_held_to_the_checkpoint_that_it_begins_with(settings: Settings) -> None:
+    cfg = settings("run.name=branch", "model.depth=34")
+    begins_with = f"{cfg.run.storage}/run/checkpoints/step_00000001"
+    assert refused(cfg, begins_with).startswith(f"model.depth=34: {begins_with} was trained with 18")
+
+
+def test_damaged_checkpoints_are_told_by_the_workers_and_decide_nothing(settings: Settings) -> None:
+    cfg = settings("run.stop_at_step=3")
+    newest = Path(cfg.run.storage, "run", "checkpoints", "step_00000002")
+    (newest / checkpoint.CONFIG).write_text("model: {depth: 34}")
+    assert "step_00000001 was trained with 18" in refused(settings("model.depth=34"))
+    events: list[Event] = []
+    with runs.prepare(cfg, events.append) as job:
+        assert [event for event in events if "damaged" in event["text"]] == []
+        assert fit(job, context(events=events))["step"] == 3
+    assert sum("step_00000002: config.yaml is damaged" in event.get("text", "") for event in events) == 1
+
+
+def test_where_all_are_damaged_it_is_told_at_once(settings: Settings) -> None:
+    cfg = settings()
+    for place in Path(cfg.run.storage, "run", "checkpoints").glob("step_*"):
+        (place / checkpoint.STATE).write_bytes(b"short")
+    assert "none of the 2 checkpoints in" in refused(cfg)
+
+
+def test_the_driver_reads_no_state(settings: Settings) -> None:
+    """Which may be gigabytes, in an object store."""
+    cfg = settings()
+    for place in Path(cfg.run.storage, "run", "checkpoints").glob("step_*"):
+        os.truncate(place / checkpoint.STATE, 0)
+        os.truncate(place / checkpoint.STATE, checkpoint.read_meta(Storage(place))["files"][checkpoint.STATE]["size"])
+    with runs.prepare(cfg, print):
+        pass
