@@ -164,6 +164,23 @@ def test_names_from_outside_stay_text_and_nothing_is_loaded_from_elsewhere(tmp_p
         assert not re.search(r"url\(|@import", (tmp_path / "report.html").read_text(encoding="utf-8"))
 
 
+def test_a_names_characters_may_be_in_any_font_that_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Chinese and Japanese ones are; here with a font that comes with matplotlib."""
+
+    def drawn_as_unknown(*fonts: str) -> bool:
+        monkeypatch.setattr(charts, "FONTS", ("DejaVu Sans", *fonts))
+        charts._fonts.cache_clear()
+        for first, file in (("\u20d2", "a.png"), ("?", "b.png")):
+            charts.confusion(said_of(2, 30), [first, "b"], tmp_path / file)
+        return (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+    assert drawn_as_unknown("no such font")
+    assert not drawn_as_unknown("no such font", "STIXGeneral")
+    charts._fonts.cache_clear()
+
+
 def test_of_a_thousand_classes_the_worst_and_the_best_are_shown(tmp_path: Path) -> None:
     facts = facts_of([f"n{k:04d}" for k in range(1000)], 20_000)
     write_report(facts, {}, tmp_path, "MLflow is away")
