@@ -224,6 +224,7 @@ class Recorder:
         cfg, done = self._job.cfg, state.step == self._num_steps
         asked = cfg.run.stop_at_step is not None and state.step >= cfg.run.stop_at_step
         status = "done" if done else "stopped" if asked else self._ctx.stop_reason()
+        speed = self._images_per_s(state.step, self._ledger.seconds())  # before MLflow is waited for
         with self._ledger.phase("checkpoint"):
             self._saver.finish(cfg.cluster.timeout_s)
             ended = self._identity.end()
@@ -248,7 +249,6 @@ class Recorder:
                 f"MLflow is away; {waiting} records wait in {self._tracker.spool}; "
                 f"to send them: pipeline sync {self._job.run}"
             )
-        seconds = self._ledger.seconds()
         return {
             "run": self._job.run.name,
             "run_dir": str(self._job.run),
@@ -256,8 +256,8 @@ class Recorder:
             "step": state.step,
             "num_steps": self._num_steps,
             **{name: self._scores.get(name) for name in ("top1", "top5", "loss")},
-            "images_per_s": self._images_per_s(state.step, seconds),
-            "seconds": seconds,
+            "images_per_s": speed,
+            "seconds": self._ledger.seconds(),
             "startup": self._startup,
             "ended": time.time(),
             "checkpoint": str(self._newest.place),
