@@ -45,10 +45,12 @@ def listed(storage: Storage) -> list[Listed]:
     Raises:
         ConfigError: there is no such folder, or the storage does not answer.
     """
-    if storage.local is not None and not storage.local.is_dir():
-        raise ConfigError(f"--storage {storage}: no such folder; name the place where runs lie")
     try:
-        found = [_look(storage / name) for name in storage.names() if not name.startswith(".")]
+        names = storage.names()
+        # An object store has no empty folders.
+        if not (storage.local.is_dir() if storage.local else names):
+            raise ConfigError(f"--storage {storage}: no such folder; name the place where runs lie")
+        found = [_look(storage / name) for name in names if not name.startswith(".")]
     except OSError as e:
         raise ConfigError(f"--storage {storage}: cannot be read ({e}); name the place where runs lie") from None
     return sorted((one for one in found if one is not None), key=lambda one: one.changed or 0, reverse=True)

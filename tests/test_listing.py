@@ -19,6 +19,7 @@ from s3 import s3_storage
 from test_train import FAST
 
 from pipeline import checkpoint, cli, listing
+from pipeline.config import ConfigError
 from pipeline.identity import Identity
 from pipeline.job import Job
 from pipeline.settings import load
@@ -214,6 +215,9 @@ def test_an_object_store_has_no_locks(bucket: Storage, copy: Callable[..., Path]
     found = {one.name: one for one in listing.listed(bucket)}
     assert [(found[name].state, found[name].resumes_at) for name in ("ended", "going")] == [("stopped", 2), ("open", 2)]
     assert all(one.changed is not None and time.time() - one.changed < 600 for one in found.values())
+    nowhere = bucket.parent / "other"
+    with pytest.raises(ConfigError, match="no such folder; name the place where runs lie"):
+        listing.listed(nowhere)
 
 
 def test_no_weights_are_read(copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
