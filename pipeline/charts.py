@@ -28,6 +28,8 @@ MARKS_UP_TO = 30  # points, each of which is marked
 MAX_CELLS = 250  # of a confusion matrix, a side; classes of larger ones share cells
 MAX_NAMED = 25  # classes that are named at its sides
 MAX_NAME = 20  # characters
+# Of class names: what the first one lacks may be in another, where that is installed.
+FONTS = ("DejaVu Sans", "Noto Sans CJK JP", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "IPAGothic")
 
 
 def curves(history: History, file: Path) -> None:
@@ -117,8 +119,8 @@ def confusion(said: Predictions, classes: Sequence[str], file: Path) -> None:
     axes.tick_params(labelsize=8)
     if len(classes) <= MAX_NAMED:
         names = [_drawable(name) for name in classes]
-        axes.set_xticks(range(len(names)), names, rotation=90, parse_math=False)
-        axes.set_yticks(range(len(names)), names, parse_math=False)
+        axes.set_xticks(range(len(names)), names, rotation=90, parse_math=False, family=_fonts()[0])
+        axes.set_yticks(range(len(names)), names, parse_math=False, family=_fonts()[0])
     figure.savefig(file)
 
 
@@ -131,17 +133,19 @@ def _shares(said: Predictions, num_classes: int, cells: int) -> FloatArray:
 
 
 def _drawable(name: str) -> str:
-    """A class's name as the figures' font has it."""
+    """A class's name as the figures' fonts have it."""
     short = name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…"
-    return "".join(c if ord(c) in _characters() else "?" for c in short)
+    return "".join(c if ord(c) in _fonts()[1] else "?" for c in short)
 
 
 @cache
-def _characters() -> frozenset[int]:
-    from matplotlib.font_manager import findfont
+def _fonts() -> tuple[list[str], frozenset[int]]:
+    """Those of FONTS that are installed, and their characters."""
+    from matplotlib.font_manager import findfont, get_font_names
     from matplotlib.ft2font import FT2Font
 
-    return frozenset(FT2Font(findfont("DejaVu Sans")).get_charmap()) - set(range(32))
+    names = [name for name in FONTS if name in get_font_names()]
+    return names, frozenset[int]().union(*(FT2Font(findfont(name)).get_charmap() for name in names)) - set(range(32))
 
 
 def _figure(width: float, height: float) -> Any:

@@ -7,7 +7,6 @@ import argparse
 import os
 import shutil
 import sys
-import time
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
@@ -23,9 +22,8 @@ Outcome = tuple[Any, list[str], int]  # for --json, for people, exit code
 
 
 def train(args: argparse.Namespace) -> Outcome:
-    from pipeline import supervise
+    from pipeline import summary, supervise
     from pipeline.console import TrainingView, summary_lines
-    from pipeline.perf import goodput, summed_up
 
     if lacking := [name for name in args.needs if not os.environ.get(name)]:
         mend = "give it to the cluster, from a Kubernetes Secret or in the environment of `ray start`"
@@ -33,14 +31,13 @@ def train(args: argparse.Namespace) -> Outcome:
     cfg, label, resume_from = config_to_train(args)
     with TrainingView(_people(args)) as view:
         try:
-            summary = supervise.train(cfg, label, resume_from, view, began=psutil.Process().create_time())
+            told = supervise.train(cfg, label, resume_from, view, began=psutil.Process().create_time())
         except supervise.TrainingFailedError as e:
             return {"status": "failed", "run": view.run, "error": str(e)}, [f"failed: {e}"], FAILED
-    seconds = summary["seconds"] | {"shut-down": time.time() - summary.pop("ended")}
-    summary["seconds"] = {name: round(s, 3) for name, s in summed_up(seconds).items()}
-    summary["goodput"] = round(goodput(seconds), 4)
-    code = INTERRUPTED if summary["status"] == "interrupted" else DONE
-    return summary, summary_lines(summary), code
+    told = summary.completed(told)
+    summary.keep(told, _say)
+    code = INTERRUPTED if told["status"] == "interrupted" else DONE
+    return told, summary_lines(told), code
 
 
 def config_to_train(args: argparse.Namespace) -> tuple[Config, str, str | None]:

@@ -181,8 +181,8 @@ def report_lines(head: Mapping[str, Any], worst: Sequence[Mapping[str, Any]], nu
         figures = f"{one['images']:6}  {_figure(one['recall'], '8.4f'):>8}  {_figure(one['precision'], '9.4f'):>9}"
         lines.append(f"{_cell(one['class'], 26)}  {figures}  {_cell(one['taken_for'] or '-', 21)}".rstrip())
     whole = sum(head["seconds"].values())
-    lines += ["", f"{'time':26} seconds  share"]
-    lines += [f"{name:22}  {s:10.1f}  {s / whole:5.1%}" for name, s in head["seconds"].items() if s >= 0.05]
+    lines += ["", f"{'time ' + head['counted']:29} seconds  share"]
+    lines += [f"{name:25}  {s:10.1f}  {s / whole:5.1%}" for name, s in head["seconds"].items() if s >= 0.05]
     return lines
 
 

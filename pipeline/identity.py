@@ -56,6 +56,10 @@ class Identity:
     def end(self) -> "Identity":
         return dataclasses.replace(self, open=False)
 
+    def facts(self) -> dict[str, str | int]:
+        """What checkpoints and summaries tell of it."""
+        return {"training_id": self.training_id, "sessions": self.sessions, "faults": self.faults}
+
     def story(self, faults: Sequence[Fault], first_step: int, workers: int) -> dict[str, float]:
         """What is worth a chart at the beginning of a session that these faults came before."""
         story: dict[str, float] = {"first_step": first_step, "workers": workers, "faults": self.faults}

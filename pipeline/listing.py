@@ -25,8 +25,8 @@ State = Literal["training", "died", "open", "new", "stopped", "done"]
 
 @dataclass(frozen=True)
 class Listed:
-    """A run. changed: Unix time. resumes_at: the step from which it would go on; None where it is being trained, is
-    done, or has damaged checkpoints alone. problem: what is damaged."""
+    """A run. changed: by its training, Unix time. resumes_at: the step from which it would go on; None where it is
+    being trained, is done, or has damaged checkpoints alone. problem: what is damaged."""
 
     name: str
     state: State
@@ -45,10 +45,12 @@ def listed(storage: Storage) -> list[Listed]:
     Raises:
         ConfigError: there is no such folder, or the storage does not answer.
     """
-    if storage.local is not None and not storage.local.is_dir():
-        raise ConfigError(f"--storage {storage}: no such folder; name the place where runs lie")
     try:
-        found = [_look(storage / name) for name in storage.names() if not name.startswith(".")]
+        names = storage.names()
+        # An object store has no empty folders.
+        if not (storage.local.is_dir() if storage.local else names):
+            raise ConfigError(f"--storage {storage}: no such folder; name the place where runs lie")
+        found = [_look(storage / name) for name in names if not name.startswith(".")]
     except OSError as e:
         raise ConfigError(f"--storage {storage}: cannot be read ({e}); name the place where runs lie") from None
     return sorted((one for one in found if one is not None), key=lambda one: one.changed or 0, reverse=True)
@@ -71,7 +73,9 @@ def _look(run: Storage) -> Listed | None:
         state = "died" if run.local else "open"
     else:
         state = "done" if done else "stopped" if meta else "new"
-    lost = not meta and bool(problems)
+    lost, saved = not meta and bool(problems), _number(meta, "saved_at")
+    # An ended training's last change is its checkpoint: `pipeline sync` writes into the folder, too.
+    ended = state in ("done", "stopped") and saved is not None
     return Listed(
         name=run.name,
         state=state,
@@ -79,7 +83,7 @@ def _look(run: Storage) -> Listed | None:
         num_steps=None if num_steps is None else int(num_steps),
         best_top1=_number(meta, "best_top1"),
         images_per_s=_number(meta, "images_per_s"),
-        changed=max(filter(None, (run.changed(), _number(meta, "saved_at"))), default=None),
+        changed=saved if ended else max(filter(None, (run.changed(), saved)), default=None),
         resumes_at=None if lost or state in ("training", "done") else step,
         problem="; ".join(problems) or None,
     )

@@ -113,4 +113,4 @@ def for_mlflow(seconds: Mapping[str, float]) -> dict[str, float]:
 
 def goodput(seconds: Mapping[str, float]) -> float:
     """The share of all time that was spent on computing steps that count."""
-    return total(seconds, *COMPUTE) / sum(seconds.values())
+    return summed_up(seconds)["compute"] / sum(seconds.values())

@@ -162,9 +162,7 @@ class Recorder:
             "images_per_s": self._images_per_s(state.step, seconds),
             "device": device_name(self._ctx.device),
             "workers": self._ctx.world_size,
-            "training_id": self._identity.training_id,
-            "sessions": self._identity.sessions,
-            "faults": self._identity.faults,
+            **self._identity.facts(),
             "mlflow_run_id": self._tracker.run_id,
             "time": time.time(),
             "seconds": seconds,
@@ -226,6 +224,7 @@ class Recorder:
         cfg, done = self._job.cfg, state.step == self._num_steps
         asked = cfg.run.stop_at_step is not None and state.step >= cfg.run.stop_at_step
         status = "done" if done else "stopped" if asked else self._ctx.stop_reason()
+        speed = self._images_per_s(state.step, self._ledger.seconds())  # before MLflow is waited for
         with self._ledger.phase("checkpoint"):
             self._saver.finish(cfg.cluster.timeout_s)
             ended = self._identity.end()
@@ -250,7 +249,6 @@ class Recorder:
                 f"MLflow is away; {waiting} records wait in {self._tracker.spool}; "
                 f"to send them: pipeline sync {self._job.run}"
             )
-        seconds = self._ledger.seconds()
         return {
             "run": self._job.run.name,
             "run_dir": str(self._job.run),
@@ -258,14 +256,13 @@ class Recorder:
             "step": state.step,
             "num_steps": self._num_steps,
             **{name: self._scores.get(name) for name in ("top1", "top5", "loss")},
-            "images_per_s": self._images_per_s(state.step, seconds),
-            "seconds": seconds,
+            "images_per_s": speed,
+            "seconds": self._ledger.seconds(),
             "startup": self._startup,
             "ended": time.time(),
             "checkpoint": str(self._newest.place),
             "best_checkpoint": _place(top),
-            "sessions": self._identity.sessions,
-            "faults": self._identity.faults,
+            **self._identity.facts(),
             "mlflow_uri": self._uri,
             "mlflow_experiment_id": self._tracker.experiment_id,
             "mlflow_run_id": self._tracker.run_id,
@@ -280,7 +277,8 @@ class Recorder:
     def _report(self, said: Predictions, val_loader: EvalLoader) -> None:
         """Lay aside all that the report takes, so that MLflow may be away: the thread that logs it makes it."""
         assert self._newest is not None
-        meta = {**self._newest.meta, "seconds": self._ledger.seconds(), "mlflow_run_id": self._tracker.run_id}
+        told = {"seconds": self._ledger.seconds(), "counted": "until this report"}
+        meta = {**self._newest.meta, **told, "mlflow_run_id": self._tracker.run_id}
         cfg, run = self._job.cfg, self._job.run
         try:
             self._tracker.report(Facts(run.name, cfg.data.val, meta, cfg, said, find_mistakes(said, val_loader)))

@@ -47,7 +47,9 @@ class Mistake:
 
 @dataclass(frozen=True)
 class Facts:
-    """run: its name. data: the images that `said` is of. meta: of the checkpoint that said it, see `checkpoint`."""
+    """run: its name. data: the images that `said` is of. meta: of the checkpoint that said it, see `checkpoint`;
+    and "counted": until when its "seconds" are, if that is not its step.
+    """
 
     run: str
     data: str
@@ -81,12 +83,13 @@ class Facts:
         """The figures that come first; None for what an earlier version's checkpoint does not tell.
 
         {"top1", "top5", "loss", "ece", "count": see `Predictions.scores`, "step", "num_steps", "best_top1": of the
-         training's evaluations, "images_per_s": of its last session, "goodput", "seconds": per phase, "sessions",
-         "faults"}
+         training's evaluations, "images_per_s": of its last session, "goodput", "seconds": per phase, "counted": up to
+         when, in words, "sessions", "faults"}
         """
         known = ("step", "num_steps", "best_top1", "images_per_s", "sessions", "faults")
         seconds = self.meta.get("seconds") or {}
         told = {name: self.meta.get(name) for name in known}
+        told["counted"] = self.meta.get("counted", f"until step {self.meta['step']:,}")
         return {**self.said.scores(), **told, **_times(seconds)}
 
     def worst_first(self) -> list[ClassFigures]:
@@ -116,11 +119,12 @@ def _jpeg(pixels: np.ndarray[Any, Any]) -> bytes:
     return content.getvalue()
 
 
-def write_report(facts: Facts, history: History | None, out: Path, note: str = "") -> list[str]:
+def write_report(facts: Facts, history: History, out: Path, note: str = "") -> list[str]:
     """Write report.html and its figures into the folder `out`, which is made.
 
     Args:
-        history: what MLflow has of `charts.METRICS`; None: it is not known, and `note` says why.
+        history: of `charts.METRICS`.
+        note: why there is none, or not all of it.
 
     Returns:
         The names of the files.

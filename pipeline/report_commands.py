@@ -31,10 +31,11 @@ def report(args: argparse.Namespace) -> Outcome:
         for one in made.facts.worst_first()[:NUM_WORST]
     ]
     lines = report_lines(head, worst, len(classes))
-    lines += ["", *([f"no curves: {made.no_curves}"] if made.no_curves else [])]
+    drawn = "curves.png" in made.files
+    lines += ["", *([f"{'curves' if drawn else 'no curves'}: {made.note}"] if made.note else [])]
     lines += [f"not logged to MLflow: {made.not_logged}" if made.not_logged else "logged to MLflow, below report/"]
     result = {"checkpoint": str(found.place), "out": str(out), "files": made.files, **head, "worst_classes": worst}
-    result |= {"no_curves": made.no_curves or None, "not_logged": made.not_logged or None}
+    result |= {"curves": drawn, "curves_note": made.note or None, "not_logged": made.not_logged or None}
     return result, [str(found.place), *lines, f"open {out / made.files[0]}"], DONE
 
 

@@ -1,12 +1,17 @@
-"""`pipeline report`: the report of a checkpoint at any time, from a new evaluation and what MLflow has of the run."""
+"""`pipeline report`: the report of a checkpoint at any time, from a new evaluation and what the run has left.
 
-from collections.abc import Callable
+Curves come from MLflow, which alone has them from the first step on, and from what still waits for it: all of a
+training that it never heard of.
+"""
+
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from pipeline import checkpoint, mlflow_run
-from pipeline.charts import History
+from pipeline import checkpoint, mlflow_run, spool, summary
+from pipeline.charts import METRICS, History
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import ConfigError
 from pipeline.data.loader import EvalLoader, Place
@@ -15,6 +20,7 @@ from pipeline.infer import evaluate_checkpoint
 from pipeline.mlflow_run import MlflowRun, Target
 from pipeline.report import NUM_MISTAKES, Facts, find_mistakes, write_report
 from pipeline.settings import load
+from pipeline.spool import Record
 from pipeline.storage import Storage
 
 
@@ -22,13 +28,14 @@ from pipeline.storage import Storage
 class Made:
     """A report: its files in the folder `out`, and the facts that it shows.
 
-    no_curves, not_logged: why so; empty where it has curves, or is among the MLflow run's artifacts.
+    note: on its curves, where they are not MLflow's or there are none. not_logged: why so; empty where it is among the
+    MLflow run's artifacts.
     """
 
     out: Path
     files: list[str]
     facts: Facts
-    no_curves: str
+    note: str
     not_logged: str
 
 
@@ -48,34 +55,61 @@ def report(found: Checkpoint, out: Path, data: str | None, mlflow_uri: str | Non
     said, index = evaluate_checkpoint(found.place, data, say)
     with closing(EvalLoader(index, cfg.data, Place.here(), _sound, batch=NUM_MISTAKES)) as loader:
         mistakes = find_mistakes(said, loader)
-    facts = Facts(run.name, data or cfg.data.val, found.meta, cfg, said, mistakes)
-    kept, history, no_curves = _history(found, run, cfg.mlflow.experiment, mlflow_uri or cfg.mlflow.uri)
+    facts = Facts(run.name, data or cfg.data.val, found.meta | _whole_time(found, run), cfg, said, mistakes)
+    kept, logged, away = _logged(found, run, cfg.mlflow.experiment, mlflow_uri or cfg.mlflow.uri)
+    history = _with_waiting(logged, [*spool.kept(run.scratch / "mlflow"), *found.meta.get("unsent", [])])
+    note = _note(away, history, run, cfg.train.log_every)
     try:
-        files = write_report(facts, history, out, no_curves)
+        files = write_report(facts, history, out, note)
     except OSError as e:
         raise ConfigError(f"--out {out}: {e.strerror or e}; name another folder") from None
-    return Made(out, files, facts, no_curves, _why_not(found, data) or _log(kept, out, files) or no_curves)
+    return Made(out, files, facts, note, _why_not(found, data) or _log(kept, out, files) or away)
 
 
 def _sound(place: str, reason: str) -> None:
     raise AssertionError(f"{place} was decoded a moment ago: {reason}")
 
 
-def _history(
-    found: Checkpoint, run: Storage, experiment: str, uri: str | None
-) -> tuple[MlflowRun | None, History | None, str]:
+def _whole_time(found: Checkpoint, run: Storage) -> dict[str, Any]:
+    """In the place of the checkpoint's, where it is the last one of a training that is done."""
+    seconds = summary.whole_time(run, found.meta["training_id"], found.step)
+    return {"seconds": seconds, "counted": "over the whole training"} if seconds else {}
+
+
+def _logged(found: Checkpoint, run: Storage, experiment: str, uri: str | None) -> tuple[MlflowRun | None, History, str]:
     """The MLflow run, its curves, and why there are none, if so."""
     try:
         target = Target(mlflow_run.tracking_uri(uri, run.parent), experiment, run.uri, found.meta["training_id"])
     except ConfigError as e:
-        return None, None, str(e)
+        return None, {}, str(e)
     try:
         kept = mlflow_run.reopen(target)
         if kept is None:
-            return None, None, f"MLflow at {target.uri} does not know this training; --mlflow-uri names another store"
+            return None, {}, f"MLflow at {target.uri} does not know this training; --mlflow-uri names another store"
         return kept, kept.history(), ""
     except Exception as e:  # MLflow raises whatever its transport raises; the report goes without
-        return None, None, f"MLflow at {target.uri} does not answer: {mlflow_run.reason(e)}"
+        return None, {}, f"MLflow at {target.uri} does not answer: {mlflow_run.reason(e)}"
+
+
+def _with_waiting(logged: History, waiting: Iterable[Record]) -> History:
+    """The curves that MLflow has, with what it has not got yet."""
+    points = {metric: dict(logged.get(metric, ())) for metric in METRICS}
+    for record in waiting:
+        if record["kind"] == "metrics":
+            for metric in record["values"].keys() & points.keys():
+                points[metric][record["step"]] = record["values"][metric]
+    return {metric: sorted(curve.items()) for metric, curve in points.items() if curve}
+
+
+def _note(away: str, history: History, run: Storage, log_every: int) -> str:
+    """Where the curves are from, if not from MLflow, or why there are none."""
+    if not away:
+        return ""
+    if not history:
+        return f"{away}, and nothing waits for it here"
+    first = min(curve[0][0] for curve in history.values())
+    since = f", from step {first:,} on (MLflow got what came before)" if first > log_every else ""
+    return f"drawn from what {run} keeps for MLflow{since}: {away}"
 
 
 def _log(kept: MlflowRun | None, out: Path, files: list[str]) -> str:

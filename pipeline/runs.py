@@ -4,6 +4,7 @@ STORAGE/NAME/
     index/{train,val}.arrow   where data.train or data.val is no index itself
     checkpoints/step_*/       see `checkpoint`
     run.json                  see `identity`
+    summary.json              see `summary`
 and, in a directory of the machine where the storage is none itself,
     mlflow/                   what MLflow has not got yet, see `tracking`
     lock                      held by the driver that trains the run

@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.storage import fsync
 
 Record = dict[str, Any]
+FILE = "spool.jsonl"
 
 
 class Spool:
@@ -22,7 +23,7 @@ class Spool:
 
     def __init__(self, folder: Path, on_problem: Callable[[str], None]):
         folder.mkdir(parents=True, exist_ok=True)
-        self.path, self._sent_path = folder / "spool.jsonl", folder / "sent.json"
+        self.path, self._sent_path = folder / FILE, folder / "sent.json"
         self._on_problem, self._problem = on_problem, False
         self._lock = threading.Lock()
         self._unwritten: list[bytes] = []  # what a full disk keeps from the file
@@ -33,8 +34,7 @@ class Spool:
         self.is_new = sent is None
         self._sent: int = min((sent or {}).get("bytes", 0), self._size())
         self._last_step: dict[str, int] = (sent or {}).get("last_step", {})
-        lines = self._read().rpartition(b"\n")[0].splitlines()  # a killed process may leave half a line
-        records = [record for line in lines if (record := _parse(line, "kind")) is not None]
+        lines, records = _records(self._read())
         if len(records) < len(lines):
             on_problem(f"{len(lines) - len(records)} unreadable lines of {self.path} are left out")
         self._file.truncate(self._sent)
@@ -110,6 +110,23 @@ class Spool:
     def _note_steps(self, record: Record) -> None:
         if record["kind"] == "metrics":
             self._last_step.update(dict.fromkeys(record["values"], record["step"]))
+
+
+def kept(folder: Path) -> list[Record]:
+    """What a spool's file has now, oldest first, also of what was sent since it was last empty.
+
+    Nothing is changed: the spool may be in use.
+    """
+    try:
+        return _records((folder / FILE).read_bytes())[1]
+    except FileNotFoundError:
+        return []
+
+
+def _records(content: bytes) -> tuple[list[bytes], list[Record]]:
+    """The whole lines, and the records of those that are sound."""
+    lines = content.rpartition(b"\n")[0].splitlines()  # a killed process may leave half a line
+    return lines, [record for line in lines if (record := _parse(line, "kind")) is not None]
 
 
 def _line(record: Record) -> bytes:

@@ -73,6 +73,8 @@ def test_train_tells_its_progress_and_its_result(undisturbed: tuple[dict[str, An
     assert sum(seconds.values()) == pytest.approx(summary["took"], rel=0.02, abs=1)  # Python's own end
     assert summary["goodput"] == pytest.approx(seconds["compute"] / sum(seconds.values()), abs=1e-3)
     assert sum(summary["startup"].values()) <= seconds["start-up"] + 0.1
+    kept = json.loads((Path(summary["run_dir"]) / "summary.json").read_text())
+    assert kept | {"took": summary["took"]} == summary, "for the report"
 
 
 def test_stopped_twice_and_resumed_is_bitwise_the_same(

@@ -19,6 +19,7 @@ from s3 import s3_storage
 from test_train import FAST
 
 from pipeline import checkpoint, cli, listing
+from pipeline.config import ConfigError
 from pipeline.identity import Identity
 from pipeline.job import Job
 from pipeline.settings import load
@@ -154,15 +155,28 @@ def test_damage_is_told_and_hides_no_run(copy: Callable[..., Path], tmp_path: Pa
 def test_the_table_fits_80_columns_and_the_last_change_is_first(copy: Callable[..., Path], tmp_path: Path) -> None:
     long = {"num_steps": 450360, "images_per_s": 12470.3, "best_top1": 0.78312}
     for age, name in enumerate(["a" * 24, "solar-resnet152-a1-seed3", "b"]):
-        run = copy(name, **long, saved_at=0)
-        for place in [*run.iterdir(), run]:
-            os.utime(place, (time.time() - 7200 * age, time.time() - 7200 * age))
+        copy(name, **long, saved_at=time.time() - 7200 * age)
     found = [dataclasses.replace(one, step=450100, resumes_at=450100) for one in listing.listed(Storage(tmp_path))]
     lines = listing.table(found)
     assert max(map(len, lines)) <= 80
     assert [line.split()[0] for line in lines] == ["RUN", "a" * 24, "solar-resnet152-a1-seed3", "b"]
     assert [line.split()[-4:-2] for line in lines[2:]] == [["2", "h"], ["4", "h"]]
     assert lines[1].split()[1:5] == ["stopped", "450100/450360", "0.7831", "12470"]
+
+
+def test_what_comes_after_a_trainings_end_is_no_change_of_it(
+    copy: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`pipeline sync` takes the lock, and writes beside it."""
+    run = copy("ended", saved_at=1000.0)
+    assert cli.main(["sync", str(run)]) == 0
+    assert capsys.readouterr().out.startswith("MLflow at ")
+    (one,) = listing.listed(Storage(run.parent))
+    assert one.changed == 1000.0
+    set_open(run)
+    (one,) = listing.listed(Storage(run.parent))
+    assert one.changed is not None
+    assert time.time() - one.changed < 600, "a session that goes on has more to change than checkpoints"
 
 
 def test_the_command(copy: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -201,6 +215,9 @@ def test_an_object_store_has_no_locks(bucket: Storage, copy: Callable[..., Path]
     found = {one.name: one for one in listing.listed(bucket)}
     assert [(found[name].state, found[name].resumes_at) for name in ("ended", "going")] == [("stopped", 2), ("open", 2)]
     assert all(one.changed is not None and time.time() - one.changed < 600 for one in found.values())
+    nowhere = bucket.parent / "other"
+    with pytest.raises(ConfigError, match="no such folder; name the place where runs lie"):
+        listing.listed(nowhere)
 
 
 def test_no_weights_are_read(copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

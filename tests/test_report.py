@@ -18,7 +18,7 @@ from s3 import free_port
 from servers import MlflowServer
 from test_train import FAST
 
-from pipeline import charts, cli, mlflow_run, record
+from pipeline import charts, cli, mlflow_run, record, summary
 from pipeline.data.build import build_index
 from pipeline.job import Event, Job
 from pipeline.mlflow_run import MlflowRun, Target
@@ -164,9 +164,26 @@ def test_names_from_outside_stay_text_and_nothing_is_loaded_from_elsewhere(tmp_p
         assert not re.search(r"url\(|@import", (tmp_path / "report.html").read_text(encoding="utf-8"))
 
 
+def test_a_names_characters_may_be_in_any_font_that_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Chinese and Japanese ones are; here with a font that comes with matplotlib."""
+
+    def drawn_as_unknown(*fonts: str) -> bool:
+        monkeypatch.setattr(charts, "FONTS", ("DejaVu Sans", *fonts))
+        charts._fonts.cache_clear()
+        for first, file in (("\u20d2", "a.png"), ("?", "b.png")):
+            charts.confusion(said_of(2, 30), [first, "b"], tmp_path / file)
+        return (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+    assert drawn_as_unknown("no such font")
+    assert not drawn_as_unknown("no such font", "STIXGeneral")
+    charts._fonts.cache_clear()
+
+
 def test_of_a_thousand_classes_the_worst_and_the_best_are_shown(tmp_path: Path) -> None:
     facts = facts_of([f"n{k:04d}" for k in range(1000)], 20_000)
-    write_report(facts, None, tmp_path, "MLflow is away")
+    write_report(facts, {}, tmp_path, "MLflow is away")
     page = page_of(tmp_path)
     shown = [[row[0] for row in table[1:]] for table in page.tables if "accuracy" in table[0]]
     ranked = [facts.classes[one.label] for one in facts.worst_first()]
@@ -253,7 +270,9 @@ def test_a_training_ends_with_its_report_in_mlflow(trained: dict[str, Any], tmp_
     page = page_of(folder)
     assert page.cards["top-1 accuracy"] == f"{trained['top1']:.2%}"
     assert page.cards["loss, nats"] == f"{trained['loss']:.4f}"
-    assert "step 4 of 4" in " ".join(page.text.split())
+    text = " ".join(page.text.split())
+    assert "step 4 of 4" in text
+    assert "Counted until this report: what came after it" in text
     pictures = [one for tag, one in page.tags if tag == "img" and "title" in one]
     wrong = round((1 - trained["top1"]) * 120)
     assert len(pictures) == min(NUM_MISTAKES, wrong)
@@ -356,7 +375,7 @@ def test_report_of_other_images_or_an_older_checkpoint_is_not_the_runs(
 ) -> None:
     code, out, _ = report(capsys, trained["run_dir"], "--data", digits / "val", "--out", tmp_path / "a", "--json")
     found = json.loads(out)
-    assert (code, found["count"], found["not_logged"], found["no_curves"]) == (0, 360, "of other images", None)
+    assert (code, found["count"], found["not_logged"], found["curves_note"]) == (0, 360, "of other images", None)
     assert len(found["worst_classes"]) == 10
     older = min(Path(trained["checkpoint"]).parent.glob("step_*"))
     code, out, _ = report(capsys, older, "--out", tmp_path / "b", "--json")
@@ -378,6 +397,118 @@ def test_report_without_mlflow_says_so(
     assert code == 0
     assert f"not logged to MLflow: MLflow at {other} does not know this training" in out
     assert not (tmp_path / "none.db").exists()
+
+
+def test_the_time_of_a_training_that_is_done_is_its_summarys(
+    trained: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No checkpoint knows what came after it."""
+
+    def shown(*args: object) -> tuple[str, dict[str, float], float]:
+        code, out, _ = report(capsys, *args, "--out", tmp_path, "--json")
+        assert code == 0
+        found = json.loads(out)
+        return found["counted"], found["seconds"], found["goodput"]
+
+    told = summary.completed(trained | {"ended": time.time() - 60})
+    summary.keep(told, pytest.fail)
+    counted, seconds, goodput = shown(trained["run_dir"])
+    assert (counted, seconds, seconds["shut-down"] >= 60) == ("over the whole training", told["seconds"], True)
+    assert goodput == pytest.approx(told["goodput"], abs=1e-3)
+    assert "Counted over the whole training." in " ".join(page_of(tmp_path).text.split())
+    older = min(Path(trained["checkpoint"]).parent.glob("step_*"))
+    counted, seconds, _ = shown(older)
+    assert (counted, seconds["shut-down"]) == (f"until step {int(older.name[5:])}", 0)
+    (Path(trained["run_dir"]) / summary.FILE).unlink()
+
+
+def test_only_the_summary_of_that_end_counts(tmp_path: Path) -> None:
+    """Not one of a training that was stopped or killed since, of another one in the same folder, or a damaged one."""
+    told = {"status": "done", "training_id": "mine", "step": 4, "seconds": {"compute": 1.5}, "run_dir": str(tmp_path)}
+    summary.keep(told, pytest.fail)
+    assert summary.whole_time(Storage(tmp_path), "mine", 4) == {"compute": 1.5}
+    assert summary.whole_time(Storage(tmp_path / "none"), "mine", 4) == {}
+    others = ({"status": "stopped"}, {"training_id": "another"}, {"step": 2}, {"seconds": None})
+    for content in (b"", b"[]", *(json.dumps(told | other).encode() for other in others)):
+        (tmp_path / summary.FILE).write_bytes(content)
+        assert summary.whole_time(Storage(tmp_path), "mine", 4) == {}
+
+
+def test_a_summary_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    told: list[str] = []
+    summary.keep({"run_dir": str(tmp_path / "gone")}, told.append)
+    assert len(told) == 1
+    assert f"{tmp_path}/gone/summary.json is not written" in told[0]
+
+
+@pytest.fixture(scope="module")
+def unheard(tmp_path_factory: pytest.TempPathFactory, own_images: Path) -> tuple[dict[str, Any], str]:
+    """The summary of a training that MLflow never heard of, and where that was looked for."""
+    away = f"http://127.0.0.1:{free_port()}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(record, "PATIENCE_S", 0.1)
+        job = make_job(tmp_path_factory.mktemp("unheard"), own_images, f"mlflow.uri={away}", "mlflow.log_model=false")
+        return fit(job, context()), away
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[int, float]]]:
+    """The curves that were drawn last."""
+    last: dict[str, list[tuple[int, float]]] = {}
+    draw = charts.curves
+
+    def curves(history: charts.History, file: Path) -> None:
+        last.clear()
+        last.update({name: list(points) for name, points in history.items()})
+        draw(history, file)
+
+    monkeypatch.setattr(charts, "curves", curves)
+    return last
+
+
+def test_curves_that_mlflow_never_got_are_drawn_from_the_spool(
+    unheard: tuple[dict[str, Any], str],
+    tmp_path: Path,
+    drawn: dict[str, list[tuple[int, float]]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    done, away = unheard
+    run = tmp_path / "copy"
+    shutil.copytree(done["run_dir"], run)
+    code, out, _ = report(capsys, run, "--out", tmp_path / "out")
+    assert code == 0
+    assert f"curves: drawn from what {run} keeps for MLflow: MLflow at {away} does not answer: " in out
+    assert f"Curves drawn from what {run} keeps for MLflow: " in page_of(tmp_path / "out").text
+    assert set(drawn) == set(charts.METRICS)
+    assert [step for step, _ in drawn["train/loss"]] == [1, 2, 3, 4]
+    assert drawn["val/top1"][-1] == (4, done["top1"])
+
+    spool = run / "mlflow/spool.jsonl"
+    records = [json.loads(line) for line in spool.read_text().splitlines()]
+    late = [one for one in records if one["kind"] == "metrics" and one["step"] > 2]
+    spool.write_text("".join(json.dumps(one) + "\n" for one in late) + '{"kind": "met')
+    code, out, _ = report(capsys, run, "--out", tmp_path / "out", "--json")
+    assert "MLflow, from step 3 on (MLflow got what came before): " in json.loads(out)["curves_note"]
+    assert [step for step, _ in drawn["train/loss"]] == [3, 4], "and half a line hurts nobody"
+
+
+def test_what_waits_continues_mlflows_curves(
+    trained: dict[str, Any],
+    tmp_path: Path,
+    drawn: dict[str, list[tuple[int, float]]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In the spool of this machine; or in the checkpoint, where the run lies on an object store."""
+    run = tmp_path / "copy"
+    shutil.copytree(trained["run_dir"], run)
+    waiting = [{"kind": "metrics", "time": 0, "step": step, "values": {"train/loss": 9.0, "x": 1}} for step in (5, 6)]
+    (run / "mlflow/spool.jsonl").write_text(json.dumps(waiting[1]) + "\n")
+    meta = max(run.glob("checkpoints/step_*/meta.json"))
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"unsent": [{"kind": "tags"}, waiting[0]]}))
+    code, out, _ = report(capsys, run, "--out", tmp_path / "out", "--mlflow-uri", trained["mlflow_uri"], "--json")
+    assert (code, json.loads(out)["curves_note"]) == (0, None)
+    assert [step for step, _ in drawn["train/loss"]] == [1, 2, 3, 4, 5, 6]
+    assert drawn["train/loss"][4:] == [(5, 9.0), (6, 9.0)]
 
 
 def test_wrong_requests_get_one_line(
