@@ -35,7 +35,7 @@ def train(args: argparse.Namespace) -> Outcome:
         except supervise.TrainingFailedError as e:
             return {"status": "failed", "run": view.run, "error": str(e)}, [f"failed: {e}"], FAILED
     told = summary.completed(told)
-    summary.keep(told, _say)
+    summary.keep(told, say)
     code = INTERRUPTED if told["status"] == "interrupted" else DONE
     return told, summary_lines(told), code
 
