@@ -10,7 +10,7 @@ if ! num_gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c .); then
     echo "gpu_check: no NVIDIA GPU here (nvidia-smi lists none); run it on a machine that has one" >&2
     exit 2
 fi
-source scripts/setup.sh
+command -v pipeline >/dev/null || source scripts/setup.sh # in an image all is there
 mkdir -p "$out"
 nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv >"$out/cards.csv"
 python -m pip freeze | grep -iE '^(torch|torchvision|nvidia-|ray|mlflow|timm)' >"$out/versions.txt"
@@ -31,11 +31,11 @@ trap 'rm -rf "$photos"' EXIT
 python scripts/make_photos.py "$photos"
 for depth in 50 152; do
     config=configs/imagenet/resnet152.yaml
-    data=("model.depth=$depth" "data.train=$photos" "data.val=$photos" cluster.workers=1 train.global_batch=128)
+    data=("model.depth=$depth" "data.train=$photos" "data.val=$photos" cluster.workers=1 train.global_batch=256)
     keep "step_$depth" pipeline bench step "$config" "${data[@]}" --steps 20 --out "$out/step_$depth" \
-        --try model.compile=default --try model.compile=reduce-overhead --try train.precision=fp16 --try train.global_batch=256
+        --try model.compile=default --try model.compile=reduce-overhead --try train.precision=fp16
     for decoding in data.hw_decoder_load=0.65 data.hw_decoder_load=0 data.hw_decoder_load=0.9 data.decode_on_gpu=false; do
-        name="train_${depth}_${decoding#data.}"
+        name="train_${depth}_${decoding//[=.]/_}"
         keep "$name" pipeline bench train "$config" "${data[@]}" "$decoding" --steps 20 --out "$out/$name"
     done
     keep "scale_$depth" pipeline bench scale "$config" "${data[@]}" --workers "$(seq -s, 1 "$num_gpus")" --steps 50 \

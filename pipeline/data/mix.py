@@ -1,5 +1,6 @@
 """mixup and CutMix, on the device, in whole numbers: the same bits on every device and for every share of a batch."""
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -36,7 +37,10 @@ def mix(images: Tensor, labels: Tensor, weights: IntArray, boxes: IntArray, num_
     mixed >>= MIX_ONE.bit_length() - 1
     mixed += others
 
-    share = (own / MIX_ONE * (1 - cut.sum((1, 2, 3)) / size**2))[:, None]
+    # On the host: a GPU divides by multiplying with the inverse, which rounds otherwise.
+    kept = 1 - (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) / size**2
+    shares = (weights / MIX_ONE * kept).astype(np.float32)
+    share = torch.from_numpy(shares).repeat_interleave(2).to(device)[:, None]
     one_hot = F.one_hot(labels, num_classes).float()
     return mixed.to(torch.uint8).permute(0, 3, 1, 2), share * one_hot + (1 - share) * _partners(one_hot)
 
