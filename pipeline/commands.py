@@ -67,13 +67,9 @@ def sync(args: argparse.Namespace) -> Outcome:
     run = runs.find_run(args.run, storage, args.mlflow_uri)
     if run is None:
         raise runs.no_such_run(args.run, storage, args.mlflow_uri)
-
-    def report(text: str) -> None:
-        print(text, file=sys.stderr)
-
-    with runs.held(run, lambda event: report(event["text"])):
-        last = Identity.read(run, report)
-        target, run_id, waiting = tracking.sync(run.scratch / "mlflow", report, ended=last is None or not last.open)
+    with runs.held(run, lambda event: _say(event["text"])):
+        last = Identity.read(run, _say)
+        target, run_id, waiting = tracking.sync(run.scratch / "mlflow", _say, ended=last is None or not last.open)
     result = {"run": run.uri, "mlflow_uri": target.uri, "mlflow_run_id": run_id, "waiting": waiting}
     if waiting:
         return result, [f"MLflow at {target.uri} is away; {waiting} records of {run} wait"], FAILED
@@ -136,7 +132,7 @@ def pack(args: argparse.Namespace) -> Outcome:
 def _indexed(index: Any, report: Any) -> dict[str, Any]:
     """What was found in a source, for --json; what is left out also for people."""
     for one in report.refused:
-        print(f"left out {one}", file=sys.stderr)
+        _say(f"left out {one}")
     return {
         "images": len(index),
         "classes": list(index.classes),
@@ -176,7 +172,7 @@ def preview(args: argparse.Namespace) -> Outcome:
     from pipeline.preview import preview
 
     cfg = load(args.config, args.overrides)
-    images = preview(cfg, args.step, args.images, args.out, lambda text: print(text, file=sys.stderr))
+    images = preview(cfg, args.step, args.images, args.out, _say)
     text = f"{args.out}: {len(images)} images of step {args.step}, as they enter the model"
     return {"out": str(args.out), "step": args.step, "images": images}, [text], DONE
 
