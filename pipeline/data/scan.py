@@ -83,9 +83,8 @@ def _scan(root: Storage, unit: Unit) -> pa.Table:
                 rows = shards.rows(file, f)
             else:
                 rows, names = parquet.rows(file, f)
-    columns: Iterator[Any] = zip(*rows, strict=True) if rows else iter([[]] * len(SCHEMA))
-    arrays = [pa.array(column, kind) for column, kind in zip(columns, SCHEMA.types, strict=True)]
-    return pa.Table.from_arrays(arrays, schema=SCHEMA.with_metadata({"names": json.dumps(names)}))
+    schema = SCHEMA.with_metadata({"names": json.dumps(names)})
+    return pa.Table.from_pylist([row._asdict() for row in rows], schema)
 
 
 def _open(root: Storage, file: str) -> Any:
