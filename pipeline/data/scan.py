@@ -25,6 +25,7 @@ import pyarrow as pa
 from pipeline.config import ConfigError
 from pipeline.data import parquet, shards
 from pipeline.data.find import Unit
+from pipeline.data.index import write_table
 from pipeline.data.rows import Header, Label, Row, image_file, look
 from pipeline.storage import Storage, patiently
 
@@ -114,11 +115,8 @@ def scan_into(folder: Path, unit: Unit) -> tuple[Path, bool]:
         read_part(part)
         return part, True
     table = scan(unit)
-    temporary = part.with_name(f".{part.name}.{os.getpid()}")
     try:
-        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-            writer.write_table(table)
-        temporary.replace(part)
+        write_table(table, part)
     except OSError as e:
         raise ConfigError(f"cannot write to {folder} ({e.strerror or e}); name another file with --out") from None
     return part, False
