@@ -20,6 +20,7 @@ from pipeline.scaling import (
     Row,
     all_reduce_s,
     batches,
+    best_every,
     card_rate,
     checkpoints,
     count_network,
@@ -141,7 +142,7 @@ def _row(row: Row) -> dict[str, Any]:
 def changes(case: Case, row: Row) -> list[dict[str, Any]]:
     """What one change each would make of the hours, the most helpful first."""
     a, cfg = case.a, case.cfg
-    best = checkpoints(case, row)["best"]["every"]
+    best = best_every(case, row)
     checkpoint = replace(cfg.checkpoint, every=best)
     tried = {
         "model.compile=reduce-overhead, which is CUDA graphs (launch_us a fifth)": replace(

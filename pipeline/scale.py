@@ -9,14 +9,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.multiprocessing.spawn import spawn
 
 from pipeline import figures, probes, supervise
 from pipeline.config import Config, ConfigError
@@ -126,17 +128,14 @@ def _train(cfg: Config) -> list[Event]:
 
 def _link(num_workers: int) -> float:
     """GB/s that each of so many processes here sends at while their gradients are summed."""
-    with tempfile.TemporaryDirectory() as folder:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(num_workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool,
+    ):
         where = f"file://{folder}/rendezvous"
-        spawn(_reduce, (num_workers, where, folder), nprocs=num_workers)  # type: ignore[no-untyped-call]
-        seconds = max(float((Path(folder) / str(rank)).read_text()) for rank in range(num_workers))
+        reduce = partial(probes.all_reduce, "gloo", where, num_workers=num_workers, patience_s=CONNECT_SECONDS)
+        seconds = max(pool.map(reduce, range(num_workers)))
     return 2 * (num_workers - 1) / num_workers * probes.ALL_REDUCE_BYTES / seconds / 1e9
-
-
-def _reduce(rank: int, num_workers: int, where: str, folder: str) -> None:
-    torch.set_num_threads(1)
-    seconds = probes.all_reduce("gloo", where, rank, num_workers, CONNECT_SECONDS)
-    (Path(folder) / str(rank)).write_text(str(seconds))
 
 
 def verdict(found: dict[str, Any]) -> str:
