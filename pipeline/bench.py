@@ -7,17 +7,16 @@ ratio within a round.
 import importlib.metadata
 import os
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipeline import figures
-from pipeline.config import Config, ConfigError
+from pipeline.config import Config, ConfigError, DataConfig
 from pipeline.contestants import CEILING, OURS, Contestant, Running, Speed, Task, contestants
 from pipeline.data.build import Progress, open_index
-from pipeline.figures import machine, open_folder, save, spread
+from pipeline.figures import machine, spread, turns
 
 TRIALS = 2  # rounds before those that count, to find each contestant's best setting
 AIM = 1.4  # times the best of the others
@@ -27,9 +26,9 @@ Speeds = dict[str, list[Speed]]  # of each round, by contestant
 
 
 def bench_loader(
-    cfg: Config, num_cores: int | None, num_rounds: int, num_images: int, out: Path | None, progress: Progress
+    cfg: Config, num_cores: int | None, num_rounds: int, num_images: int, progress: Progress
 ) -> dict[str, Any]:
-    """Measure; write loader.json and loader.png into `out`.
+    """Measure all loaders, by turns.
 
     Args:
         num_cores: that each contestant may use; None for all that this process may.
@@ -40,31 +39,21 @@ def bench_loader(
     """
     allowed = sorted(os.sched_getaffinity(0))
     cores = tuple(allowed[: num_cores or len(allowed)])
-    _check(num_cores, len(allowed), out)
+    if num_cores and num_cores > len(allowed):
+        raise ConfigError(f"--cores {num_cores}: this process may use {len(allowed)}; lower it")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "index.arrow"
         index, _ = open_index(cfg.data.train, progress=progress)
         index.save(file)
         batch = min(-(-cfg.train.global_batch // cfg.cluster.max_workers), len(index))
         num_batches = -(-num_images // (batch * len(cores))) * len(cores)  # DataLoader's workers finish side by side
-        plain = replace(
-            cfg.data,
-            start_size=None,
-            shuffle_block=None,
-            repeats=1,
-            jitter=(0.0, 0.0, 0.0, 0.0),
-            auto_augment="none",
-            erase=0.0,
-            mixup=0.0,
-            cutmix=0.0,
-        )
-        task = Task(file, plain, batch, cores, num_batches, TRIALS + num_rounds)
+        task = Task(file, plain(cfg.data), batch, cores, num_batches, TRIALS + num_rounds)
         speeds, settings = measure(task, contestants(len(cores)), progress)
-    result = {
+    return {
         "train": cfg.data.train,
         "images": len(index),
         "median_size": [int(np.median(index.heights[:10_000])), int(np.median(index.widths[:10_000]))],
-        "image_size": plain.image_size,
+        "image_size": cfg.data.image_size,
         "batch": batch,
         "cores": len(cores),
         "rounds": num_rounds,
@@ -74,17 +63,13 @@ def bench_loader(
         "machine": machine(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
-    if out:
-        save(result, out, "loader")
-        plot(result, out / "loader.png")
-    return result
 
 
-def _check(num_cores: int | None, num_allowed: int, out: Path | None) -> None:
-    if num_cores and num_cores > num_allowed:
-        raise ConfigError(f"--cores {num_cores}: this process may use {num_allowed}; lower it")
-    if out:
-        open_folder(out)
+def plain(data: DataConfig) -> DataConfig:
+    """The images' size and the range of crops and flips as configured, and else what every loader does: see WHAT."""
+    what = ("image_size", "val_size", "val_resize", "crop_scale", "crop_ratio", "flip")
+    how = ("read_threads", "prefetch", "cache_dir", "cache_gb")
+    return DataConfig(**{name: getattr(data, name) for name in (*what, *how)})
 
 
 def measure(task: Task, ones: list[Contestant], progress: Progress) -> tuple[Speeds, dict[str, str]]:
@@ -97,12 +82,11 @@ def measure(task: Task, ones: list[Contestant], progress: Progress) -> tuple[Spe
         best = {r.one.name: r for r in sorted(running, key=lambda r: trials[r])}  # the last of a name wins
         racing = [r for r in running if r in best.values()]
         speeds: Speeds = {r.one.name: [] for r in racing}
-        for i in range(task.num_rounds - TRIALS):
-            turn = i % len(racing)  # nobody always follows the same one first
-            for r in racing[turn:] + racing[:turn]:
+        for done, turn in enumerate(turns(racing, task.num_rounds - TRIALS), 1):
+            for r in turn:
                 speeds[r.one.name].append(r.round())
             figures = ", ".join(f"{name} {rounds[-1].per_s:.0f}" for name, rounds in speeds.items())
-            progress(i + 1, task.num_rounds - TRIALS, f"images/s: {figures}")
+            progress(done, task.num_rounds - TRIALS, f"images/s: {figures}")
     finally:
         for r in running:
             r.end()
@@ -167,6 +151,5 @@ def verdict(result: dict[str, Any]) -> str:
 def plot(result: dict[str, Any], file: Path) -> None:
     height, width = result["median_size"]
     title = f"{height}x{width} to {result['image_size']} pixels, batch {result['batch']}"
-    figures.plot(
-        result["loaders"], title, f", cores: {result['cores']}", file, {OURS: "tab:green", CEILING: "lightgrey"}
-    )
+    colours = {OURS: "tab:green", CEILING: "lightgrey"}
+    figures.plot(result["loaders"], title, file, text=f", cores: {result['cores']}", colours=colours)

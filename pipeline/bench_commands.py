@@ -1,7 +1,11 @@
 """What `pipeline bench` and `pipeline plan` do, like `commands`: results for programs, and lines for people."""
 
 import argparse
+import json
 import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from pipeline.commands import DONE, FAILED, Outcome
@@ -11,12 +15,11 @@ from pipeline.settings import load
 
 def loader(args: argparse.Namespace) -> Outcome:
     from pipeline import bench
-    from pipeline.console import WorkView
 
     cfg = load(args.config, args.overrides)
-    with WorkView(sys.stderr) as view:
-        result = bench.bench_loader(cfg, args.cores, args.rounds, args.images, args.out, view)
-    return result, bench.table(result), DONE
+    with _measuring(args) as view:
+        result = bench.bench_loader(cfg, args.cores, args.rounds, args.images, view)
+    return _done(args, "loader", result, bench.table(result), partial(bench.plot, result))
 
 
 def step(args: argparse.Namespace) -> Outcome:
@@ -30,7 +33,7 @@ def step(args: argparse.Namespace) -> Outcome:
     place = speed.here(args.threads)
     with _measuring(args) as view:
         result = speed.bench_step(variants, place, args.rounds, args.steps, view)
-    return _done(args, "step", result, result["rows"], speed.table(result))
+    return _done(args, "step", result, speed.table(result), _bars(result, "rows"))
 
 
 def train(args: argparse.Namespace) -> Outcome:
@@ -39,7 +42,7 @@ def train(args: argparse.Namespace) -> Outcome:
     cfg, place = load(args.config, args.overrides), speed.here(args.threads)
     with _measuring(args) as view:
         result = speed.bench_train(cfg, place, args.rounds, args.steps, view)
-    return _done(args, "train", result, result["rows"], speed.table(result))
+    return _done(args, "train", result, speed.table(result), _bars(result, "rows"))
 
 
 def scale(args: argparse.Namespace) -> Outcome:
@@ -52,7 +55,7 @@ def scale(args: argparse.Namespace) -> Outcome:
             result = scale.bench_scale(cfg, args.workers, args.rounds, args.steps, view)
     except TrainingFailedError as e:
         return {"status": "failed", "error": str(e)}, [f"failed: {e}"], FAILED
-    return _done(args, "scale", result, result["workers"], scale.table(result))
+    return _done(args, "scale", result, scale.table(result), _bars(result, "workers"))
 
 
 def _measuring(args: argparse.Namespace) -> Any:
@@ -65,16 +68,19 @@ def _measuring(args: argparse.Namespace) -> Any:
     return WorkView(sys.stderr)
 
 
-def _done(
-    args: argparse.Namespace, name: str, result: dict[str, Any], bars: dict[str, Any], lines: list[str]
-) -> Outcome:
-    """The outcome; its figures and their picture are in --out."""
+def _bars(result: dict[str, Any], key: str) -> Callable[[Path], None]:
     from pipeline import figures
 
+    return partial(figures.plot, result[key], figures.title(result))
+
+
+def _done(
+    args: argparse.Namespace, name: str, result: dict[str, Any], lines: list[str], plot: Callable[[Path], None]
+) -> Outcome:
+    """The outcome; its figures and their picture are in --out."""
     if args.out:
-        figures.save(result, args.out, name)
-        title = f"ResNet-{result['depth']}, {result['image_size']} pixels, {result['precision']}"
-        figures.plot(bars, title, "", args.out / f"{name}.png", {})
+        (args.out / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+        plot(args.out / f"{name}.png")
     return result, lines, DONE
 
 

@@ -109,8 +109,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--storage", default="runs", metavar="PLACE", help="the directory or URI where runs lie")
         command.add_argument("--mlflow-uri", metavar="URI", help="the store that an MLflow run id is looked up in")
 
-    def add_config(command: argparse.ArgumentParser) -> None:
-        command.add_argument("config", metavar="CONFIG", help="a YAML file")
+    def add_config(command: argparse.ArgumentParser, optional: str = "") -> None:
+        number = "?" if optional else None
+        command.add_argument("config", nargs=number, metavar="CONFIG", help=f"a YAML file{optional}")
         command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, such as train.epochs=3")
 
     def add_address(command: argparse.ArgumentParser) -> None:
@@ -118,8 +119,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--address", metavar="URL", help=text)
 
     train = add("train", commands.train, "Train; a run.name used before resumes that run.")
-    train.add_argument("config", nargs="?", metavar="CONFIG", help="a YAML file (not with --resume)")
-    train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, such as train.epochs=3")
+    add_config(train, optional=" (not with --resume)")
     train.add_argument("--resume", metavar="RUN", help="a run's name, an MLflow run id, or a checkpoint's path")
     train.add_argument("--needs", action="append", default=[], type=_variable, metavar="NAME", help=NEEDS)
 
@@ -145,8 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor = add("doctor", commands.doctor, "Say whether a cluster can train a configuration, and what to mend if not.")
     text = "look at the cluster of cluster.address or $RAY_ADDRESS, else at this machine as one; always to be given"
     doctor.add_argument("--cluster", action="store_true", required=True, help=text)
-    doctor.add_argument("config", nargs="?", metavar="CONFIG", help="a YAML file; by default no data is read")
-    doctor.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, such as cluster.workers=16")
+    add_config(doctor, optional="; by default no data is read")
 
     config = add("config", commands.config, "Print the resolved configuration.")
     add_config(config)
@@ -157,18 +156,16 @@ def _parser() -> argparse.ArgumentParser:
     preview.add_argument("--step", type=partial(_count, low=0), default=0, metavar="N", help="steps done (default 0)")
     preview.add_argument("--images", type=_count, default=64, metavar="K", help="at most (default 64)")
 
-    index = add(
-        "index", commands.index, "Index images, and list what cannot be trained on; goes on where it was interrupted."
-    )
+    text = "Index images, and list what cannot be trained on; goes on where it was interrupted."
+    index = add("index", commands.index, text)
     index.add_argument("source", metavar="SRC", help=SOURCES)
     index.add_argument("--out", type=Path, required=True, metavar="FILE", help="the index file; give it as data.train")
     cores = len(os.sched_getaffinity(0))
     index.add_argument("--workers", type=_count, default=cores, metavar="N", help="processes; by default all cores")
     index.add_argument("--verify", action="store_true", help="decode every image, and leave out what is broken")
 
-    pack = add(
-        "pack", commands.pack, "Pack images into WebDataset tar shards, in a shuffled order; the same bytes each time."
-    )
+    text = "Pack images into WebDataset tar shards, in a shuffled order; the same bytes each time."
+    pack = add("pack", commands.pack, text)
     pack.add_argument("source", metavar="SRC", help=f"{SOURCES}, or an index")
     pack.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder of the shards, to be made")
     pack.add_argument("--shard-mb", type=_count, default=256, metavar="MB", help="size of a shard (default 256)")
@@ -176,12 +173,8 @@ def _parser() -> argparse.ArgumentParser:
 
     text = "Measure how fast this machine is at a part of training."
     parts = subparsers.add_parser("bench", help=text, description=text).add_subparsers(required=True, metavar="PART")
-    loader = add(
-        "loader",
-        bench_commands.loader,
-        "images/s of the loader beside torchvision's and timm's, by turns, on the CPU.",
-        parts,
-    )
+    text = "images/s of the loader beside torchvision's and timm's, by turns, on the CPU."
+    loader = add("loader", bench_commands.loader, text, parts)
     add_config(loader)
     loader.add_argument("--cores", type=_count, metavar="N", help="for each loader; by default all")
     loader.add_argument("--rounds", type=_count, default=7, metavar="R", help="that all take part in (default 7)")
@@ -223,9 +216,8 @@ def _parser() -> argparse.ArgumentParser:
     text = "numbers of workers, separated by commas (default 1,2)"
     scale.add_argument("--workers", type=_counts, default=[1, 2], metavar="N,N", help=text)
 
-    evaluate = add(
-        "evaluate", commands.evaluate, "Exact top-1, top-5 and loss of a run's newest checkpoint, or of a given one."
-    )
+    text = "Exact top-1, top-5 and loss of a run's newest checkpoint, or of a given one."
+    evaluate = add("evaluate", commands.evaluate, text)
     add_run(evaluate)
     evaluate.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, such as data.val_size=288")
     evaluate.add_argument("--data", metavar="SRC", help=f"{SOURCES}, or an index; the run's own val by default")
@@ -250,9 +242,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--top", type=int, default=1, metavar="K", help="the K likeliest classes")
     predict.add_argument("--csv", action="store_true", help="a table with a header on stdout, a line for each image")
 
-    text = (
-        "Write the model of a run's newest checkpoint, or of a given one, as a file that needs nothing of this package."
-    )
+    text = "Write the model of a run's newest checkpoint, or of a given one, to a file that runs without this package."
     export = add("export", model_commands.export, text)
     add_run(export)
     text = "onnx, or pt2 for torch.export.load"

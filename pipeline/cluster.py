@@ -177,11 +177,6 @@ def nodes() -> dict[str, Node]:
     return dict(sorted(zip(names, made, strict=True)))
 
 
-def here() -> str:
-    """The id of the node that this process is connected to."""
-    return str(ray.get_runtime_context().get_node_id())
-
-
 def on_each_node(
     there: Mapping[str, Node], function: Callable[..., Any], *args: Any, patience_s: float
 ) -> dict[str, Answer]:

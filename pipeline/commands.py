@@ -10,12 +10,15 @@ import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import psutil
 
 from pipeline.config import Config, ConfigError
 from pipeline.settings import dump, load, parse_override, to_dict
+
+if TYPE_CHECKING:  # torch takes seconds to import
+    from pipeline.checkpoint import Checkpoint
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 Outcome = tuple[Any, list[str], int]  # for --json, for people, exit code
@@ -64,7 +67,6 @@ def sync(args: argparse.Namespace) -> Outcome:
     run = runs.find_run(args.run, storage, args.mlflow_uri)
     if run is None:
         raise runs.no_such_run(args.run, storage, args.mlflow_uri)
-
     with runs.held(run, lambda event: say(event["text"])):
         last = Identity.read(run, say)
         target, run_id, waiting = tracking.sync(run.scratch / "mlflow", say, ended=last is None or not last.open)
@@ -130,7 +132,7 @@ def pack(args: argparse.Namespace) -> Outcome:
 def _indexed(index: Any, report: Any) -> dict[str, Any]:
     """What was found in a source, for --json; what is left out also for people."""
     for one in report.refused:
-        print(f"left out {one}", file=sys.stderr)
+        say(f"left out {one}")
     return {
         "images": len(index),
         "classes": list(index.classes),
@@ -141,9 +143,9 @@ def _indexed(index: Any, report: Any) -> dict[str, Any]:
 
 
 def evaluate(args: argparse.Namespace) -> Outcome:
-    from pipeline import infer, runs
+    from pipeline import infer
 
-    found = runs.find(args.run, runs.open_storage(args.storage), args.mlflow_uri)
+    found = found_by(args)
     said, _ = infer.evaluate_checkpoint(found.place, args.data, say, views=args.views, overrides=args.overrides)
     scores = said.scores()
     figures = f"top-1 {scores['top1']:.4f}  top-5 {scores['top5']:.4f}  loss {scores['loss']:.4f}"
@@ -230,6 +232,13 @@ def stop(args: argparse.Namespace) -> Outcome:
     stopped = list(jobs.stop(client, names))
     lines = [f"job {details.submission_id}: {details.status}{text and f', {text}'}" for details, text in stopped]
     return [jobs.describe(details) | {"log": text} for details, text in stopped], lines, DONE
+
+
+def found_by(args: argparse.Namespace) -> "Checkpoint":
+    """The checkpoint that a command's RUN means."""
+    from pipeline import runs
+
+    return runs.find(args.run, runs.open_storage(args.storage), args.mlflow_uri)
 
 
 def drop_stdout() -> None:

@@ -246,23 +246,17 @@ class Config:
             train.require(
                 train.global_batch % number == 0, "global_batch", f"must be a multiple of {number}, for {why}"
             )
-        if train.global_batch < workers * unit:
-            raise ConfigError(
-                f"train.global_batch={train.global_batch}: gives some of cluster.workers={show(self.cluster.workers)} "
-                f"nothing; raise it to {workers * unit} or lower cluster.workers"
-            )
+        some = f"gives some of cluster.workers={show(self.cluster.workers)} nothing"
+        mend = f"{some}; raise it to {workers * unit} or lower cluster.workers"
+        train.require(train.global_batch >= workers * unit, "global_batch", mend)
         units = train.global_batch // unit
         shares = {units // workers * unit, -(-units // workers) * unit}
         smallest = min(n // -(-n // (train.micro_batch or n)) for n in shares)
         size = self.data.start_size or self.data.image_size
-        if smallest == 1 and size <= 32:
-            raise ConfigError(
-                f"train.global_batch={train.global_batch}: gives some forward pass a single image, which at "
-                f"a size of {size} is one value a channel, too few for BatchNorm; raise it or train.micro_batch"
-            )
-        if self.model.recompute and self.model.compile != "none":
-            raise ConfigError("model.recompute=true: does not go together with model.compile; choose one of them")
-        if train.steps is None and self.optim.warmup_epochs > train.epochs:
-            raise ConfigError(
-                f"optim.warmup_epochs={self.optim.warmup_epochs}: longer than train.epochs={train.epochs}"
-            )
+        single = f"gives some forward pass a single image, which at a size of {size} is one value a channel"
+        mend = f"{single}, too few for BatchNorm; raise it or train.micro_batch"
+        train.require(smallest > 1 or size > 32, "global_batch", mend)
+        goes = not self.model.recompute or self.model.compile == "none"
+        self.model.require(goes, "recompute", "does not go together with model.compile; choose one of them")
+        fits = train.steps is not None or self.optim.warmup_epochs <= train.epochs
+        self.optim.require(fits, "warmup_epochs", f"longer than train.epochs={train.epochs}")

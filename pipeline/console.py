@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import IO, Any, Self
 
 from rich.cells import cell_len, set_cell_size
@@ -116,7 +117,7 @@ class TrainingView(_View):
         left = (self._num_steps - event["step"]) * self._global_batch / self._rate
         self.say(
             f"step {event['step']}/{self._num_steps}  epoch {event['train/epoch']:.2f}  lr {event['train/lr']:.2e}  "
-            f"{text}  {_clock(left)} left"
+            f"{text}  {timedelta(seconds=round(left))} left"
         )
 
 
@@ -124,12 +125,6 @@ def _recovery(event: Event) -> str:
     if "lost_steps" not in event:
         return ""
     return f"; {event['recovery_s']:.0f} s after the fault, {event['lost_steps']} steps to do again"
-
-
-def _clock(seconds: float) -> str:
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02d}:{s:02d}"
 
 
 def summary_lines(summary: dict[str, Any]) -> list[str]:

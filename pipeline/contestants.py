@@ -17,7 +17,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import psutil
 import torch
 from PIL import Image
@@ -26,7 +25,7 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
 from pipeline.config import DataConfig
-from pipeline.data.dali import decode_graph
+from pipeline.data.dali import decode_graph, to_decode
 from pipeline.data.index import Index, load_index
 from pipeline.data.loader import Place, TrainLoader
 from pipeline.data.read import Reader
@@ -162,14 +161,7 @@ def decode_alone(one: Contestant, task: Task) -> Iterator[Any]:
     """The same crops decoded and nothing else, from memory: what no CPU loader on this decoder gets past."""
     stream, reader = _stream(task), Reader(load_index(task.index), task.data)
     requests = [stream.request(step) for step in range(min(DECODE_BATCHES, one.total(task)))]
-    inputs = [
-        (
-            [np.frombuffer(reader.read(int(row)), dtype=np.uint8) for row in request.rows],
-            request.anchors.astype(np.int32),
-            request.shapes.astype(np.int32),
-        )
-        for request in requests
-    ]
+    inputs = [to_decode(request, [reader.read(int(row)) for row in request.rows]) for request in requests]
     reader.close()
     turns = cycle(inputs)
     pipe = decode_graph(
@@ -192,11 +184,7 @@ def _stream(task: Task) -> TrainLoader:
 
 def contestants(num_cores: int) -> list[Contestant]:
     """All of them, DataLoaders with each setting that may be their best on so many cores."""
-    others = {
-        "torchvision PIL": torchvision_pil,
-        "torchvision uint8": torchvision_uint8,
-        "timm": timm,
-    }
+    others = {"torchvision PIL": torchvision_pil, "torchvision uint8": torchvision_uint8, "timm": timm}
     settings = [1, 0] if num_cores == 1 else [num_cores]
     return [
         Contestant(OURS, ours),

@@ -12,6 +12,7 @@ from pipeline import cluster, findings, probes
 from pipeline.cluster import Node
 from pipeline.config import Config, ConfigError
 from pipeline.findings import Check
+from pipeline.provenance import versions
 from pipeline.schema import show
 from pipeline.storage import Storage
 
@@ -42,7 +43,7 @@ def examine(cfg: Config) -> list[Check]:
         if not there:
             return checks
         checks += [
-            findings.of_versions(told, probes.facts()["versions"]),
+            findings.of_versions(told, versions()),
             findings.of_shm(there, told),
             findings.of_tmp(told),
         ]
@@ -96,7 +97,7 @@ def _try_storage(there: Mapping[str, Node], storage: Storage) -> Check:
     if check.ok:
         files = {name: answer.value for name, answer in answers.items()}
         check = judge(first, cluster.on_each_node(first, probes.read_back, folder, files, patience_s=PATIENCE_S))
-    cluster.on_each_node(first, probes.remove, folder, patience_s=PATIENCE_S)
+    cluster.on_each_node(first, Storage.remove, folder, patience_s=PATIENCE_S)
     return check
 
 

@@ -9,7 +9,6 @@ import importlib.util
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,6 @@ ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
 class ExportError(RuntimeError):
     """What was written does not compute what the checkpoint's model does."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """How a file compares with its model. batches: sizes that were tried; difference: the largest of a probability."""
-
-    batches: tuple[int, ...]
-    difference: float
 
 
 def require_writable(kind: str, out: Path) -> None:
@@ -70,12 +61,15 @@ def notes_of(cfg: Config, classes: tuple[str, ...], checkpoint: str) -> dict[str
     return {"classes": list(classes), **size, "checkpoint": checkpoint}
 
 
-def export(model: nn.Module, notes: dict[str, Any], images: Tensor, kind: str, out: Path) -> Check:
+def export(model: nn.Module, notes: dict[str, Any], images: Tensor, kind: str, out: Path) -> float:
     """Write a model to the file `out`, if it passes the comparison.
 
     Args:
         notes: see `notes_of`.
-        images: (N, 3, S, S) uint8, to compare with.
+        images: (N, 3, S, S) uint8, to compare with, one alone and all in a batch.
+
+    Returns:
+        The largest difference of a probability.
 
     Raises:
         ExportError: another likeliest class, or a probability that differs by more than TOLERANCE.
@@ -86,26 +80,26 @@ def export(model: nn.Module, notes: dict[str, Any], images: Tensor, kind: str, o
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         write(graph, notes, temporary)
-        check = _compare(model, read(temporary), images)
+        difference = _compare(model, read(temporary), images)
         temporary.replace(out)
     except OSError as e:
         raise ConfigError(f"--out {out}: cannot be written ({e.strerror or e}); name another file") from None
     finally:
         temporary.unlink(missing_ok=True)
-    return check
+    return difference
 
 
 @torch.inference_mode()
-def _compare(model: nn.Module, other: Callable[[Tensor], Tensor], images: Tensor) -> Check:
-    batches, difference = (1, len(images)), 0.0
-    for number in batches:
+def _compare(model: nn.Module, other: Callable[[Tensor], Tensor], images: Tensor) -> float:
+    difference = 0.0
+    for number in (1, len(images)):
         ours, theirs = (run(images[:number]).double().softmax(1) for run in (model, other))
         difference = max(difference, float((ours - theirs).abs().max()))
         if not torch.equal(ours.argmax(1), theirs.argmax(1)):
             raise ExportError(f"in a batch of {number} it takes an image for another class than the checkpoint does")
     if not difference <= TOLERANCE:  # also where it is not a number
         raise ExportError(f"a probability differs from the checkpoint's by {difference:.1e}, more than {TOLERANCE:.0e}")
-    return Check(batches, difference)
+    return difference
 
 
 def write_pt2(graph: ExportedProgram, notes: dict[str, Any], to: Path) -> None:

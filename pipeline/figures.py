@@ -1,19 +1,43 @@
-"""What all benchmarks share: medians and quartiles, the machine, where results go, and their picture."""
+"""What all benchmarks share: what is trained, turns, medians and quartiles, the machine, and where results go."""
 
-import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
 
-from pipeline.config import ConfigError
+from pipeline.config import ClusterConfig, Config, ConfigError
+from pipeline.data.sampling import FloatArray
 from pipeline.provenance import cpu_model
 
-FloatArray = NDArray[np.float64]
+T = TypeVar("T")
+NEVER = 10**9  # a step that no training comes to
+
+
+def to_measure(
+    cfg: Config, cluster: ClusterConfig, name: str, storage: str, uri: str | None, *, batch: int, steps: int, every: int
+) -> Config:
+    """A training of so many steps, logged `every` so many, with nothing beside it that a benchmark would count."""
+    return replace(
+        cfg,
+        run=replace(cfg.run, name=name, storage=storage, stop_at_step=steps),
+        model=replace(cfg.model, weights=None),  # a run's name would be looked up in this storage
+        train=replace(cfg.train, global_batch=batch, steps=NEVER, log_every=every, eval_every=NEVER, profile=None),
+        checkpoint=replace(cfg.checkpoint, every=NEVER),
+        mlflow=replace(cfg.mlflow, uri=uri, log_model=False, register=None, checkpoints="none"),
+        cluster=cluster,
+    )
+
+
+def turns(ones: Sequence[T], num_rounds: int) -> Iterator[list[T]]:
+    """The order of each round, in which nobody always follows the same one."""
+    for i in range(num_rounds):
+        first = i % len(ones)
+        yield [*ones[first:], *ones[:first]]
 
 
 def spread(name: str, values: FloatArray) -> dict[str, Any]:
@@ -38,6 +62,17 @@ def machine() -> dict[str, Any]:
     return {"cpu": cpu_model(), "cores": os.cpu_count(), "python": platform.python_version()}
 
 
+def about(cfg: Config) -> dict[str, Any]:
+    """What is trained, and on what."""
+    what = {"depth": cfg.model.depth, "image_size": cfg.data.image_size, "precision": cfg.train.precision}
+    return what | {"machine": machine(), "torch": torch.__version__}
+
+
+def title(result: dict[str, Any]) -> str:
+    """Of a result that has what `about` says."""
+    return f"ResNet-{result['depth']}, {result['image_size']} pixels, {result['precision']}"
+
+
 def open_folder(out: Path) -> None:
     """Make the folder for a result, before anything is measured.
 
@@ -50,11 +85,9 @@ def open_folder(out: Path) -> None:
         raise ConfigError(f"--out {out}: {e.strerror or e}; name another directory") from None
 
 
-def save(result: dict[str, Any], out: Path, name: str) -> None:
-    (out / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
-
-
-def plot(bars: Mapping[str, dict[str, Any]], title: str, text: str, file: Path, colours: Mapping[str, str]) -> None:
+def plot(
+    bars: Mapping[str, dict[str, Any]], title: str, file: Path, *, text: str = "", colours: Mapping[str, str] = {}
+) -> None:
     """Bars of the medians of images/s, with the quartiles and each round's figure.
 
     Args:

@@ -61,11 +61,10 @@ def of_versions(facts: Mapping[str, Any], here: Mapping[str, str]) -> Check:
 
 def of_shm(there: Mapping[str, Node], facts: Mapping[str, Any]) -> Check:
     """Whether /dev/shm holds Ray's object store, and NCCL's buffers where there are GPUs."""
-    needed = {}
-    for name, node in there.items():
-        needed[name] = node.resources.get("object_store_memory", 0) + NCCL_SHM_BYTES * (
-            node.resources.get("GPU", 0) > 0
-        )
+    needed = {
+        name: node.resources.get("object_store_memory", 0) + (NCCL_SHM_BYTES if node.resources.get("GPU") else 0)
+        for name, node in there.items()
+    }
     small = [
         f"{one['shm'] / GIB:.2f} GiB where {needed[name] / GIB:.2f} are needed on {name}"
         for name, one in facts.items()

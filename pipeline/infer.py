@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline import checkpoint
 from pipeline.config import Config, ConfigError
-from pipeline.data.build import index_files, open_index, without
+from pipeline.data.build import index_files, open_index
 from pipeline.data.index import Index
 from pipeline.data.loader import EvalLoader, Place, Views
 from pipeline.data.rows import printable
@@ -60,14 +60,11 @@ def some_images(cfg: Config, number: int) -> tuple[Tensor, str]:
     Returns:
         (N, 3, S, S) uint8 on the CPU, and what they are, in words.
     """
-    here = Place.here()
     try:
         index = open_index(cfg.data.val)[0]
-        chosen = set(np.linspace(0, len(index) - 1, number).astype(int).tolist())
-        some = without(index, sorted(set(range(len(index))) - chosen))
-        with closing(EvalLoader(some, cfg.data, here, _refuse, batch=len(some))) as loader:
-            ((_, batch),) = loader
-            return batch.images.cpu(), "validation images"
+        chosen = np.unique(np.linspace(0, len(index) - 1, number).astype(int))
+        with closing(EvalLoader(index, cfg.data, Place.here(), _refuse, batch=number)) as loader:
+            return loader.pictures(chosen), "validation images"
     except (ConfigError, OSError) as e:
         shape = (number, 3, cfg.data.size_to_evaluate, cfg.data.size_to_evaluate)
         images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

@@ -78,13 +78,11 @@ def _make(groups: list[dict[str, Any]], cfg: OptimConfig) -> torch.optim.Optimiz
         case "lamb":
             from timm.optim import Lamb  # late: timm takes seconds to import
 
-            lamb: torch.optim.Optimizer = Lamb(groups, lr=cfg.lr, betas=cfg.betas)
-            return lamb
+            return Lamb(groups, lr=cfg.lr, betas=cfg.betas)  # type: ignore[no-any-return]
         case "lars":
             from timm.optim import Lars
 
-            lars: torch.optim.Optimizer = Lars(groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.nesterov)
-            return lars
+            return Lars(groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.nesterov)  # type: ignore[no-any-return]
     sgd = torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.nesterov, fused=True)
     if cfg.momentum:
         # torch's fused SGD allocates its buffers without filling them, and a first step that fp16's

@@ -20,6 +20,7 @@ from pipeline.scaling import (
     Row,
     all_reduce_s,
     batches,
+    best_every,
     card_rate,
     checkpoints,
     count_network,
@@ -65,16 +66,17 @@ def plan(
         ConfigError: anything in these that cannot be.
     """
     a, origins = assume(gpu, assumed)
-    if origins["grad_bytes"] != "given" and cfg.cluster.gradients == "bf16":
-        a = replace(a, grad_bytes=2)
-    if origins["launch_us"] != "given" and cfg.model.compile in GRAPHS:
-        a = replace(a, launch_us=a.launch_us / 5)
-    if origins["bucket_mb"] != "given":
-        a, origins["bucket_mb"] = replace(a, bucket_mb=float(cfg.cluster.bucket_mb)), "counted"
     net = count_network(cfg.model, cfg.data.image_size)
     index = _index(cfg.data.train)
-    if index is not None and origins["image_kb"] != "given":
-        a, origins["image_kb"] = replace(a, image_kb=float(index.sizes.mean()) / 1e3), "counted"
+    known = {"bucket_mb": float(cfg.cluster.bucket_mb)}
+    if cfg.cluster.gradients == "bf16":
+        known["grad_bytes"] = 2
+    if index is not None:
+        known["image_kb"] = float(index.sizes.mean()) / 1e3
+    counted = {name: value for name, value in known.items() if origins[name] != "given"}
+    a, origins = replace(a, **counted), origins | dict.fromkeys(counted, "counted")
+    if origins["launch_us"] != "given" and cfg.model.compile in GRAPHS:
+        a = replace(a, launch_us=a.launch_us / 5)
     images = num_images or (len(index) if index is not None else IMAGENET)
     case = Case(cfg, a, net, images, batch_per_gpu, rate)
     row = predict(case, gpus)
@@ -140,7 +142,7 @@ def _row(row: Row) -> dict[str, Any]:
 def changes(case: Case, row: Row) -> list[dict[str, Any]]:
     """What one change each would make of the hours, the most helpful first."""
     a, cfg = case.a, case.cfg
-    best = checkpoints(case, row)["best"]["every"]
+    best = best_every(case, row)
     checkpoint = replace(cfg.checkpoint, every=best)
     tried = {
         "model.compile=reduce-overhead, which is CUDA graphs (launch_us a fifth)": replace(

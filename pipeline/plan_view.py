@@ -64,15 +64,11 @@ def _step(result: dict[str, Any]) -> list[str]:
         lines += _wrap(f"Helps most: {best['change']}; {_hours(best['hours'])} hours, {best['saves']:.0%} fewer.")
     elif best:
         lines += _wrap("No single change would save 5% of the hours; more or faster GPUs would.")
-    rows = result["rows"]
-    poor = [a["gpus"] for a in rows for b in rows if b["gpus"] == 2 * a["gpus"] and _gain(a, b) < 1.5]
+    speeds = {one["gpus"]: one["images_per_s"] for one in result["rows"]}
+    poor = [gpus for gpus in speeds if 2 * gpus in speeds and speeds[2 * gpus] < 1.5 * speeds[gpus]]
     if poor:
         lines += _wrap(f"From {poor[0]:,} GPUs on, twice as many bring less than 1.5 times the speed.")
     return lines
-
-
-def _gain(fewer: dict[str, Any], more: dict[str, Any]) -> float:
-    return float(more["images_per_s"] / fewer["images_per_s"])
 
 
 def _checkpoints(found: dict[str, Any]) -> list[str]:

@@ -1,7 +1,6 @@
 """What `pipeline doctor` has each node try; what goes wrong is raised. Heavy imports are late: nodes wait for them."""
 
 import os
-import platform
 import shutil
 import socket
 import statistics
@@ -9,29 +8,24 @@ import tempfile
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import closing
 from datetime import timedelta
-from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config, ConfigError
+from pipeline.provenance import versions
 from pipeline.storage import Storage
 
-PACKAGES = ("pipeline", "torch", "torchvision", "ray", "mlflow", "numpy", "pyarrow")  # and DALI, for any CUDA
 ALL_REDUCE_BYTES = 64 * 2**20
 NUM_ALL_REDUCES = 5
 
 
 def facts() -> dict[str, Any]:
     """Versions, bytes of /dev/shm, and bytes of the disk of the temporary directory: free, total."""
-    versions = {"python": platform.python_version()}
-    for one in distributions():  # the first of a name is the one that is imported
-        name = str(one.metadata["Name"]).lower()
-        if name in PACKAGES or name.startswith("nvidia-dali"):
-            versions.setdefault(name, one.version)
     disk = shutil.disk_usage(tempfile.gettempdir())
     shm = shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0
-    return {"versions": versions, "shm": shm, "tmp_free": disk.free, "tmp_total": disk.total}
+    return {"versions": versions(), "shm": shm, "tmp_free": disk.free, "tmp_total": disk.total}
 
 
 def begin(folder: Storage) -> None:
@@ -64,10 +58,6 @@ def _expect(folder: Storage, name: str, writer: str) -> None:
         raise OSError(f"what {writer} wrote has come out different")
 
 
-def remove(folder: Storage) -> None:
-    folder.remove()
-
-
 def now() -> float:
     return time.time()
 
@@ -81,12 +71,9 @@ def read(source: str, cfg: Config) -> None:
     place = Storage(source)
     if is_index(source):
         index = fetch_index(source)
-        reader = Reader(index, cfg.data, patience_s=10.0)
-        try:
+        with closing(Reader(index, cfg.data, patience_s=10.0)) as reader:
             for row in (0, len(index) - 1):
                 reader.read(row)
-        finally:
-            reader.close()
     elif place.local and place.local.is_dir():  # a million files are not listed here
         files = (Path(parent, name) for parent, _, names in os.walk(place.local) for name in names if kind_of(name))
         first = next(files, None)

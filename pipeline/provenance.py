@@ -6,13 +6,14 @@ import subprocess
 from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 import pipeline
 
-PACKAGES = ("torch", "torchvision", "nvidia-dali", "ray", "mlflow", "omegaconf", "numpy")  # or NAME-cuda130
+if TYPE_CHECKING:  # torch takes seconds to import, for which `doctor` would wait on every node
+    import torch
+
+PACKAGES = ("torch", "torchvision", "nvidia-dali", "ray", "mlflow", "omegaconf", "numpy", "pyarrow")
 
 
 @cache
@@ -22,14 +23,22 @@ def software() -> dict[str, Any]:
     if git := shutil.which("git"):  # the image has none
         command = [git, "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    installed = {one.name.partition("-cuda")[0]: one.version for one in distributions()}
-    versions = {"pipeline": pipeline.__version__, "python": platform.python_version()}
-    versions |= {name: installed[name] for name in PACKAGES if name in installed}
-    return {"versions": versions, "git_commit": commit or None}
+    return {"versions": versions(), "git_commit": commit or None}
 
 
-def device_name(device: torch.device) -> str:
+def versions() -> dict[str, str]:
+    """Of this package, Python, and those of PACKAGES that are installed, under these names for any CUDA."""
+    found = {"pipeline": pipeline.__version__, "python": platform.python_version()}
+    for one in distributions():
+        if (name := str(one.name).lower().partition("-cuda")[0]) in PACKAGES:
+            found.setdefault(name, one.version)  # the first of a name is the one that is imported
+    return found
+
+
+def device_name(device: "torch.device") -> str:
     """Of a GPU, or of this machine's processor."""
+    import torch
+
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model()
 
 

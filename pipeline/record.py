@@ -4,12 +4,13 @@ The loop calls a `Recorder` on every rank; only rank 0's does anything.
 """
 
 import time
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from pipeline import checkpoint
-from pipeline.checkpoint import Checkpoint
+from pipeline.checkpoint import META, Checkpoint, CheckpointError
 from pipeline.data.index import Index
 from pipeline.data.loader import EvalLoader
 from pipeline.identity import Identity
@@ -71,7 +72,9 @@ class Recorder:
         patience_s = cfg.cluster.timeout_s
         patiently(lambda: self._identity.write(run), ctx.warn, patience_s)
         patiently(self._job.checkpoints.make, ctx.warn, patience_s)
-        self._saver = Saver(self._job.checkpoints, cfg, guard=self._check_owner, written=self._written, report=ctx.warn)
+        # A rank cut off from the others may still run when its successor has begun; it must not write.
+        guard = partial(self._identity.check, run)
+        self._saver = Saver(self._job.checkpoints, cfg, guard=guard, written=self._written, report=ctx.warn)
         self._uri = tracking_uri(cfg.mlflow.uri, run.parent)
         self._tracker = Tracker.of_run(cfg.mlflow, self._uri, run, self._identity.training_id, ctx.warn)
         if self._newest is not None:
@@ -99,7 +102,7 @@ class Recorder:
                 "step": self._first_step,
                 "num_steps": self._num_steps,
                 "global_batch": cfg.train.global_batch,
-                "resumed_from": _place(self._newest),
+                "resumed_from": self._newest and str(self._newest.place),
                 "world_size": ctx.world_size,
                 "faults": num_faults,
                 "num_threads": ctx.num_threads,
@@ -186,10 +189,6 @@ class Recorder:
         self._tracker.metrics(saved.step, metrics)
         self._ctx.emit({"kind": "checkpoint", "step": saved.step, "path": str(saved.place)})
 
-    def _check_owner(self) -> None:
-        """A rank cut off from the others may still run when its successor has begun; it must not write."""
-        self._identity.check(self._job.run)
-
     def bad_image(self, path: str, reason: str) -> None:
         """Name a broken image that this rank has met."""
         self.num_bad += 1
@@ -231,10 +230,9 @@ class Recorder:
             patiently(lambda: ended.write(self._job.run), self._ctx.warn, cfg.cluster.timeout_s)
             top = checkpoint.best(self._job.checkpoints)
         assert self._newest is not None, "a session ends with a checkpoint"
-        if cfg.mlflow.checkpoints == "last" and status != "regroup":
-            self._upload(self._newest)
-        elif cfg.mlflow.checkpoints == "best" and top and status != "regroup":
-            self._upload(top)
+        chosen = {"last": self._newest, "best": top}.get(cfg.mlflow.checkpoints)
+        if chosen and status != "regroup":
+            self._upload(chosen)
         if done and cfg.mlflow.log_model:
             self._tracker.model(self._newest.path, cfg.mlflow.register)
         self._tracker.metrics(state.step, for_mlflow(self._ledger.seconds()))
@@ -261,7 +259,7 @@ class Recorder:
             "startup": self._startup,
             "ended": time.time(),
             "checkpoint": str(self._newest.place),
-            "best_checkpoint": _place(top),
+            "best_checkpoint": top and str(top.place),
             **self._identity.facts(),
             "mlflow_uri": self._uri,
             "mlflow_experiment_id": self._tracker.experiment_id,
@@ -290,8 +288,10 @@ class Recorder:
         self._tracker.folder(folder, folder.name)
 
     def _upload(self, saved: Checkpoint) -> None:
-        self._tracker.folder(saved.path, f"{CHECKPOINTS}/{saved.path.name}")
-
-
-def _place(saved: Checkpoint | None) -> str | None:
-    return None if saved is None else str(saved.place)
+        try:
+            if not (saved.path / META).exists():  # of an object store only what was written last is here, and whole
+                checkpoint.read(saved.place, use_copy=True)
+                saved.place.download(META, saved.path / META)
+            self._tracker.folder(saved.path, f"{CHECKPOINTS}/{saved.path.name}")
+        except (OSError, CheckpointError) as e:
+            self._ctx.warn(f"{saved.place} is not uploaded to MLflow: {e}")

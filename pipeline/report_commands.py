@@ -7,16 +7,16 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from pipeline.commands import DONE, Outcome, say
+from pipeline.commands import DONE, Outcome, found_by, say
 
 NUM_WORST = 10  # classes that are shown
 
 
 def report(args: argparse.Namespace) -> Outcome:
-    from pipeline import report_run, runs
+    from pipeline import report_run
     from pipeline.console import report_lines
 
-    found = runs.find(args.run, runs.open_storage(args.storage), args.mlflow_uri)
+    found = found_by(args)
     out = args.out or Path(f"report-{found.place.parent.parent.name}")
     made = report_run.report(found, out, args.data, args.mlflow_uri, say)
     head, classes = made.facts.headline(), made.facts.classes

@@ -9,19 +9,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.multiprocessing.spawn import spawn
 
 from pipeline import figures, probes, supervise
 from pipeline.config import Config, ConfigError
 from pipeline.data.build import Progress
-from pipeline.figures import machine, rows
+from pipeline.figures import about, rows, title, to_measure, turns
 from pipeline.job import Event
 from pipeline.perf import PHASES
 from pipeline.scaling import count_network
@@ -63,9 +65,8 @@ def bench_scale(
     per_s: dict[str, list[float]] = {str(n): [] for n in counts}
     spent: dict[str, list[dict[str, float]]] = {str(n): [] for n in counts}
     startup = list[dict[str, float]]()
-    for i in range(num_rounds):
-        turn = i % len(counts)
-        for n in counts[turn:] + counts[:turn]:
+    for done, turn in enumerate(turns(counts, num_rounds), 1):
+        for n in turn:
             with ExitStack() as opened:
                 storage = (
                     cfg.run.storage if joins else opened.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))
@@ -77,15 +78,12 @@ def bench_scale(
             spent[str(n)].append(seconds)
             startup.append(start["startup"])
         figures_s = ", ".join(f"{name} workers {ones[-1]:.1f}" for name, ones in per_s.items())
-        progress(i + 1, num_rounds, f"images/s: {figures_s}")
+        progress(done, num_rounds, f"images/s: {figures_s}")
     found = rows(per_s, "1")
     for name, row in found.items():
         row |= figures.spread("efficiency", np.array(per_s[name]) / np.array(per_s["1"]) / int(name))
         row |= {f"{key}_s_per_step": _median(spent[name], phase) / num_steps for key, phase in PARTS.items()}
-    result: dict[str, Any] = {
-        "depth": cfg.model.depth,
-        "image_size": cfg.data.image_size,
-        "precision": cfg.train.precision,
+    result: dict[str, Any] = about(cfg) | {
         "global_batch_per_worker": share,
         "cpus_per_worker": cores,
         "parameters": count_network(cfg.model, cfg.data.image_size).parameters,
@@ -93,8 +91,6 @@ def bench_scale(
         "steps_per_round": num_steps,
         "workers": found,
         "startup": {name: _median(startup, name) for name in startup[0]},
-        "machine": machine(),
-        "torch": torch.__version__,
     }
     if not joins and counts[-1] > 1 and not torch.cuda.is_available():
         result["allreduce_gb_s"] = _link(counts[-1])
@@ -106,25 +102,11 @@ def _median(ones: list[dict[str, float]], name: str) -> float:
 
 
 def _to_measure(cfg: Config, num_workers: int, cores: int, share: int, num_steps: int, storage: str) -> Config:
-    """A training of so many steps without evaluations, logged to a database of its own."""
-    never = 10**9
+    """Logged to a database of its own."""
     name = f"bench-{num_workers}-{time.strftime('%Y%m%d-%H%M%S')}"
     uri = cfg.mlflow.uri if "://" in storage else f"sqlite:///{Path(storage).absolute()}/bench.db"
-    return replace(
-        cfg,
-        run=replace(cfg.run, name=name, storage=storage, stop_at_step=num_steps),
-        train=replace(
-            cfg.train,
-            global_batch=share * num_workers,
-            steps=never,
-            log_every=LOG_EVERY,
-            eval_every=never,
-            profile=None,
-        ),
-        checkpoint=replace(cfg.checkpoint, every=never),
-        mlflow=replace(cfg.mlflow, uri=uri, log_model=False, checkpoints="none"),
-        cluster=replace(cfg.cluster, workers=num_workers, cpus_per_worker=cores),
-    )
+    cluster, batch = replace(cfg.cluster, workers=num_workers, cpus_per_worker=cores), share * num_workers
+    return to_measure(cfg, cluster, name, storage, uri, batch=batch, steps=num_steps, every=LOG_EVERY)
 
 
 def _train(cfg: Config) -> list[Event]:
@@ -146,17 +128,14 @@ def _train(cfg: Config) -> list[Event]:
 
 def _link(num_workers: int) -> float:
     """GB/s that each of so many processes here sends at while their gradients are summed."""
-    with tempfile.TemporaryDirectory() as folder:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(num_workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool,
+    ):
         where = f"file://{folder}/rendezvous"
-        spawn(_reduce, (num_workers, where, folder), nprocs=num_workers)  # type: ignore[no-untyped-call]
-        seconds = max(float((Path(folder) / str(rank)).read_text()) for rank in range(num_workers))
+        reduce = partial(probes.all_reduce, "gloo", where, num_workers=num_workers, patience_s=CONNECT_SECONDS)
+        seconds = max(pool.map(reduce, range(num_workers)))
     return 2 * (num_workers - 1) / num_workers * probes.ALL_REDUCE_BYTES / seconds / 1e9
-
-
-def _reduce(rank: int, num_workers: int, where: str, folder: str) -> None:
-    torch.set_num_threads(1)
-    seconds = probes.all_reduce("gloo", where, rank, num_workers, CONNECT_SECONDS)
-    (Path(folder) / str(rank)).write_text(str(seconds))
 
 
 def verdict(found: dict[str, Any]) -> str:
@@ -185,9 +164,8 @@ def verdict(found: dict[str, Any]) -> str:
 def table(result: dict[str, Any]) -> list[str]:
     """For people."""
     lines = [
-        f"ResNet-{result['depth']}, {result['image_size']} pixels, {result['precision']}, batch "
-        f"{result['global_batch_per_worker']} and {result['cpus_per_worker']} cores for each worker; "
-        f"{result['rounds']} rounds of {result['steps_per_round']} steps, by turns; median and quartiles",
+        f"{title(result)}, batch {result['global_batch_per_worker']} and {result['cpus_per_worker']} cores for each "
+        f"worker; {result['rounds']} rounds of {result['steps_per_round']} steps, by turns; median and quartiles",
         f"{'workers':<9}{'images/s':>10}   {'efficiency':>10}   {'quartiles':<16}" + "".join(f"{p:>15}" for p in PARTS),
     ]
     for name, one in result["workers"].items():

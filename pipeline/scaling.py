@@ -217,7 +217,8 @@ def num_evaluations(case: Case, gpus: int) -> int:
 def failures(case: Case, gpus: int) -> outages.Outages:
     """The state is weights, the optimizer's copies, and averages, 4 bytes each."""
     optim = case.cfg.optim
-    copies = 1 + (2 if optim.name == "adamw" else int(optim.momentum > 0)) + int(case.cfg.train.ema_decay is not None)
+    moments = 2 if optim.name in ("adamw", "lamb") else int(optim.momentum > 0)
+    copies = 1 + moments + int(case.cfg.train.ema_decay is not None)
     state_gb = case.net.parameters * 4 * copies / 1e9
     mtbf = case.a.gpu_mtbf_h * 3600 / gpus
     return outages.Outages(mtbf, case.a.restart_s, state_gb / case.a.hold_gb_s, state_gb / case.a.write_gb_s)

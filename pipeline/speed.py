@@ -21,7 +21,7 @@ from pipeline.assumptions import CARDS
 from pipeline.config import Config, ConfigError
 from pipeline.data.build import Progress
 from pipeline.data.loader import Batch, Place
-from pipeline.figures import machine, rows
+from pipeline.figures import about, rows, title, to_measure, turns
 from pipeline.job import Context, Event
 from pipeline.network import compiled
 from pipeline.perf import COMPUTE, Ledger, total
@@ -42,15 +42,15 @@ CONFIGURED, PIPELINE, CEILING = "as configured", "pipeline", "ceiling"
 class Stepper:
     """Our training step over one batch that lies on the device: no data, no logging, one worker."""
 
-    def __init__(self, cfg: Config, place: Place, num_classes: int = NUM_CLASSES):
+    def __init__(self, cfg: Config, place: Place):
         self._cfg, self._place = cfg, place
         self.batch = -(-cfg.train.global_batch // cfg.cluster.max_workers)
         self._train = replace(cfg.train, global_batch=self.batch)
-        self._state = TrainState.create(cfg, num_classes, place.device)
+        self._state = TrainState.create(cfg, NUM_CLASSES, place.device)
         self._net = self._state.model if cfg.model.compile == "none" else compiled(self._state.model, cfg.model.compile)
         size = cfg.data.image_size
         images = torch.randint(0, 256, (self.batch, 3, size, size), dtype=torch.uint8, device=place.device)
-        labels = torch.randint(0, num_classes, (self.batch,), device=place.device)
+        labels = torch.randint(0, NUM_CLASSES, (self.batch,), device=place.device)
         images = images.contiguous(memory_format=torch.channels_last)
         self._batch = Batch(images, labels, np.arange(self.batch))
         self.first_step_s = self.seconds(1)  # with whatever is compiled or looked up first
@@ -96,13 +96,10 @@ def bench_step(
         peak_memory = peak_memory or _peak_memory(place.device)  # of the first one alone
         progress(len(steppers), len(variants), f"{name}: first step {steppers[name].first_step_s:.1f} s")
     per_s: dict[str, list[float]] = {name: [] for name in steppers}
-    names = list(steppers)
-    for i in range(num_rounds):
-        turn = i % len(names)  # nobody always follows the same one
-        for name in names[turn:] + names[:turn]:
-            one = steppers[name]
+    for done, turn in enumerate(turns(list(steppers.items()), num_rounds), 1):
+        for name, one in turn:
             per_s[name].append(one.batch * num_steps / one.seconds(num_steps))
-        progress(i + 1, num_rounds, ", ".join(f"{n} {s[-1]:.1f} images/s" for n, s in per_s.items()))
+        progress(done, num_rounds, ", ".join(f"{n} {s[-1]:.1f} images/s" for n, s in per_s.items()))
     cfg, first = variants[CONFIGURED], steppers[CONFIGURED]
     macs = count_network(cfg.model, cfg.data.image_size).macs
     rate = float(np.median(per_s[CONFIGURED]))
@@ -135,9 +132,9 @@ def bench_train(cfg: Config, place: Place, num_rounds: int, num_steps: int, prog
         num_steps: timed in a turn.
     """
     per_s: dict[str, list[float]] = {PIPELINE: [], CEILING: []}
-    shares = list[dict[str, float]]()
+    shares = list[float]()  # of the time, spent waiting for data
     ceiling: Stepper | None = None
-    since, before = 0.0, dict[str, float]()
+    since, before = 0.0, 0.0
 
     def watch(event: Event) -> None:
         nonlocal since, before, ceiling
@@ -145,31 +142,23 @@ def bench_train(cfg: Config, place: Place, num_rounds: int, num_steps: int, prog
             print(event["text"], file=sys.stderr)
         if event["kind"] != "step":
             return
-        passed, seconds = time.perf_counter() - since, event["seconds"]
+        passed, waited = time.perf_counter() - since, event["seconds"]["data wait"]
         if ceiling is None:  # the first round is for warming up
             ceiling = Stepper(cfg, place)
             ceiling.seconds(num_steps)
         else:
             per_s[PIPELINE].append(num_steps * ceiling.batch / passed)
             per_s[CEILING].append(num_steps * ceiling.batch / ceiling.seconds(num_steps))
-            shares.append({name: (s - before[name]) / passed for name, s in seconds.items()})
+            shares.append((waited - before) / passed)
             figures = ", ".join(f"{name} {rates[-1]:.1f}" for name, rates in per_s.items())
             progress(len(shares), num_rounds, f"images/s: {figures}")
-        since, before = time.perf_counter(), seconds
+        since, before = time.perf_counter(), waited
 
     batch = -(-cfg.train.global_batch // cfg.cluster.max_workers)
     with tempfile.TemporaryDirectory() as storage:
-        run = replace(cfg.run, name="bench", storage=storage, stop_at_step=(num_rounds + 1) * num_steps)
-        never = 10**9
-        steps = replace(cfg.train, global_batch=batch, steps=never, log_every=num_steps, eval_every=never)
-        cfg = replace(
-            cfg,
-            run=run,
-            train=replace(steps, profile=None),
-            cluster=replace(cfg.cluster, workers=1),
-            checkpoint=replace(cfg.checkpoint, every=never),
-            mlflow=replace(cfg.mlflow, uri=f"sqlite:///{storage}/mlflow.db", log_model=False, checkpoints="none"),
-        )
+        uri, all_steps = f"sqlite:///{storage}/mlflow.db", (num_rounds + 1) * num_steps
+        one = replace(cfg.cluster, workers=1)
+        cfg = to_measure(cfg, one, "bench", storage, uri, batch=batch, steps=all_steps, every=num_steps)
         with runs.prepare(cfg, watch) as job:
             fit(job, Context(0, 1, place.device, place.num_threads, watch))
     result = {
@@ -177,7 +166,7 @@ def bench_train(cfg: Config, place: Place, num_rounds: int, num_steps: int, prog
         "rounds": num_rounds,
         "steps_per_round": num_steps,
         "rows": rows(per_s, CEILING),
-        "shares": {name: float(np.median([one[name] for one in shares])) for name in ("data wait",)},
+        "shares": {"data wait": float(np.median(shares))},
         "peak_memory_gb": _peak_memory(place.device) / 1e9,
     }
     return result | {"verdict": train_verdict(result)}
@@ -220,9 +209,8 @@ def train_verdict(result: dict[str, Any]) -> str:
 def table(result: dict[str, Any]) -> list[str]:
     """For people."""
     lines = [
-        f"ResNet-{result['depth']}, {result['image_size']} pixels, {result['precision']}, batch {result['batch']} on "
-        f"{result['device']}, {result['threads']} threads; {result['rounds']} rounds of {result['steps_per_round']} "
-        "steps, by turns; median and quartiles",
+        f"{title(result)}, batch {result['batch']} on {result['device']}, {result['threads']} threads; "
+        f"{result['rounds']} rounds of {result['steps_per_round']} steps, by turns; median and quartiles",
         f"{'':32}{'images/s':>10}   {'quartiles':<18}{'ratio':>6}   quartiles",
     ]
     for name, one in result["rows"].items():
@@ -255,16 +243,7 @@ def here(num_threads: int | None) -> Place:
 
 
 def _about(cfg: Config, place: Place, batch: int) -> dict[str, Any]:
-    return {
-        "depth": cfg.model.depth,
-        "image_size": cfg.data.image_size,
-        "precision": cfg.train.precision,
-        "batch": batch,
-        "device": device_name(place.device),
-        "threads": place.num_threads,
-        "machine": machine(),
-        "torch": torch.__version__,
-    }
+    return about(cfg) | {"batch": batch, "device": device_name(place.device), "threads": place.num_threads}
 
 
 def _peak(device: torch.device, precision: str) -> tuple[float | None, str]:

@@ -159,7 +159,8 @@ def _kill_descendants(others: set[psutil.Process]) -> None:
     """What is left of a driver: nothing after a good end, Ray's processes after its death; but not the others."""
     left = [process for process in psutil.Process().children(recursive=True) if process not in others]
     for process in left:
-        process.kill()
+        with suppress(psutil.NoSuchProcess):  # it has just ended
+            process.kill()
     psutil.wait_procs(left, timeout=5)
 
 

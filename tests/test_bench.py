@@ -73,10 +73,19 @@ def test_everyone_makes_the_same_batches(one: Contestant, digits_index: Callable
             assert images.dtype == torch.uint8
 
 
-def test_more_cores_than_there_are_are_told_at_once(tmp_path: Path) -> None:
+def test_nothing_is_measured_that_the_other_loaders_do_not_do() -> None:
+    """The paper's scale augmentation and the augmentations of A1 are none of theirs."""
+    for recipe in (ROOT / "configs" / "imagenet").glob("*.yaml"):
+        cfg = load(recipe).data
+        plain = bench.plain(cfg)
+        assert (plain.image_size, plain.crop_scale, plain.flip) == (cfg.image_size, cfg.crop_scale, cfg.flip)
+        assert (plain.crop_short, plain.auto_augment, plain.repeats, plain.mixes) == (None, "none", 1, False)
+
+
+def test_more_cores_than_there_are_are_told_at_once() -> None:
     cfg = load(None, ["data.train=nowhere", "data.val=nowhere"])
     with pytest.raises(ConfigError, match=r"--cores 1000: this process may use [0-9]+; lower it"):
-        bench.bench_loader(cfg, 1000, 1, 1, tmp_path / "out", lambda *_: None)
+        bench.bench_loader(cfg, 1000, 1, 1, lambda *_: None)
 
 
 def _steady_behind_a_full_queue(one: Contestant, wanted: Task) -> Iterator[Any]:

@@ -212,6 +212,16 @@ def test_the_recommended_interval_loses_no_more_than_the_configured() -> None:
         assert found["best"]["simulated"]["mean"] == pytest.approx(found["best"]["goodput"], abs=0.01)
 
 
+def test_a_checkpoint_has_all_that_its_optimizer_keeps(resnet152: Network) -> None:
+    """Two moments for LAMB as for AdamW, one for SGD and LARS, besides the weights."""
+    held = {
+        name: scaling.failures(case(resnet152, Assumptions(), f"optim.name={name}"), 8).hold
+        for name in ("sgd", "lars", "adamw", "lamb")
+    }
+    assert held["sgd"] == held["lars"] == pytest.approx(2 / 3 * held["adamw"])
+    assert held["lamb"] == held["adamw"]
+
+
 def test_changes_help_where_they_bound() -> None:
     cfg = load(IMAGENET / "resnet152.yaml")
     assert "launch_us" in plan.plan(cfg, 64, "H100")["changes"][0]["change"]

@@ -157,7 +157,7 @@ def test_what_was_fetched_ahead_is_not_fetched_again(
             for _ in range(3):
                 reader.ahead(range(NUM_IMAGES))
             deadline = time.monotonic() + 20
-            while not reader.idle:
+            while reader._ahead:
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
             before = server.gets.copy()

@@ -83,6 +83,23 @@ def test_more_workers_than_cores_are_refused_by_scale() -> None:
         scale.bench_scale(cfg, [9999], 1, 5, lambda done, total, text: None)
 
 
+def test_what_a_training_begins_and_ends_with_is_not_measured() -> None:
+    """A name for the registry needs a logged model; a run's weights do not lie in the measurement's storage."""
+    cfg = load(ROOT / "configs/digits.yaml", ["mlflow.register=pets", "model.weights=other-run", "train.profile=[1,2]"])
+    made = figures.to_measure(cfg, cfg.cluster, "bench", "runs", None, batch=8, steps=20, every=5)
+    assert (made.mlflow.register, made.mlflow.log_model, made.model.weights, made.train.profile) == (
+        None,
+        False,
+        None,
+        None,
+    )
+    assert (made.run.stop_at_step, made.train.global_batch, made.train.log_every) == (20, 8, 5)
+
+
+def test_turns_let_everyone_be_first() -> None:
+    assert list(figures.turns(["a", "b", "c"], 4)) == [list("abc"), list("bca"), list("cab"), list("abc")]
+
+
 def test_more_threads_than_cores_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"--threads 4096: this process may use \d+ cores; lower it"):
         speed.here(4096)

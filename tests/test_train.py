@@ -17,10 +17,12 @@ from odd_images import as_text, damaged_jpeg, encode, write_odd_folder
 from PIL import Image
 from ranks import context, run_ranks
 
-from pipeline import checkpoint, runs
+from pipeline import checkpoint, runs, train
 from pipeline.config import ConfigError
+from pipeline.evaluate import evaluate
 from pipeline.identity import Identity, SupersededError
 from pipeline.job import Event, Job
+from pipeline.predictions import Predictions
 from pipeline.settings import load
 from pipeline.storage import Storage
 from pipeline.train import NonFiniteLossError, fit
@@ -254,3 +256,32 @@ def test_training_runs_on_the_rest_of_an_odd_folder(tmp_path: Path, monkeypatch:
     named = [e["text"] for e in events if "a uniform image takes its place" in e.get("text", "")]
     assert named
     assert all("odd/damaged.jpg" in text for text in named)
+
+
+def test_the_best_checkpoint_is_uploaded_from_an_object_store(
+    digits_index: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This machine keeps a copy of the newest one alone."""
+    said = iter([True, False, False])
+
+    def judged(model: Any, loader: Any, **options: Any) -> Predictions:
+        """The first evaluation is the best."""
+        found = evaluate(model, loader, **options)
+        right = loader.index.labels.astype(np.int64)
+        found.best[:, 0] = right if next(said) else (right + 1) % 10
+        return found
+
+    monkeypatch.setattr(train, "evaluate", judged)
+    val, uri = digits_index("val"), f"sqlite:///{tmp_path}/mlflow.db"
+    words = ["train.steps=6", "train.global_batch=180", "mlflow.checkpoints=best", f"mlflow.uri={uri}"]
+    cfg = load(None, [*FAST, f"data.train={val}", f"data.val={val}", "run.storage=memory://best", *words])
+    run = Storage("memory://best") / tmp_path.name
+    events: list[Event] = []
+    summary = fit(Job(cfg, run, str(val), str(val)), context(events=events))
+    assert not [event["text"] for event in events if event["kind"] == "warning"]
+    client = mlflow.MlflowClient(uri)
+    (best,) = client.list_artifacts(summary["mlflow_run_id"], "checkpoints")
+    assert best.path == "checkpoints/step_00000002"
+    assert len(client.list_artifacts(summary["mlflow_run_id"], best.path)) == 3
+    for folder in (run, run / "checkpoints"):
+        shutil.rmtree(folder.scratch)

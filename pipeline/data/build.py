@@ -15,9 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.config import ConfigError
-from pipeline.data import index as index_file
 from pipeline.data.find import Found, find, is_index, kind_of
-from pipeline.data.index import FORMAT, Index, load_index
+from pipeline.data.index import FORMAT, SCHEMA, Index, load_index
 from pipeline.data.rows import Label, Row, image_file, printable
 from pipeline.data.scan import read_part, scan, scan_into
 from pipeline.storage import Storage
@@ -141,7 +140,7 @@ def _collect(source: str, found: Found, done: Iterator[Any], progress: Progress)
         first = f"; first of {len(refused)} refused: {refused[0]}" if refused else ""
         raise ConfigError(f"{source} has no usable image{first}")
     cmyk, turned = (np.flatnonzero(rows[n].combine_chunks().to_numpy(zero_copy_only=False)) for n in ("cmyk", "turned"))
-    columns = {name: rows[name] for name in index_file.SCHEMA.names if name != "label"} | {"label": labels}
+    columns = {name: rows[name] for name in SCHEMA.names if name != "label"} | {"label": labels}
     del rows, kept
     index = make_index(columns, found.root.uri, classes)
     return index, Report(refused, cmyk.tolist(), turned.tolist(), reused, len(found.units))
@@ -208,7 +207,7 @@ def _labels(found: Found, rows: pa.Table, names: list[str] | None) -> tuple[pa.A
 def make_index(columns: dict[str, Any], root: str, classes: list[str]) -> Index:
     """The index of columns as in its schema, `file` being plain text."""
     arrays = []
-    for name, kind in zip(index_file.SCHEMA.names, index_file.SCHEMA.types, strict=True):
+    for name, kind in zip(SCHEMA.names, SCHEMA.types, strict=True):
         column = columns.pop(name)
         column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
         arrays.append(column.dictionary_encode() if name == "file" else column.cast(kind))
@@ -218,7 +217,7 @@ def make_index(columns: dict[str, Any], root: str, classes: list[str]) -> Index:
         "classes": json.dumps(classes),
         "fingerprint": _fingerprint(arrays, classes),
     }
-    return Index(pa.Table.from_arrays(arrays, schema=index_file.SCHEMA.with_metadata(metadata)))
+    return Index(pa.Table.from_arrays(arrays, schema=SCHEMA.with_metadata(metadata)))
 
 
 def without(index: Index, rows: list[int]) -> Index:
@@ -226,7 +225,7 @@ def without(index: Index, rows: list[int]) -> Index:
     keep = np.ones(len(index), dtype=bool)
     keep[rows] = False
     table = index.table.filter(pa.array(keep))
-    columns = {name: table[name] for name in index_file.SCHEMA.names}
+    columns = {name: table[name] for name in SCHEMA.names}
     columns["file"] = columns["file"].cast(pa.large_string())
     return make_index(columns, index.root.uri if index.root else "", list(index.classes))
 
@@ -251,7 +250,7 @@ def index_files(paths: Sequence[Path]) -> tuple[Index | None, list[Refused]]:
     rows = [Row.of(str(p), "", 0, partial(Label, text=""), partial(image_file, p)) for p in dict.fromkeys(paths)]
     refused = [Refused(row.file, row.reason) for row in rows if row.reason is not None]
     kept = [row for row in rows if row.reason is None]
-    columns = {name: pa.array([getattr(row, name, 0) for row in kept]) for name in index_file.SCHEMA.names}
+    columns = {name: pa.array([getattr(row, name, 0) for row in kept]) for name in SCHEMA.names}
     for name in ("file", "name"):
         columns[name] = columns[name].cast(pa.large_string())
     return (make_index(columns, "", ["unlabelled"]) if kept else None), refused

@@ -56,6 +56,12 @@ def _augment_graph(source: Source, draws: Sequence[str], cfg: DataConfig) -> Any
     return augment(images, {name: values[i] for i, name in enumerate(draws)}, cfg)
 
 
+def to_decode(request: Request, encoded: Encoded) -> tuple[Any, ...]:
+    """What `decode_graph` takes of a request."""
+    data = [np.frombuffer(one, dtype=np.uint8) for one in encoded]
+    return data, request.anchors.astype(np.int32), request.shapes.astype(np.int32)
+
+
 def _inputs(source: Source, number: int, **options: Any) -> Any:
     return fn.external_source(source=source, num_outputs=number, batch=True, no_copy=True, **options)
 
@@ -140,10 +146,8 @@ class Decoder:
         """Decode a request that may hold broken images: by halves, down to the broken ones alone."""
         once = iter([self._decode_inputs(request, encoded)])
         try:
-            return [
-                from_dlpack(image).clone()
-                for image in self._run(self._build(lambda: next(once), len(request), request))
-            ]
+            images = self._run(self._build(lambda: next(once), len(request), request))
+            return [from_dlpack(image).clone() for image in images]
         except RuntimeError as e:
             if len(request) == 1:
                 self._bad.count(int(request.rows[0]), _reason(e))
@@ -154,11 +158,7 @@ class Decoder:
             return [image for part in halves for image in self._salvage(*part)]
 
     def _decode_inputs(self, request: Request, encoded: Encoded) -> tuple[Any, ...]:
-        inputs = (
-            [np.frombuffer(data, dtype=np.uint8) for data in encoded],
-            request.anchors.astype(np.int32),
-            request.shapes.astype(np.int32),
-        )
+        inputs = to_decode(request, encoded)
         if self._device.type == "cpu":
             return inputs
         sizes = np.full((len(request), 2), request.size, dtype=np.float32)

@@ -85,20 +85,28 @@ class Index:
         return other
 
     def save(self, path: Path) -> None:
-        """Write the index; a reader sees the old file or the new one, never half of it.
+        """Write the index.
 
         Raises:
             ConfigError: the place cannot be written to.
         """
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, self.table.schema) as writer:
-                writer.write_table(self.table.combine_chunks())
-            temporary.replace(path)
+            write_table(self.table.combine_chunks(), path)
         except OSError as e:
-            temporary.unlink(missing_ok=True)
             raise ConfigError(f"the index cannot be written to {path}: {e.strerror or e}; name another file") from None
+
+
+def write_table(table: pa.Table, path: Path) -> None:
+    """Write an Arrow file; a reader sees the old file or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _whole(column: pa.ChunkedArray) -> pa.Array:

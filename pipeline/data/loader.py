@@ -73,10 +73,6 @@ OnBad = Callable[[str, str], None]  # called with a broken image's place and the
 Warn = Callable[[str], None]
 
 
-def _ignore(text: str) -> None:
-    pass
-
-
 class TrainLoader:
     """The training stream of one rank.
 
@@ -96,7 +92,7 @@ class TrainLoader:
         global_batch: int,
         seed: int,
         drop_rates: Sequence[float] = (),
-        warn: Warn = _ignore,
+        warn: Warn = lambda _: None,
     ):
         self._index, self._cfg, self._place = index, cfg, place
         self._drop_rates = drop_rates
@@ -147,7 +143,7 @@ class EvalLoader:
         on_bad: OnBad,
         *,
         batch: int,
-        warn: Warn = _ignore,
+        warn: Warn = lambda _: None,
         views: Views = "one",
     ):
         self.index, self._cfg, self._batch = index, cfg, batch

@@ -129,12 +129,6 @@ class Reader:
             self._start(file, WHICH_GROUPS, offsets)
 
     @property
-    def idle(self) -> bool:
-        """Nothing is being fetched ahead, or waits for it."""
-        with self._lock:
-            return not self._ahead
-
-    @property
     def _usable_cache(self) -> Cache | None:
         return self._cache if self._cache and self._cache.usable else None
 

@@ -25,6 +25,7 @@ import pyarrow as pa
 from pipeline.config import ConfigError
 from pipeline.data import parquet, shards
 from pipeline.data.find import Unit
+from pipeline.data.index import write_table
 from pipeline.data.rows import Header, Label, Row, image_file, look
 from pipeline.storage import Storage, patiently
 
@@ -83,9 +84,8 @@ def _scan(root: Storage, unit: Unit) -> pa.Table:
                 rows = shards.rows(file, f)
             else:
                 rows, names = parquet.rows(file, f)
-    columns: Iterator[Any] = zip(*rows, strict=True) if rows else iter([[]] * len(SCHEMA))
-    arrays = [pa.array(column, kind) for column, kind in zip(columns, SCHEMA.types, strict=True)]
-    return pa.Table.from_arrays(arrays, schema=SCHEMA.with_metadata({"names": json.dumps(names)}))
+    schema = SCHEMA.with_metadata({"names": json.dumps(names)})
+    return pa.Table.from_pylist([row._asdict() for row in rows], schema)
 
 
 def _open(root: Storage, file: str) -> Any:
@@ -115,11 +115,8 @@ def scan_into(folder: Path, unit: Unit) -> tuple[Path, bool]:
         read_part(part)
         return part, True
     table = scan(unit)
-    temporary = part.with_name(f".{part.name}.{os.getpid()}")
     try:
-        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-            writer.write_table(table)
-        temporary.replace(part)
+        write_table(table, part)
     except OSError as e:
         raise ConfigError(f"cannot write to {folder} ({e.strerror or e}); name another file with --out") from None
     return part, False
