@@ -27,9 +27,15 @@ import make_digits
 
 
 @pytest.fixture(autouse=True)
-def no_tracking_uri(monkeypatch: pytest.MonkeyPatch) -> None:
-    """MLflow sets this variable where a program sets the URI, and so one test would reach the next."""
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+def no_tracking_uri() -> Iterator[None]:
+    """MLflow sets this variable where a program sets the URI, and so one test would reach the next.
+
+    After a test, too: fixtures of the next module come before its first test. Not by monkeypatch, which would bring
+    back what a test has deleted with it.
+    """
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    yield
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 
 @pytest.fixture(scope="session")
