@@ -143,6 +143,7 @@ def _script(name: str, *options: str) -> Any:
 
 
 @pytest.mark.e2e
+@pytest.mark.thorough
 @pytest.mark.timeout(900)
 def test_memory_stays_flat_over_ten_thousand_batches() -> None:
     for one in _script("bench_memory.py", "--batches", "10000", "--threads", "2").values():

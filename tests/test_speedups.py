@@ -58,7 +58,7 @@ def test_buckets_of_another_size_train_the_same(job: Callable[..., Job]) -> None
 
 @pytest.mark.e2e
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.thorough), 2])
 def test_a_compiled_network_trains_alike(job: Callable[..., Job], world_size: int) -> None:
     """Its fused operations round otherwise. The first step, in which it is compiled, is told apart."""
     settings = "train.precision=fp32", "optim.lr=0.002"
