@@ -20,6 +20,10 @@ from pipeline.predictions import TOP, Predictions
 from pipeline.step import autocast
 
 
+class NonFiniteError(RuntimeError):
+    """What the network computes became NaN or infinite; the text says where."""
+
+
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
@@ -54,6 +58,12 @@ def evaluate(
     if dist.is_initialized():
         dist.all_reduce(table)
     said = table.cpu().numpy()
+    (lost,) = np.nonzero(~np.isfinite(said).all(1))
+    if len(lost):
+        raise NonFiniteError(
+            f"the network's outputs are not finite for {len(lost)} of {len(said)} evaluated images, first for "
+            f"{loader.index.path(int(lost[0]))}; its weights or BatchNorm's statistics have gone astray"
+        )
     labels, best = loader.index.labels.astype(np.int64), said[:, 1 : 1 + TOP].astype(np.int64)
     return Predictions(labels, best, said[:, 1 + TOP :], said[:, 0])
 

@@ -16,7 +16,7 @@ from pipeline.data.build import index_files, open_index
 from pipeline.data.index import Index
 from pipeline.data.loader import EvalLoader, Place, Views
 from pipeline.data.rows import printable
-from pipeline.evaluate import evaluate, log_probabilities
+from pipeline.evaluate import NonFiniteError, evaluate, log_probabilities
 from pipeline.memory import InParts
 from pipeline.predictions import Predictions
 from pipeline.storage import Storage
@@ -48,9 +48,12 @@ def evaluate_checkpoint(
     model, cfg, classes = checkpoint.load_model(place, overrides)
     index = open_index(data or cfg.data.val)[0].with_classes(classes)
     with closing(EvalLoader(index, cfg.data, here, _refuse, batch=cfg.train.eval_batch, views=views)) as loader:
-        said = evaluate(
-            model.to(here.device), loader, precision=cfg.train.precision, device=here.device, in_parts=InParts(say)
-        )
+        try:
+            said = evaluate(
+                model.to(here.device), loader, precision=cfg.train.precision, device=here.device, in_parts=InParts(say)
+            )
+        except NonFiniteError as e:
+            raise ConfigError(f"{place}: {e}; name an earlier checkpoint") from None
     return said, index
 
 

@@ -21,8 +21,8 @@ from pipeline.storage import Storage
 
 # With the step they say which images come next.
 STREAM_KEYS = ("run.seed", "train.global_batch", "data.shuffle_block", "data.shuffle_window", "data.repeats")
-# They say which parameters the optimizer's state is of, and what they mean to the network.
-NETWORK_KEYS = ("model.depth", "model.variant", "model.stride_on", "model.freeze", "optim.name", "optim.layer_decay")
+NETWORK_KEYS = ("model.depth", "model.variant", "model.stride_on")  # what the weights mean
+OPTIMIZER_KEYS = ("model.freeze", "optim.name", "optim.layer_decay")  # what its state is, and of which parameters
 
 
 def look(
@@ -65,12 +65,13 @@ def refuse_settings(found: Checkpoint, cfg: Config) -> None:
     """Raise ConfigError where what orders the images, or the network, is another than the checkpoint's."""
     saved, now = flatten(load(found.path / CONFIG)), flatten(cfg)
     meaning = dict.fromkeys(STREAM_KEYS, "its step would mean other images")
-    meaning |= dict.fromkeys(NETWORK_KEYS, "its weights are another network's, or its optimizer's state is")
+    meaning |= dict.fromkeys(NETWORK_KEYS, "its weights are of another network")
+    meaning |= dict.fromkeys(OPTIMIZER_KEYS, "its optimizer's state is of another kind or of other parameters")
     for key, why in meaning.items():
         if saved[key] != now[key]:
             raise ConfigError(
                 f"{key}={show(now[key])}: {found.place} was trained with {show(saved[key])}, and {why}; "
-                "keep it, or use another run.name"
+                f"set {key}={show(saved[key])}, or use another run.name"
             )
 
 

@@ -265,7 +265,8 @@ def config_to_resume(found: Checkpoint, overrides: list[str]) -> Config:
         ConfigError: the run has a newer checkpoint, from which it would go on instead.
     """
     run = found.place.parent.parent
-    cfg = load(found.path / checkpoint.CONFIG, overrides)
+    # One change that was allowed is no leave for the next one.
+    cfg = load(found.path / checkpoint.CONFIG, ["data.allow_changed=false", *overrides])
     here: dict[str, Any] = {"storage": run.parent.uri, "name": run.name, "stop_at_step": None}
     given = {o.partition("=")[0] for o in overrides}
     settings = dataclasses.replace(cfg.run, **{k: v for k, v in here.items() if f"run.{k}" not in given})

@@ -15,7 +15,7 @@ from pipeline.config import Config
 from pipeline.data.index import Index, load_index
 from pipeline.data.loader import EvalLoader, Place, TrainLoader
 from pipeline.data.request import stream
-from pipeline.evaluate import evaluate, sync_buffers
+from pipeline.evaluate import NonFiniteError, evaluate, sync_buffers
 from pipeline.identity import Identity
 from pipeline.job import Context, Job
 from pipeline.memory import InParts, MicroBatches
@@ -34,7 +34,7 @@ from pipeline.watchdog import Watchdog
 from pipeline.weights import begin_with
 
 
-class NonFiniteLossError(RuntimeError):
+class NonFiniteLossError(NonFiniteError):
     """The loss became NaN or infinite; the text says at which step and on which samples."""
 
 
@@ -45,7 +45,7 @@ def fit(job: Job, ctx: Context) -> dict[str, Any]:
         On rank 0 the summary that `pipeline train --json` prints, elsewhere nothing.
 
     Raises:
-        ConfigError: a checkpoint that does not fit. NonFiniteLossError. BadDataError.
+        ConfigError: a checkpoint that does not fit. NonFiniteError. BadDataError.
     """
     entered = time.time()
     torch.set_num_threads(ctx.num_threads)

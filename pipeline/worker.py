@@ -22,8 +22,9 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
     from pipeline.affinity import pin
     from pipeline.checkpoint import CheckpointError
     from pipeline.data.fetch import BadDataError
+    from pipeline.evaluate import NonFiniteError
     from pipeline.identity import SupersededError
-    from pipeline.train import NonFiniteLossError, fit
+    from pipeline.train import fit
 
     job, link, attempt = config["job"], config["link"], config["attempt"]
     here = ray.train.get_context()
@@ -48,7 +49,7 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
     )
     try:
         return fit(job, context)
-    except (ConfigError, NonFiniteLossError, BadDataError, CheckpointError, SupersededError) as e:
+    except (ConfigError, NonFiniteError, BadDataError, CheckpointError, SupersededError) as e:
         ray.get(link.fail.remote(attempt, type(e).__name__, str(e)))  # a restart would meet it again
         raise
 

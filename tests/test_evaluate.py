@@ -14,7 +14,7 @@ from pipeline.config import DataConfig, ModelConfig
 from pipeline.data.build import build_index
 from pipeline.data.index import load_index
 from pipeline.data.loader import EvalLoader, Place
-from pipeline.evaluate import evaluate, sync_buffers
+from pipeline.evaluate import NonFiniteError, evaluate, sync_buffers
 from pipeline.memory import InParts
 from pipeline.model import ResNet
 
@@ -105,6 +105,15 @@ def test_views_are_averaged(digits_index: Callable[[str], Path]) -> None:
     assert found.best[:, 0].tolist() == best.indices.tolist()
     assert found.probabilities[:, 0] == pytest.approx(best.values.numpy(), abs=1e-6)
     assert found.losses == pytest.approx(-expected[torch.arange(360), batch.labels].log().numpy(), abs=1e-5)
+
+
+def test_outputs_that_are_not_finite_are_told(digits_index: Callable[[str], Path]) -> None:
+    """As of weights whose statistics are damaged: no figure can be made of them."""
+    index, model = load_index(digits_index("val")), ResNet(ModelConfig(depth=18), 10)
+    model.get_buffer("bn1.running_var").fill_(-1.0)
+    loader = EvalLoader(index, SMALL, Place(0, 1, CPU, 2), no_bad_image, batch=180)
+    with pytest.raises(NonFiniteError, match=r"not finite for 360 of 360 evaluated images, first for 0/0020.jpg; "):
+        evaluate(model, loader, precision="fp32", device=CPU, in_parts=InParts(pytest.fail))
 
 
 def test_buffers_become_rank_zeros() -> None:
