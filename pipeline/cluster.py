@@ -1,8 +1,6 @@
-"""Ray's cluster: joining or starting one, what a worker takes of it, and who comes and goes."""
+"""Ray's cluster: what a worker takes of it, and who comes and goes."""
 
 import os
-import socket
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,18 +8,12 @@ from typing import Any
 
 import ray
 from ray._private.state import state  # see `draining`
-from ray._private.worker import get_dashboard_url
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.config import ClusterConfig, ConfigError
 
-OBJECT_STORE_BYTES = 100 * 2**20  # nothing goes through it but messages
-CONNECT_SECONDS = 10.0
 RESERVE_SECONDS = 10.0  # within which a placement group is ready, or some node has gone
-# How long a group that has failed is asked to take its leave, before it is killed: a frozen one never does.
-ENVIRONMENT = {"TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5"}
-QUIET = {"logging_level": "ERROR", "log_to_driver": False}
 
 Size = dict[str, float]  # {"CPU": ..., "GPU": ...} of one worker
 
@@ -42,44 +34,6 @@ class Answer:
     value: Any
     asked: float
     heard: float
-
-
-def join(address: str, patience_s: float, wants_stop: threading.Event) -> None:
-    """Connect to a running cluster; one that is away is waited for, unless that is to stop.
-
-    Raises:
-        OSError, RuntimeError, ValueError: it does not answer.
-    """
-    deadline = time.monotonic() + patience_s
-    while True:
-        try:
-            host, colon, port = address.rpartition(":")
-            if colon and port.isdecimal():  # Ray would try for many minutes
-                socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
-            ray.init(address=address, runtime_env={"env_vars": ENVIRONMENT}, **QUIET)
-            return
-        except (OSError, RuntimeError):
-            if time.monotonic() > deadline or wants_stop.wait(1):
-                raise
-
-
-def start(num_cpus: int) -> None:
-    """Start a cluster on this machine, with its cores, or so many CPUs: more workers than cores are slow but work."""
-    os.environ.update(ENVIRONMENT)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_worker_niceness", "0")  # 15, Ray's default, would let all else on the machine go first
-    ray.init(
-        address="local",
-        num_cpus=max(len(os.sched_getaffinity(0)), num_cpus),
-        object_store_memory=OBJECT_STORE_BYTES,
-        include_dashboard=False,
-        **QUIET,
-    )
-
-
-def has_dashboard() -> bool:
-    """Whether the cluster has Ray's dashboard, which also answers questions on its state."""
-    return bool(get_dashboard_url())
 
 
 def size_of_worker(cfg: ClusterConfig) -> Size:

@@ -31,10 +31,11 @@ def examine(cfg: Config) -> list[Check]:
     Raises:
         ConfigError: it cannot be reached, or the configuration names a storage that is not known.
     """
-    from pipeline import launch, runs  # late: torch takes seconds
+    from pipeline import runs  # late: torch takes seconds
+    from pipeline.connection import connected
 
     storage = runs.open_storage(cfg.run.storage)
-    with launch.connected(cfg, again=False, wants_stop=threading.Event()):
+    with connected(cfg.cluster, again=False, wants_stop=threading.Event()):
         there = cluster.nodes()
         facts = cluster.on_each_node(there, probes.facts, patience_s=PATIENCE_S)
         told = {name: answer.value for name, answer in facts.items() if isinstance(answer.value, dict)}

@@ -4,20 +4,17 @@ python -m pipeline.driver FILE_DESCRIPTOR
 """
 
 import contextlib
+import importlib
 import sys
 import threading
 import time
 from multiprocessing.connection import Connection
 from typing import Any
 
-from pipeline import launch, runs
 from pipeline.config import ConfigError
-from pipeline.identity import Identity
+from pipeline.connection import ClusterLostError, connected
 from pipeline.job import Event, Job
-from pipeline.mlflow_run import tracking_uri
-from pipeline.record import PATIENCE_BEFORE_RESTART_S
 from pipeline.supervise import Interrupted, Request, TrainingFailedError
-from pipeline.tracking import Tracker
 
 
 class Supervisor:
@@ -44,6 +41,11 @@ class Supervisor:
 
 def mark_failed(job: Job, reason: str) -> None:
     """Tell MLflow that a training has ended in failure, from outside it: its workers may be dead."""
+    from pipeline.identity import Identity
+    from pipeline.mlflow_run import tracking_uri
+    from pipeline.record import PATIENCE_BEFORE_RESTART_S
+    from pipeline.tracking import Tracker
+
     identity = Identity.read(job.run, lambda _: None)
     if identity is None:
         return
@@ -53,28 +55,53 @@ def mark_failed(job: Job, reason: str) -> None:
     tracker.close("FAILED", PATIENCE_BEFORE_RESTART_S)
 
 
-def main() -> None:
-    supervisor = Supervisor(Connection(int(sys.argv[1])))
-    request = supervisor.request
-    imported = time.time()
-    try:
+def train(supervisor: Supervisor) -> dict[str, Any]:
+    """Open the run and train it.
+
+    Three things take seconds: Ray's processes, the imports here, torch among them, and the workers' own. So all of them
+    begin as early as they can, and go on at the same time.
+    """
+    request, began = supervisor.request, time.time()
+    imports = threading.Thread(target=importlib.import_module, args=("pipeline.launch",), daemon=True)
+    imports.start()
+    with connected(request.cfg.cluster, request.again, supervisor.wants_stop):
+        imports.join()
+        from pipeline.launch import TrainController
+
+        assert request.cfg.run.name is not None, "the supervisor names it"
+        controller = TrainController(
+            request.cfg.cluster,
+            request.cfg.run.name,
+            supervisor.event,
+            supervisor.wants_stop,
+            faults=request.faults,
+            restarted=request.again,
+        )
+        controller.start()
+        from pipeline import runs
+
+        started = time.time()
         with runs.prepare(request.cfg, supervisor.event, request.resume_from) as job:
             supervisor.event({"kind": "run", "name": job.run.name, "place": str(job.run)})
-            marks = (("command", request.began), ("imports", imported), ("index", time.time()))
+            marks = (("command", request.began), ("driver", began), ("Ray and imports", started), ("run", time.time()))
             try:
-                summary = launch.train(
-                    job, supervisor.event, supervisor.wants_stop, marks, faults=request.faults, again=request.again
-                )
+                return controller.run(job, marks)
             except TrainingFailedError as e:
                 mark_failed(job, str(e))
                 raise
+
+
+def main() -> None:
+    supervisor = Supervisor(Connection(int(sys.argv[1])))
+    try:
+        summary = train(supervisor)
     except ConfigError as e:
         supervisor.tell("wrong", str(e))
     except TrainingFailedError as e:
         supervisor.tell("failed", str(e))
     except Interrupted:
         supervisor.tell("interrupted", None)
-    except launch.ClusterLostError as e:
+    except ClusterLostError as e:
         supervisor.tell("lost", str(e))
     else:
         supervisor.tell("done", summary)

@@ -1,6 +1,6 @@
 """The actor between the driver and its workers. On its own, so that its process imports little and starts fast."""
 
-from pipeline.job import Event, StopReason
+from pipeline.job import Event, StopReason, Work
 
 
 class Link:
@@ -15,9 +15,19 @@ class Link:
         self._nodes: set[str] = set()
         self._stop: StopReason | None = None
         self._fatal: tuple[str, str] | None = None
+        self._work: Work | None = None
 
     def begin(self, attempt: int) -> None:
-        self._attempt, self._nodes, self._stop = attempt, set(), None
+        self._attempt, self._nodes, self._stop, self._work = attempt, set(), None, None
+
+    def give(self, attempt: int, work: Work) -> None:
+        """Tell the workers what they are to do."""
+        if attempt == self._attempt:
+            self._work = work
+
+    def work(self, attempt: int) -> Work | None:
+        """What a worker is to do; None while that is not known."""
+        return self._work if attempt == self._attempt else None
 
     def join(self, attempt: int, node: str) -> None:
         """A worker has started on a node."""

@@ -28,12 +28,19 @@ PARTS = {
 }
 
 
+class Conv2d(nn.Conv2d):
+    """torch's, with He's initialisation (He et al. 2015, "Delving Deep into Rectifiers") in place of its own."""
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
+
+
 def conv3x3(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(in_planes, out_planes, 3, stride, padding=1, bias=False)
+    return Conv2d(in_planes, out_planes, 3, stride, padding=1, bias=False)
 
 
 def conv1x1(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(in_planes, out_planes, 1, stride, bias=False)
+    return Conv2d(in_planes, out_planes, 1, stride, bias=False)
 
 
 class BasicBlock(nn.Module):
@@ -159,7 +166,7 @@ class ResNet(nn.Module):
         super().__init__()
         block, depths = ARCHITECTURES[cfg.depth]
         self.in_planes = 64
-        self.conv1 = _deep_stem() if cfg.variant == "d" else nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
+        self.conv1 = _deep_stem() if cfg.variant == "d" else Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         self.layer1 = self._stage(block, 64, depths[0], 1, cfg)
@@ -194,9 +201,7 @@ class ResNet(nn.Module):
 
     def _initialise(self, zero_init_residual: bool) -> None:
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):  # He et al. 2015, "Delving Deep into Rectifiers"
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif zero_init_residual and isinstance(module, BasicBlock):  # Goyal et al. 2017, 5.1
+            if zero_init_residual and isinstance(module, BasicBlock):  # Goyal et al. 2017, 5.1
                 nn.init.zeros_(module.bn2.weight)
             elif zero_init_residual and isinstance(module, Bottleneck):
                 nn.init.zeros_(module.bn3.weight)

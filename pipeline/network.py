@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.config import Config, ConfigError
 from pipeline.perf import Ledger
+from pipeline.step import autocast
 
 
 def as_trained(model: nn.Module, cfg: Config, world_size: int, device: torch.device, ledger: Ledger) -> nn.Module:
@@ -21,17 +22,18 @@ def as_trained(model: nn.Module, cfg: Config, world_size: int, device: torch.dev
     """
     net = model
     if world_size > 1:
-        net = _distributed(model, cfg, device)
+        net = _distributed(model, cfg, world_size, device)
         _watch_communication(model, ledger)
     return net if cfg.model.compile == "none" else compiled(net, cfg.model.compile)
 
 
-def _distributed(model: nn.Module, cfg: Config, device: torch.device) -> nn.Module:
+def _distributed(model: nn.Module, cfg: Config, world_size: int, device: torch.device) -> nn.Module:
     """The model in DDP, with the buckets that it keeps.
 
     DDP lays its buckets out anew after the first backward pass, and the order of a ring's sums over three ranks
     or more follows the layout. A resumed run's first step would differ in the last bit from the same step
-    in the middle of a run; so the first pass is one that changes nothing.
+    in the middle of a run; so the first pass is one that changes nothing. On a CPU it has the shape of the others, for
+    which oneDNN makes its kernels here and not in the first step; a GPU's memory may not hold it, and one image does.
     """
     # BN statistics stay local until they are read: see sync_buffers.
     net = DistributedDataParallel(
@@ -40,8 +42,12 @@ def _distributed(model: nn.Module, cfg: Config, device: torch.device) -> nn.Modu
     if cfg.cluster.gradients == "bf16":
         net.register_comm_hook(None, bf16_compress_hook)
     model.eval()
-    size = cfg.data.image_size
-    net(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device)).sum().backward()
+    share = -(-cfg.train.global_batch // world_size)
+    num_images, size = min(share, cfg.train.micro_batch or share) if device.type == "cpu" else 1, cfg.data.image_size
+    images = torch.zeros(num_images, 3, size, size, dtype=torch.uint8, device=device)
+    with autocast(cfg.train.precision, device):
+        logits = net(images.contiguous(memory_format=torch.channels_last))
+    logits.sum().backward()
     model.zero_grad(set_to_none=True)
     model.train()
     return net

@@ -4,12 +4,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
+if TYPE_CHECKING:  # torch takes seconds to import, and the user's own process does without it
+    import torch
 
 T = TypeVar("T")
-CPU = torch.device("cpu")
 COMPUTE = ("forward", "backward", "optimizer")  # a training's useful work
 STEP = (*COMPUTE, "data wait", "communication wait", "logging")  # what is counted for images/s
 # Of all that the ledger knows, in the order in which people read it.
@@ -28,12 +28,13 @@ class Ledger:
 
     Args:
         phase: what the time from now on is counted to.
+        device: whose clock it is; None: the CPU.
         before: seconds per phase that are counted already.
     """
 
-    def __init__(self, phase: str, device: torch.device = CPU, before: Mapping[str, float] | None = None):
+    def __init__(self, phase: str, device: "torch.device | None" = None, before: Mapping[str, float] | None = None):
         self._seconds = dict(before or {})
-        self._now = _event if device.type == "cuda" else time.perf_counter
+        self._now = _event if device is not None and device.type == "cuda" else time.perf_counter
         self._marks: list[tuple[str, Any]] = [(phase, self._now())]
         self._compiling = False
         self.listener: Callable[[str], None] | None = None  # told of each phase that begins
@@ -77,7 +78,9 @@ class Ledger:
         return dict(self._seconds)
 
 
-def _event() -> torch.cuda.Event:
+def _event() -> "torch.cuda.Event":
+    import torch
+
     event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     event.record()
     return event

@@ -112,6 +112,12 @@ class Recorder:
             }
         )
 
+    def progress(self, step: int) -> None:
+        """Tell that `step` steps are done. From the first one on MLflow is talked to: its import takes seconds."""
+        self._ctx.progress(step)
+        if self._ctx.rank == 0:
+            self._tracker.connect()
+
     @property
     def wants_save(self) -> bool:
         """Whether a checkpoint that was postponed can be taken now."""

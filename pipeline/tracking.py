@@ -40,6 +40,7 @@ class Tracker:
         self._target, self._folder, self._on_problem = target, folder, on_problem
         self._spool = Spool(folder, on_problem)
         (folder / TARGET).write_text(json.dumps(asdict(target)))
+        self._may_connect = threading.Event()
         self._wake, self._closing, self._abandoned = threading.Event(), threading.Event(), threading.Event()
         self._failing = False
         self._thread = threading.Thread(target=self._send_all, name="mlflow", daemon=True)
@@ -51,6 +52,10 @@ class Tracker:
     ) -> "Tracker":
         """For the training `training_id` in the folder `run`."""
         return cls(Target(uri, cfg.experiment, run.uri, training_id), run.scratch / "mlflow", on_problem)
+
+    def connect(self) -> None:
+        """Begin to send. Until then, or until the end, MLflow is not even imported: that takes a core for seconds."""
+        self._may_connect.set()
 
     def start(self) -> None:
         """Begin a session: the MLflow run is running, and this machine's system metrics are logged to it."""
@@ -143,6 +148,7 @@ class Tracker:
     def drain(self, patience_s: float) -> int:
         """Wait until all is sent; arguments and result as of `close`."""
         self._closing.set()
+        self._may_connect.set()
         self._wake.set()
         deadline = time.monotonic() + patience_s
         while self._thread.is_alive() and time.monotonic() < deadline:
@@ -163,6 +169,7 @@ class Tracker:
     def _send_all(self) -> None:
         """The thread: send what waits, retry what fails, until closed and empty."""
         failures = 0
+        self._may_connect.wait()
         while not self._abandoned.is_set():
             self._wake.clear()
             try:

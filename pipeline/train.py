@@ -96,7 +96,7 @@ def fit(job: Job, ctx: Context) -> dict[str, Any]:
             profile.step(state.step)
             trace.step(state.step, batch)
             watchdog.feed()
-            ctx.progress(state.step)
+            recorder.progress(state.step)
             word = votes.exchange(Word(stop=ctx.stop_reason() is not None, save=recorder.wants_save))
 
             logging, evaluating = due(cfg.train.log_every), due(cfg.train.eval_every * schedule.steps_per_epoch)

@@ -10,9 +10,10 @@ import ray.train
 import ray.train.torch
 
 from pipeline.config import ConfigError
-from pipeline.job import Context, StopReason
+from pipeline.job import Context, StopReason, Work
 
 POLL_SECONDS = 0.5
+WORK_POLL_SECONDS = 0.1
 
 
 def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
@@ -26,7 +27,9 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
     from pipeline.identity import SupersededError
     from pipeline.train import fit
 
-    job, link, attempt = config["job"], config["link"], config["attempt"]
+    link, attempt, imported = config["link"], config["attempt"], time.time()
+    work = _wait_for_work(link, attempt)
+    job, given = work.job, work.marks[-1][1]  # perhaps later than this process was ready
     here = ray.train.get_context()
     rank = here.get_world_rank()
     link.join.remote(attempt, ray.get_runtime_context().get_node_id())
@@ -43,15 +46,21 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
         emit=lambda event: link.emit.remote(attempt, event),
         stop_reason=lambda: line.stop_reason,
         progress=line.progress,
-        faults=config["faults"],
-        marks=(*config["marks"], ("processes", entered), ("imports of workers", time.time())),
-        restarted=config["restarted"],
+        faults=work.faults,
+        marks=(*work.marks, ("processes", max(entered, given)), ("imports of workers", max(imported, given))),
+        restarted=work.restarted,
     )
     try:
         return fit(job, context)
     except (ConfigError, NonFiniteError, BadDataError, CheckpointError, SupersededError) as e:
         ray.get(link.fail.remote(attempt, type(e).__name__, str(e)))  # a restart would meet it again
         raise
+
+
+def _wait_for_work(link: Any, attempt: int) -> Work:
+    while (work := ray.get(link.work.remote(attempt))) is None:
+        time.sleep(WORK_POLL_SECONDS)
+    return work  # type: ignore[no-any-return]
 
 
 class _Line:

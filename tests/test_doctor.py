@@ -173,8 +173,8 @@ def test_a_broken_node_is_named_in_each_line(cluster: Cluster, tmp_path: Path, d
 
 WORKER_WITHOUT_OTHER = """
 import threading, time
-from pipeline import cluster, probes
-cluster.join({address!r}, 0, threading.Event())
+from pipeline import cluster, connection, probes
+connection.join({address!r}, 0, threading.Event())
 (node, *_) = [n for n in cluster.nodes().values() if n.resources.get("CPU")]
 cluster.on_nodes(probes.now, [(node.id, ())], patience_s=30)
 began = time.monotonic()

@@ -1,0 +1,133 @@
+"""The way to Ray: a running cluster is joined, or one is started on this machine, with only what a training needs.
+
+`ray.init()` would also start an autoscaler, a dashboard's server and a log monitor. Each is a Python process that takes
+its part of a small machine, at the start and for as long as it runs, and here nobody asks them anything. So the node is
+started as `ray.init()` does it, but without these, and then joined.
+"""
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import ray
+from ray._private.node import Node
+from ray._private.parameter import RayParams
+
+from pipeline.config import ClusterConfig, ConfigError
+from pipeline.supervise import Interrupted
+
+OBJECT_STORE_BYTES = 100 * 2**20  # nothing goes through it but messages
+CONNECT_SECONDS = 10.0
+START_TIMEOUT_S = 600  # for the workers' processes, also where an image has to be pulled first
+QUIET = {"logging_level": "ERROR", "log_to_driver": False}
+# For a cluster of one machine. Ray's defaults are for a thousand nodes, an autoscaler and a dashboard.
+LOCAL_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # 15, Ray's default, would let all else on the machine go first
+    "RAY_prestart_worker_first_driver": "0",  # none of the processes that Ray would start ahead fits
+}
+
+
+class ClusterLostError(RuntimeError):
+    """The Ray cluster has gone, or the driver's way to it."""
+
+
+@contextmanager
+def connected(cfg: ClusterConfig, again: bool, wants_stop: threading.Event) -> Iterator[None]:
+    """Connect to the cluster that the configuration or $RAY_ADDRESS names, else start one on this machine.
+
+    Args:
+        again: wait for a cluster that is away: it was there before.
+
+    Raises:
+        ConfigError: there is none. ClusterLostError: there is none any more. Interrupted: it was to stop.
+    """
+    environment = {name: os.environ.setdefault(name, value) for name, value in _environment(cfg).items()}
+    address = cfg.address or os.environ.get("RAY_ADDRESS")
+    with ExitStack() as stack:
+        try:
+            if address:
+                join(address, cfg.timeout_s if again else 0, wants_stop, environment)
+            else:
+                stack.enter_context(_local_cluster(cfg))
+        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as e:
+            if wants_stop.is_set():
+                raise Interrupted from None
+            where = f"cluster.address={address}" if address else "Ray on this machine"
+            reason = f"{where} cannot be reached: {str(e).splitlines()[0]}"
+            raise (ClusterLostError(reason) if again else ConfigError(reason)) from None
+        stack.callback(ray.shutdown)
+        yield
+
+
+def _environment(cfg: ClusterConfig) -> dict[str, str]:
+    """What all processes of a training get, unless the user says otherwise."""
+    return {
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(max(cfg.timeout_s, START_TIMEOUT_S)),
+        "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": str(cfg.timeout_s),
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(cfg.timeout_s),
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # an actor a group; the driver looks itself
+        # How long a group that has failed is asked to take its leave, before it is killed: a frozen one never does.
+        "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
+    }
+
+
+def join(
+    address: str,
+    patience_s: float = 0,
+    wants_stop: threading.Event | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> None:
+    """Connect to a running cluster.
+
+    Args:
+        patience_s: how long to wait for one that is away.
+        wants_stop: ends that wait when it is set.
+        environment: variables that the job's processes get in addition to their node's.
+
+    Raises:
+        OSError, RuntimeError, ValueError: it does not answer.
+    """
+    runtime_env = {"env_vars": dict(environment)} if environment else None
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            host, colon, port = address.rpartition(":")
+            if colon and port.isdecimal():  # Ray would try for many minutes
+                socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+            ray.init(address=address, runtime_env=runtime_env, **QUIET)
+            return
+        except (OSError, RuntimeError):
+            if time.monotonic() > deadline or (wants_stop or threading.Event()).wait(1):
+                raise
+
+
+@contextmanager
+def _local_cluster(cfg: ClusterConfig) -> Iterator[None]:
+    """A cluster on this machine, with its cores or a CPU for each worker: more workers than cores are slow but work."""
+    for name, value in LOCAL_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    num_cpus = max(len(os.sched_getaffinity(0)), cfg.max_workers * (cfg.cpus_per_worker or 1))
+    parameters = RayParams(
+        num_cpus=num_cpus,
+        object_store_memory=OBJECT_STORE_BYTES,
+        no_monitor=True,
+        include_log_monitor=False,
+        dashboard_agent_listen_port=0,  # any free one: for its usual one a second cluster here would wait for seconds
+    )
+    # Its processes end with the thread that starts them, too.
+    node = _LocalNode(parameters, head=True, shutdown_at_exit=False, spawn_reaper=True)
+    try:
+        join(node.address)
+        yield
+    finally:
+        node.kill_all_processes(check_alive=False, allow_graceful=False)
+
+
+class _LocalNode(Node):  # type: ignore[misc]  # what comes from ray is Any
+    def start_api_server(self, **arguments: Any) -> None:
+        """Leave the dashboard's server out: without a dashboard Ray would start it all the same."""
