@@ -22,6 +22,7 @@ from pipeline.supervise import Interrupted
 
 OBJECT_STORE_BYTES = 100 * 2**20  # nothing goes through it but messages
 CONNECT_SECONDS = 10.0
+MAX_REASON = 240  # characters; Ray adds its advice
 START_TIMEOUT_S = 600  # for the workers' processes, also where an image has to be pulled first
 QUIET = {"logging_level": "ERROR", "log_to_driver": False}
 # For a cluster of one machine. Ray's defaults are for a thousand nodes, an autoscaler and a dashboard.
@@ -29,10 +30,15 @@ LOCAL_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",  # 15, Ray's default, would let all else on the machine go first
     "RAY_prestart_worker_first_driver": "0",  # none of the processes that Ray would start ahead fits
+    # Nobody reads the metrics of Ray's own processes here, and collecting them took as much of a core as all else.
+    "RAY_enable_metrics_collection": "0",
+    "RAY_metrics_report_interval_ms": "60000",
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",
+    "RAY_event_stats": "0",
 }
 
 
-class ClusterLostError(RuntimeError):
+class ClusterLostError(ConnectionError):
     """The Ray cluster has gone, or the driver's way to it."""
 
 
@@ -44,7 +50,9 @@ def connected(cfg: ClusterConfig, again: bool, wants_stop: threading.Event) -> I
         again: wait for a cluster that is away: it was there before.
 
     Raises:
-        ConfigError: there is none. ClusterLostError: there is none any more. Interrupted: it was to stop.
+        ConfigError: there is none.
+        ClusterLostError: there is none any more; or it was lost in what is done inside.
+        Interrupted: it was to stop.
     """
     environment = {name: os.environ.setdefault(name, value) for name, value in _environment(cfg).items()}
     address = cfg.address or os.environ.get("RAY_ADDRESS")
@@ -61,7 +69,18 @@ def connected(cfg: ClusterConfig, again: bool, wants_stop: threading.Event) -> I
             reason = f"{where} cannot be reached: {str(e).splitlines()[0]}"
             raise (ClusterLostError(reason) if again else ConfigError(reason)) from None
         stack.callback(ray.shutdown)
-        yield
+        try:
+            yield
+        except ray.exceptions.RayError as e:
+            raise ClusterLostError(f"the Ray cluster is lost: {last_line(e)}") from e
+
+
+def last_line(error: BaseException) -> str:
+    """The last line of a failed worker's traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # Not the closing bracket of something printed, nor Ray's advice on its timeouts.
+    telling = [line for line in lines if len(line) > 2 and not line.startswith("Set the ")]
+    return telling[-1][:MAX_REASON] if telling else type(error).__name__
 
 
 def _environment(cfg: ClusterConfig) -> dict[str, str]:

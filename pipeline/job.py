@@ -10,7 +10,7 @@ from pipeline.storage import Storage
 if TYPE_CHECKING:  # the link's process starts faster without
     import torch
 
-Event = dict[str, Any]  # {"kind": ...}: run, start, step, evaluation, checkpoint, fault, note, warning, stopping
+Event = dict[str, Any]  # {"kind": ...}: run, start, step, evaluation, checkpoint, fault, note, warning, stopping, end
 # Why a session ends before the last step: the user wants it, or workers are to come or go.
 StopReason = Literal["interrupted", "regroup"]
 

@@ -26,15 +26,15 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import cluster
 from pipeline.config import ClusterConfig, ConfigError
-from pipeline.connection import ClusterLostError
+from pipeline.connection import last_line
 from pipeline.gauges import Gauges
 from pipeline.job import Event, FailureBudget, Fault, Job, Marks, Work
 from pipeline.link import Link
 from pipeline.supervise import Interrupted, TrainingFailedError
 from pipeline.trainer import Trainer
-from pipeline.worker import POLL_SECONDS, train_on_worker
+from pipeline.worker import train_on_worker
 
-MAX_REASON = 240  # characters; Ray adds its advice
+POLL_SECONDS = 0.5
 CLUSTER_POLL_SECONDS = 2.0
 WAITING_SECONDS = 60.0  # without room for workers, before it is told what they wait for
 
@@ -104,28 +104,25 @@ class TrainController:
         Raises:
             ConfigError: a checkpoint does not fit the configuration.
             TrainingFailedError: the workers failed more often than cluster.max_failures allows, or for good.
-            ClusterLostError: a new driver may go on where this one ends.
+            ray.exceptions.RayError: the cluster is lost.
             Interrupted: it was to stop while no session ran.
         """
-        try:
-            while True:
-                if self._wants_stop.is_set():
-                    raise Interrupted
-                session, self._session = self._session or self._start_session(self._wait_for_room()), None
-                self._link.give.remote(session.attempt, Work(job, self._faults, marks, self._restarted))
-                outcome = self._attend(session)
-                marks, self._restarted = (("end of the last session", time.time()),), True
-                if fatal := self._get(self._link.fatal.remote()):
-                    kind, text = fatal
-                    raise ConfigError(text) if kind == ConfigError.__name__ else TrainingFailedError(text)
-                if isinstance(outcome, ray.train.TrainingFailedError):
-                    self._note_fault(outcome)
-                elif isinstance(outcome, Exception):
-                    raise outcome
-                elif outcome["status"] != "regroup":
-                    return dict(outcome)
-        except ray.exceptions.RayError as e:
-            raise ClusterLostError(f"the Ray cluster is lost: {_reason(e)}") from e
+        while True:
+            if self._wants_stop.is_set():
+                raise Interrupted
+            session, self._session = self._session or self._start_session(self._wait_for_room()), None
+            self._link.give.remote(session.attempt, Work(job, self._faults, marks, self._restarted))
+            outcome = self._attend(session)
+            marks, self._restarted = (("end of the last session", time.time()),), True
+            if fatal := self._get(self._link.fatal.remote()):
+                kind, text = fatal
+                raise ConfigError(text) if kind == ConfigError.__name__ else TrainingFailedError(text)
+            if isinstance(outcome, ray.train.TrainingFailedError):
+                self._note_fault(outcome)
+            elif isinstance(outcome, Exception):
+                raise outcome
+            elif outcome["status"] != "regroup":
+                return dict(outcome)
 
     def _wait_for_room(self) -> int:
         """How many workers there is room for, once that is enough."""
@@ -156,30 +153,34 @@ class TrainController:
                 outcome.append(self._trainer(num_workers, attempt, unused).fit().return_value)
             except Exception as e:  # told apart by the main thread
                 outcome.append(e)
+        self._link.emit.remote(attempt, {"kind": "end"})  # the main thread waits for events
 
     def _attend(self, session: _Session) -> Any:
         """Wait for a session's end, and return its outcome."""
         looked = time.monotonic()
         place: cluster.Place | None = None
         with ExitStack() as wishes:
+            asked = self._link.take_events.remote()
             while session.thread.is_alive():
-                session.thread.join(POLL_SECONDS)
-                self._pass_on()
+                if ray.wait([asked], timeout=POLL_SECONDS)[0]:
+                    self._pass_on(self._get(asked))
+                    asked = self._link.take_events.remote()
                 if self._wants_stop.is_set():
                     self._link.request_stop.remote("interrupted")
-                if self._started and time.monotonic() - looked > CLUSTER_POLL_SECONDS:
+                if time.monotonic() - looked > CLUSTER_POLL_SECONDS:
                     looked = time.monotonic()
-                    if (
-                        place is None and session.num_workers < self._settings.max_workers
-                    ):  # now that the others have theirs
+                    self._gauges.export()
+                    if self._started is None:
+                        continue
+                    if place is None and session.num_workers < self._settings.max_workers:  # the others have theirs
                         place = wishes.enter_context(cluster.Place(self._size, 1))
                     self._look_at_cluster(self._started, place)
-        self._pass_on()
+        self._pass_on(self._get(asked))
+        self._pass_on(self._get(self._link.take_events.remote(wait=False)))
         return session.outcome[0]
 
-    def _pass_on(self) -> None:
-        self._gauges.export()
-        for event in self._get(self._link.take_events.remote()):
+    def _pass_on(self, events: list[Event]) -> None:
+        for event in events:
             if event["kind"] == "start":
                 self._started, self._faults = time.monotonic(), ()
             elif event["kind"] == "checkpoint":
@@ -192,8 +193,8 @@ class TrainController:
 
     def _note_fault(self, error: "ray.train.TrainingFailedError") -> None:
         failures = getattr(error, "worker_failures", {})
-        workers = [f"worker {rank} failed: {_reason(e)}" for rank, e in sorted(failures.items())]
-        text = "; ".join(workers) or _reason(error)
+        workers = [f"worker {rank} failed: {last_line(e)}" for rank, e in sorted(failures.items())]
+        text = "; ".join(workers) or last_line(error)
         if self._budget.failed():
             raise TrainingFailedError(f"{text}; this is one failure too many without a checkpoint in between")
         self._faults = (*self._faults, Fault(text, self._get(self._link.step.remote()), time.time()))
@@ -231,11 +232,3 @@ class TrainController:
                 ),
             ),
         )
-
-
-def _reason(error: BaseException) -> str:
-    """The last line of a failed worker's traceback."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # Not the closing bracket of something printed, nor Ray's advice on its timeouts.
-    telling = [line for line in lines if len(line) > 2 and not line.startswith("Set the ")]
-    return telling[-1][:MAX_REASON] if telling else type(error).__name__

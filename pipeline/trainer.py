@@ -53,7 +53,7 @@ class _WorkerGroup(WorkerGroup):  # type: ignore[misc]
     def _init_train_context_on_workers(
         self, workers: list[Any], sync_actor: Any, train_context_args: dict[str, list[Any]]
     ) -> None:
-        """As Ray's, but no worker reports to a controller, and so none is given one."""
+        """As Ray's; but nothing is reported to Ray, so workers need no controller, and reports no barrier."""
         ray.get(
             [
                 worker.actor.init_train_context.remote(
@@ -68,6 +68,7 @@ class _WorkerGroup(WorkerGroup):  # type: ignore[misc]
                 for i, worker in enumerate(workers)
             ]
         )
+        ray.kill(sync_actor)  # an idle process takes part of a core, too
         self._decorate_worker_log_file_paths(workers)
 
 

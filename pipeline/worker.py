@@ -11,9 +11,7 @@ import ray.train.torch
 
 from pipeline.config import ConfigError
 from pipeline.job import Context, StopReason, Work
-
-POLL_SECONDS = 0.5
-WORK_POLL_SECONDS = 0.1
+from pipeline.link import MAX_WAIT_S
 
 
 def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
@@ -59,7 +57,7 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
 
 def _wait_for_work(link: Any, attempt: int) -> Work:
     while (work := ray.get(link.work.remote(attempt))) is None:
-        time.sleep(WORK_POLL_SECONDS)
+        pass  # the link has waited
     return work  # type: ignore[no-any-return]
 
 
@@ -82,4 +80,5 @@ class _Line:
             except ray.exceptions.RayError as e:  # cut off: others train on by now
                 print(f"worker 0 ends, it has lost its driver: {e}", flush=True)
                 os._exit(1)
-            time.sleep(POLL_SECONDS)
+            if self.stop_reason is not None:
+                time.sleep(MAX_WAIT_S)  # the link does not wait any more
