@@ -134,10 +134,11 @@ def emulation(precision: str, workers: Sequence[Hardware], fix: str = "") -> str
         return None
     one, best = emulating[0], best_of(workers)
     where = f"this {one.device}" if len(workers) == 1 else f"{len(emulating)} of {len(workers)} workers"
+    where += f" ({one.reason})" if one.device == "GPU" else ""
     factor = one.slowdown.get(_checked(precision))
     cost = f"{factor} times as long as in fp32" if factor else f"longer than in {best}"
     fix = fix or f"set train.precision={best}"
-    return f"{precision} is emulated on {where} ({one.reason}): a step takes {cost}; {fix}"
+    return f"{precision} is emulated on {where}: a step takes {cost}; {fix}"
 
 
 def settle(cfg: Config, device: torch.device) -> Config:
