@@ -28,8 +28,8 @@ FEATURES: dict[str, tuple[Precision, str, str]] = {
     "avx512_fp16": ("fp16", "AVX512_CORE_FP16", "AVX512_FP16"),
 }
 # What emulation takes, in times of fp32: CPU time of ResNet-18's step at 64 pixels, batch 16, one thread, by turns.
-# On AVX2 bf16 took 4.9 to 6.1 (Zen 3) and 7.4 to 8.4, fp16 8.6 to 10.1 (Zen 5 held to AVX2); on AVX-512 without either
-# 1.4 to 1.8 and 13.0 to 15.2 (Zen 5 held to it).
+# On AVX2 bf16 took 4.9 to 6.1 (Zen 3) and 7.4 to 8.4 (Zen 5 held to AVX2), fp16 8.6 to 10.1 (the latter); on AVX-512
+# bf16 1.4 to 1.8 (Zen 5 held to AVX512_CORE and to AVX512_CORE_VNNI), fp16 13.0 to 15.2 (Zen 5, which has no fp16).
 ON_AVX2: dict[Precision, str] = {"bf16": "5 to 8", "fp16": "9 to 10"}
 ON_AVX512: dict[Precision, str] = {"bf16": "1.4 to 1.8", "fp16": "13 to 15"}
 

@@ -32,7 +32,7 @@ from peers_report import AIMS, CEILING, FIT, OURS, fastest, steps_per_s, summari
 from turns import Program, Running, race
 
 from pipeline.figures import machine
-from pipeline.precision import decide, hardware_of
+from pipeline.precision import decide, emulation, hardware_of
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "imagenet" / "resnet152.yaml"  # the plain recipe; the depth is set
@@ -258,10 +258,10 @@ def _case(args: argparse.Namespace) -> Case:
     }
     case = dataclasses.replace(CASES[args.case], **{key: value for key, value in given.items() if value is not None})
     here = [hardware_of(torch.device("cpu"))]
-    decision = decide(case.precision, here)
-    if decision.warning:
-        _say(decision.warning.replace("set train.precision=", "give --precision "))
-    return dataclasses.replace(case, precision=decision.precision)
+    case = dataclasses.replace(case, precision=decide(case.precision, here).precision)
+    if warning := emulation(case.precision, here, "give --precision fp32"):
+        _say(warning)
+    return case
 
 
 def _arguments() -> argparse.Namespace:
