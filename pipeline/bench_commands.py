@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.commands import DONE, FAILED, Outcome
+from pipeline.commands import DONE, FAILED, Outcome, say
 from pipeline.config import ConfigError
 from pipeline.settings import load
 
@@ -24,13 +24,17 @@ def loader(args: argparse.Namespace) -> Outcome:
 
 def step(args: argparse.Namespace) -> Outcome:
     from pipeline import speed
+    from pipeline.precision import emulation, hardware_of, settle
 
-    variants = {speed.CONFIGURED: load(args.config, args.overrides)}
+    place = speed.here(args.threads)
+    variants = {speed.CONFIGURED: settle(load(args.config, args.overrides), place.device)}
     for one in args.tries:
-        variants[one] = load(args.config, [*args.overrides, one])
+        variants[one] = settle(load(args.config, [*args.overrides, one]), place.device)
         if speed.same_step(variants[one], variants[speed.CONFIGURED]):
             raise ConfigError(f"--try {one}: changes nothing of the bare step; try another of model., train. or optim.")
-    place = speed.here(args.threads)
+    for precision in sorted({cfg.train.precision for cfg in variants.values()}):
+        if text := emulation(precision, [hardware_of(place.device)]):
+            say(text)
     with _measuring(args) as view:
         result = speed.bench_step(variants, place, args.rounds, args.steps, view)
     return _done(args, "step", result, speed.table(result), _bars(result, "rows"))
@@ -38,8 +42,10 @@ def step(args: argparse.Namespace) -> Outcome:
 
 def train(args: argparse.Namespace) -> Outcome:
     from pipeline import speed
+    from pipeline.precision import settle
 
-    cfg, place = load(args.config, args.overrides), speed.here(args.threads)
+    place = speed.here(args.threads)
+    cfg = settle(load(args.config, args.overrides), place.device)
     with _measuring(args) as view:
         result = speed.bench_train(cfg, place, args.rounds, args.steps, view)
     return _done(args, "train", result, speed.table(result), _bars(result, "rows"))

@@ -18,6 +18,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,11 @@ class Checkpoint:
         """Validation accuracy at this very step, if it was evaluated then."""
         value = self.meta["metrics"].get("top1")
         return None if value is None else float(value)
+
+    @cached_property
+    def cfg(self) -> Config:
+        """What it was trained with. Read once: that takes half a second."""
+        return load(self.path / CONFIG)
 
     def state(self) -> dict[str, Any]:
         """The saved `TrainState.state_dict()`, on the CPU. Executes no code of the file."""

@@ -100,7 +100,8 @@ class TrainingView(_View):
         where = f"resumed from {event['resumed_from']}" if event["resumed_from"] else "from the start"
         self.say(
             f"session {event['session']}: step {event['step']} of {self._num_steps}, {where}; "
-            f"{event['world_size']} workers x {event['num_threads']} threads on {event['device']}, "
+            f"{event['world_size']} workers x {event['num_threads']} threads on {event['device']} "
+            f"in {event['precision']} ({event['precision_reason']}), "
             f"ready after {time.monotonic() - self._began:.1f} s{_recovery(event)}"
         )
         self.say("  " + ", ".join(f"{name} {s:.1f} s" for name, s in event["startup"].items()))

@@ -1,7 +1,8 @@
 """Which training a run's folder holds, and whose it is now: run.json.
 
 {"training_id": finds the MLflow run and the run's own checkpoints, "began": the command that began it, Unix time,
- "sessions": so far, "faults": so far, "owner": the driver, "open": whether a session has not ended}
+ "sessions": so far, "faults": so far, "owner": the driver, "open": whether a session has not ended,
+ "precision": what the last one computed in}
 """
 
 import dataclasses
@@ -29,6 +30,7 @@ class Identity:
     owner: str = ""
     open: bool = False
     began: float = field(default_factory=time.time)
+    precision: str | None = None
 
     @classmethod
     def read(cls, run: Storage, report: Callable[[str], None]) -> "Identity | None":
@@ -37,7 +39,8 @@ class Identity:
             content = json.loads(run.read_bytes(FILE))
             numbers = int(content["sessions"]), int(content["faults"])
             owner, is_open = str(content["owner"]), bool(content["open"])
-            return cls(str(content["training_id"]), *numbers, owner, is_open, float(content.get("began", time.time())))
+            began, precision = float(content.get("began", time.time())), content.get("precision")
+            return cls(str(content["training_id"]), *numbers, owner, is_open, began, precision)
         except FileNotFoundError:
             return None
         except (ValueError, TypeError, KeyError):
@@ -47,10 +50,11 @@ class Identity:
     def write(self, run: Storage) -> None:
         run.write_bytes(FILE, json.dumps(dataclasses.asdict(self)).encode())
 
-    def begin(self, owner: str, new_faults: int) -> "Identity":
+    def begin(self, owner: str, new_faults: int, precision: str | None = None) -> "Identity":
         """With one session more."""
+        sessions, faults = self.sessions + 1, self.faults + new_faults
         return dataclasses.replace(
-            self, sessions=self.sessions + 1, faults=self.faults + new_faults, owner=owner, open=True
+            self, sessions=sessions, faults=faults, owner=owner, open=True, precision=precision or self.precision
         )
 
     def end(self) -> "Identity":

@@ -18,6 +18,7 @@ from pipeline.data.loader import EvalLoader, Place, Views
 from pipeline.data.rows import printable
 from pipeline.evaluate import NonFiniteError, evaluate, log_probabilities
 from pipeline.memory import InParts
+from pipeline.precision import emulation, hardware_of, settle
 from pipeline.predictions import Predictions
 from pipeline.storage import Storage
 
@@ -31,14 +32,16 @@ def evaluate_checkpoint(
     *,
     views: Views = "one",
     overrides: Sequence[str] = (),
+    fix: str = "",
 ) -> tuple[Predictions, Index]:
     """What a checkpoint says of images, exactly.
 
     Args:
         data: a source or an index; None: its run's validation images.
-        say: told where memory is short.
+        say: told where memory is short, and where its precision is emulated here.
         views: of each image, see `EvalLoader`.
         overrides: of its configuration, such as `data.val_size=288`.
+        fix: of an emulated precision, where it is not an override.
 
     Raises:
         ConfigError: data that cannot be evaluated on, or a broken image in it.
@@ -46,6 +49,9 @@ def evaluate_checkpoint(
     here = Place.here()
     torch.set_num_threads(here.num_threads)
     model, cfg, classes = checkpoint.load_model(place, overrides)
+    cfg = settle(cfg, here.device)
+    if text := emulation(cfg.train.precision, [hardware_of(here.device)], fix):
+        say(text)
     index = open_index(data or cfg.data.val)[0].with_classes(classes)
     with closing(EvalLoader(index, cfg.data, here, _refuse, batch=cfg.train.eval_batch, views=views)) as loader:
         try:
@@ -77,6 +83,9 @@ def some_images(cfg: Config, number: int) -> tuple[Tensor, str]:
 def predict(place: Storage, images: Sequence[Path], top: int, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     """The `top` likeliest classes of each image, in the order given, while the images are read.
 
+    Computed in the checkpoint's precision where this machine has it in hardware, else in fp32: an answer counts here,
+    not figures that are to be compared with the training's.
+
     Args:
         say: told where memory is short.
 
@@ -95,9 +104,10 @@ def predict(place: Storage, images: Sequence[Path], top: int, say: Callable[[str
     # Others' images: broken ones are told one by one, however many they are.
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, max_bad_fraction=1.0))
     model, in_parts = model.to(here.device), InParts(say)
+    precision = cfg.train.precision if cfg.train.precision in hardware_of(here.device).native else "fp32"
 
     def probabilities(pixels: Tensor) -> Tensor:
-        return log_probabilities(model, [pixels], cfg.train.precision, in_parts).exp()
+        return log_probabilities(model, [pixels], precision, in_parts).exp()
 
     for start in range(0, len(images), CHUNK):
         chunk = images[start : start + CHUNK]

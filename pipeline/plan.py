@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from pipeline import precision
 from pipeline.assumptions import NAMES, Assumptions, Origin, assume
 from pipeline.config import Config, ConfigError
 from pipeline.data.find import is_index
@@ -34,6 +35,7 @@ from pipeline.storage import Storage
 
 IMAGENET = 1_281_167
 GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile that launch a step's kernels at once
+BEFORE_BF16 = {"V100": (7, 0), "T4": (7, 5)}  # the cards before compute capability 8.0, where bf16 begins
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
 WARNING = (
     "On paper: nothing here was measured on a GPU. Take images/s and hours as right within a third where arithmetic "
@@ -66,6 +68,8 @@ def plan(
         ConfigError: anything in these that cannot be.
     """
     a, origins = assume(gpu, assumed)
+    card = precision.gpu(BEFORE_BF16.get(gpu.upper(), (8, 0)))
+    cfg = precision.with_precision(cfg, precision.decide(cfg.train.precision, [card]).precision)
     net = count_network(cfg.model, cfg.data.image_size)
     index = _index(cfg.data.train)
     known = {"bucket_mb": float(cfg.cluster.bucket_mb)}
@@ -84,7 +88,7 @@ def plan(
     notes = [WARNING]
     if num_images is None and index is None:
         notes.append(f"data.train={cfg.data.train} is no index here: ImageNet-1k's {IMAGENET:,} images are assumed.")
-    if cfg.train.precision == "bf16" and gpu.upper() in ("V100", "T4"):
+    if cfg.train.precision == "bf16" and gpu.upper() in BEFORE_BF16:
         notes.append(f"A {gpu.upper()} has no fast bf16: train.precision=fp16 is assumed.")
     if batch_per_gpu:
         notes.append(

@@ -38,7 +38,7 @@ class Recorder:
         index: of the training images.
         identity: of the training, before this session.
         resumed: the checkpoint that this session goes on from.
-        num_steps: of the whole training.
+        num_steps: of the whole training. precision: why it is the one that cfg says.
     """
 
     def __init__(
@@ -50,6 +50,7 @@ class Recorder:
         resumed: Checkpoint | None,
         ledger: Ledger,
         num_steps: int,
+        precision: str,
     ):
         self._job, self._ctx, self._ledger, self._num_steps = job, ctx, ledger, num_steps
         self._data = {"fingerprint": index.fingerprint, "classes": index.classes}
@@ -63,12 +64,12 @@ class Recorder:
         self._startup = {name: ended - began for (_, began), (name, ended) in pairwise(marks)}
         if ctx.rank == 0:
             self._identity = identity
-            self._begin()
+            self._begin(precision)
 
-    def _begin(self) -> None:
+    def _begin(self, precision: str) -> None:
         cfg, ctx, run = self._job.cfg, self._ctx, self._job.run
         faults = ctx.faults or self._identity.unended()
-        self._identity = self._identity.begin(self._job.owner, len(faults))
+        self._identity = self._identity.begin(self._job.owner, len(faults), cfg.train.precision)
         patience_s = cfg.cluster.timeout_s
         patiently(lambda: self._identity.write(run), ctx.warn, patience_s)
         patiently(self._job.checkpoints.make, ctx.warn, patience_s)
@@ -93,8 +94,7 @@ class Recorder:
             }
         )
         story = self._identity.story(faults, self._first_step, ctx.world_size)
-        # Charts over the sessions: their step axis counts sessions.
-        self._tracker.metrics(session, {f"session/{name}": value for name, value in story.items()})
+        self._tracker.metrics(session, {f"session/{name}": value for name, value in story.items()})  # step: session
         ctx.emit(
             {
                 "kind": "start",
@@ -107,6 +107,8 @@ class Recorder:
                 "faults": num_faults,
                 "num_threads": ctx.num_threads,
                 "device": ctx.device.type,
+                "precision": cfg.train.precision,
+                "precision_reason": precision,
                 "startup": self._startup,
                 **{name: story[name] for name in ("lost_steps", "recovery_s") if name in story},
             }

@@ -52,7 +52,8 @@ def report(found: Checkpoint, out: Path, data: str | None, mlflow_uri: str | Non
     """
     run, cfg = found.place.parent.parent, load(found.path / checkpoint.CONFIG)
     open_folder(out)
-    said, index = evaluate_checkpoint(found.place, data, say)
+    quicker = "`pipeline evaluate RUN train.precision=fp32` gives the scores sooner"
+    said, index = evaluate_checkpoint(found.place, data, say, fix=quicker)
     with closing(EvalLoader(index, cfg.data, Place.here(), _sound, batch=NUM_MISTAKES)) as loader:
         mistakes = find_mistakes(said, loader)
     facts = Facts(run.name, data or cfg.data.val, found.meta | _whole_time(found, run), cfg, said, mistakes)

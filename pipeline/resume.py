@@ -9,13 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 from pipeline import checkpoint
-from pipeline.checkpoint import CONFIG, Checkpoint, CheckpointError
+from pipeline.checkpoint import Checkpoint, CheckpointError
 from pipeline.config import Config, ConfigError
 from pipeline.data.index import Index
 from pipeline.identity import Identity
 from pipeline.optim import Schedule
 from pipeline.schema import show
-from pipeline.settings import flatten, load
+from pipeline.settings import flatten
 from pipeline.state import TrainState
 from pipeline.storage import Storage
 
@@ -63,7 +63,7 @@ def look(
 
 def refuse_settings(found: Checkpoint, cfg: Config) -> None:
     """Raise ConfigError where what orders the images, or the network, is another than the checkpoint's."""
-    saved, now = flatten(load(found.path / CONFIG)), flatten(cfg)
+    saved, now = flatten(found.cfg), flatten(cfg)
     meaning = dict.fromkeys(STREAM_KEYS, "its step would mean other images")
     meaning |= dict.fromkeys(NETWORK_KEYS, "its weights are of another network")
     meaning |= dict.fromkeys(OPTIMIZER_KEYS, "its optimizer's state is of another kind or of other parameters")

@@ -26,6 +26,7 @@ from pipeline.data.build import Progress
 from pipeline.figures import about, rows, title, to_measure, turns
 from pipeline.job import Event
 from pipeline.perf import PHASES
+from pipeline.precision import with_precision
 from pipeline.scaling import count_network
 
 LOG_EVERY = 5  # steps; what was before the first logged one is warming up
@@ -72,6 +73,7 @@ def bench_scale(
                     cfg.run.storage if joins else opened.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))
                 )
                 start, *steps = _train(_to_measure(cfg, n, cores, share, LOG_EVERY + num_steps, storage))
+            cfg = with_precision(cfg, start["precision"])  # what the first workers have is what all are compared in
             first, last = steps[0]["seconds"], steps[-1]["seconds"]
             seconds = {phase: last[phase] - first[phase] for phase in PHASES}
             per_s[str(n)].append(num_steps * share * n / sum(seconds[phase] for phase in PARTS.values()))

@@ -3,6 +3,7 @@
 import math
 import time
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from pipeline.model import drop_rates
 from pipeline.network import as_trained
 from pipeline.optim import Schedule, lr_at, lr_note
 from pipeline.perf import Ledger
+from pipeline.precision import Decision, decide, hardware_of, with_precision
 from pipeline.profile import Profile
 from pipeline.record import Recorder
 from pipeline.state import TrainState
@@ -52,14 +54,14 @@ def fit(job: Job, ctx: Context) -> dict[str, Any]:
     if ctx.device.type == "cuda":
         torch.cuda.set_device(ctx.device)
         torch.backends.cudnn.benchmark = True  # shapes stay the same
+    job, identity, resumed, precision = _look(job, ctx)
     cfg, index = job.cfg, load_index(Storage(job.train_index).fetch())
     schedule = Schedule.create(cfg, len(index))
     stop_step = min(schedule.num_steps, cfg.run.stop_at_step or schedule.num_steps)
     state = TrainState.create(cfg, len(index.classes), ctx.device)
-    identity, resumed = _resume(job, ctx, state, index)
-    _begin(state, cfg, index, ctx, new=resumed is None)
+    _begin(state, cfg, index, ctx, resumed, precision)
     ledger = _ledger(ctx, identity, resumed, entered)
-    recorder = Recorder(job, ctx, index, identity, resumed, ledger, schedule.num_steps)
+    recorder = Recorder(job, ctx, index, identity, resumed, ledger, schedule.num_steps, precision.reason)
     train_loader, val_loader = _loaders(job, ctx, index, recorder)
     net = as_trained(state.model, cfg, ctx.world_size, ctx.device, ledger)
     micro_batches = MicroBatches(cfg.train, ctx.device.type == "cuda", ctx.warn)
@@ -137,11 +139,12 @@ def fit(job: Job, ctx: Context) -> dict[str, Any]:
         return recorder.finished(state, val_loader)
 
 
-def _resume(job: Job, ctx: Context, state: TrainState, index: Index) -> tuple[Identity, Checkpoint | None]:
-    """Load the newest valid checkpoint, chosen by rank 0 for all, so that all ranks start from one state.
+def _look(job: Job, ctx: Context) -> tuple[Job, Identity, Checkpoint | None, Decision]:
+    """Find the newest valid checkpoint, chosen by rank 0 for all, so that all ranks start from one state.
 
     Returns:
-        Whose run it is, as far as rank 0 knows it, and the checkpoint.
+        The job, in the precision that suits the checkpoint and all ranks; whose run it is, as far as rank 0 knows it;
+        the checkpoint; and how the precision was decided.
     """
     identity, found = Identity(), None
     patience_s = job.cfg.cluster.timeout_s
@@ -150,21 +153,28 @@ def _resume(job: Job, ctx: Context, state: TrainState, index: Index) -> tuple[Id
         identity, found = patiently(
             lambda: resume.look(job.run, job.resume_from, ctx.warn, began=began), ctx.warn, patience_s
         )
+    mine = (found and found.place.uri, identity.precision, hardware_of(ctx.device))
+    told = [mine] * ctx.world_size
     if ctx.world_size > 1:
-        chosen = [found and found.place.uri]
-        dist.broadcast_object_list(chosen, src=0, device=ctx.device)
-        if ctx.rank > 0 and chosen[0]:
-            place = Storage(chosen[0])
+        dist.all_gather_object(told, mine)
+        if ctx.rank > 0 and told[0][0]:
+            place = Storage(told[0][0])
             found = patiently(lambda: checkpoint.read(place, use_copy=True), ctx.warn, patience_s)
-    if found is not None:
-        resume.restore(state, found, job.cfg, index)
-    return identity, found
+    kept = told[0][1] if found is None else found.cfg.train.precision
+    precision = decide(job.cfg.train.precision, [hardware for _, _, hardware in told], kept)
+    return replace(job, cfg=with_precision(job.cfg, precision.precision)), identity, found, precision
 
 
-def _begin(state: TrainState, cfg: Config, index: Index, ctx: Context, new: bool) -> None:
-    """Load the weights that a new training begins with, and tell what is not as one might think."""
+def _begin(
+    state: TrainState, cfg: Config, index: Index, ctx: Context, resumed: Checkpoint | None, precision: Decision
+) -> None:
+    """Load the checkpoint, or the weights that a new training begins with; tell what is not as one might think."""
     notes = [lr_note(cfg)]
-    if new and cfg.model.weights is not None:
+    if ctx.rank == 0 and precision.warning:
+        ctx.warn(precision.warning)
+    if resumed is not None:
+        resume.restore(state, resumed, cfg, index)
+    elif cfg.model.weights is not None:
         notes.append(begin_with(state.model, cfg.model.weights, index.classes))
         if state.ema is not None:
             state.ema.load_state_dict(state.model.state_dict())

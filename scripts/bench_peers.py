@@ -26,11 +26,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import make_photos
+import torch
 from peer import LABEL_SMOOTHING, LR, Peer
 from peers_report import AIMS, CEILING, FIT, OURS, fastest, steps_per_s, summarise, table
 from turns import Program, Running, race
 
 from pipeline.figures import machine
+from pipeline.precision import decide, emulation, hardware_of
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "imagenet" / "resnet152.yaml"  # the plain recipe; the depth is set
@@ -48,7 +50,7 @@ class Case:
     batch: int
     window: float
     checkpoint_every: int
-    precision: str = "bf16"
+    precision: str = "auto"
 
 
 CASES = {"resnet152": Case(152, 64, 32, 20.0, 40), "resnet50": Case(50, 224, 16, 30.0, 40)}
@@ -254,7 +256,12 @@ def _case(args: argparse.Namespace) -> Case:
         "checkpoint_every": args.checkpoint_every,
         "precision": args.precision,
     }
-    return dataclasses.replace(CASES[args.case], **{key: value for key, value in given.items() if value is not None})
+    case = dataclasses.replace(CASES[args.case], **{key: value for key, value in given.items() if value is not None})
+    here = [hardware_of(torch.device("cpu"))]
+    case = dataclasses.replace(case, precision=decide(case.precision, here).precision)
+    if warning := emulation(case.precision, here, "give --precision fp32"):
+        _say(warning)
+    return case
 
 
 def _arguments() -> argparse.Namespace:
@@ -265,7 +272,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="images a step over all ranks; a multiple of the cores")
     parser.add_argument("--window", type=float, help="seconds of a turn, at the least; half of it in trials")
     parser.add_argument("--checkpoint-every", type=int, help="steps, ours")
-    parser.add_argument("--precision", choices=["bf16", "fp32"])
+    parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], help="auto: bf16 where the CPU has it")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--discard", type=int, default=2, help="steps of a window that may have lain ready")
     parser.add_argument("--warm-up", type=float, default=15.0, help="seconds for each, after its first steps")

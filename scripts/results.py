@@ -1,7 +1,7 @@
 """Trainings of several settings with several seeds, one after the other, and the table of what they reached.
 
     python scripts/results.py configs/digits.yaml model.depth=18 cluster.workers=1 \\
-        --case bf16 --case fp32 train.precision=fp32 --seeds 0 1 2 --out runs/results
+        --case bf16 train.precision=bf16 --case fp32 train.precision=fp32 --seeds 0 1 2 --out runs/results
 
 Each is a whole `pipeline train` of its own, by the name CONFIG-CASE-SEED in OUT; OUT/NAME.json keeps its command,
 commit and summary. What is there already is not trained again, and what was interrupted is resumed. The table goes to

@@ -14,6 +14,8 @@ import psutil
 import pytest
 import turns
 
+from pipeline.precision import cpu
+
 ROOT = Path(__file__).parent.parent
 TICK = """
 import json, os, sys, time
@@ -73,6 +75,18 @@ def test_the_verdicts_tell_an_aim_that_is_missed() -> None:
 def test_a_slow_minute_does_not_choose_the_setting() -> None:
     """The second is faster in most rounds, and has the lower mean by one bad round of all."""
     assert peers_report.fastest([[10.0, 10.0, 100.0], [11.0, 11.0, 99.0]]) == 1
+
+
+@pytest.mark.parametrize(("features", "wanted"), [({"avx2": True}, "fp32"), ({"avx512_bf16": True}, "bf16")])
+def test_all_compute_in_what_the_cpu_has(
+    features: dict[str, bool], wanted: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench_peers, "hardware_of", lambda device: cpu(features, "AVX512", {}))
+    monkeypatch.setattr(sys, "argv", ["bench_peers.py"])
+    assert bench_peers._case(bench_peers._arguments()).precision == wanted
+    monkeypatch.setattr(sys, "argv", ["bench_peers.py", "--precision", "bf16"])
+    assert bench_peers._case(bench_peers._arguments()).precision == "bf16"
+    assert ("; give --precision fp32\n" in capsys.readouterr().err) == (wanted == "fp32")
 
 
 @pytest.fixture
