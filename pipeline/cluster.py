@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+import ray.job_config
 from ray._private.state import state  # see `draining`
 from ray._private.worker import get_dashboard_url
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipeline import machine
 from pipeline.config import ClusterConfig, ConfigError
 
 OBJECT_STORE_BYTES = 100 * 2**20  # nothing goes through it but messages
@@ -24,6 +26,13 @@ ENVIRONMENT = {"TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5"}
 QUIET = {"logging_level": "ERROR", "log_to_driver": False}
 
 Size = dict[str, float]  # {"CPU": ..., "GPU": ...} of one worker
+
+
+class JobConfig(ray.job_config.JobConfig):  # type: ignore[misc]  # what comes from ray is Any
+    """Ray's, but the driver's working directory does not go first on its workers' path: it may hold a random.py."""
+
+    def _runtime_env_has_working_dir(self) -> bool:  # Ray asks before it adds the directory, and nowhere else
+        return True
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,7 @@ def join(address: str, patience_s: float, wants_stop: threading.Event) -> None:
             host, colon, port = address.rpartition(":")
             if colon and port.isdecimal():  # Ray would try for many minutes
                 socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
-            ray.init(address=address, runtime_env={"env_vars": ENVIRONMENT}, **QUIET)
+            ray.init(address=address, runtime_env={"env_vars": ENVIRONMENT}, job_config=JobConfig(), **QUIET)
             return
         except (OSError, RuntimeError):
             if time.monotonic() > deadline or wants_stop.wait(1):
@@ -70,9 +79,10 @@ def start(num_cpus: int) -> None:
     os.environ.setdefault("RAY_worker_niceness", "0")  # 15, Ray's default, would let all else on the machine go first
     ray.init(
         address="local",
-        num_cpus=max(len(os.sched_getaffinity(0)), num_cpus),
+        num_cpus=max(machine.cpu_count(), num_cpus),
         object_store_memory=OBJECT_STORE_BYTES,
         include_dashboard=False,
+        job_config=JobConfig(),
         **QUIET,
     )
 

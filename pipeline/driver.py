@@ -19,6 +19,9 @@ from pipeline.record import PATIENCE_BEFORE_RESTART_S
 from pipeline.supervise import Interrupted, Request, TrainingFailedError
 from pipeline.tracking import Tracker
 
+# A new driver would meet these again: they come of the installation or the environment, or of a mistake in the code.
+BROKEN = (ArithmeticError, AttributeError, ImportError, LookupError, NameError, TypeError, ValueError)
+
 
 class Supervisor:
     """The other end. Where it has died, nobody listens, and the training is to stop."""
@@ -76,6 +79,9 @@ def main() -> None:
         supervisor.tell("interrupted", None)
     except launch.ClusterLostError as e:
         supervisor.tell("lost", str(e))
+    except BROKEN as e:
+        supervisor.tell("broken", f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''}")
+        raise  # the log has it all
     else:
         supervisor.tell("done", summary)
 

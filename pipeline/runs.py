@@ -33,7 +33,7 @@ from pipeline.data.index import Index
 from pipeline.data.sampling import steps_per_epoch
 from pipeline.identity import FILE, Identity
 from pipeline.job import Event, Job
-from pipeline.mlflow_run import tracking_uri
+from pipeline.mlflow_run import absolute, tracking_uri
 from pipeline.schema import refuse_credentials
 from pipeline.settings import load
 from pipeline.storage import Storage, patiently
@@ -82,6 +82,8 @@ def prepare(cfg: Config, watch: Callable[[Event], None], resume_from: str | None
         weights = find_weights(cfg.model.weights, storage, cfg.mlflow.uri)
         check(cfg.model, weights)
         cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, weights=weights))
+    if cfg.mlflow.uri is not None:
+        cfg = dataclasses.replace(cfg, mlflow=dataclasses.replace(cfg.mlflow, uri=absolute(cfg.mlflow.uri)))
     tracking_uri(cfg.mlflow.uri, storage)  # tells of a missing one
     with held(run, watch):
         train_index, train = _index(train_source, run / "index" / "train.arrow", watch)
@@ -117,7 +119,7 @@ def held(run: Storage, watch: Callable[[Event], None]) -> Iterator[None]:
     A process that is about to end, its supervisor dead, is waited for. Between machines that share no
     directory, the later session wins, see `Identity.check`.
     """
-    with (run.scratch / "lock").open("a+") as file:
+    with (run.scratch / "lock").open("a+", encoding="utf-8") as file:
         deadline, told = time.monotonic() + LOCK_PATIENCE_S, False
         while True:
             try:

@@ -6,12 +6,13 @@ one goes on from the newest checkpoint. When this process dies, the driver saves
 
 import ctypes
 import dataclasses
+import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -21,11 +22,14 @@ from typing import Any
 import psutil
 
 from pipeline.config import Config, ConfigError
+from pipeline.environment import driver_environment
 from pipeline.job import Event, FailureBudget, Fault
 
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_SECONDS = 0.1
 LAST_SECONDS = 30.0
+MAX_REASON = 240  # characters
+FROM_OUTSIDE = (signal.SIGKILL, *ENDING_SIGNALS)  # a process does not do that to itself
 PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 
 
@@ -76,6 +80,10 @@ def train(
     cfg = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, name=name))
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # Ray's processes stay findable when a driver dies
     budget, step, began = FailureBudget(cfg.cluster.max_failures), 0, began or time.time()
+    joins = bool(cfg.cluster.address or os.environ.get("RAY_ADDRESS"))
+    environment, notes = driver_environment(os.environ, starts_ray=not joins)
+    for text in notes:
+        watch({"kind": "warning", "text": text})
     faults: tuple[Fault, ...] = ()
 
     def note(event: Event) -> None:
@@ -90,14 +98,16 @@ def train(
     with _signals() as received:
         again = False
         while True:
-            kind, content = _run_driver(Request(cfg, resume_from, faults, again, began), note, received)
+            kind, content = _run_driver(Request(cfg, resume_from, faults, again, began), environment, note, received)
             if kind == "done":
                 return dict(content)
             if kind == "wrong":
                 raise ConfigError(content)
             if kind == "interrupted":
                 raise Interrupted
-            if kind == "lost" and not budget.failed():
+            if kind == "stillborn" and not again:  # another driver would meet the same
+                raise TrainingFailedError(content)
+            if kind in ("lost", "stillborn") and not budget.failed():
                 again = True
                 faults = (*faults, Fault(content, step, time.time()))
                 watch({"kind": "fault", "text": content})
@@ -105,11 +115,14 @@ def train(
             raise TrainingFailedError(content)
 
 
-def _run_driver(request: Request, note: Callable[[Event], None], received: list[str]) -> tuple[str, Any]:
+def _run_driver(
+    request: Request, environment: Mapping[str, str], note: Callable[[Event], None], received: list[str]
+) -> tuple[str, Any]:
     """Start a driver and attend to it.
 
     Returns:
-        How it ended, "done", "wrong", "failed", "interrupted" or "lost", and its summary or the reason.
+        How it ended, and its summary or the reason: "done", "wrong", "failed", "interrupted", "lost", "broken" (by an
+        error that another would meet again) or "stillborn" (by itself, before it said anything).
     """
     mine, theirs = Pipe()
     command = [sys.executable, "-m", "pipeline.driver", str(theirs.fileno())]
@@ -120,26 +133,36 @@ def _run_driver(request: Request, note: Callable[[Event], None], received: list[
         try:
             with _blocked(ENDING_SIGNALS):
                 process = subprocess.Popen(
-                    command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                    command,
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env=environment,
                 )
             theirs.close()
-            mine.send(request)
+            with suppress(BrokenPipeError):  # it has ended already: see there
+                mine.send(request)
             kind, content = _attend(mine, process, note, received)
         finally:
             _kill_descendants(others)
-            if kind != "lost":
+            keep = kind in ("lost", "broken", "stillborn")
+            if not keep:
                 Path(log.name).unlink()
-    return kind, f"{content} (log: {log.name})" if kind == "lost" else content
+    if kind == "stillborn" and (last := _last_line(Path(log.name))):
+        content = f"{content}: {last}"
+    return kind, f"{content} (log: {log.name})" if keep else content
 
 
 def _attend(
     driver: Connection, process: "subprocess.Popen[bytes]", note: Callable[[Event], None], received: list[str]
 ) -> tuple[str, Any]:
-    told = False
+    told = heard = False
     while True:
         try:
             if driver.poll(POLL_SECONDS):
                 kind, content = driver.recv()
+                heard = True
                 if kind != "event":
                     with suppress(subprocess.TimeoutExpired):  # all is said; what hangs is killed
                         process.wait(LAST_SECONDS)
@@ -152,7 +175,14 @@ def _attend(
         except (EOFError, OSError):
             code = process.wait()
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-            return "lost", f"the driver {how}"
+            return "lost" if heard or -code in FROM_OUTSIDE else "stillborn", f"the driver {how}"
+
+
+def _last_line(log: Path) -> str:
+    """What a process said of its end: of a traceback, the error."""
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+    telling = [line for line in lines if len(line) > 2 and not set(line) <= set("^~ |-=")]
+    return telling[-1][:MAX_REASON] if telling else ""
 
 
 def _kill_descendants(others: set[psutil.Process]) -> None:
