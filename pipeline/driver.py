@@ -16,6 +16,7 @@ from pipeline.identity import Identity
 from pipeline.job import Event, Job
 from pipeline.mlflow_run import tracking_uri
 from pipeline.record import PATIENCE_BEFORE_RESTART_S
+from pipeline.starting import RayStartError
 from pipeline.supervise import Interrupted, Request, TrainingFailedError
 from pipeline.tracking import Tracker
 
@@ -73,7 +74,7 @@ def main() -> None:
                 raise
     except ConfigError as e:
         supervisor.tell("wrong", str(e))
-    except TrainingFailedError as e:
+    except (TrainingFailedError, RayStartError) as e:
         supervisor.tell("failed", str(e))
     except Interrupted:
         supervisor.tell("interrupted", None)

@@ -26,7 +26,7 @@ HARMFUL = {
     "PYTHONINSPECT": "a process that has ended would wait for input",
     "PYTHONIOENCODING": "Ray's processes write UTF-8",
     "RAY_TRAIN_V2_ENABLED": "this program is written for Ray Train V2",
-    "RAY_CHDIR_TO_TRIAL_DIR": "Ray Train's workers have a directory each",
+    "RAY_OVERRIDE_RESOURCES": "Ray on this machine has this machine's cores",
 }
 # Variables that name a file; Ray's workers run in other directories.
 FILES = (
@@ -54,6 +54,16 @@ def restart_interpreter() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], variables)
 
 
+def not_utf8(word: str) -> str:
+    """What is wrong with an argument whose bytes are of another encoding; empty where nothing is."""
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        shown = os.fsencode(word).decode("utf-8", "backslashreplace")
+        return f"{shown}: is not UTF-8, and configurations and indexes are; rename it, or give it in UTF-8"
+    return ""
+
+
 def driver_environment(given: Mapping[str, str], *, starts_ray: bool = True) -> tuple[dict[str, str], list[str]]:
     """What the driver's process is to have in place of `given`.
 
@@ -69,7 +79,7 @@ def driver_environment(given: Mapping[str, str], *, starts_ray: bool = True) -> 
     variables = dict(given)
     notes = [
         *_python(variables),
-        *_leftovers(variables),
+        *_leftovers(variables, starts_ray),
         *_temporary(variables, starts_ray),
         *_home(variables, starts_ray),
         *_absolute(variables),
@@ -95,17 +105,15 @@ def _python(variables: dict[str, str]) -> Iterator[str]:
         variables["LC_CTYPE"] = "C.UTF-8"  # of what is not Python
 
 
-def _leftovers(variables: dict[str, str]) -> Iterator[str]:
+def _leftovers(variables: dict[str, str], starts_ray: bool) -> Iterator[str]:
     """Of other programs, and of other ways to use Ray and torch."""
     found = [name for name in variables if name in OF_TORCHRUN or name.startswith("TORCHELASTIC_")]
     for name in found:
         del variables[name]
     if found:
         yield f"{', '.join(sorted(found))}: left out, they are torchrun's; Ray gives each worker its own"
-    for name in ("RAY_TRAIN_V2_ENABLED", "RAY_CHDIR_TO_TRIAL_DIR"):
-        value = variables.get(name, "")
-        if value and value.lower() not in ("1", "true"):
-            del variables[name]
+    for name in ("RAY_TRAIN_V2_ENABLED", "RAY_OVERRIDE_RESOURCES") if starts_ray else ("RAY_TRAIN_V2_ENABLED",):
+        if (value := variables.pop(name, "")) and value.lower() not in ("1", "true"):
             yield f"{name}={value} is left out: {HARMFUL[name]}"
     # Else Ray looks for `uv run` above this process, and has each worker install the current directory anew.
     variables.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")

@@ -25,7 +25,7 @@ from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline import cluster
+from pipeline import cluster, starting
 from pipeline.config import Config, ConfigError
 from pipeline.gauges import Gauges
 from pipeline.job import Event, FailureBudget, Fault, Job, Marks
@@ -70,7 +70,7 @@ def train(
         ClusterLostError: a new driver may go on where this one ends.
         Interrupted: it was to stop while no session ran.
     """
-    with connected(job.cfg, again, wants_stop):
+    with connected(job.cfg, again, wants_stop, lambda text: watch({"kind": "warning", "text": text})):
         try:
             return _Driver(job, watch, wants_stop, faults, (*marks, ("Ray", time.time())), again).run()
         except ray.exceptions.RayError as e:
@@ -242,7 +242,9 @@ def _fit(trainer: _Trainer, outcome: list[Any]) -> None:
 
 
 @contextmanager
-def connected(cfg: Config, again: bool, wants_stop: threading.Event) -> Iterator[None]:
+def connected(
+    cfg: Config, again: bool, wants_stop: threading.Event, warn: Callable[[str], None] = lambda _: None
+) -> Iterator[None]:
     """Connect to the cluster that the configuration or $RAY_ADDRESS names, else start one on this machine."""
     timeout_s = cfg.cluster.timeout_s
     for name, seconds in {
@@ -257,12 +259,14 @@ def connected(cfg: Config, again: bool, wants_stop: threading.Event) -> Iterator
         if address:
             cluster.join(address, cfg.cluster.timeout_s if again else 0, wants_stop)
         else:
-            cluster.start(num_cpus=cfg.cluster.max_workers * (cfg.cluster.cpus_per_worker or 1))
+            num_cpus = cfg.cluster.max_workers * (cfg.cluster.cpus_per_worker or 1)
+            starting.start_patiently(lambda: cluster.start(num_cpus), warn, wants_stop)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as e:
         if wants_stop.is_set():
             raise Interrupted from None
-        where = f"cluster.address={address}" if address else "Ray on this machine"
-        reason = f"{where} cannot be reached: {str(e).splitlines()[0]}"
+        if isinstance(e, starting.RayStartError):
+            raise (ClusterLostError(str(e)) if again else e) from None
+        reason = f"cluster.address={address} cannot be reached: {str(e).splitlines()[0]}"
         raise (ClusterLostError(reason) if again else ConfigError(reason)) from None
     try:
         yield

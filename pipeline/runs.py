@@ -62,7 +62,8 @@ def prepare(cfg: Config, watch: Callable[[Event], None], resume_from: str | None
     train_source, val_source = Storage(cfg.data.train).uri, Storage(cfg.data.val).uri
     cache_dir = cfg.data.cache_dir and str(Path(cfg.data.cache_dir).absolute())  # workers run in other directories
     data = dataclasses.replace(cfg.data, train=train_source, val=val_source, cache_dir=cache_dir)
-    cfg = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, storage=storage.uri), data=data)
+    mlflow = dataclasses.replace(cfg.mlflow, uri=cfg.mlflow.uri and absolute(cfg.mlflow.uri))
+    cfg = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, storage=storage.uri), data=data, mlflow=mlflow)
     assert cfg.run.name is not None, "the supervisor names it"
     run = storage / cfg.run.name
 
@@ -82,8 +83,6 @@ def prepare(cfg: Config, watch: Callable[[Event], None], resume_from: str | None
         weights = find_weights(cfg.model.weights, storage, cfg.mlflow.uri)
         check(cfg.model, weights)
         cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, weights=weights))
-    if cfg.mlflow.uri is not None:
-        cfg = dataclasses.replace(cfg, mlflow=dataclasses.replace(cfg.mlflow, uri=absolute(cfg.mlflow.uri)))
     tracking_uri(cfg.mlflow.uri, storage)  # tells of a missing one
     with held(run, watch):
         train_index, train = _index(train_source, run / "index" / "train.arrow", watch)

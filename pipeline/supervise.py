@@ -143,19 +143,21 @@ def _run_driver(
             theirs.close()
             with suppress(BrokenPipeError):  # it has ended already: see there
                 mine.send(request)
-            kind, content = _attend(mine, process, note, received)
+            kind, content = _attend(mine, process, Path(log.name), note, received)
         finally:
-            _kill_descendants(others)
+            kill_descendants(others)
             keep = kind in ("lost", "broken", "stillborn")
             if not keep:
                 Path(log.name).unlink()
-    if kind == "stillborn" and (last := _last_line(Path(log.name))):
-        content = f"{content}: {last}"
     return kind, f"{content} (log: {log.name})" if keep else content
 
 
 def _attend(
-    driver: Connection, process: "subprocess.Popen[bytes]", note: Callable[[Event], None], received: list[str]
+    driver: Connection,
+    process: "subprocess.Popen[bytes]",
+    log: Path,
+    note: Callable[[Event], None],
+    received: list[str],
 ) -> tuple[str, Any]:
     told = heard = False
     while True:
@@ -175,7 +177,10 @@ def _attend(
         except (EOFError, OSError):
             code = process.wait()
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-            return "lost" if heard or -code in FROM_OUTSIDE else "stillborn", f"the driver {how}"
+            if -code in FROM_OUTSIDE:
+                return "lost", f"the driver {how}"
+            last = _last_line(log)
+            return "lost" if heard else "stillborn", f"the driver {how}{last and f': {last}'}"
 
 
 def _last_line(log: Path) -> str:
@@ -185,7 +190,7 @@ def _last_line(log: Path) -> str:
     return telling[-1][:MAX_REASON] if telling else ""
 
 
-def _kill_descendants(others: set[psutil.Process]) -> None:
+def kill_descendants(others: set[psutil.Process]) -> None:
     """What is left of a driver: nothing after a good end, Ray's processes after its death; but not the others."""
     left = [process for process in psutil.Process().children(recursive=True) if process not in others]
     for process in left:

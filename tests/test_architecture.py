@@ -14,12 +14,12 @@ ORDER = """__init__ clock machine schema environment config settings web storage
     provenance model optim state losses step predictions memory evaluate checkpoint weights export served saver spool
     perf summary network figures charts report published mlflow_run tracking job identity resume record votes watchdog
     trace profile train link runs listing infer report_run preview contestants bench assumptions outages scaling plan
-    plan_view supervise cluster affinity worker gauges launch driver
+    plan_view supervise starting cluster affinity worker gauges launch driver
     probes findings doctor speed scale
     submission jobs console commands bench_commands model_commands report_commands cli""".split()  # noqa: SIM905
 # Library -> the modules that may import it.
 OWNERS = {
-    "ray": {"launch", "worker", "gauges", "cluster", "submission", "jobs"},
+    "ray": {"starting", "launch", "worker", "gauges", "cluster", "submission", "jobs"},
     "mlflow": {"mlflow_run", "published", "served"},
     "nvidia": {"data.augment", "data.dali"},
     "omegaconf": {"settings"},
