@@ -35,14 +35,20 @@ def memory_limit(proc: Path = PROC) -> int | None:
     return limit if limit < UNLIMITED_BYTES else None
 
 
+def memory(proc: Path = PROC) -> int:
+    """Bytes that this process may have, as far as the machine has them."""
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(whole, memory_limit(proc) or whole)
+
+
 def out_of_memory_kills(proc: Path = PROC) -> int:
-    """How many processes the kernel has killed for the cgroup's memory limit; 0 also where it does not say."""
-    for folder in _cgroups("memory", proc):
-        for name in ("memory.events", "memory.oom_control"):  # of version 2 and 1
-            for line in _lines(folder / name):
-                key, _, count = line.partition(" ")
-                if key == "oom_kill" and count.strip().isdecimal():
-                    return int(count)
+    """How many processes the kernel has killed for memory: in the cgroup, else on the whole machine; 0 if unknown."""
+    files = [folder / name for folder in _cgroups("memory", proc) for name in ("memory.events", "memory.oom_control")]
+    for file in files if memory_limit(proc) is not None else [proc / "vmstat"]:
+        for line in _lines(file):
+            key, _, count = line.partition(" ")
+            if key == "oom_kill" and count.strip().isdecimal():
+                return int(count)
     return 0
 
 

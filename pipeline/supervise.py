@@ -21,6 +21,7 @@ from typing import Any
 
 import psutil
 
+from pipeline import machine
 from pipeline.config import Config, ConfigError
 from pipeline.environment import driver_environment
 from pipeline.job import Event, FailureBudget, Fault
@@ -28,6 +29,9 @@ from pipeline.job import Event, FailureBudget, Fault
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_SECONDS = 0.1
 LAST_SECONDS = 30.0
+# What ResNet-18 took on small images, measured: this process, the driver and Ray's, and each worker with its share.
+RAY_BYTES, WORKER_BYTES = 1.98e9, 0.66e9
+SURELY = 0.9  # of that is too little in any case
 MAX_REASON = 240  # characters
 FROM_OUTSIDE = (signal.SIGKILL, *ENDING_SIGNALS)  # a process does not do that to itself
 PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
@@ -81,13 +85,18 @@ def train(
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # Ray's processes stay findable when a driver dies
     budget, step, began = FailureBudget(cfg.cluster.max_failures), 0, began or time.time()
     joins = bool(cfg.cluster.address or os.environ.get("RAY_ADDRESS"))
+    if not joins:
+        require_memory(cfg.cluster.min_workers)
     environment, notes = driver_environment(os.environ, starts_ray=not joins)
     for text in notes:
         watch({"kind": "warning", "text": text})
     faults: tuple[Fault, ...] = ()
+    kills = OutOfMemoryKills()
 
     def note(event: Event) -> None:
         nonlocal step, faults
+        if event["kind"] == "fault":
+            event = event | {"text": kills.explain(event["text"])}
         step = event.get("step", step)
         if event["kind"] == "checkpoint":
             budget.progressed()
@@ -105,6 +114,7 @@ def train(
                 raise ConfigError(content)
             if kind == "interrupted":
                 raise Interrupted
+            content = kills.explain(content)
             if kind == "stillborn" and not again:  # another driver would meet the same
                 raise TrainingFailedError(content)
             if kind in ("lost", "stillborn") and not budget.failed():
@@ -113,6 +123,38 @@ def train(
                 watch({"kind": "fault", "text": content})
                 continue
             raise TrainingFailedError(content)
+
+
+def require_memory(num_workers: int) -> None:
+    """Refuse what would end by the kernel's killing processes, which tells nobody why.
+
+    Raises:
+        ConfigError: this process may not have the memory that so many workers take here.
+    """
+    needed = RAY_BYTES + num_workers * WORKER_BYTES
+    if (there := machine.memory()) < SURELY * needed:
+        raise ConfigError(
+            f"cluster.workers={num_workers}: there are {_gb(there)} of memory here, and that takes "
+            f"{_gb(needed)} at least; raise the container's or job's limit{', or lower this' * (num_workers > 1)}"
+        )
+
+
+class OutOfMemoryKills:
+    """Whether the kernel has killed processes for lack of memory since it was last asked: Ray and Python can't tell."""
+
+    def __init__(self) -> None:
+        self._known = machine.out_of_memory_kills()
+
+    def explain(self, text: str) -> str:
+        """`text`, which says how something ended, with that before it."""
+        known, self._known = self._known, machine.out_of_memory_kills()
+        if self._known <= known:
+            return text
+        return f"the kernel has killed a process for lack of memory, of which there are {_gb(machine.memory())}; {text}"
+
+
+def _gb(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.1f} GB"
 
 
 def _run_driver(

@@ -151,7 +151,7 @@ def test_a_home_that_cannot_be_written_to_stays_for_what_is_in_it(
     plain: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An object store's login lies there, and Ray's token."""
-    monkeypatch.setattr(environment.os, "access", lambda place, mode: str(place) != plain["HOME"])
+    monkeypatch.setattr(os, "access", lambda place, mode: str(place) != plain["HOME"])
     variables, notes = driver_environment(plain)
     assert variables["HOME"] == plain["HOME"]
     assert Path(variables["XDG_CACHE_HOME"]).is_dir()
@@ -175,7 +175,7 @@ def test_a_command_has_an_interpreter_that_reads_utf8(tmp_path: Path, given: dic
     """`config` shows a path with an é as it was given, in a directory whose files are named as Python's modules."""
     for name in ("random.py", "torch.py", "json.py"):
         (tmp_path / name).write_text("raise SystemExit('the wrong module')", encoding="utf-8")
-    words = [PIPELINE, "config", str(ROOT / "configs/digits.yaml"), "data.train=/photos/é".encode()]
+    words: list[str | bytes] = [PIPELINE, "config", str(ROOT / "configs/digits.yaml"), "data.train=/photos/é".encode()]
     done = subprocess.run(words, capture_output=True, check=False, cwd=tmp_path, env={**os.environ, **given})
     assert done.returncode == 0, done.stderr.decode()
     assert "train: /photos/é\n" in done.stdout.decode()
@@ -183,7 +183,7 @@ def test_a_command_has_an_interpreter_that_reads_utf8(tmp_path: Path, given: dic
 
 
 def test_a_path_in_another_encoding_is_refused_in_one_line(tmp_path: Path) -> None:
-    words = [PIPELINE, "config", str(ROOT / "configs/digits.yaml"), b"data.train=/photos/\xe9"]
+    words: list[str | bytes] = [PIPELINE, "config", str(ROOT / "configs/digits.yaml"), b"data.train=/photos/\xe9"]
     done = subprocess.run(words, capture_output=True, check=False, cwd=tmp_path)
     assert done.returncode == 2
     assert re.fullmatch(rb"pipeline: data\.train=/photos/\\xe9: is not UTF-8.*\n", done.stderr), done.stderr

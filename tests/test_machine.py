@@ -80,7 +80,10 @@ def test_limits_are_read_as_the_kernel_writes_them(
     [("memory.events", "low 0\noom 3\noom_kill 2", 2), ("memory.oom_control", "under_oom 0\noom_kill 4", 4)],
 )
 def test_what_the_kernel_has_killed_for_memory_is_counted(tmp_path: Path, name: str, content: str, kills: int) -> None:
-    assert machine.out_of_memory_kills(fake(tmp_path, "0::/a\n", V2, {f"cg/a/{name}": content})) == kills
+    files = {f"cg/a/{name}": content, "cg/a/memory.max": "9000", "proc/vmstat": "oom_kill 7"}
+    assert machine.out_of_memory_kills(fake(tmp_path, "0::/a\n", V2, files)) == kills
+    (tmp_path / "cg/a/memory.max").write_text("max\n", encoding="utf-8")
+    assert machine.out_of_memory_kills(tmp_path / "proc") == 7, "without a limit, the machine's own"
 
 
 @pytest.fixture
@@ -121,7 +124,7 @@ def test_a_memory_limit_of_the_kernel_s_counts(cgroup: Path) -> None:
 def test_a_user_without_an_entry_has_a_number() -> None:
     if os.getuid() != 0:
         pytest.skip("needs root to run as another user")
-    code = "import os; os.setuid(12345); from pipeline.storage import scratch_folder; print(scratch_folder().name)"
+    code = "import os; from pipeline.storage import scratch_folder; os.setuid(12345); print(scratch_folder().name)"
     clean = {name: value for name, value in os.environ.items() if name not in ("LOGNAME", "USER", "LNAME", "USERNAME")}
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=clean)
     assert told.stdout.strip() == "pipeline-12345"
