@@ -22,10 +22,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     if argv is None:
         environment.restart_interpreter()
-    for word in sys.argv[1:] if argv is None else argv:
-        if not word.isascii() and (wrong := environment.not_utf8(word)):
-            print(f"pipeline: {wrong}", file=sys.stderr)
-            return WRONG
     args = _parse(argv)
     try:
         result, lines, code = args.command(args)

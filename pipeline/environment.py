@@ -54,16 +54,6 @@ def restart_interpreter() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], variables)
 
 
-def not_utf8(word: str) -> str:
-    """What is wrong with an argument whose bytes are of another encoding; empty where nothing is."""
-    try:
-        word.encode()
-    except UnicodeEncodeError:
-        shown = os.fsencode(word).decode("utf-8", "backslashreplace")
-        return f"{shown}: is not UTF-8, and configurations and indexes are; rename it, or give it in UTF-8"
-    return ""
-
-
 def driver_environment(given: Mapping[str, str], *, starts_ray: bool = True) -> tuple[dict[str, str], list[str]]:
     """What the driver's process is to have in place of `given`.
 

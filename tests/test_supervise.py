@@ -28,7 +28,6 @@ def test_a_driver_that_dies_before_it_says_anything_is_not_tried_again(
 ) -> None:
     """Its log's last line is the message: an installation that is broken is broken the next time, too."""
     (tmp_path / "torch.py").write_text("raise ImportError('libtorch.so: bad ELF header')\n", encoding="utf-8")
-    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     cfg = load(None, ["data.train=/none", "data.val=/none", f"run.storage={tmp_path}"])
     events: list[Event] = []
