@@ -29,9 +29,9 @@ from pipeline.job import Event, FailureBudget, Fault
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_SECONDS = 0.1
 LAST_SECONDS = 30.0
-# What ResNet-18 took on small images, measured: this process, the driver and Ray's, and each worker with its share.
+# The peak of what ResNet-18 took on small images, measured: this process, the driver and Ray's; each worker.
+# With a little less the kernel kills, or drops and reads again the code that runs, and the machine stands still.
 RAY_BYTES, WORKER_BYTES = 1.98e9, 0.66e9
-SURELY = 0.9  # of that is too little in any case
 MAX_REASON = 240  # characters
 FROM_OUTSIDE = (signal.SIGKILL, *ENDING_SIGNALS)  # a process does not do that to itself
 PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
@@ -128,11 +128,13 @@ def train(
 def require_memory(num_workers: int) -> None:
     """Refuse what would end by the kernel's killing processes, which tells nobody why.
 
+    A larger network takes more; then `OutOfMemoryKills` tells.
+
     Raises:
         ConfigError: this process may not have the memory that so many workers take here.
     """
     needed = RAY_BYTES + num_workers * WORKER_BYTES
-    if (there := machine.memory()) < SURELY * needed:
+    if (there := machine.memory()) < needed:
         raise ConfigError(
             f"cluster.workers={num_workers}: there are {_gb(there)} of memory here, and that takes "
             f"{_gb(needed)} at least; raise the container's or job's limit{', or lower this' * (num_workers > 1)}"
