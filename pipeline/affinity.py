@@ -36,7 +36,7 @@ def near(gpu: Any) -> set[int]:
     """The cores next to the GPU of these properties, as the kernel knows them; none where it does not say."""
     address = f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"
     file = PCI / address / "local_cpulist"
-    return parse(file.read_text()) if file.exists() else set()
+    return parse(file.read_text(encoding="utf-8")) if file.exists() else set()
 
 
 def parse(cores: str) -> set[int]:

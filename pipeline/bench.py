@@ -17,6 +17,7 @@ from pipeline.config import Config, ConfigError, DataConfig
 from pipeline.contestants import CEILING, OURS, Contestant, Running, Speed, Task, contestants
 from pipeline.data.build import Progress, open_index
 from pipeline.figures import machine, spread, turns
+from pipeline.machine import cpu_count
 
 TRIALS = 2  # rounds before those that count, to find each contestant's best setting
 AIM = 1.4  # times the best of the others
@@ -38,9 +39,10 @@ def bench_loader(
         ConfigError: more cores than there are, missing packages or data.
     """
     allowed = sorted(os.sched_getaffinity(0))
-    cores = tuple(allowed[: num_cores or len(allowed)])
-    if num_cores and num_cores > len(allowed):
-        raise ConfigError(f"--cores {num_cores}: this process may use {len(allowed)}; lower it")
+    usable = cpu_count()
+    cores = tuple(allowed[: num_cores or usable])
+    if num_cores and num_cores > usable:
+        raise ConfigError(f"--cores {num_cores}: this process may use {usable}; lower it")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "index.arrow"
         index, _ = open_index(cfg.data.train, progress=progress)

@@ -85,7 +85,7 @@ def _done(
 ) -> Outcome:
     """The outcome; its figures and their picture are in --out."""
     if args.out:
-        (args.out / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+        (args.out / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         plot(args.out / f"{name}.png")
     return result, lines, DONE
 

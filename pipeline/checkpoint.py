@@ -93,11 +93,11 @@ def save(folder: Storage, state: dict[str, Any], cfg: Config, meta: dict[str, An
     try:
         staging.mkdir()
         _write_state(state, staging / STATE)
-        (staging / CONFIG).write_text(dump(cfg))
+        (staging / CONFIG).write_text(dump(cfg), encoding="utf-8")
         files = {file: _digest(staging / file) for file in (STATE, CONFIG)}
         own = {"format": FORMAT, "step": state["step"], "files": files}
         full_meta = {**own, **meta, **software(), "saved_at": time.time()}
-        (staging / META).write_text(json.dumps(full_meta, indent=1))
+        (staging / META).write_text(json.dumps(full_meta, indent=1), encoding="utf-8")
         for file in (STATE, CONFIG, META):
             fsync(staging / file)
         fsync(staging)

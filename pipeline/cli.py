@@ -1,9 +1,11 @@
 """The command line. Exit codes: 0 done, 1 the job failed, 2 the request was wrong, 130 interrupted."""
 
+from pipeline import clock  # noqa: F401  first, since it takes the time
+
+# isort: split
 import argparse
 import json
 import math
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -11,13 +13,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline import bench_commands, commands, model_commands, report_commands
+from pipeline import bench_commands, commands, environment, machine, model_commands, report_commands
 from pipeline.commands import FAILED, INTERRUPTED, WRONG
 from pipeline.config import ConfigError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    if argv is None:
+        environment.restart_interpreter()
     args = _parse(argv)
     try:
         result, lines, code = args.command(args)
@@ -160,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     index = add("index", commands.index, text)
     index.add_argument("source", metavar="SRC", help=SOURCES)
     index.add_argument("--out", type=Path, required=True, metavar="FILE", help="the index file; give it as data.train")
-    cores = len(os.sched_getaffinity(0))
+    cores = machine.cpu_count()
     index.add_argument("--workers", type=_count, default=cores, metavar="N", help="processes; by default all cores")
     index.add_argument("--verify", action="store_true", help="decode every image, and leave out what is broken")
 

@@ -12,8 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-import psutil
-
+from pipeline import clock
 from pipeline.config import Config, ConfigError
 from pipeline.settings import dump, load, parse_override, to_dict
 
@@ -34,7 +33,7 @@ def train(args: argparse.Namespace) -> Outcome:
     cfg, label, resume_from = config_to_train(args)
     with TrainingView(_people(args)) as view:
         try:
-            told = supervise.train(cfg, label, resume_from, view, began=psutil.Process().create_time())
+            told = supervise.train(cfg, label, resume_from, view, began=clock.BEGAN)
         except supervise.TrainingFailedError as e:
             return {"status": "failed", "run": view.run, "error": str(e)}, [f"failed: {e}"], FAILED
     told = summary.completed(told)

@@ -9,14 +9,16 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import ray
+import ray.job_config
 from ray._private.node import Node
 from ray._private.parameter import RayParams
 
+from pipeline import machine, starting
 from pipeline.config import ClusterConfig, ConfigError
 from pipeline.supervise import Interrupted
 
@@ -38,16 +40,26 @@ LOCAL_SETTINGS = {
 }
 
 
+class JobConfig(ray.job_config.JobConfig):  # type: ignore[misc]  # what comes from ray is Any
+    """Ray's, but the driver's working directory does not go first on its workers' path: it may hold a random.py."""
+
+    def _runtime_env_has_working_dir(self) -> bool:  # Ray asks before it adds the directory, and nowhere else
+        return True
+
+
 class ClusterLostError(ConnectionError):
     """The Ray cluster has gone, or the driver's way to it."""
 
 
 @contextmanager
-def connected(cfg: ClusterConfig, again: bool, wants_stop: threading.Event) -> Iterator[None]:
+def connected(
+    cfg: ClusterConfig, again: bool, wants_stop: threading.Event, warn: Callable[[str], None] = lambda _: None
+) -> Iterator[None]:
     """Connect to the cluster that the configuration or $RAY_ADDRESS names, else start one on this machine.
 
     Args:
         again: wait for a cluster that is away: it was there before.
+        warn: told of a start of Ray's that failed and is tried again.
 
     Raises:
         ConfigError: there is none.
@@ -61,12 +73,13 @@ def connected(cfg: ClusterConfig, again: bool, wants_stop: threading.Event) -> I
             if address:
                 join(address, cfg.timeout_s if again else 0, wants_stop, environment)
             else:
-                stack.enter_context(_local_cluster(cfg))
+                stack.enter_context(_local_cluster(cfg, warn, wants_stop))
         except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as e:
             if wants_stop.is_set():
                 raise Interrupted from None
-            where = f"cluster.address={address}" if address else "Ray on this machine"
-            reason = f"{where} cannot be reached: {str(e).splitlines()[0]}"
+            if isinstance(e, starting.RayStartError):
+                raise (ClusterLostError(str(e)) if again else e) from None
+            reason = f"cluster.address={address} cannot be reached: {str(e).splitlines()[0]}"
             raise (ClusterLostError(reason) if again else ConfigError(reason)) from None
         stack.callback(ray.shutdown)
         try:
@@ -118,7 +131,7 @@ def join(
             host, colon, port = address.rpartition(":")
             if colon and port.isdecimal():  # Ray would try for many minutes
                 socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
-            ray.init(address=address, runtime_env=runtime_env, **QUIET)
+            ray.init(address=address, runtime_env=runtime_env, job_config=JobConfig(), **QUIET)
             return
         except (OSError, RuntimeError):
             if time.monotonic() > deadline or (wants_stop or threading.Event()).wait(1):
@@ -126,22 +139,27 @@ def join(
 
 
 @contextmanager
-def _local_cluster(cfg: ClusterConfig) -> Iterator[None]:
+def _local_cluster(cfg: ClusterConfig, warn: Callable[[str], None], wants_stop: threading.Event) -> Iterator[None]:
     """A cluster on this machine, with its cores or a CPU for each worker: more workers than cores are slow but work."""
     for name, value in LOCAL_SETTINGS.items():
         os.environ.setdefault(name, value)
-    num_cpus = max(len(os.sched_getaffinity(0)), cfg.max_workers * (cfg.cpus_per_worker or 1))
-    parameters = RayParams(
-        num_cpus=num_cpus,
-        object_store_memory=OBJECT_STORE_BYTES,
-        no_monitor=True,
-        include_log_monitor=False,
-        dashboard_agent_listen_port=0,  # any free one: for its usual one a second cluster here would wait for seconds
-    )
-    # Its processes end with the thread that starts them, too.
-    node = _LocalNode(parameters, head=True, shutdown_at_exit=False, spawn_reaper=True)
-    try:
+    num_cpus = max(machine.cpu_count(), cfg.max_workers * (cfg.cpus_per_worker or 1))
+
+    def start_node() -> Node:
+        parameters = RayParams(
+            num_cpus=num_cpus,
+            object_store_memory=OBJECT_STORE_BYTES,
+            no_monitor=True,
+            include_log_monitor=False,
+            dashboard_agent_listen_port=0,  # any free one: where its usual one is taken, it tries for seconds
+        )
+        # Its processes end with the thread that starts them, too.
+        node = _LocalNode(parameters, head=True, shutdown_at_exit=False, spawn_reaper=True)
         join(node.address)
+        return node
+
+    node = starting.start_patiently(start_node, warn, wants_stop)
+    try:
         yield
     finally:
         node.kill_all_processes(check_alive=False, allow_graceful=False)

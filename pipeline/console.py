@@ -65,6 +65,7 @@ class TrainingView(_View):
     def __init__(self, file: IO[str]):
         super().__init__(file)
         self._rate, self._num_steps, self._global_batch = 0.0, 0, 0
+        self._saved = False  # there is a checkpoint, as far as is known
         self.run: str | None = None  # its name
 
     def __call__(self, event: Event) -> None:
@@ -82,14 +83,17 @@ class TrainingView(_View):
                     f"step {event['step']}: val top-1 {event['top1']:.4f}, top-5 {event['top5']:.4f}, "
                     f"loss {event['loss']:.4f} on {count} images"
                 )
-            case "checkpoint" if self._bar is None:
-                self.say(f"step {event['step']}: saved {event['path']}")
+            case "checkpoint":
+                self._saved = True
+                if self._bar is None:
+                    self.say(f"step {event['step']}: saved {event['path']}")
             case "stopping":
                 self.say(f"{event['signal']}: saving a checkpoint at the next step; once more to stop at once")
             case "regroup":
                 self.say(f"{event['text']}: saving a checkpoint, then going on with the workers there are")
             case "fault":
-                self.say(f"fault: {event['text']}; going on from the newest checkpoint")
+                how = "going on from the newest checkpoint" if self._saved else "starting again"
+                self.say(f"fault: {event['text']}; {how}")
             case "note":
                 self.say(event["text"])
             case "warning":
@@ -97,6 +101,7 @@ class TrainingView(_View):
 
     def _start(self, event: Event) -> None:
         self._num_steps, self._global_batch = event["num_steps"], event["global_batch"]
+        self._saved = self._saved or bool(event["resumed_from"])
         where = f"resumed from {event['resumed_from']}" if event["resumed_from"] else "from the start"
         self.say(
             f"session {event['session']}: step {event['step']} of {self._num_steps}, {where}; "

@@ -14,7 +14,11 @@ from typing import Any
 from pipeline.config import ConfigError
 from pipeline.connection import ClusterLostError, connected
 from pipeline.job import Event, Job
+from pipeline.starting import RayStartError
 from pipeline.supervise import Interrupted, Request, TrainingFailedError
+
+# A new driver would meet these again: they come of the installation or the environment, or of a mistake in the code.
+BROKEN = (ArithmeticError, AttributeError, ImportError, LookupError, NameError, TypeError, ValueError)
 
 
 class Supervisor:
@@ -37,6 +41,9 @@ class Supervisor:
 
     def event(self, event: Event) -> None:
         self.tell("event", event)
+
+    def warn(self, text: str) -> None:
+        self.event({"kind": "warning", "text": text})
 
 
 def mark_failed(job: Job, reason: str) -> None:
@@ -64,7 +71,7 @@ def train(supervisor: Supervisor) -> dict[str, Any]:
     request, began = supervisor.request, time.time()
     imports = threading.Thread(target=importlib.import_module, args=("pipeline.launch",), daemon=True)
     imports.start()
-    with connected(request.cfg.cluster, request.again, supervisor.wants_stop):
+    with connected(request.cfg.cluster, request.again, supervisor.wants_stop, supervisor.warn):
         imports.join()
         from pipeline.launch import TrainController
 
@@ -97,12 +104,15 @@ def main() -> None:
         summary = train(supervisor)
     except ConfigError as e:
         supervisor.tell("wrong", str(e))
-    except TrainingFailedError as e:
+    except (TrainingFailedError, RayStartError) as e:
         supervisor.tell("failed", str(e))
     except Interrupted:
         supervisor.tell("interrupted", None)
     except ClusterLostError as e:
         supervisor.tell("lost", str(e))
+    except BROKEN as e:
+        supervisor.tell("broken", f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''}")
+        raise  # the log has it all
     else:
         supervisor.tell("done", summary)
 

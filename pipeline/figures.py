@@ -1,6 +1,5 @@
 """What all benchmarks share: what is trained, turns, medians and quartiles, the machine, and where results go."""
 
-import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -12,6 +11,7 @@ import torch
 
 from pipeline.config import ClusterConfig, Config, ConfigError
 from pipeline.data.sampling import FloatArray
+from pipeline.machine import cpu_count
 from pipeline.provenance import cpu_model
 
 T = TypeVar("T")
@@ -59,7 +59,7 @@ def rows(per_s: Mapping[str, list[float]], to: str) -> dict[str, dict[str, Any]]
 
 
 def machine() -> dict[str, Any]:
-    return {"cpu": cpu_model(), "cores": os.cpu_count(), "python": platform.python_version()}
+    return {"cpu": cpu_model(), "cores": cpu_count(), "python": platform.python_version()}
 
 
 def about(cfg: Config) -> dict[str, Any]:

@@ -34,10 +34,16 @@ def tracking_uri(configured: str | None, storage: Storage) -> str:
     """
     if named := configured or os.environ.get("MLFLOW_TRACKING_URI"):
         refuse_credentials("MLFLOW_TRACKING_URI", named)
-        return named
+        return absolute(named)
     if storage.local is None:
         raise ConfigError(f"mlflow.uri=null: run.storage={storage} cannot hold MLflow's database; name a server")
     return f"sqlite:///{storage.local / 'mlflow.db'}"
+
+
+def absolute(uri: str) -> str:
+    """A store's address that holds in every directory: Ray's workers run in others."""
+    file = uri.removeprefix("sqlite:///")
+    return uri if file == uri or file.startswith("/") else f"sqlite:///{Path(file).absolute()}"
 
 
 @dataclass(frozen=True)

@@ -232,7 +232,7 @@ def check(found: dict[str, Any], a: Assumptions, origins: dict[str, Origin]) -> 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise ConfigError(f"--measured {path}: cannot be read ({e}); give the JSON of `pipeline bench scale`") from None
     return found if isinstance(found, dict) else {}

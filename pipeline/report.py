@@ -62,15 +62,15 @@ class Facts:
         """Lay the facts aside as files of an empty folder."""
         mistakes = [{"row": one.row, "place": one.place} for one in self.mistakes]
         content = {"run": self.run, "data": self.data, "meta": self.meta, "mistakes": mistakes}
-        (folder / FACTS).write_text(json.dumps(content))
-        (folder / CONFIG).write_text(dump(self.cfg))
+        (folder / FACTS).write_text(json.dumps(content), encoding="utf-8")
+        (folder / CONFIG).write_text(dump(self.cfg), encoding="utf-8")
         self.said.save(folder / PREDICTIONS)
         for one in self.mistakes:
             (folder / f"{one.row}.jpg").write_bytes(one.jpeg)
 
     @classmethod
     def load(cls, folder: Path) -> "Facts":
-        content = json.loads((folder / FACTS).read_text())
+        content = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         mistakes = [Mistake(**one, jpeg=(folder / f"{one['row']}.jpg").read_bytes()) for one in content["mistakes"]]
         said = Predictions.load(folder / PREDICTIONS)
         return cls(content["run"], content["data"], content["meta"], load(folder / CONFIG), said, mistakes)

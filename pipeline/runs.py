@@ -33,7 +33,7 @@ from pipeline.data.index import Index
 from pipeline.data.sampling import steps_per_epoch
 from pipeline.identity import FILE, Identity
 from pipeline.job import Event, Job
-from pipeline.mlflow_run import tracking_uri
+from pipeline.mlflow_run import absolute, tracking_uri
 from pipeline.schema import refuse_credentials
 from pipeline.settings import load
 from pipeline.storage import Storage, patiently
@@ -62,7 +62,8 @@ def prepare(cfg: Config, watch: Callable[[Event], None], resume_from: str | None
     train_source, val_source = Storage(cfg.data.train).uri, Storage(cfg.data.val).uri
     cache_dir = cfg.data.cache_dir and str(Path(cfg.data.cache_dir).absolute())  # workers run in other directories
     data = dataclasses.replace(cfg.data, train=train_source, val=val_source, cache_dir=cache_dir)
-    cfg = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, storage=storage.uri), data=data)
+    mlflow = dataclasses.replace(cfg.mlflow, uri=cfg.mlflow.uri and absolute(cfg.mlflow.uri))
+    cfg = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, storage=storage.uri), data=data, mlflow=mlflow)
     assert cfg.run.name is not None, "the supervisor names it"
     run = storage / cfg.run.name
 
@@ -117,7 +118,7 @@ def held(run: Storage, watch: Callable[[Event], None]) -> Iterator[None]:
     A process that is about to end, its supervisor dead, is waited for. Between machines that share no
     directory, the later session wins, see `Identity.check`.
     """
-    with (run.scratch / "lock").open("a+") as file:
+    with (run.scratch / "lock").open("a+", encoding="utf-8") as file:
         deadline, told = time.monotonic() + LOCK_PATIENCE_S, False
         while True:
             try:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline import figures, probes, supervise
+from pipeline import figures, machine, probes, supervise
 from pipeline.config import Config, ConfigError
 from pipeline.data.build import Progress
 from pipeline.figures import about, rows, title, to_measure, turns
@@ -57,7 +57,7 @@ def bench_scale(
     cores = cfg.cluster.cpus_per_worker
     if joins and cores is None:
         raise ConfigError("cluster.cpus_per_worker=null: one worker would get more cores than two; set it")
-    num_cores = len(os.sched_getaffinity(0))
+    num_cores = machine.cpu_count()
     cores = cores or max(1, num_cores // counts[-1])
     if not joins and counts[-1] * cores > num_cores:
         room = num_cores // cores

@@ -5,6 +5,7 @@ dataclasses.
 """
 
 import difflib
+import os
 import re
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -109,6 +110,11 @@ def parse_override(text: str) -> tuple[str, Any]:
     key, equals, raw = text.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"{text!r} is not an override: write key=value, such as train.epochs=3")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        shown = os.fsencode(text).decode("utf-8", "backslashreplace")
+        raise ConfigError(f"{shown}: is not UTF-8, as configurations and checkpoints are; rename it") from None
     try:
         return key.strip(), OmegaConf.to_container(OmegaConf.create(f"value: {raw}"))["value"]  # type: ignore[index,call-overload]
     except (YAMLError, OmegaConfBaseException):

@@ -74,7 +74,7 @@ class Spool:
             all_sent = offset == self._size()
             temporary = self._sent_path.with_suffix(".tmp")
             sent = 0 if all_sent else offset
-            temporary.write_text(json.dumps({"bytes": sent, "last_step": self._last_step}))
+            temporary.write_text(json.dumps({"bytes": sent, "last_step": self._last_step}), encoding="utf-8")
             fsync(temporary)
             temporary.replace(self._sent_path)
             self._sent = sent

@@ -5,7 +5,6 @@ a package for on this machine. Everything that goes wrong is an OSError.
 """
 
 import contextlib
-import getpass
 import hashlib
 import os
 import shutil
@@ -17,6 +16,8 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote, urlsplit
+
+from pipeline.machine import user_name
 
 T = TypeVar("T")
 
@@ -202,7 +203,7 @@ class Storage:
 
 def scratch_folder() -> Path:
     """Where this machine keeps what it may lose."""
-    return Path(tempfile.gettempdir(), f"pipeline-{getpass.getuser()}")
+    return Path(tempfile.gettempdir(), f"pipeline-{user_name()}")
 
 
 def patiently(action: Callable[[], T], report: Callable[[str], None], patience_s: float) -> T:

@@ -6,12 +6,13 @@ one goes on from the newest checkpoint. When this process dies, the driver saves
 
 import ctypes
 import dataclasses
+import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -20,12 +21,19 @@ from typing import Any
 
 import psutil
 
+from pipeline import machine
 from pipeline.config import Config, ConfigError
+from pipeline.environment import driver_environment
 from pipeline.job import Event, FailureBudget, Fault
 
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_SECONDS = 0.1
 LAST_SECONDS = 30.0
+# The peak of what ResNet-18 took on small images, measured: this process, the driver and Ray's; each worker.
+# With a little less the kernel kills, or drops and reads again the code that runs, and the machine stands still.
+RAY_BYTES, WORKER_BYTES = 1.98e9, 0.66e9
+MAX_REASON = 240  # characters
+FROM_OUTSIDE = (signal.SIGKILL, *ENDING_SIGNALS)  # a process does not do that to itself
 PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 
 
@@ -76,10 +84,19 @@ def train(
     cfg = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, name=name))
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # Ray's processes stay findable when a driver dies
     budget, step, began = FailureBudget(cfg.cluster.max_failures), 0, began or time.time()
+    joins = bool(cfg.cluster.address or os.environ.get("RAY_ADDRESS"))
+    if not joins:
+        require_memory(cfg.cluster.min_workers)
+    environment, notes = driver_environment(os.environ, starts_ray=not joins)
+    for text in notes:
+        watch({"kind": "warning", "text": text})
     faults: tuple[Fault, ...] = ()
+    kills = OutOfMemoryKills()
 
     def note(event: Event) -> None:
         nonlocal step, faults
+        if event["kind"] == "fault":
+            event = event | {"text": kills.explain(event["text"])}
         step = event.get("step", step)
         if event["kind"] == "checkpoint":
             budget.progressed()
@@ -90,14 +107,17 @@ def train(
     with _signals() as received:
         again = False
         while True:
-            kind, content = _run_driver(Request(cfg, resume_from, faults, again, began), note, received)
+            kind, content = _run_driver(Request(cfg, resume_from, faults, again, began), environment, note, received)
             if kind == "done":
                 return dict(content)
             if kind == "wrong":
                 raise ConfigError(content)
             if kind == "interrupted":
                 raise Interrupted
-            if kind == "lost" and not budget.failed():
+            content = kills.explain(content)
+            if kind == "stillborn" and not again:  # another driver would meet the same
+                raise TrainingFailedError(content)
+            if kind in ("lost", "stillborn") and not budget.failed():
                 again = True
                 faults = (*faults, Fault(content, step, time.time()))
                 watch({"kind": "fault", "text": content})
@@ -105,11 +125,48 @@ def train(
             raise TrainingFailedError(content)
 
 
-def _run_driver(request: Request, note: Callable[[Event], None], received: list[str]) -> tuple[str, Any]:
+def require_memory(num_workers: int) -> None:
+    """Refuse what would end by the kernel's killing processes, which tells nobody why.
+
+    A larger network takes more; then `OutOfMemoryKills` tells.
+
+    Raises:
+        ConfigError: this process may not have the memory that so many workers take here.
+    """
+    needed = RAY_BYTES + num_workers * WORKER_BYTES
+    if (there := machine.memory()) < needed:
+        raise ConfigError(
+            f"cluster.workers={num_workers}: there are {_gb(there)} of memory here, and that takes "
+            f"{_gb(needed)} at least; raise the container's or job's limit{', or lower this' * (num_workers > 1)}"
+        )
+
+
+class OutOfMemoryKills:
+    """Whether the kernel has killed processes for lack of memory since it was last asked: Ray and Python can't tell."""
+
+    def __init__(self) -> None:
+        self._known = machine.out_of_memory_kills()
+
+    def explain(self, text: str) -> str:
+        """`text`, which says how something ended, with that before it."""
+        known, self._known = self._known, machine.out_of_memory_kills()
+        if self._known <= known:
+            return text
+        return f"the kernel has killed a process for lack of memory, of which there are {_gb(machine.memory())}; {text}"
+
+
+def _gb(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.1f} GB"
+
+
+def _run_driver(
+    request: Request, environment: Mapping[str, str], note: Callable[[Event], None], received: list[str]
+) -> tuple[str, Any]:
     """Start a driver and attend to it.
 
     Returns:
-        How it ended, "done", "wrong", "failed", "interrupted" or "lost", and its summary or the reason.
+        How it ended, and its summary or the reason: "done", "wrong", "failed", "interrupted", "lost", "broken" (by an
+        error that another would meet again) or "stillborn" (by itself, before it said anything).
     """
     mine, theirs = Pipe()
     command = [sys.executable, "-m", "pipeline.driver", str(theirs.fileno())]
@@ -120,26 +177,38 @@ def _run_driver(request: Request, note: Callable[[Event], None], received: list[
         try:
             with _blocked(ENDING_SIGNALS):
                 process = subprocess.Popen(
-                    command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                    command,
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env=environment,
                 )
             theirs.close()
-            mine.send(request)
-            kind, content = _attend(mine, process, note, received)
+            with suppress(BrokenPipeError):  # it has ended already: see there
+                mine.send(request)
+            kind, content = _attend(mine, process, Path(log.name), note, received)
         finally:
-            _kill_descendants(others)
-            if kind != "lost":
+            kill_descendants(others)
+            keep = kind in ("lost", "broken", "stillborn")
+            if not keep:
                 Path(log.name).unlink()
-    return kind, f"{content} (log: {log.name})" if kind == "lost" else content
+    return kind, f"{content} (log: {log.name})" if keep else content
 
 
 def _attend(
-    driver: Connection, process: "subprocess.Popen[bytes]", note: Callable[[Event], None], received: list[str]
+    driver: Connection,
+    process: "subprocess.Popen[bytes]",
+    log: Path,
+    note: Callable[[Event], None],
+    received: list[str],
 ) -> tuple[str, Any]:
-    told = False
+    told = heard = False
     while True:
         try:
             if driver.poll(POLL_SECONDS):
                 kind, content = driver.recv()
+                heard = True
                 if kind != "event":
                     with suppress(subprocess.TimeoutExpired):  # all is said; what hangs is killed
                         process.wait(LAST_SECONDS)
@@ -152,10 +221,20 @@ def _attend(
         except (EOFError, OSError):
             code = process.wait()
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-            return "lost", f"the driver {how}"
+            if -code in FROM_OUTSIDE:
+                return "lost", f"the driver {how}"
+            last = _last_line(log)
+            return "lost" if heard else "stillborn", f"the driver {how}{last and f': {last}'}"
 
 
-def _kill_descendants(others: set[psutil.Process]) -> None:
+def _last_line(log: Path) -> str:
+    """What a process said of its end: of a traceback, the error."""
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+    telling = [line for line in lines if len(line) > 2 and not set(line) <= set("^~ |-=")]
+    return telling[-1][:MAX_REASON] if telling else ""
+
+
+def kill_descendants(others: set[psutil.Process]) -> None:
     """What is left of a driver: nothing after a good end, Ray's processes after its death; but not the others."""
     left = [process for process in psutil.Process().children(recursive=True) if process not in others]
     for process in left:

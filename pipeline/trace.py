@@ -37,4 +37,4 @@ class Trace:
 def _open(job: Job, ctx: Context) -> TextIO:
     folder = job.run.scratch / "trace"
     folder.mkdir(parents=True, exist_ok=True)
-    return (folder / f"rank_{ctx.rank}.jsonl").open("a")
+    return (folder / f"rank_{ctx.rank}.jsonl").open("a", encoding="utf-8")

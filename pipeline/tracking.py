@@ -39,7 +39,7 @@ class Tracker:
         self._run: MlflowRun | None = None
         self._target, self._folder, self._on_problem = target, folder, on_problem
         self._spool = Spool(folder, on_problem)
-        (folder / TARGET).write_text(json.dumps(asdict(target)))
+        (folder / TARGET).write_text(json.dumps(asdict(target)), encoding="utf-8")
         self._may_connect = threading.Event()
         self._wake, self._closing, self._abandoned = threading.Event(), threading.Event(), threading.Event()
         self._failing = False
@@ -226,7 +226,7 @@ def sync(
         ConfigError: there is no spool.
     """
     try:
-        target = Target(**json.loads((folder / TARGET).read_text()))
+        target = Target(**json.loads((folder / TARGET).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         raise ConfigError(f"{folder} holds nothing that waits for MLflow") from None
     tracker = Tracker(target, folder, report)

@@ -200,11 +200,11 @@ def _memory() -> dict[str, int]:
     """Bytes: resident, of it anonymous, and the most that was resident since the last call."""
     found = {}
     for file in ("/proc/self/smaps_rollup", "/proc/self/status"):
-        for line in Path(file).read_text().splitlines()[1:]:
+        for line in Path(file).read_text(encoding="utf-8").splitlines()[1:]:
             key, _, value = line.partition(":")
             if key in ("Rss", "Anonymous", "VmHWM"):
                 found[key] = int(value.split()[0]) * 1024
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the peak
     return found
 
 

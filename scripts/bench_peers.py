@@ -32,6 +32,7 @@ from peers_report import AIMS, CEILING, FIT, OURS, fastest, steps_per_s, summari
 from turns import Program, Running, race
 
 from pipeline.figures import machine
+from pipeline.machine import cpu_count
 from pipeline.precision import decide, emulation, hardware_of
 
 ROOT = Path(__file__).parent.parent
@@ -77,7 +78,7 @@ BEST_GUESS = {"torchvision": Setting(workers=1), "timm": Setting(workers=1), OUR
 
 
 def num_cores() -> int:
-    return len(os.sched_getaffinity(0))
+    return cpu_count()
 
 
 class Bench:
@@ -242,7 +243,9 @@ def main() -> int:
     }
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / f"peers_resnet{case.depth}_{case.size}.json").write_text(json.dumps(result, indent=2) + "\n")
+        (args.out / f"peers_resnet{case.depth}_{case.size}.json").write_text(
+            json.dumps(result, indent=2) + "\n", encoding="utf-8"
+        )
     print(json.dumps(result) if args.json else "\n".join(table(result)))
     return int(any(result["ratios"][name]["median"] < aim for name, aim in AIMS.items()))
 

@@ -65,7 +65,7 @@ def main() -> None:
         fit(peer, rank)
         return
     steps = {"torchvision": torchvision_steps, "timm": timm_steps, "ceiling": ceiling_steps}[peer.kind](peer, rank)
-    with Path(peer.progress).open("a") if rank == 0 else nullcontext() as file:
+    with Path(peer.progress).open("a", encoding="utf-8") if rank == 0 else nullcontext() as file:
         for _ in steps:
             if file:
                 print(json.dumps({"time": time.monotonic()}), file=file, flush=True)

@@ -61,7 +61,7 @@ def train(name: str, words: Sequence[str], out: Path) -> Any:
     """The summary of the training `name`, from its file in `out` or trained now; None where it failed."""
     file = out / f"{name}.json"
     if file.exists():
-        kept = json.loads(file.read_text())
+        kept = json.loads(file.read_text(encoding="utf-8"))
         if kept["command"] != list(words):
             print(f"{file}: is of {' '.join(kept['command'])}; choose another --out", file=sys.stderr)
             return None
@@ -77,7 +77,7 @@ def train(name: str, words: Sequence[str], out: Path) -> Any:
     summary = json.loads(done.stdout)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     kept = {"command": list(words), "commit": commit.stdout.strip(), "summary": summary}
-    file.write_text(json.dumps(kept, indent=1))
+    file.write_text(json.dumps(kept, indent=1), encoding="utf-8")
     return summary
 
 

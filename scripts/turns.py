@@ -47,7 +47,7 @@ class Running:
 
     def __init__(self, program: Program):
         self.program = program
-        with program.log.open("w") as log:
+        with program.log.open("w", encoding="utf-8") as log:
             self._process = subprocess.Popen(
                 program.args, env=dict(program.env), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
@@ -78,7 +78,7 @@ class Running:
         """When each step so far was done."""
         if not self.program.progress.exists():
             return []
-        *lines, _ = self.program.progress.read_text().split("\n")  # the last one may be half written
+        *lines, _ = self.program.progress.read_text(encoding="utf-8").split("\n")  # the last one may be half written
         return [json.loads(line)["time"] for line in lines]
 
     def freeze(self) -> None:
@@ -119,7 +119,7 @@ class Running:
             time.sleep(POLL_S)
 
     def _stalled(self, why: str) -> StalledError:
-        said = self.program.log.read_text(errors="replace")[-3000:]
+        said = self.program.log.read_text(encoding="utf-8", errors="replace")[-3000:]
         return StalledError(f"{self.program.name} {why}; {self.program.log} ends with:\n{said}")
 
     def _all(self) -> list[psutil.Process]:

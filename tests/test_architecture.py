@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "pipeline"
 # Each module may import those above it.
-ORDER = """__init__ schema config settings web storage
+ORDER = """__init__ clock machine schema environment config settings web storage
     data data.sampling data.draws data.index data.request
     data.rows data.find data.shards data.parquet data.scan data.build data.cache data.groups data.read data.fetch
     data.pack data.augment data.dali data.mix data.loader data.verify
@@ -15,12 +15,12 @@ ORDER = """__init__ schema config settings web storage
     saver spool perf summary
     network figures charts report published mlflow_run tracking job identity resume record votes watchdog
     trace profile train link runs listing infer report_run preview contestants bench assumptions outages scaling plan
-    plan_view supervise cluster connection affinity worker gauges trainer launch driver
+    plan_view supervise starting cluster connection affinity worker gauges trainer launch driver
     probes findings doctor speed scale
     submission jobs console commands bench_commands model_commands report_commands cli""".split()  # noqa: SIM905
 # Library -> the modules that may import it.
 OWNERS = {
-    "ray": {"launch", "trainer", "worker", "gauges", "cluster", "connection", "submission", "jobs"},
+    "ray": {"launch", "trainer", "worker", "gauges", "cluster", "connection", "starting", "submission", "jobs"},
     "mlflow": {"mlflow_run", "published", "served"},
     "nvidia": {"data.augment", "data.dali"},
     "omegaconf": {"settings"},

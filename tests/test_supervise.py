@@ -1,11 +1,17 @@
 """The process that the user starts: what a driver leaves behind is no trouble of the user's."""
 
+import re
 import subprocess
+import threading
+from contextlib import nullcontext
+from pathlib import Path
 
 import psutil
 import pytest
 
-from pipeline import supervise
+from pipeline import machine, starting, supervise
+from pipeline.job import Event
+from pipeline.settings import load
 
 
 def test_a_process_that_has_just_ended_by_itself_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -14,4 +20,62 @@ def test_a_process_that_has_just_ended_by_itself_is_no_error(monkeypatch: pytest
     seen = psutil.Process(child.pid)
     child.wait()
     monkeypatch.setattr(psutil.Process, "children", lambda self, recursive: [seen])
-    supervise._kill_descendants(set())
+    supervise.kill_descendants(set())
+
+
+def test_a_driver_that_dies_before_it_says_anything_is_not_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its log's last line is the message: an installation that is broken is broken the next time, too."""
+    (tmp_path / "torch.py").write_text("raise ImportError('libtorch.so: bad ELF header')\n", encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    cfg = load(None, ["data.train=/none", "data.val=/none", f"run.storage={tmp_path}"])
+    events: list[Event] = []
+    with pytest.raises(supervise.TrainingFailedError) as told:
+        supervise.train(cfg, "x", None, events.append)
+    assert str(told.value).startswith(
+        "the driver ended with exit code 1: ImportError: libtorch.so: bad ELF header (log: "
+    )
+    assert events == []
+    Path(str(told.value).partition("(log: ")[2].rstrip(")")).unlink()
+
+
+def test_what_the_kernel_killed_for_memory_is_told_as_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = iter([3, 3, 4, 4])
+    monkeypatch.setattr(machine, "out_of_memory_kills", lambda: next(counts))
+    kills = supervise.OutOfMemoryKills()
+    assert kills.explain("worker 0 failed") == "worker 0 failed"
+    assert re.match(r"the kernel has killed a process .* \d+\.\d GB; worker 1 failed", kills.explain("worker 1 failed"))
+    assert kills.explain("worker 2 failed") == "worker 2 failed"
+
+
+@pytest.mark.parametrize(
+    ("errors", "calls", "message"),
+    [
+        ([Exception("The current node timed out during startup.\nThis")], 2, None),
+        ([TimeoutError("a"), RuntimeError("b")], 3, None),
+        ([TimeoutError("a")] * 3, 3, "Ray did not start on this machine in 3 tries: TimeoutError: a"),
+        ([ValueError("no such hook")], 1, "Ray did not start on this machine in 1 tries: ValueError: no such hook"),
+    ],
+)
+def test_ray_is_started_again_where_it_was_too_slow(errors: list[Exception], calls: int, message: str | None) -> None:
+    """And what the slow start left behind is ended first."""
+    left: list[subprocess.Popen[bytes]] = []
+    warnings: list[str] = []
+
+    def start() -> None:
+        assert all(process.poll() is not None for process in left)
+        left.append(subprocess.Popen(["sleep", "100"]))
+        if len(left) <= len(errors):
+            raise errors[len(left) - 1]
+
+    try:
+        with pytest.raises(starting.RayStartError, match=message) if message else nullcontext():
+            starting.start_patiently(start, warnings.append, threading.Event())
+    finally:
+        for process in left:
+            process.kill()
+            process.wait()
+    assert len(left) == calls
+    assert len(warnings) == calls - 1
+    assert all(text.startswith("Ray did not start (") and text.endswith("); trying again") for text in warnings)

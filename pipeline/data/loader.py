@@ -1,7 +1,6 @@
 """Batches for training and evaluation: what `request` asks for, decoded by `dali`, mixed on the device."""
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline import machine
 from pipeline.config import DataConfig
 from pipeline.data import request
 from pipeline.data.dali import Decoder
@@ -65,7 +65,7 @@ class Place:
     def here(cls) -> "Place":
         """All of this machine, for one process."""
         device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-        return cls(rank=0, world_size=1, device=device, num_threads=len(os.sched_getaffinity(0)))
+        return cls(rank=0, world_size=1, device=device, num_threads=machine.cpu_count())
 
 
 Views = Literal["one", "flip", "ten"]

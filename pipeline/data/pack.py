@@ -60,7 +60,7 @@ def pack(
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
-        (temporary / CLASSES_FILE).write_text("".join(f"{name}\n" for name in index.classes))
+        (temporary / CLASSES_FILE).write_text("".join(f"{name}\n" for name in index.classes), encoding="utf-8")
         shards = _write(_samples(index, seed, warn), temporary, out.name, shard_mb * 1e6, len(index), progress)
         for file in (*temporary.iterdir(), temporary):
             fsync(file)
