@@ -67,10 +67,9 @@ class Recorder:
             self._begin(precision)
 
     def _begin(self, precision: str) -> None:
-        cfg, ctx, run = self._job.cfg, self._ctx, self._job.run
+        cfg, ctx, run, patience_s = self._job.cfg, self._ctx, self._job.run, self._job.cfg.cluster.timeout_s
         faults = ctx.faults or self._identity.unended()
         self._identity = self._identity.begin(self._job.owner, len(faults), cfg.train.precision)
-        patience_s = cfg.cluster.timeout_s
         patiently(lambda: self._identity.write(run), ctx.warn, patience_s)
         patiently(self._job.checkpoints.make, ctx.warn, patience_s)
         # A rank cut off from the others may still run when its successor has begun; it must not write.
@@ -95,6 +94,8 @@ class Recorder:
         )
         story = self._identity.story(faults, self._first_step, ctx.world_size)
         self._tracker.metrics(session, {f"session/{name}": value for name, value in story.items()})  # step: session
+        where = {"world_size": ctx.world_size, "num_threads": ctx.num_threads, "device": ctx.device.type}
+        where |= {"precision": cfg.train.precision, "precision_reason": precision}
         ctx.emit(
             {
                 "kind": "start",
@@ -103,13 +104,9 @@ class Recorder:
                 "num_steps": self._num_steps,
                 "global_batch": cfg.train.global_batch,
                 "resumed_from": self._newest and str(self._newest.place),
-                "world_size": ctx.world_size,
                 "faults": num_faults,
-                "num_threads": ctx.num_threads,
-                "device": ctx.device.type,
-                "precision": cfg.train.precision,
-                "precision_reason": precision,
                 "startup": self._startup,
+                **where,
                 **{name: story[name] for name in ("lost_steps", "recovery_s") if name in story},
             }
         )
@@ -209,8 +206,9 @@ class Recorder:
         """Save what can be saved of a session that ends by an error, and tell MLflow of it."""
         if error is None or self._ctx.rank != 0:
             return
-        session = self._identity.sessions
-        self._tracker.tags({f"pipeline.session_{session}.error": f"{type(error).__name__}: {error}"[:500]})
+        self._tracker.tags(
+            {f"pipeline.session_{self._identity.sessions}.error": f"{type(error).__name__}: {error}"[:500]}
+        )
         try:
             self._saver.finish(PATIENCE_BEFORE_RESTART_S)
         except RuntimeError as e:
