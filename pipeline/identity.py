@@ -64,6 +64,15 @@ class Identity:
         """What checkpoints and summaries tell of it."""
         return {"training_id": self.training_id, "sessions": self.sessions, "faults": self.faults}
 
+    def tags(self, faults: Sequence[Fault], first_step: int, workers: int) -> dict[str, str | int]:
+        """What MLflow is told at the beginning of a session that these faults came before."""
+        return {
+            "pipeline.sessions": self.sessions,
+            f"pipeline.session_{self.sessions}": f"from step {first_step}, {workers} workers",
+            "pipeline.faults": self.faults,
+            **{f"pipeline.fault_{self.faults - i}": fault.text[:500] for i, fault in enumerate(reversed(faults))},
+        }
+
     def story(self, faults: Sequence[Fault], first_step: int, workers: int) -> dict[str, float]:
         """What is worth a chart at the beginning of a session that these faults came before."""
         story: dict[str, float] = {"first_step": first_step, "workers": workers, "faults": self.faults}

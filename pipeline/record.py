@@ -83,15 +83,8 @@ class Recorder:
         self._tracker.params(flatten(cfg))
         session, num_faults = self._identity.sessions, self._identity.faults
         self._tracker.text(dump(cfg), f"config/session_{session}.yaml")
-        self._tracker.tags(
-            {
-                "pipeline.sessions": session,
-                f"pipeline.session_{session}": f"from step {self._first_step}, {ctx.world_size} workers",
-                "pipeline.faults": num_faults,
-                "pipeline.data_fingerprint": self._data["fingerprint"],
-                **{f"pipeline.fault_{num_faults - i}": f.text[:500] for i, f in enumerate(reversed(faults))},
-            }
-        )
+        self._tracker.tags(self._identity.tags(faults, self._first_step, ctx.world_size))
+        self._tracker.tags({"pipeline.data_fingerprint": self._data["fingerprint"]})
         story = self._identity.story(faults, self._first_step, ctx.world_size)
         self._tracker.metrics(session, {f"session/{name}": value for name, value in story.items()})  # step: session
         where = {"world_size": ctx.world_size, "num_threads": ctx.num_threads, "device": ctx.device.type}
