@@ -35,7 +35,7 @@ NONE = "no bf16 arithmetic in this CPU"
 ON_AVX2 = cpu(ZEN3, "AVX2", {})
 ON_ZEN4 = cpu(ZEN4, "AVX512", {})
 TINY = [
-    *("data.image_size=12", "data.val_resize=12", "model.depth=18", "train.global_batch=8", "optim.warmup_epochs=0"),
+    *("data.image_size=24", "data.val_resize=24", "model.depth=18", "train.global_batch=8", "optim.warmup_epochs=0"),
     *("train.steps=2", "mlflow.log_model=false", "mlflow.report=false", "mlflow.checkpoints=none"),
 ]
 

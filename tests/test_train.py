@@ -94,7 +94,8 @@ def _barrier() -> None:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_resume_mid_epoch_is_bitwise_one_worker(job: Callable[..., Job], precision: str) -> None:
-    small = SMALL if precision == "bf16" else []
+    # Not smaller: the weight gradient of a bf16 convolution of a single pixel differs from call to call (oneDNN).
+    small = [*SMALL, "data.image_size=32", "data.val_resize=32"] if precision == "bf16" else []
     whole, parts = (job(name, f"train.precision={precision}", *small) for name in ("whole", "parts"))
     torch.set_num_threads(1)
     train_and_resume(0, 1, whole, parts)
