@@ -23,19 +23,18 @@ def test_a_process_that_has_just_ended_by_itself_is_no_error(monkeypatch: pytest
     supervise.kill_descendants(set())
 
 
-def test_a_driver_that_dies_before_it_says_anything_is_not_tried_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("library", "how"), [("ray", "the driver ended with exit code 1: "), ("torch", "")])
+def test_a_driver_that_cannot_start_is_not_tried_again(
+    library: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its log's last line is the message: an installation that is broken is broken the next time, too."""
-    (tmp_path / "torch.py").write_text("raise ImportError('libtorch.so: bad ELF header')\n", encoding="utf-8")
+    """Its error, or its log's last line, is the message: a broken installation is broken the next time, too."""
+    (tmp_path / f"{library}.py").write_text("raise ImportError('a.so: bad ELF header')\n", encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     cfg = load(None, ["data.train=/none", "data.val=/none", f"run.storage={tmp_path}"])
     events: list[Event] = []
     with pytest.raises(supervise.TrainingFailedError) as told:
         supervise.train(cfg, "x", None, events.append)
-    assert str(told.value).startswith(
-        "the driver ended with exit code 1: ImportError: libtorch.so: bad ELF header (log: "
-    )
+    assert str(told.value).startswith(f"{how}ImportError: a.so: bad ELF header (log: ")
     assert events == []
     Path(str(told.value).partition("(log: ")[2].rstrip(")")).unlink()
 
