@@ -1,4 +1,4 @@
-"""When this command began: the first thing that the command line imports, so that its own imports count.
+"""When this command began, and what goes on beside it since: the first thing that the command line imports.
 
 Not the process's start time, which survives `exec`: a script that installs, then `exec`s, would count its installation.
 """
@@ -6,3 +6,7 @@ Not the process's start time, which survives `exec`: a script that installs, the
 import time
 
 BEGAN = time.time()  # Unix time
+
+from pipeline.machine import Neighbours  # noqa: E402  after the time was taken
+
+NEIGHBOURS = Neighbours()

@@ -1,4 +1,5 @@
-"""What this process may use of its machine: cores and memory, as containers and batch systems limit them; its user.
+"""What this process may use of its machine: cores and memory, as containers and batch systems limit them, and as others
+leave them; its user.
 
 The operating system's own figures are the whole machine's. A limit is in a cgroup: in that of the process, or in one
 above it, of version 1 or 2 (<https://docs.kernel.org/admin-guide/cgroup-v2.html>, cpu.max and memory.max).
@@ -7,8 +8,11 @@ above it, of version 1 or 2 (<https://docs.kernel.org/admin-guide/cgroup-v2.html
 import getpass
 import math
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+
+import psutil
 
 PROC = Path("/proc")
 UNLIMITED_BYTES = 2**60  # version 1 has no word for it: what is above is none
@@ -50,6 +54,29 @@ def out_of_memory_kills(proc: Path = PROC) -> int:
             if key == "oom_kill" and count.strip().isdecimal():
                 return int(count)
     return 0
+
+
+def used_cores() -> list[float]:
+    """Seconds that each of the cores that this process may run on has worked since the machine was started."""
+    times = psutil.cpu_times(percpu=True)
+    cores = (times[core] for core in os.sched_getaffinity(0) if core < len(times))
+    return [core.user + core.nice + core.system + core.irq + core.softirq for core in cores]
+
+
+class Neighbours:
+    """What other processes do with this process's cores, from now on."""
+
+    def __init__(self) -> None:
+        self._began, self._used, self._own = time.monotonic(), sum(used_cores()), sum(os.times()[:2])
+
+    def cores(self) -> float:
+        """How many of the cores they have kept busy."""
+        others = sum(used_cores()) - self._used - (sum(os.times()[:2]) - self._own)
+        return max(0.0, others / max(time.monotonic() - self._began, 1e-3))
+
+    def crowd(self) -> bool:
+        """Whether they take half of the cores or more."""
+        return self.cores() >= len(os.sched_getaffinity(0)) / 2
 
 
 def user_name() -> str:

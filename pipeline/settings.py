@@ -32,12 +32,17 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """
     content = {} if path is None else _read_yaml(Path(path))
     settings = list(_leaves({k: v for k, v in content.items() if v is not None}))  # "train:" alone says nothing
+    settings += map(parse_override, overrides)
     merged = OmegaConf.structured(Config)
-    for key, value in [*settings, *map(parse_override, overrides)]:  # one at a time: the culprit is known
-        try:
-            merged = OmegaConf.merge(merged, _nest(key, value))
-        except OmegaConfBaseException:
-            raise ConfigError(_explain(key, value)) from None
+    try:
+        merged = OmegaConf.merge(merged, *(_nest(key, value) for key, value in settings))
+    except OmegaConfBaseException:
+        for key, value in settings:  # each alone, which takes half a second, for the one to be named
+            try:
+                OmegaConf.merge(merged, _nest(key, value))
+            except OmegaConfBaseException:
+                raise ConfigError(_explain(key, value)) from None
+        raise
     try:
         cfg = OmegaConf.to_object(merged)
     except OmegaConfBaseException as e:

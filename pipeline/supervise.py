@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from pipeline import machine
+from pipeline import clock, machine
 from pipeline.config import Config, ConfigError
 from pipeline.environment import driver_environment
 from pipeline.job import Event, FailureBudget, Fault
@@ -32,6 +32,9 @@ LAST_SECONDS = 30.0
 # The peak of what ResNet-18 took on small images, measured: this process, the driver and Ray's; each worker.
 # With a little less the kernel kills, or drops and reads again the code that runs, and the machine stands still.
 RAY_BYTES, WORKER_BYTES = 1.98e9, 0.66e9
+# A thread that waits for another one spins, which costs nothing where each has its core. Beside others that compute, it
+# takes the core from the one that it waits for. Giving it up at once costs a fifth where nobody else wants it.
+BUSY = "others compute on these cores, so threads give them up while they wait; OMP_WAIT_POLICY=ACTIVE does without"
 MAX_REASON = 240  # characters
 FROM_OUTSIDE = (signal.SIGKILL, *ENDING_SIGNALS)  # a process does not do that to itself
 PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
@@ -88,6 +91,9 @@ def train(
     if not joins:
         require_memory(cfg.cluster.min_workers)
     environment, notes = driver_environment(os.environ, starts_ray=not joins)
+    if not joins and clock.NEIGHBOURS.crowd() and "OMP_WAIT_POLICY" not in environment:
+        environment["OMP_WAIT_POLICY"] = "PASSIVE"
+        notes.append(BUSY)
     for text in notes:
         watch({"kind": "warning", "text": text})
     faults: tuple[Fault, ...] = ()
