@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
@@ -128,3 +129,28 @@ def test_a_user_without_an_entry_has_a_number() -> None:
     clean = {name: value for name, value in os.environ.items() if name not in ("LOGNAME", "USER", "LNAME", "USERNAME")}
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=clean)
     assert told.stdout.strip() == "pipeline-12345"
+
+
+@pytest.mark.parametrize(("others", "crowd"), [(0.0, False), (0.4, False), (0.6, True), (1.0, True)])
+def test_neighbours_are_what_else_works_on_these_cores(
+    others: float, crowd: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A share of each core; what this process does itself does not count."""
+    num_cores = len(os.sched_getaffinity(0))
+    clock, own = [100.0], [5.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(os, "times", lambda: (own[0], 0.0, 0.0, 0.0, 0.0))
+    monkeypatch.setattr(machine, "used_cores", lambda: [c * num_cores for c in [others * clock[0]]] + [own[0]])
+    beside = machine.Neighbours()
+    clock[0], own[0] = 110.0, 12.0
+    assert beside.cores() == pytest.approx(others * num_cores)
+    assert beside.crowd() is crowd
+
+
+def test_a_busy_process_is_a_neighbour() -> None:
+    beside = machine.Neighbours()
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+        time.sleep(1)
+        found = beside.cores()
+        process.kill()
+    assert found > 0.2
