@@ -15,6 +15,7 @@ from pipeline.data.draws import kept_branches, size_at
 from pipeline.data.loader import Batch
 from pipeline.model import drop_rates
 from pipeline.optim import Schedule, lr_at
+from pipeline.precision import settle
 from pipeline.settings import load
 from pipeline.state import TrainState
 from pipeline.step import train_step
@@ -52,7 +53,7 @@ def test_a_recipe_trains(recipe: Path, overrides: list[str]) -> None:
 
     152 layers take a minute for all recipes, so that they are left to the slow tests.
     """
-    cfg = load(recipe, overrides)
+    cfg = settle(load(recipe, overrides), torch.device("cpu"))
     state = TrainState.create(cfg, NUM_CLASSES, torch.device("cpu"))
     before = {name: p.detach().clone() for name, p in state.model.named_parameters()}
     lr = lr_at(0, cfg.optim, Schedule.create(cfg, NUM_IMAGES))
