@@ -5,6 +5,7 @@ its part of a small machine, at the start and for as long as it runs, and here n
 started as `ray.init()` does it, but without these, and then joined.
 """
 
+import json
 import os
 import socket
 import threading
@@ -15,6 +16,10 @@ from typing import Any
 
 import ray
 import ray.job_config
+from ray._private.authentication.authentication_token_setup import (
+    enable_token_auth_by_default,
+    ensure_token_if_auth_enabled,
+)
 from ray._private.node import Node
 from ray._private.parameter import RayParams
 
@@ -67,6 +72,8 @@ def connected(
         Interrupted: it was to stop.
     """
     environment = {name: os.environ.setdefault(name, value) for name, value in _environment(cfg).items()}
+    for name in _of_job():
+        environment.pop(name, None)  # Ray refuses what a job's runtime environment has already
     address = cfg.address or os.environ.get("RAY_ADDRESS")
     with ExitStack() as stack:
         try:
@@ -108,6 +115,12 @@ def _environment(cfg: ClusterConfig) -> dict[str, str]:
     }
 
 
+def _of_job() -> dict[str, str]:
+    """The variables of the Ray job in which this process runs, if it does."""
+    config = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    return dict((config.get("runtime_env") or {}).get("env_vars") or {})
+
+
 def join(
     address: str,
     patience_s: float = 0,
@@ -146,6 +159,8 @@ def _local_cluster(cfg: ClusterConfig, warn: Callable[[str], None], wants_stop: 
     num_cpus = max(machine.cpu_count(), cfg.max_workers * (cfg.cpus_per_worker or 1))
 
     def start_node() -> Node:
+        enable_token_auth_by_default()  # else any user of this machine could run code as this one
+        ensure_token_if_auth_enabled(create_token_if_missing=True)
         parameters = RayParams(
             num_cpus=num_cpus,
             object_store_memory=OBJECT_STORE_BYTES,

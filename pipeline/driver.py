@@ -4,7 +4,6 @@ python -m pipeline.driver FILE_DESCRIPTOR
 """
 
 import contextlib
-import importlib
 import sys
 import threading
 import time
@@ -65,37 +64,32 @@ def mark_failed(job: Job, reason: str) -> None:
 def train(supervisor: Supervisor) -> dict[str, Any]:
     """Open the run and train it.
 
-    Three things take seconds: Ray's processes, the imports here, torch among them, and the workers' own. So all of them
-    begin as early as they can, and go on at the same time.
+    Ray's processes take seconds to start, and so do the imports here, torch among them: both go on at the same time.
     """
     request, began = supervisor.request, time.time()
-    imports = threading.Thread(target=importlib.import_module, args=("pipeline.launch",), daemon=True)
+    imports = threading.Thread(target=_import, daemon=True)
     imports.start()
     with connected(request.cfg.cluster, request.again, supervisor.wants_stop, supervisor.warn):
         imports.join()
-        from pipeline.launch import TrainController
+        from pipeline import launch, runs
 
-        assert request.cfg.run.name is not None, "the supervisor names it"
-        controller = TrainController(
-            request.cfg.cluster,
-            request.cfg.run.name,
-            supervisor.event,
-            supervisor.wants_stop,
-            faults=request.faults,
-            restarted=request.again,
-        )
-        controller.start()
-        from pipeline import runs
-
-        started = time.time()
+        ready = time.time()
         with runs.prepare(request.cfg, supervisor.event, request.resume_from) as job:
             supervisor.event({"kind": "run", "name": job.run.name, "place": str(job.run)})
-            marks = (("command", request.began), ("driver", began), ("Ray and imports", started), ("run", time.time()))
+            controller = launch.TrainController(
+                job, supervisor.event, supervisor.wants_stop, faults=request.faults, restarted=request.again
+            )
+            marks = (("command", request.began), ("driver", began), ("Ray and imports", ready), ("run", time.time()))
             try:
-                return controller.run(job, marks)
+                return controller.run(marks)
             except TrainingFailedError as e:
                 mark_failed(job, str(e))
                 raise
+
+
+def _import() -> None:
+    with contextlib.suppress(Exception):  # told where it is imported again
+        from pipeline import launch, runs  # noqa: F401
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ import secrets
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from pipeline.machine import user_name
@@ -105,6 +106,8 @@ def _leftovers(variables: dict[str, str], starts_ray: bool) -> Iterator[str]:
     for name in ("RAY_TRAIN_V2_ENABLED", "RAY_OVERRIDE_RESOURCES") if starts_ray else ("RAY_TRAIN_V2_ENABLED",):
         if (value := variables.pop(name, "")) and value.lower() not in ("1", "true"):
             yield f"{name}={value} is left out: {HARMFUL[name]}"
+    # A thread of Ray's that outlives its connection is not to join another cluster, or start one.
+    variables.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     # Else Ray looks for `uv run` above this process, and has each worker install the current directory anew.
     variables.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
@@ -179,10 +182,11 @@ def _private(variables: Mapping[str, str]) -> str:
     """A directory of this user alone, the same each time."""
     top = next((p for p in (variables.get("TMPDIR"), *TEMPORARY) if p and _usable(p)), tempfile.gettempdir())
     folder = Path(top, f"pipeline-{user_name()}", "home")
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if folder.stat().st_uid != os.getuid() or not _usable(str(folder)):  # someone else was there first
-        return tempfile.mkdtemp(prefix="pipeline-home-", dir=top)
-    return str(folder)
+    with suppress(OSError):  # someone else was there first
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder.stat().st_uid == os.getuid() and _usable(str(folder)):
+            return str(folder)
+    return tempfile.mkdtemp(prefix="pipeline-home-", dir=top)
 
 
 def _usable(place: str) -> bool:

@@ -11,8 +11,10 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import get_args
 
 from pipeline.job import Fault
+from pipeline.precision import Precision
 from pipeline.storage import Storage
 
 FILE = "run.json"
@@ -40,6 +42,8 @@ class Identity:
             numbers = int(content["sessions"]), int(content["faults"])
             owner, is_open = str(content["owner"]), bool(content["open"])
             began, precision = float(content.get("began", time.time())), content.get("precision")
+            if precision not in (*get_args(Precision), None):
+                raise ValueError(precision)
             return cls(str(content["training_id"]), *numbers, owner, is_open, began, precision)
         except FileNotFoundError:
             return None

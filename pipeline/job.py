@@ -67,19 +67,6 @@ Marks = tuple[tuple[str, float], ...]  # what has been done, in order, and when 
 
 
 @dataclass(frozen=True)
-class Work:
-    """What the driver gives the workers of a session, once it knows. faults: since the last session began.
-
-    marks: of the start so far. restarted: not by the user.
-    """
-
-    job: Job
-    faults: tuple[Fault, ...]
-    marks: Marks
-    restarted: bool
-
-
-@dataclass(frozen=True)
 class Context:
     """Where a rank stands, and whom it talks to.
 

@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -25,10 +24,10 @@ import ray.train.torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import cluster
-from pipeline.config import ClusterConfig, ConfigError
+from pipeline.config import ConfigError
 from pipeline.connection import last_line
 from pipeline.gauges import Gauges
-from pipeline.job import Event, FailureBudget, Fault, Job, Marks, Work
+from pipeline.job import Event, FailureBudget, Fault, Job, Marks
 from pipeline.link import Link
 from pipeline.supervise import Interrupted, TrainingFailedError
 from pipeline.trainer import Trainer
@@ -39,21 +38,10 @@ CLUSTER_POLL_SECONDS = 2.0
 WAITING_SECONDS = 60.0  # without room for workers, before it is told what they wait for
 
 
-@dataclass
-class _Session:
-    """A group of workers. outcome: once `thread` has ended, rank 0's summary or the exception that ended it."""
-
-    attempt: int
-    num_workers: int
-    thread: threading.Thread
-    outcome: list[Any]
-
-
 class TrainController:
     """Runs the sessions of a training, one group of workers after the other, on the cluster that is connected to.
 
     Args:
-        run: the run's name.
         watch: called with each event in turn, in the thread that calls `run`.
         wants_stop: set from outside to have a checkpoint saved and the training end as "interrupted".
         faults: what ended earlier drivers since the last session began.
@@ -65,34 +53,24 @@ class TrainController:
 
     def __init__(
         self,
-        cfg: ClusterConfig,
-        run: str,
+        job: Job,
         watch: Callable[[Event], None],
         wants_stop: threading.Event,
         *,
         faults: tuple[Fault, ...],
         restarted: bool,
     ):
-        self._settings, self._watch, self._wants_stop = cfg, watch, wants_stop
+        self._job, self._settings, self._watch, self._wants_stop = job, job.cfg.cluster, watch, wants_stop
         self._faults, self._restarted = faults, restarted
-        self._gauges = Gauges(run)
-        self._size = cluster.size_of_worker(cfg)
+        self._gauges = Gauges(job.run.name)
+        self._size = cluster.size_of_worker(self._settings)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._link = ray.remote(Link).options(num_cpus=0, scheduling_strategy=here).remote()
-        self._budget = FailureBudget(cfg.max_failures)
+        self._budget = FailureBudget(self._settings.max_failures)
         self._attempt = 0
-        self._session: _Session | None = None  # started, and not yet watched
         self._started: float | None = None  # when the workers of this session began to train
 
-    def start(self) -> None:
-        """Start a first group of workers, where there is room, though there is nothing for them yet.
-
-        Their processes need seconds to start and to import, in which the run can be opened.
-        """
-        if num_workers := cluster.reserve(self._size, self._settings.min_workers, self._settings.max_workers):
-            self._session = self._start_session(num_workers)
-
-    def run(self, job: Job, marks: Marks) -> dict[str, Any]:
+    def run(self, marks: Marks) -> dict[str, Any]:
         """Run sessions until the training is done or stopped.
 
         Args:
@@ -110,16 +88,15 @@ class TrainController:
         while True:
             if self._wants_stop.is_set():
                 raise Interrupted
-            session, self._session = self._session or self._start_session(self._wait_for_room()), None
-            self._link.give.remote(session.attempt, Work(job, self._faults, marks, self._restarted))
-            outcome = self._attend(session)
+            num_workers, self._attempt, self._started = self._wait_for_room(), self._attempt + 1, None
+            outcome = self._run_session(num_workers, marks)
             marks, self._restarted = (("end of the last session", time.time()),), True
             if fatal := self._get(self._link.fatal.remote()):
                 kind, text = fatal
                 raise ConfigError(text) if kind == ConfigError.__name__ else TrainingFailedError(text)
             if isinstance(outcome, ray.train.TrainingFailedError):
                 self._note_fault(outcome)
-            elif isinstance(outcome, Exception):
+            elif isinstance(outcome, BaseException):
                 raise outcome
             elif outcome["status"] != "regroup":
                 return dict(outcome)
@@ -138,30 +115,30 @@ class TrainController:
                 since = time.monotonic()
                 self._tell({"kind": "warning", "text": cluster.why_waiting(settings, self._size)})
 
-    def _start_session(self, num_workers: int) -> _Session:
-        self._attempt, self._started = self._attempt + 1, None
-        self._link.begin.remote(self._attempt)
+    def _run_session(self, num_workers: int, marks: Marks) -> Any:
+        """Train until rank 0's `fit` returns.
+
+        Returns:
+            Its summary, or the exception that ended it.
+        """
+        config = {
+            "job": self._job,
+            "link": self._link,
+            "attempt": self._attempt,
+            "faults": self._faults,
+            "marks": marks,
+            "restarted": self._restarted,
+            "num_threads": int(self._size["CPU"]),
+        }
         outcome: list[Any] = []
-        fitting = threading.Thread(target=self._fit, args=(num_workers, self._attempt, outcome), daemon=True)
+        fitting = threading.Thread(target=self._fit, args=(num_workers, config, outcome), daemon=True)
         fitting.start()
-        return _Session(self._attempt, num_workers, fitting, outcome)
-
-    def _fit(self, num_workers: int, attempt: int, outcome: list[Any]) -> None:
-        """Fit in a thread, so that the driver's main thread can watch."""
-        with TemporaryDirectory(prefix="pipeline-ray-") as unused:
-            try:
-                outcome.append(self._trainer(num_workers, attempt, unused).fit().return_value)
-            except Exception as e:  # told apart by the main thread
-                outcome.append(e)
-        self._link.emit.remote(attempt, {"kind": "end"})  # the main thread waits for events
-
-    def _attend(self, session: _Session) -> Any:
-        """Wait for a session's end, and return its outcome."""
+        self._get(self._link.begin.remote(self._attempt))  # the link's process starts beside the workers'
         looked = time.monotonic()
         place: cluster.Place | None = None
         with ExitStack() as wishes:
             asked = self._link.take_events.remote()
-            while session.thread.is_alive():
+            while fitting.is_alive():
                 if ray.wait([asked], timeout=POLL_SECONDS)[0]:
                     self._pass_on(self._get(asked))
                     asked = self._link.take_events.remote()
@@ -172,12 +149,12 @@ class TrainController:
                     self._gauges.export()
                     if self._started is None:
                         continue
-                    if place is None and session.num_workers < self._settings.max_workers:  # the others have theirs
+                    if place is None and num_workers < self._settings.max_workers:  # the others have theirs
                         place = wishes.enter_context(cluster.Place(self._size, 1))
                     self._look_at_cluster(self._started, place)
         self._pass_on(self._get(asked))
         self._pass_on(self._get(self._link.take_events.remote(wait=False)))
-        return session.outcome[0]
+        return outcome[0]
 
     def _pass_on(self, events: list[Event]) -> None:
         for event in events:
@@ -215,8 +192,17 @@ class TrainController:
     def _get(self, ref: Any) -> Any:
         return ray.get(ref, timeout=self._settings.timeout_s)
 
-    def _trainer(self, num_workers: int, attempt: int, storage: str) -> Trainer:
-        config = {"link": self._link, "attempt": attempt, "num_threads": int(self._size["CPU"])}
+    def _fit(self, num_workers: int, config: dict[str, Any], outcome: list[Any]) -> None:
+        """Fit in a thread, so that the driver's main thread can watch."""
+        try:
+            with TemporaryDirectory(prefix="pipeline-ray-") as unused:
+                outcome.append(self._trainer(num_workers, config, unused).fit().return_value)
+        except BaseException as e:  # told apart by the main thread
+            outcome.append(e)
+        finally:
+            self._link.emit.remote(config["attempt"], {"kind": "end"})  # the main thread waits for events
+
+    def _trainer(self, num_workers: int, config: dict[str, Any], storage: str) -> Trainer:
         return Trainer(
             train_on_worker,
             train_loop_config=config,

@@ -8,13 +8,13 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 
-from pipeline.job import Event, StopReason, Work
+from pipeline.job import Event, StopReason
 
 MAX_WAIT_S = 2.0  # before the one who asks is told that there is nothing yet
 
 
 class Link:
-    """Events go one way, what is to be done and the wish to stop the other.
+    """Events go one way, the wish to stop the other.
 
     Each session is a new attempt. A worker of an earlier one, cut off and not yet dead, is not heard.
     """
@@ -25,22 +25,10 @@ class Link:
         self._nodes: set[str] = set()
         self._stop: StopReason | None = None
         self._fatal: tuple[str, str] | None = None
-        self._work: Work | None = None
         self._changed = asyncio.Event()
 
     async def begin(self, attempt: int) -> None:
-        self._attempt, self._nodes, self._stop, self._work = attempt, set(), None, None
-
-    async def give(self, attempt: int, work: Work) -> None:
-        """Tell the workers what they are to do."""
-        if attempt == self._attempt:
-            self._work = work
-            self._notify()
-
-    async def work(self, attempt: int) -> Work | None:
-        """What a worker is to do; None while that is not known."""
-        await self._wait(lambda: self._work is not None)
-        return self._work if attempt == self._attempt else None
+        self._attempt, self._nodes, self._stop = attempt, set(), None
 
     async def join(self, attempt: int, node: str) -> None:
         """A worker has started on a node."""
@@ -64,10 +52,15 @@ class Link:
         return events
 
     async def poll(self, attempt: int, step: int) -> StopReason | None:
-        """What rank 0 asks for time and again, telling the steps done."""
-        if attempt == self._attempt:
-            self._step = step
-            await self._wait(lambda: self._stop is not None)
+        """What rank 0 asks for time and again, telling the steps done.
+
+        Raises:
+            RuntimeError: a later session has begun.
+        """
+        if attempt < self._attempt:
+            raise RuntimeError(f"session {self._attempt} has begun")
+        self._step = step
+        await self._wait(lambda: self._stop is not None)
         return self._stop
 
     async def step(self) -> int:

@@ -91,23 +91,23 @@ def train(
     if not joins:
         require_memory(cfg.cluster.min_workers)
     environment, notes = driver_environment(os.environ, starts_ray=not joins)
-    if not joins and clock.NEIGHBOURS.crowd() and "OMP_WAIT_POLICY" not in environment:
-        environment["OMP_WAIT_POLICY"] = "PASSIVE"
-        notes.append(BUSY)
     for text in notes:
         watch({"kind": "warning", "text": text})
+    if not joins and clock.NEIGHBOURS.crowd() and "OMP_WAIT_POLICY" not in environment:
+        environment["OMP_WAIT_POLICY"] = "PASSIVE"
+        watch({"kind": "note", "text": BUSY})
     faults: tuple[Fault, ...] = ()
-    kills = OutOfMemoryKills()
+    kills, begun = OutOfMemoryKills(), False
 
     def note(event: Event) -> None:
-        nonlocal step, faults
+        nonlocal step, faults, begun
         if event["kind"] == "fault":
             event = event | {"text": kills.explain(event["text"])}
         step = event.get("step", step)
         if event["kind"] == "checkpoint":
             budget.progressed()
         if event["kind"] == "start":
-            faults = ()
+            faults, begun = (), True
         watch(event)
 
     with _signals() as received:
@@ -121,9 +121,9 @@ def train(
             if kind == "interrupted":
                 raise Interrupted
             content = kills.explain(content)
-            if kind == "stillborn" and not again:  # another driver would meet the same
+            if kind in ("stillborn", "broken") and not (again or begun):  # another driver would meet the same
                 raise TrainingFailedError(content)
-            if kind in ("lost", "stillborn") and not budget.failed():
+            if kind in ("lost", "stillborn", "broken") and not budget.failed():
                 again = True
                 faults = (*faults, Fault(content, step, time.time()))
                 watch({"kind": "fault", "text": content})

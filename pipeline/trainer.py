@@ -45,11 +45,6 @@ class _FixedSize(FixedScalingPolicy):  # type: ignore[misc]
 
 
 class _WorkerGroup(WorkerGroup):  # type: ignore[misc]
-    @staticmethod
-    def _get_worker_runtime_env(custom_runtime_env: Any) -> Any:
-        """Nothing but the job's environment: Ray starts a process sooner where it need not be made for this one."""
-        return custom_runtime_env
-
     def _init_train_context_on_workers(
         self, workers: list[Any], sync_actor: Any, train_context_args: dict[str, list[Any]]
     ) -> None:

@@ -10,7 +10,7 @@ import ray.train
 import ray.train.torch
 
 from pipeline.config import ConfigError
-from pipeline.job import Context, StopReason, Work
+from pipeline.job import Context, StopReason
 from pipeline.link import MAX_WAIT_S
 
 
@@ -25,9 +25,7 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
     from pipeline.identity import SupersededError
     from pipeline.train import fit
 
-    link, attempt, imported = config["link"], config["attempt"], time.time()
-    work = _wait_for_work(link, attempt)
-    job, given = work.job, work.marks[-1][1]  # perhaps later than this process was ready
+    job, link, attempt = config["job"], config["link"], config["attempt"]
     here = ray.train.get_context()
     rank = here.get_world_rank()
     link.join.remote(attempt, ray.get_runtime_context().get_node_id())
@@ -44,21 +42,15 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
         emit=lambda event: link.emit.remote(attempt, event),
         stop_reason=lambda: line.stop_reason,
         progress=line.progress,
-        faults=work.faults,
-        marks=(*work.marks, ("processes", max(entered, given)), ("imports of workers", max(imported, given))),
-        restarted=work.restarted,
+        faults=config["faults"],
+        marks=(*config["marks"], ("processes", entered), ("imports of workers", time.time())),
+        restarted=config["restarted"],
     )
     try:
         return fit(job, context)
     except (ConfigError, NonFiniteError, BadDataError, CheckpointError, SupersededError) as e:
         ray.get(link.fail.remote(attempt, type(e).__name__, str(e)))  # a restart would meet it again
         raise
-
-
-def _wait_for_work(link: Any, attempt: int) -> Work:
-    while (work := ray.get(link.work.remote(attempt))) is None:
-        pass  # the link has waited
-    return work  # type: ignore[no-any-return]
 
 
 class _Line:

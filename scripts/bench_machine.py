@@ -5,7 +5,8 @@
 Per round and tree, on ResNet-152 as in the demo, with two workers: seconds from the command to the end of the first
 step; CPU time over a minute of all processes but the workers; seconds from a worker's death to the end of the next
 step. Then images/s of ResNet-18 in fp32 (64 pixels, batch 32, one worker with all cores), alone and beside as many busy
-processes as there are cores. Both trees run in this Python environment. The machine must be quiet: what else runs counts against both.
+processes as there are cores. Both trees run in this Python environment. The machine must be quiet: what else runs
+counts against both.
 """
 
 import argparse

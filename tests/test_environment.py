@@ -48,6 +48,7 @@ def test_a_good_environment_stays_and_nothing_is_told(plain: dict[str, str]) -> 
         "PYTHONSAFEPATH": "1",
         "PYTHONUTF8": "1",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+        "RAY_ENABLE_AUTO_CONNECT": "0",
         "RAY_TMPDIR": "/tmp",
     }
     assert driver_environment(made) == (made, []), "it is the same a second time"

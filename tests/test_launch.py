@@ -112,6 +112,8 @@ def test_a_second_signal_stops_at_once_and_leaves_no_process(command: Command, s
     training.wait_for("session 1")
     started = descendants(training.process.pid)
     assert any("RayTrainWorker" in command_line(pid) for pid in started)
+    (gcs,) = (pid for pid in started if "gcs_server" in command_line(pid))
+    assert b"RAY_AUTH_MODE=token" in Path(f"/proc/{gcs}/environ").read_bytes(), "no other user of this machine may join"
     training.signal_group(signal.SIGINT)
     time.sleep(0.3)
     training.signal_group(signal.SIGINT)

@@ -7,12 +7,7 @@ from typing import Any
 import pytest
 
 from pipeline import link
-from pipeline.job import Job, Work
 from pipeline.link import Link
-from pipeline.settings import load
-from pipeline.storage import Storage
-
-WORK = Work(Job(load(None, ["data.train=x", "data.val=x"]), Storage("/x"), "t", "v"), (), (("command", 0.0),), False)
 
 
 def after(seconds: float, call: Coroutine[Any, Any, None], asked: Coroutine[Any, Any, Any]) -> Any:
@@ -52,8 +47,6 @@ def test_who_waits_is_told_at_once() -> None:
     one = begun(1)
     assert after(0.1, one.emit(1, event), one.take_events()) == [event]
     one = begun(1)
-    assert after(0.1, one.give(1, WORK), one.work(1)) == WORK
-    one = begun(1)
     assert after(0.1, one.request_stop("regroup"), one.poll(1, 7)) == "regroup"
     assert told(one.step()) == [7]
 
@@ -74,15 +67,16 @@ def test_another_answer_does_not_end_a_wait() -> None:
 def test_nothing_new_is_told_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link, "MAX_WAIT_S", 0.05)
     one = begun(1)
-    assert told(one.poll(1, 0), one.take_events(), one.work(1)) == [None, [], None]
+    assert told(one.poll(1, 0), one.take_events()) == [None, []]
 
 
 def test_an_earlier_session_is_not_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link, "MAX_WAIT_S", 0.05)
     one = begun(2)
-    told(one.emit(1, {"kind": "step"}), one.give(1, WORK), one.join(1, "node"), one.fail(1, "E", "x"), one.poll(1, 99))
-    answers = told(one.take_events(wait=False), one.work(1), one.nodes(), one.fatal(), one.step())
-    assert answers == [[], None, set(), None, 0]
+    told(one.emit(1, {"kind": "step"}), one.join(1, "node"), one.fail(1, "E", "x"))
+    with pytest.raises(RuntimeError, match="session 2 has begun"):  # which ends the worker that asks
+        told(one.poll(1, 99))
+    assert told(one.take_events(wait=False), one.nodes(), one.fatal(), one.step()) == [[], set(), None, 0]
 
 
 def test_a_stop_of_the_user_is_not_replaced_by_a_regrouping() -> None:
