@@ -29,9 +29,9 @@ from pipeline.job import Event, FailureBudget, Fault
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_SECONDS = 0.1
 LAST_SECONDS = 30.0
-# The peak of what ResNet-18 took on small images, measured: this process, the driver and Ray's; each worker.
+# The peak of what ResNet-18 took on small images (PSS, one run each): this process, the driver and Ray's; each worker.
 # With a little less the kernel kills, or drops and reads again the code that runs, and the machine stands still.
-RAY_BYTES, WORKER_BYTES = 1.98e9, 0.66e9
+RAY_BYTES, WORKER_BYTES = 1.32e9, 0.70e9
 # A thread that waits for another one spins, which costs nothing where each has its core. Beside others that compute, it
 # takes the core from the one that it waits for. Giving it up at once costs a fifth where nobody else wants it.
 BUSY = "others compute on these cores, so threads give them up while they wait; OMP_WAIT_POLICY=ACTIVE does without"
