@@ -88,7 +88,8 @@ class TrainingView(_View):
                 if self._bar is None:
                     self.say(f"step {event['step']}: saved {event['path']}")
             case "stopping":
-                self.say(f"{event['signal']}: saving a checkpoint at the next step; once more to stop at once")
+                how = "saving a checkpoint at the next step" if self._num_steps else "ending, as no step is done"
+                self.say(f"{event['signal']}: {how}; once more to stop at once")
             case "regroup":
                 self.say(f"{event['text']}: saving a checkpoint, then going on with the workers there are")
             case "fault":

@@ -51,7 +51,7 @@ def evaluate_checkpoint(
     model, cfg, classes = checkpoint.load_model(place, overrides)
     cfg = settle(cfg, here.device)
     if text := emulation(cfg.train.precision, [hardware_of(here.device)], fix):
-        say(text)
+        say(f"warning: {text}")
     index = open_index(data or cfg.data.val)[0].with_classes(classes)
     with closing(EvalLoader(index, cfg.data, here, _refuse, batch=cfg.train.eval_batch, views=views)) as loader:
         try:

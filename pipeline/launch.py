@@ -68,7 +68,8 @@ class TrainController:
         self._link = ray.remote(Link).options(num_cpus=0, scheduling_strategy=here).remote()
         self._budget = FailureBudget(self._settings.max_failures)
         self._attempt = 0
-        self._started: float | None = None  # when the workers of this session began to train
+        self._trains = False  # in this session
+        self._started: float | None = None  # when this session's workers began to train, as long as it is to go on
 
     def run(self, marks: Marks) -> dict[str, Any]:
         """Run sessions until the training is done or stopped.
@@ -88,7 +89,8 @@ class TrainController:
         while True:
             if self._wants_stop.is_set():
                 raise Interrupted
-            num_workers, self._attempt, self._started = self._wait_for_room(), self._attempt + 1, None
+            num_workers, self._attempt = self._wait_for_room(), self._attempt + 1
+            self._trains, self._started = False, None
             outcome = self._run_session(num_workers, marks)
             marks, self._restarted = (("end of the last session", time.time()),), True
             if fatal := self._get(self._link.fatal.remote()):
@@ -143,6 +145,8 @@ class TrainController:
                     self._pass_on(self._get(asked))
                     asked = self._link.take_events.remote()
                 if self._wants_stop.is_set():
+                    if not self._trains:  # there is nothing to save
+                        raise Interrupted
                     self._link.request_stop.remote("interrupted")
                 if time.monotonic() - looked > CLUSTER_POLL_SECONDS:
                     looked = time.monotonic()
@@ -159,7 +163,7 @@ class TrainController:
     def _pass_on(self, events: list[Event]) -> None:
         for event in events:
             if event["kind"] == "start":
-                self._started, self._faults = time.monotonic(), ()
+                self._trains, self._started, self._faults = True, time.monotonic(), ()
             elif event["kind"] == "checkpoint":
                 self._budget.progressed()
             self._tell(event)

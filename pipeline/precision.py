@@ -86,7 +86,7 @@ def cpu(features: Mapping[str, Any], vectors: str, environ: Mapping[str, str]) -
     reason = used.get("bf16", "no bf16 arithmetic in this CPU")
     limits = [f"{name}={environ[name]}" for name in LIMITS if environ.get(name)]
     if "bf16" not in used and any(precision == "bf16" for precision, _, _ in there) and limits:
-        reason += f", limited by {' and '.join(limits)}"
+        reason = f"{' and '.join(limits)} leaves out this CPU's bf16 arithmetic"
     x86 = features.get("avx2", False)
     slowdown = {} if not x86 else ON_AVX512 if features.get("avx512_f") and "AVX512_CORE" in allowed else ON_AVX2
     return Hardware("CPU", tuple(native), reason, slowdown)

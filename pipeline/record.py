@@ -253,6 +253,7 @@ class Recorder:
             "step": state.step,
             "num_steps": self._num_steps,
             **{name: self._scores.get(name) for name in ("top1", "top5", "loss")},
+            "precision": cfg.train.precision,
             "images_per_s": speed,
             "seconds": self._ledger.seconds(),
             "startup": self._startup,

@@ -34,7 +34,7 @@ LAST_SECONDS = 30.0
 RAY_BYTES, WORKER_BYTES = 1.32e9, 0.70e9
 # A thread that waits for another one spins, which costs nothing where each has its core. Beside others that compute, it
 # takes the core from the one that it waits for. Giving it up at once costs a fifth where nobody else wants it.
-BUSY = "others compute on these cores, so threads give them up while they wait; OMP_WAIT_POLICY=ACTIVE does without"
+BUSY = "other programs compute on these cores: threads give them up while they wait; OMP_WAIT_POLICY=ACTIVE keeps them"
 MAX_REASON = 240  # characters
 FROM_OUTSIDE = (signal.SIGKILL, *ENDING_SIGNALS)  # a process does not do that to itself
 PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
