@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -48,10 +49,15 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def digits_index(digits: Path) -> Callable[[str], Path]:
-    """The index file of the demo's "train" or "val" images."""
+    """The index file of the demo's "train" or "val" images, or of "few" of the latter: 13 of each digit."""
 
     def path(split: str) -> Path:
         file = digits / f"{split}.arrow"
+        if split == "few" and not file.exists():
+            for label in (digits / "val").iterdir():
+                (digits / split / label.name).mkdir(parents=True)
+                for image in sorted(label.iterdir())[:13]:
+                    shutil.copy(image, digits / split / label.name)
         if not file.exists():
             build_index(digits / split)[0].save(file)
         return file
@@ -73,7 +79,13 @@ def trained(
     """The summary of a short training of ResNet-18, whose run is called "small", and its registered model "digits"."""
     run_dir = tmp_path_factory.mktemp("runs") / "small"
     run_dir.mkdir()
-    settings = ["model.depth=18", "train.epochs=3", "optim.warmup_epochs=0.5", "checkpoint.every=40"]
+    settings = [
+        "model.depth=18",
+        "train.steps=66",
+        "train.global_batch=16",
+        "optim.warmup_epochs=0.1",
+        "checkpoint.every=40",
+    ]
     cfg = load(ROOT / "configs/digits.yaml", [*settings, "mlflow.register=digits"])
     data = dataclasses.replace(cfg.data, train=str(digits / "train"), val=str(digits / "val"))
     indexes = str(digits_index("train")), str(digits_index("val"))

@@ -41,7 +41,13 @@ def stopped(digits_index: Callable[[str], Path], tmp_path_factory: pytest.TempPa
     """The folder of a run that was asked to end after two of six steps, the first of which was evaluated."""
     storage = tmp_path_factory.mktemp("runs")
     train, val = str(digits_index("train")), str(digits_index("val"))
-    length = ["train.steps=6", "run.stop_at_step=2", "train.log_every=1", "optim.warmup_epochs=0.01"]
+    length = [
+        "train.global_batch=64",
+        "train.steps=6",
+        "run.stop_at_step=2",
+        "train.log_every=1",
+        "optim.warmup_epochs=0.01",
+    ]
     cfg = load(None, [f"data.train={val}", f"data.val={val}", *FAST, *length, f"run.storage={storage}"])
     (storage / "stopped").mkdir()
     summary = fit(Job(cfg, Storage(storage / "stopped"), val, train), context())

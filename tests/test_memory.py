@@ -163,7 +163,7 @@ def test_trainings_and_commands_evaluate_in_parts(
         return forward(model, x, keep)
 
     monkeypatch.setattr(ResNet, "forward", short)
-    train, val = digits_index("train"), digits_index("val")
+    train = val = digits_index("few")  # 128 and 2 images
     quiet = ["mlflow.log_model=false", "mlflow.report=false", "mlflow.checkpoints=none"]
     cfg = config(f"data.train={train}", f"data.val={val}", "train.steps=1", f"run.storage={tmp_path}", *quiet)
     (tmp_path / "run").mkdir()
@@ -172,7 +172,7 @@ def test_trainings_and_commands_evaluate_in_parts(
     line = "the GPU's memory is short: 64 instead of 128 images at a time; the figures stay, to within rounding"
     assert [event["text"].startswith(line) for event in events if event["kind"] == "warning"] == [True]
     capsys.readouterr()
-    for words in (["evaluate"], ["predict", str(digits / "val")], ["report", "--out", str(tmp_path / "report")]):
+    for words in (["evaluate"], ["predict", str(digits / "few")], ["report", "--out", str(tmp_path / "report")]):
         assert cli.main([words[0], str(tmp_path / "run"), *words[1:], "--json"]) == 0
         told = capsys.readouterr()
         assert told.err.count(line) == 1, told.err

@@ -32,7 +32,7 @@ def job(digits_index: Callable[[str], Path], tmp_path: Path) -> Callable[..., Jo
     """Makes the job of one run, by overrides."""
 
     def make(*overrides: str) -> Job:
-        train, val = digits_index("train"), digits_index("val")
+        train = val = digits_index("few")
         cfg = load(None, [f"data.train={train}", f"data.val={val}", *FAST, f"run.storage={tmp_path}", *overrides])
         (tmp_path / "run").mkdir(exist_ok=True)
         return Job(cfg, Storage(tmp_path / "run"), str(train), str(val))
@@ -110,16 +110,16 @@ def test_marks_cost_next_to_nothing() -> None:
 
 def test_sessions_add_up_to_the_wall_time_since_the_first(job: Callable[..., Job]) -> None:
     """A session that ends, one whose end is never told, and one that goes on from the checkpoint before."""
-    ten = job("run.stop_at_step=10")
+    five = job("run.stop_at_step=5", "train.steps=15")
     began = time.time()
-    first = fit(ten, context())
+    first = fit(five, context())
     stopped = time.time()
     assert sum(first["seconds"].values()) == pytest.approx(first["ended"] - began, rel=0.02, abs=0.2)
     assert first["seconds"]["forward"] < first["seconds"]["backward"]
     assert "recovery" not in first["seconds"]
 
     asked = dataclasses.replace(context(), marks=(("command", time.time() - 5),))
-    second = fit(job("run.stop_at_step=20"), asked)
+    second = fit(job("run.stop_at_step=10", "train.steps=15"), asked)
     gained = second["seconds"]["start-up"] - first["seconds"]["start-up"]
     assert 5 < gained < 5 + time.time() - stopped, "what the command did before its workers is counted"
 
@@ -129,7 +129,7 @@ def test_sessions_add_up_to_the_wall_time_since_the_first(job: Callable[..., Job
     dataclasses.replace(last, open=True).write(run)  # as a killed process leaves it
     time.sleep(2)
     resumed = time.time()
-    third = fit(job(), context())
+    third = fit(job("train.steps=15"), context())
     assert third["seconds"]["recovery"] > 2, "the time without training, since the checkpoint"
     whole = sum(third["seconds"].values()) - sum(second["seconds"].values())
     assert whole == pytest.approx(third["ended"] - second["ended"], rel=0.02, abs=0.2)
@@ -138,25 +138,25 @@ def test_sessions_add_up_to_the_wall_time_since_the_first(job: Callable[..., Job
 
 
 def test_steps_done_again_are_recovery_and_not_compute(job: Callable[..., Job]) -> None:
-    """Ended by an error at step 19, and taken up again from the checkpoint of step 10."""
-    settings = ["train.log_every=1", "checkpoint.every=10", "train.eval_every=100"]
+    """Ended by an error at step 15, and taken up again from the checkpoint of step 8."""
+    settings = ["train.steps=16", "train.log_every=1", "checkpoint.every=8", "train.eval_every=100"]
     steps = list[Event]()
 
     def watch(event: Event) -> None:
         if event["kind"] == "step":
             steps.append(event)
-            if event["step"] == 19 and len(steps) == 19:
+            if event["step"] == 15 and len(steps) == 15:
                 raise RuntimeError("the end")
 
     told = dataclasses.replace(context(), emit=watch)
     with pytest.raises(RuntimeError, match="the end"):
         fit(job(*settings), told)
     fit(job(*settings), dataclasses.replace(told, restarted=True))
-    assert [event["step"] for event in steps] == [*range(1, 20), *range(11, 31)]
-    tenth, lost, again = (steps[i]["seconds"] for i in (9, 18, 19))
-    assert tenth["recovery"] == lost["recovery"] == 0
-    assert again["recovery"] > lost["compute"] - tenth["compute"], "nine steps are lost"
-    assert tenth["compute"] < again["compute"] < lost["compute"], "and count once"
+    assert [event["step"] for event in steps] == [*range(1, 16), *range(9, 17)]
+    eighth, lost, again = (steps[i]["seconds"] for i in (7, 14, 15))
+    assert eighth["recovery"] == lost["recovery"] == 0
+    assert again["recovery"] > lost["compute"] - eighth["compute"], "seven steps are lost"
+    assert eighth["compute"] < again["compute"] < lost["compute"], "and count once"
 
 
 def test_a_fault_before_any_checkpoint_loses_no_time(job: Callable[..., Job]) -> None:
@@ -189,8 +189,8 @@ def waits(rank: int, world_size: int, job: Job) -> dict[str, float]:
 
 
 def test_waiting_for_a_slow_rank_is_communication(job: Callable[..., Job]) -> None:
-    seconds, _ = run_ranks(waits, 2, job("train.steps=20", "train.eval_every=100"))
-    assert seconds["communication wait"] > 20 * 0.04
+    seconds, _ = run_ranks(waits, 2, job("train.steps=10", "train.eval_every=100"))
+    assert seconds["communication wait"] > 10 * 0.04
     assert seconds["data wait"] < 0.5 * seconds["communication wait"]
 
 
@@ -214,12 +214,10 @@ def test_nothing_waits_for_the_device_but_logged_steps(
         monkeypatch.setattr(torch.Tensor, name, counted(name))
     said = Predictions(np.zeros(2, int), np.zeros((2, 5), int), np.ones((2, 5)), np.ones(2))
     monkeypatch.setattr("pipeline.train.evaluate", lambda *args, **kwargs: said)
-    fit(
-        job(f"train.log_every={log_every}", "checkpoint.every=1000", "train.eval_every=100", "train.clip_norm=1.0"),
-        context(),
-    )
+    few = ["train.steps=20", "train.global_batch=4", "checkpoint.every=1000", "train.eval_every=100"]
+    fit(job(f"train.log_every={log_every}", *few, "train.clip_norm=1.0"), context())
     ended = 1  # the last step is saved, which gathers nothing but is logged
-    assert calls["tolist"] == 30 // log_every
+    assert calls["tolist"] == 20 // log_every
     assert sum(calls.values()) - calls["tolist"] <= ended
 
 

@@ -152,7 +152,7 @@ def job(digits_index: Callable[[str], Path], tmp_path: Path) -> Callable[..., Jo
     """Makes a job of two steps, by overrides; each is of the same run."""
 
     def make(*overrides: str) -> Job:
-        index = digits_index("val")
+        index = digits_index("few")
         cfg = load(None, [f"data.train={index}", f"data.val={index}", *TINY, f"run.storage={tmp_path}", *overrides])
         (tmp_path / "run").mkdir(exist_ok=True)
         return Job(cfg, Storage(tmp_path / "run"), str(index), str(index))

@@ -244,7 +244,7 @@ def own_images(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_job(folder: Path, images: Path, *overrides: str) -> Job:
     sources = [f"data.train={images}/val.arrow", f"data.val={images}/val.arrow"]
     few = ["train.steps=4", "train.log_every=1", "optim.warmup_epochs=0.1", "mlflow.report=true", "checkpoint.every=2"]
-    cfg = load(None, [*sources, *FAST, *few, f"run.storage={folder}", *overrides])
+    cfg = load(None, [*sources, *FAST, "train.global_batch=64", *few, f"run.storage={folder}", *overrides])
     (folder / "drawn").mkdir(exist_ok=True)
     return Job(cfg, Storage(folder / "drawn"), f"{images}/val.arrow", f"{images}/val.arrow")
 

@@ -1,6 +1,7 @@
 """Settings that are for speed alone: they train the same, and say so where they cannot."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +15,21 @@ from pipeline.settings import load
 from pipeline.storage import Storage
 from pipeline.train import fit
 
-STEPS = 6
+STEPS = 5
 
 
 @pytest.fixture
 def job(digits_index: Callable[[str], Path], tmp_path: Path) -> Callable[..., Job]:
     """Makes a job of a few logged steps, by run name and overrides."""
+    return partial(make_job, digits_index, tmp_path)
 
-    def make(name: str, *overrides: str) -> Job:
-        train, val = digits_index("train"), digits_index("val")
-        few = [f"train.steps={STEPS}", "train.log_every=1", "train.ema_decay=null", f"run.storage={tmp_path}"]
-        cfg = load(None, [f"data.train={train}", f"data.val={val}", *FAST, *few, *overrides])
-        (tmp_path / name).mkdir(exist_ok=True)
-        return Job(cfg, Storage(tmp_path / name), str(train), str(val))
 
-    return make
+def make_job(digits_index: Callable[[str], Path], folder: Path, name: str, *overrides: str) -> Job:
+    train, val = digits_index("train"), digits_index("few")
+    few = [f"train.steps={STEPS}", "train.log_every=1", "train.ema_decay=null", f"run.storage={folder}"]
+    cfg = load(None, [f"data.train={train}", f"data.val={val}", *FAST, *few, *overrides])
+    (folder / name).mkdir(exist_ok=True)
+    return Job(cfg, Storage(folder / name), str(train), str(val))
 
 
 def train(rank: int, world_size: int, *jobs: Job) -> list[tuple[list[float], dict[str, Any]]]:
@@ -41,19 +42,30 @@ def train(rank: int, world_size: int, *jobs: Job) -> list[tuple[list[float], dic
     return found
 
 
-def test_gradients_in_bf16_train_alike(job: Callable[..., Job]) -> None:
-    """To the accuracy of bf16, about three digits; that the losses differ at all shows that they were used."""
+@pytest.fixture(scope="module")
+def losses(digits_index: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+    """Of two workers, by what is sent how between them: trained in turn by the same processes, which start once."""
+    job = partial(make_job, digits_index, tmp_path_factory.mktemp("speedups"))
     calm = "train.precision=fp32", "optim.lr=0.002"  # else the differences grow with each step
-    whole, half = run_ranks(train, 2, job("fp32", *calm), job("bf16", *calm, "cluster.gradients=bf16"))[0]
-    assert len(half[0]) == STEPS
-    assert half[0] == pytest.approx(whole[0], rel=0.02)
-    assert half[0][1:] != whole[0][1:]
+    jobs = {
+        "plain": job("plain", *calm, "cluster.bucket_mb=100"),
+        "bf16": job("bf16", *calm, "cluster.bucket_mb=100", "cluster.gradients=bf16"),
+        "small": job("small", *calm, "cluster.bucket_mb=1"),
+    }
+    found = run_ranks(train, 2, *jobs.values())[0]
+    return {name: curve for name, (curve, _) in zip(jobs, found, strict=True)}
 
 
-def test_buckets_of_another_size_train_the_same(job: Callable[..., Job]) -> None:
+def test_gradients_in_bf16_train_alike(losses: dict[str, list[float]]) -> None:
+    """To the accuracy of bf16, about three digits; that the losses differ at all shows that they were used."""
+    assert len(losses["bf16"]) == STEPS
+    assert losses["bf16"] == pytest.approx(losses["plain"], rel=0.02)
+    assert losses["bf16"][1:] != losses["plain"][1:]
+
+
+def test_buckets_of_another_size_train_the_same(losses: dict[str, list[float]]) -> None:
     """Between two ranks a sum has one order, whatever is sent together."""
-    small, large = run_ranks(train, 2, job("small", "cluster.bucket_mb=1"), job("large", "cluster.bucket_mb=100"))[0]
-    assert small[0] == large[0]
+    assert losses["small"] == losses["plain"]
 
 
 @pytest.mark.e2e

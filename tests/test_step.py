@@ -1,6 +1,5 @@
 """The step's arithmetic: the mean over the global batch, however it is split."""
 
-import dataclasses
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -71,15 +70,37 @@ def loss_curve(rank: int, world_size: int, cfg: Config, index: Path, num_steps: 
     return losses, {name: value.clone() for name, value in state.model.state_dict().items()}
 
 
-@pytest.mark.parametrize("global_batch", [64, 33])
-def test_two_workers_have_the_loss_curve_of_one(digits_index: Callable[[str], Path], global_batch: int) -> None:
+def loss_curves(
+    rank: int, world_size: int, index: Path, num_steps: int, *cfgs: Config
+) -> list[tuple[list[float], Any]]:
+    return [loss_curve(rank, world_size, cfg, index, num_steps) for cfg in cfgs]
+
+
+CURVE_STEPS = 25
+GLOBAL_BATCHES = [64, 33]
+
+
+def curve_config(global_batch: int, *overrides: str) -> Config:
+    return config(f"train.global_batch={global_batch}", *overrides)
+
+
+@pytest.fixture(scope="module")
+def of_two(digits_index: Callable[[str], Path]) -> dict[int, list[tuple[list[float], Any]]]:
+    """By global batch the curves of two ranks, with micro-batches of 7; the processes start once for all."""
+    cfgs = [curve_config(global_batch, "train.micro_batch=7") for global_batch in GLOBAL_BATCHES]
+    ranks = run_ranks(loss_curves, 2, digits_index("train"), CURVE_STEPS, *cfgs)
+    return {size: [rank[i] for rank in ranks] for i, size in enumerate(GLOBAL_BATCHES)}
+
+
+@pytest.mark.parametrize("global_batch", GLOBAL_BATCHES)
+def test_two_workers_have_the_loss_curve_of_one(
+    digits_index: Callable[[str], Path], of_two: dict[int, list[tuple[list[float], Any]]], global_batch: int
+) -> None:
     """fp32, also with a global batch that two does not divide, and with uneven micro-batches."""
-    index, steps = digits_index("train"), 25
-    cfg = config(f"train.global_batch={global_batch}")
-    one, weights = loss_curve(0, 1, cfg, index, steps)
-    split = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, micro_batch=7))
-    accumulated, _ = loss_curve(0, 1, split, index, steps)
-    (two, two_weights), (other, _) = run_ranks(loss_curve, 2, split, index, steps)
+    index = digits_index("train")
+    one, weights = loss_curve(0, 1, curve_config(global_batch), index, CURVE_STEPS)
+    accumulated, _ = loss_curve(0, 1, curve_config(global_batch, "train.micro_batch=7"), index, CURVE_STEPS)
+    (two, two_weights), (other, _) = of_two[global_batch]
     assert two == other
     assert one[-1] < one[0] - 0.1  # it learns, so the curves could differ
     assert two == pytest.approx(one, abs=1e-5)

@@ -34,7 +34,7 @@ FAST = [
     "model.depth=18",
     "optim.warmup_epochs=0.5",
     "optim.lr=0.02",
-    "train.global_batch=64",
+    "train.global_batch=16",
     "train.ema_decay=0.99",
     "train.steps=30",
     "train.log_every=5",
@@ -45,9 +45,11 @@ FAST = [
 ]
 
 SMALL = [  # for what a CPU may have to emulate
-    *("train.global_batch=8", "train.steps=20", "train.log_every=20", "train.eval_every=1000"),
+    *("train.global_batch=8", "train.eval_every=1000"),
     *("data.image_size=12", "data.val_resize=12"),
 ]
+
+RESUMED = ["train.steps=10", "checkpoint.every=4", "train.log_every=4"]  # with 16 of 130 images: 8 steps are an epoch
 
 
 @pytest.fixture
@@ -55,7 +57,7 @@ def job(digits_index: Callable[[str], Path], tmp_path: Path) -> Callable[..., Jo
     """Makes a job by run name and overrides."""
 
     def make(name: str, *overrides: str) -> Job:
-        train, val = digits_index("train"), digits_index("val")
+        train = val = digits_index("few")
         cfg = load(None, [f"data.train={train}", f"data.val={val}", *FAST, f"run.storage={tmp_path}", *overrides])
         (tmp_path / name).mkdir(exist_ok=True)
         return Job(cfg, Storage(tmp_path / name), str(train), str(val))
@@ -70,16 +72,16 @@ def final_state(job: Job) -> dict[str, Any]:
 
 
 def train_and_resume(rank: int, world_size: int, whole: Job, parts: Job) -> None:
-    """30 steps; and 17 steps, stop, resume to 30."""
+    """10 steps; and 5 steps, stop, resume to 10."""
     fit(whole, context(rank, world_size))
     _barrier()
-    stopped = dataclasses.replace(parts, cfg=dataclasses.replace(parts.cfg, run=_stop_at(parts, 17)))
+    stopped = dataclasses.replace(parts, cfg=dataclasses.replace(parts.cfg, run=_stop_at(parts, 5)))
     summary = fit(stopped, context(rank, world_size))
-    assert rank > 0 or (summary["step"], summary["status"]) == (17, "stopped")
+    assert rank > 0 or (summary["step"], summary["status"]) == (5, "stopped")
     _barrier()
     events: list[Event] = []
     fit(parts, context(rank, world_size, events))
-    assert [event["step"] for event in events if event["kind"] == "start"] == ([] if rank > 0 else [17])
+    assert [event["step"] for event in events if event["kind"] == "start"] == ([] if rank > 0 else [5])
     _barrier()
 
 
@@ -96,31 +98,31 @@ def _barrier() -> None:
 def test_resume_mid_epoch_is_bitwise_one_worker(job: Callable[..., Job], precision: str) -> None:
     # Not smaller: the weight gradient of a bf16 convolution of a single pixel differs from call to call (oneDNN).
     small = [*SMALL, "data.image_size=32", "data.val_resize=32"] if precision == "bf16" else []
-    whole, parts = (job(name, f"train.precision={precision}", *small) for name in ("whole", "parts"))
+    whole, parts = (job(name, f"train.precision={precision}", *RESUMED, *small) for name in ("whole", "parts"))
     torch.set_num_threads(1)
     train_and_resume(0, 1, whole, parts)
-    assert final_state(whole)["step"] == (20 if small else 30)
+    assert final_state(whole)["step"] == 10
     assert differences(final_state(whole), final_state(parts)) == []
 
 
 def test_resume_mid_epoch_is_bitwise_two_workers(job: Callable[..., Job]) -> None:
-    whole, parts = (job(name, "cluster.workers=2", "train.micro_batch=20") for name in ("whole", "parts"))
+    whole, parts = (job(name, "cluster.workers=2", "train.micro_batch=5", *RESUMED) for name in ("whole", "parts"))
     run_ranks(train_and_resume, 2, whole, parts)
-    assert final_state(whole)["step"] == 30
+    assert final_state(whole)["step"] == 10
     assert differences(final_state(whole), final_state(parts)) == []
 
 
 def test_resume_mid_epoch_is_bitwise_three_workers(job: Callable[..., Job]) -> None:
     """With three, the order of a ring's sums depends on how DDP lays out its buckets."""
-    whole, parts = (job(name, "cluster.workers=3", "train.steps=20") for name in ("whole", "parts"))
+    whole, parts = (job(name, "cluster.workers=3", *RESUMED) for name in ("whole", "parts"))
     run_ranks(train_and_resume, 3, whole, parts)
-    assert final_state(whole)["step"] == 20
+    assert final_state(whole)["step"] == 10
     assert differences(final_state(whole), final_state(parts)) == []
 
 
 def test_resume_is_bitwise_with_adamw_and_fp16(job: Callable[..., Job]) -> None:
     settings = ["optim.name=adamw", "optim.lr=0.001", "train.precision=fp16", "train.clip_norm=1.0"]
-    whole, parts = (job(name, *settings, *SMALL) for name in ("whole", "parts"))
+    whole, parts = (job(name, *settings, *RESUMED, *SMALL) for name in ("whole", "parts"))
     train_and_resume(0, 1, whole, parts)
     assert final_state(whole)["scaler"]
     assert differences(final_state(whole), final_state(parts)) == []
@@ -128,17 +130,18 @@ def test_resume_is_bitwise_with_adamw_and_fp16(job: Callable[..., Job]) -> None:
 
 def test_mlflow_has_one_run_with_each_step_once(job: Callable[..., Job], tmp_path: Path) -> None:
     """Also where steps were trained twice: the second session begins at an older checkpoint."""
-    settings = ["mlflow.log_model=true", "mlflow.checkpoints=last", "train.steps=20"]
+    settings = ["mlflow.log_model=true", "mlflow.checkpoints=last", "train.eval_every=100"]
+    settings += ["train.steps=8", "train.log_every=2", "checkpoint.every=4"]
     first = job("run", *settings)
-    stopped = dataclasses.replace(first, cfg=dataclasses.replace(first.cfg, run=_stop_at(first, 15)))
+    stopped = dataclasses.replace(first, cfg=dataclasses.replace(first.cfg, run=_stop_at(first, 6)))
     one = fit(stopped, context())
     newest = checkpoint.newest_valid(first.checkpoints, pytest.fail)
     assert newest is not None
-    (newest.path / "state.pt").write_bytes(b"damaged")  # back to step 10
+    (newest.path / "state.pt").write_bytes(b"damaged")  # back to step 4
     events: list[Event] = []
     two = fit(first, context(events=events))
     assert [e["text"] for e in events if e["kind"] == "warning" and "state.pt is damaged" in e["text"]]
-    assert next(e for e in events if e["kind"] == "start")["step"] == 10
+    assert next(e for e in events if e["kind"] == "start")["step"] == 4
 
     assert one["mlflow_run_id"] == two["mlflow_run_id"]
     client = mlflow.MlflowClient(two["mlflow_uri"])
@@ -149,9 +152,9 @@ def test_mlflow_has_one_run_with_each_step_once(job: Callable[..., Job], tmp_pat
     assert run.data.tags["pipeline.sessions"] == "2"
     for key in ("train/loss", "train/lr", "perf/images_per_s"):
         history = client.get_metric_history(run.info.run_id, key)
-        assert sorted(m.step for m in history) == [5, 10, 15, 20], key
-    assert {m.step for m in client.get_metric_history(run.info.run_id, "val/top1")} == {20}
-    artifacts = {a.path for a in client.list_artifacts(run.info.run_id, "checkpoints/step_00000020")}
+        assert sorted(m.step for m in history) == [2, 4, 6, 8], key
+    assert {m.step for m in client.get_metric_history(run.info.run_id, "val/top1")} == {8}
+    artifacts = {a.path for a in client.list_artifacts(run.info.run_id, "checkpoints/step_00000008")}
     assert {Path(a).name for a in artifacts} == {"state.pt", "config.yaml", "meta.json"}
     assert {a.path for a in client.list_artifacts(run.info.run_id, "config")} == {
         "config/session_1.yaml",
@@ -176,7 +179,7 @@ def assert_model_predicts_like_checkpoint(client: Any, summary: dict[str, Any]) 
 def test_a_non_finite_loss_names_step_rate_and_samples(job: Callable[..., Job]) -> None:
     broken = job("nan", "optim.lr=1.0e+6", "optim.warmup_epochs=0", "train.log_every=3", "checkpoint.every=1000")
     with pytest.raises(
-        NonFiniteLossError, match=r"the loss of step (\d+) is (nan|inf).* rate \d+\).* batch: \d+( \d+){63}$"
+        NonFiniteLossError, match=r"the loss of step (\d+) is (nan|inf).* rate \d+\).* batch: \d+( \d+){15}$"
     ):
         fit(broken, context())
     assert broken.checkpoints.names() == []
@@ -276,8 +279,8 @@ def test_the_best_checkpoint_is_uploaded_from_an_object_store(
         return found
 
     monkeypatch.setattr(train, "evaluate", judged)
-    val, uri = digits_index("val"), f"sqlite:///{tmp_path}/mlflow.db"
-    words = ["train.steps=6", "train.global_batch=180", "mlflow.checkpoints=best", f"mlflow.uri={uri}"]
+    val, uri = digits_index("few"), f"sqlite:///{tmp_path}/mlflow.db"
+    words = ["train.steps=6", "train.global_batch=65", "mlflow.checkpoints=best", f"mlflow.uri={uri}"]
     cfg = load(None, [*FAST, f"data.train={val}", f"data.val={val}", "run.storage=memory://best", *words])
     run = Storage("memory://best") / tmp_path.name
     events: list[Event] = []
