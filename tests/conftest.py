@@ -11,6 +11,9 @@ from typing import Any
 # The tests of one machine are no census of a product's users.
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+# Tests run side by side: threads that spin while they wait would take the cores from each other, and what is trained
+# would tell of neighbours.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 from commands import ROOT, Run, Start, trainings
