@@ -296,7 +296,7 @@ def test_evaluating_keeps_the_precision_and_predicting_takes_what_is_there(
     assert computed == ["bf16", "fp32"]
     told: list[str] = []
     infer.evaluate_checkpoint(place, None, told.append)
-    assert told == [emulation("bf16", [ON_AVX2])]
+    assert told == [f"warning: {emulation('bf16', [ON_AVX2])}"]
     infer.evaluate_checkpoint(place, None, pytest.fail, overrides=["train.precision=fp32"])
     infer.evaluate_checkpoint(place, None, pytest.fail, overrides=["train.precision=auto"])
 
