@@ -58,13 +58,18 @@ class ClusterLostError(ConnectionError):
 
 @contextmanager
 def connected(
-    cfg: ClusterConfig, again: bool, wants_stop: threading.Event, warn: Callable[[str], None] = lambda _: None
+    cfg: ClusterConfig,
+    again: bool,
+    wants_stop: threading.Event,
+    warn: Callable[[str], None] = lambda _: None,
+    beforehand: Callable[[], None] = lambda: None,
 ) -> Iterator[None]:
     """Connect to the cluster that the configuration or $RAY_ADDRESS names, else start one on this machine.
 
     Args:
         again: wait for a cluster that is away: it was there before.
         warn: told of a start of Ray's that failed and is tried again.
+        beforehand: called when Ray's processes are there, before this one connects to them.
 
     Raises:
         ConfigError: there is none.
@@ -78,9 +83,10 @@ def connected(
     with ExitStack() as stack:
         try:
             if address:
+                beforehand()
                 join(address, cfg.timeout_s if again else 0, wants_stop, environment)
             else:
-                stack.enter_context(_local_cluster(cfg, warn, wants_stop))
+                stack.enter_context(_local_cluster(cfg, warn, wants_stop, beforehand))
         except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as e:
             if wants_stop.is_set():
                 raise Interrupted from None
@@ -152,7 +158,9 @@ def join(
 
 
 @contextmanager
-def _local_cluster(cfg: ClusterConfig, warn: Callable[[str], None], wants_stop: threading.Event) -> Iterator[None]:
+def _local_cluster(
+    cfg: ClusterConfig, warn: Callable[[str], None], wants_stop: threading.Event, beforehand: Callable[[], None]
+) -> Iterator[None]:
     """A cluster on this machine, with its cores or a CPU for each worker: more workers than cores are slow but work."""
     for name, value in LOCAL_SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -170,6 +178,7 @@ def _local_cluster(cfg: ClusterConfig, warn: Callable[[str], None], wants_stop: 
         )
         # Its processes end with the thread that starts them, too.
         node = _LocalNode(parameters, head=True, shutdown_at_exit=False, spawn_reaper=True)
+        beforehand()
         join(node.address)
         return node
 

@@ -65,12 +65,12 @@ def train(supervisor: Supervisor) -> dict[str, Any]:
     """Open the run and train it.
 
     Ray's processes take seconds to start, and so do the imports here, torch among them: both go on at the same time.
+    But where this process connected to Ray while torch was being loaded, oneMKL could not find itself, and ended it.
     """
     request, began = supervisor.request, time.time()
     imports = threading.Thread(target=_import, daemon=True)
     imports.start()
-    with connected(request.cfg.cluster, request.again, supervisor.wants_stop, supervisor.warn):
-        imports.join()
+    with connected(request.cfg.cluster, request.again, supervisor.wants_stop, supervisor.warn, imports.join):
         from pipeline import launch, runs
 
         ready = time.time()
