@@ -145,7 +145,7 @@ def test_scale_as_a_command(digits: Path, tmp_path: Path, capsys: pytest.Capture
     assert 0.1 < two["efficiency"] < 1.5
     assert one["communication_s_per_step"] == 0 < two["communication_s_per_step"]
     assert found["allreduce_gb_s"] > 0.01
-    assert set(found["startup"]) >= {"imports", "Ray", "processes", "state"}
+    assert set(found["startup"]) >= {"driver", "Ray and imports", "processes", "state"}
     plan = ["plan", str(ROOT / "configs/digits.yaml"), "--gpus", "8", "--gpu", "A100", "--json"]
     assert cli.main([*plan, "--measured", str(tmp_path / "scale.json")]) == 0
     predicted = json.loads(capsys.readouterr().out)["measured"]["workers"]["2"]

@@ -65,7 +65,7 @@ def test_resnet18_learns_the_digits(digits: Path, tmp_path: Path) -> None:
     settings = ["model.depth=18", "cluster.workers=1", "train.precision=fp32", "mlflow.log_model=false"]
     places = [f"data.{split}={digits / split}" for split in ("train", "val")]
     words = ["train", str(ROOT / "configs" / "digits.yaml"), *settings, *places, f"run.storage={tmp_path}"]
-    assert pipeline(*words, timeout_s=550)["top1"] >= 0.99
+    assert pipeline(*words, timeout_s=550)["top1"] >= 0.98
     (run,) = pipeline("runs", "--storage", str(tmp_path))
     assert (run["state"], run["resumes_at"]) == ("done", None)
-    assert run["best_top1"] >= 0.99
+    assert run["best_top1"] >= 0.98
