@@ -56,7 +56,7 @@ def out_of_memory_kills(proc: Path = PROC) -> int:
     return 0
 
 
-def used_cores() -> list[float]:
+def busy_seconds() -> list[float]:
     """Seconds that each of the cores that this process may run on has worked since the machine was started."""
     times = psutil.cpu_times(percpu=True)
     cores = (times[core] for core in os.sched_getaffinity(0) if core < len(times))
@@ -67,11 +67,11 @@ class Neighbours:
     """What other processes do with this process's cores, from now on."""
 
     def __init__(self) -> None:
-        self._began, self._used, self._own = time.monotonic(), sum(used_cores()), sum(os.times()[:2])
+        self._began, self._used, self._own = time.monotonic(), sum(busy_seconds()), sum(os.times()[:2])
 
     def cores(self) -> float:
         """How many of the cores they have kept busy."""
-        others = sum(used_cores()) - self._used - (sum(os.times()[:2]) - self._own)
+        others = sum(busy_seconds()) - self._used - (sum(os.times()[:2]) - self._own)
         return max(0.0, others / max(time.monotonic() - self._began, 1e-3))
 
     def crowd(self) -> bool:

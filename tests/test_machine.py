@@ -140,7 +140,7 @@ def test_neighbours_are_what_else_works_on_these_cores(
     clock, own = [100.0], [5.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(os, "times", lambda: (own[0], 0.0, 0.0, 0.0, 0.0))
-    monkeypatch.setattr(machine, "used_cores", lambda: [c * num_cores for c in [others * clock[0]]] + [own[0]])
+    monkeypatch.setattr(machine, "busy_seconds", lambda: [c * num_cores for c in [others * clock[0]]] + [own[0]])
     beside = machine.Neighbours()
     clock[0], own[0] = 110.0, 12.0
     assert beside.cores() == pytest.approx(others * num_cores)
