@@ -20,16 +20,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config, ConfigError
-from pipeline.model import ResNet
 from pipeline.provenance import software
 from pipeline.settings import dump, load
-from pipeline.state import load_weights
 from pipeline.storage import Storage, fsync
+
+if TYPE_CHECKING:  # the driver uses this module, and starts faster without torch
+    from pipeline.model import ResNet
 
 FORMAT = 1
 STATE, CONFIG, META = "state.pt", "config.yaml", "meta.json"
@@ -71,6 +70,8 @@ class Checkpoint:
 
     def state(self) -> dict[str, Any]:
         """The saved `TrainState.state_dict()`, on the CPU. Executes no code of the file."""
+        import torch
+
         loaded: dict[str, Any] = torch.load(self.path / STATE, map_location="cpu", weights_only=True, mmap=True)
         return loaded
 
@@ -188,7 +189,7 @@ def _read_own(place: Storage, training_id: str | None, whole: bool) -> Checkpoin
     return found
 
 
-def load_model(place: Storage, overrides: Sequence[str] = ()) -> tuple[ResNet, Config, tuple[str, ...]]:
+def load_model(place: Storage, overrides: Sequence[str] = ()) -> "tuple[ResNet, Config, tuple[str, ...]]":
     """The network of a checkpoint (averaged weights where it has them), in eval mode on the CPU.
 
     Args:
@@ -200,6 +201,11 @@ def load_model(place: Storage, overrides: Sequence[str] = ()) -> tuple[ResNet, C
     Raises:
         CheckpointError: the checkpoint is damaged. ConfigError: overrides that make another network.
     """
+    import torch
+
+    from pipeline.model import ResNet
+    from pipeline.state import load_weights
+
     found = read(place)
     cfg, classes = load(found.path / CONFIG, overrides), tuple(found.meta["classes"])
     model = ResNet(cfg.model, len(classes)).to(memory_format=torch.channels_last)
@@ -234,6 +240,8 @@ def prune(folder: Storage, keep: int) -> None:
 
 
 def _write_state(state: dict[str, Any], path: Path) -> None:
+    import torch
+
     with path.open("wb") as f:  # given the path instead, torch holds the GIL for long
         try:
             torch.save(state, f)

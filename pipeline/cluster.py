@@ -61,34 +61,38 @@ def _even_share(cpus: list[int], num_workers: int) -> int:
     return next((share for share in shares if sum(n // share for n in cpus) >= num_workers), 1)
 
 
-def reserve(size: Size, low: int, high: int) -> int:
-    """How many workers, from `low` to `high`, there is room for now; 0 if for fewer than `low`.
+def reserve(size: Size, low: int, high: int) -> "Place | None":
+    """Room for as many workers as there is now, from `low` to `high`; None where there is for fewer than `low`.
 
-    The room is taken for a moment: what Ray says of a node may be from before its death.
+    It is taken to be seen: what Ray says of a node may be from before its death.
     """
     could_be, free = _capacity(size, _nodes()), _capacity(size, [ray.available_resources()])
     for num_workers in sorted({min(high, could_be), min(high, free), low}, reverse=True):
         if num_workers >= low:
-            with Place(size, num_workers) as place:
-                if place.granted(RESERVE_SECONDS):
-                    return num_workers
-    return 0
+            place = Place(size, num_workers)
+            if place.granted(RESERVE_SECONDS):
+                return place
+            place.give_back()
+    return None
 
 
 class Place:
     """A wish for room for so many workers, held until it is given back; an autoscaler sees it, and makes room."""
 
     def __init__(self, size: Size, num_workers: int):
-        self._group = placement_group([size] * num_workers)
+        self.num_workers, self.group = num_workers, placement_group([size] * num_workers)
 
     def granted(self, patience_s: float = 0) -> bool:
-        return bool(self._group.wait(patience_s))
+        return bool(self.group.wait(patience_s))
+
+    def give_back(self) -> None:
+        remove_placement_group(self.group)
 
     def __enter__(self) -> "Place":
         return self
 
     def __exit__(self, *exc: object) -> None:
-        remove_placement_group(self._group)
+        self.give_back()
 
 
 def room(size: Size) -> int:

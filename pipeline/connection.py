@@ -116,8 +116,6 @@ def _environment(cfg: ClusterConfig) -> dict[str, str]:
         "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": str(cfg.timeout_s),
         "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(cfg.timeout_s),
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # an actor a group; the driver looks itself
-        # How long a group that has failed is asked to take its leave, before it is killed: a frozen one never does.
-        "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
     }
 
 

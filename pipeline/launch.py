@@ -14,27 +14,26 @@ restart fails if a checkpoint in that record was pruned or damaged.
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import ray
 import ray.train
-import ray.train.torch
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import cluster
+from pipeline.channel import EventChannel
 from pipeline.config import ConfigError
 from pipeline.connection import last_line
 from pipeline.gauges import Gauges
 from pipeline.job import Event, FailureBudget, Fault, Job, Marks
-from pipeline.link import Link
 from pipeline.supervise import Interrupted, TrainingFailedError
-from pipeline.trainer import Trainer
+from pipeline.trainer import TorchConfig, Trainer
 from pipeline.worker import train_on_worker
 
 POLL_SECONDS = 0.5
 CLUSTER_POLL_SECONDS = 2.0
+DRAIN_SECONDS = 5.0  # for what the workers of a session had still to say; a host that is cut off says nothing
 WAITING_SECONDS = 60.0  # without room for workers, before it is told what they wait for
 
 
@@ -64,8 +63,7 @@ class TrainController:
         self._faults, self._restarted = faults, restarted
         self._gauges = Gauges(job.run.name)
         self._size = cluster.size_of_worker(self._settings)
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self._link = ray.remote(Link).options(num_cpus=0, scheduling_strategy=here).remote()
+        self._channel = EventChannel(ray.util.get_node_ip_address(), self._settings.timeout_s)
         self._budget = FailureBudget(self._settings.max_failures)
         self._attempt = 0
         self._trains = False  # in this session
@@ -86,15 +84,19 @@ class TrainController:
             ray.exceptions.RayError: the cluster is lost.
             Interrupted: it was to stop while no session ran.
         """
+        with closing(self._channel):
+            return self._run_sessions(marks)
+
+    def _run_sessions(self, marks: Marks) -> dict[str, Any]:
         while True:
             if self._wants_stop.is_set():
                 raise Interrupted
-            num_workers, self._attempt = self._wait_for_room(), self._attempt + 1
-            self._trains, self._started = False, None
-            outcome = self._run_session(num_workers, marks)
+            with self._wait_for_room() as place:
+                self._attempt, self._trains, self._started = self._attempt + 1, False, None
+                outcome = self._run_session(place, marks)
             marks, self._restarted = (("end of the last session", time.time()),), True
-            if fatal := self._get(self._link.fatal.remote()):
-                kind, text = fatal
+            if self._channel.fatal is not None:
+                kind, text = self._channel.fatal
                 raise ConfigError(text) if kind == ConfigError.__name__ else TrainingFailedError(text)
             if isinstance(outcome, ray.train.TrainingFailedError):
                 self._note_fault(outcome)
@@ -103,21 +105,21 @@ class TrainController:
             elif outcome["status"] != "regroup":
                 return dict(outcome)
 
-    def _wait_for_room(self) -> int:
-        """How many workers there is room for, once that is enough."""
+    def _wait_for_room(self) -> cluster.Place:
+        """Room for as many workers as there is, once that is enough."""
         settings, since = self._settings, time.monotonic()
         while True:
             self._gauges.export()
             if self._wants_stop.is_set():
                 raise Interrupted
-            if num_workers := cluster.reserve(self._size, settings.min_workers, settings.max_workers):
-                return num_workers
+            if place := cluster.reserve(self._size, settings.min_workers, settings.max_workers):
+                return place
             self._wants_stop.wait(CLUSTER_POLL_SECONDS)
             if time.monotonic() - since > WAITING_SECONDS:
                 since = time.monotonic()
                 self._tell({"kind": "warning", "text": cluster.why_waiting(settings, self._size)})
 
-    def _run_session(self, num_workers: int, marks: Marks) -> Any:
+    def _run_session(self, place: cluster.Place, marks: Marks) -> Any:
         """Train until rank 0's `fit` returns.
 
         Returns:
@@ -125,7 +127,7 @@ class TrainController:
         """
         config = {
             "job": self._job,
-            "link": self._link,
+            "channel": {"address": self._channel.address, "key": self._channel.key},
             "attempt": self._attempt,
             "faults": self._faults,
             "marks": marks,
@@ -133,31 +135,28 @@ class TrainController:
             "num_threads": int(self._size["CPU"]),
         }
         outcome: list[Any] = []
-        fitting = threading.Thread(target=self._fit, args=(num_workers, config, outcome), daemon=True)
+        self._channel.begin(self._attempt)
+        fitting = threading.Thread(target=self._fit, args=(place, config, outcome), daemon=True)
         fitting.start()
-        self._get(self._link.begin.remote(self._attempt))  # the link's process starts beside the workers'
         looked = time.monotonic()
-        place: cluster.Place | None = None
+        another: cluster.Place | None = None
         with ExitStack() as wishes:
-            asked = self._link.take_events.remote()
-            while fitting.is_alive():
-                if ray.wait([asked], timeout=POLL_SECONDS)[0]:
-                    self._pass_on(self._get(asked))
-                    asked = self._link.take_events.remote()
+            while not outcome:
+                self._pass_on(self._channel.take_events(POLL_SECONDS))
                 if self._wants_stop.is_set():
                     if not self._trains:  # there is nothing to save
                         raise Interrupted
-                    self._link.request_stop.remote("interrupted")
+                    self._channel.request_stop("interrupted")
                 if time.monotonic() - looked > CLUSTER_POLL_SECONDS:
                     looked = time.monotonic()
                     self._gauges.export()
                     if self._started is None:
                         continue
-                    if place is None and num_workers < self._settings.max_workers:  # the others have theirs
-                        place = wishes.enter_context(cluster.Place(self._size, 1))
-                    self._look_at_cluster(self._started, place)
-        self._pass_on(self._get(asked))
-        self._pass_on(self._get(self._link.take_events.remote(wait=False)))
+                    if another is None and place.num_workers < self._settings.max_workers:
+                        another = wishes.enter_context(cluster.Place(self._size, 1))
+                    self._look_at_cluster(self._started, another)
+        self._channel.drain(DRAIN_SECONDS)
+        self._pass_on(self._channel.take_events(0))
         return outcome[0]
 
     def _pass_on(self, events: list[Event]) -> None:
@@ -178,41 +177,40 @@ class TrainController:
         text = "; ".join(workers) or last_line(error)
         if self._budget.failed():
             raise TrainingFailedError(f"{text}; this is one failure too many without a checkpoint in between")
-        self._faults = (*self._faults, Fault(text, self._get(self._link.step.remote()), time.time()))
+        self._faults = (*self._faults, Fault(text, self._channel.step, time.time()))
         self._tell({"kind": "fault", "text": text})
 
-    def _look_at_cluster(self, started: float, place: cluster.Place | None) -> None:
+    def _look_at_cluster(self, started: float, another: cluster.Place | None) -> None:
         """End the session where its nodes are to go, or one more worker has its place."""
         why, ready = "", time.monotonic() - started > self._settings.grow_after_s
-        if cluster.draining() & self._get(self._link.nodes.remote()):
+        if cluster.draining() & self._channel.nodes:
             why = "a node that workers run on is drained"
-        elif ready and place is not None and place.granted():
+        elif ready and another is not None and another.granted():
             why = "there is room for more workers"
         if why:
             self._started = None  # it is about to end; look no more
             self._tell({"kind": "regroup", "text": why})
-            self._link.request_stop.remote("regroup")
+            self._channel.request_stop("regroup")
 
-    def _get(self, ref: Any) -> Any:
-        return ray.get(ref, timeout=self._settings.timeout_s)
-
-    def _fit(self, num_workers: int, config: dict[str, Any], outcome: list[Any]) -> None:
+    def _fit(self, place: cluster.Place, config: dict[str, Any], outcome: list[Any]) -> None:
         """Fit in a thread, so that the driver's main thread can watch."""
         try:
             with TemporaryDirectory(prefix="pipeline-ray-") as unused:
-                outcome.append(self._trainer(num_workers, config, unused).fit().return_value)
+                outcome.append(self._trainer(place, config, unused).fit().return_value)
         except BaseException as e:  # told apart by the main thread
             outcome.append(e)
         finally:
-            self._link.emit.remote(config["attempt"], {"kind": "end"})  # the main thread waits for events
+            self._channel.wake()
 
-    def _trainer(self, num_workers: int, config: dict[str, Any], storage: str) -> Trainer:
+    def _trainer(self, place: cluster.Place, config: dict[str, Any], storage: str) -> Trainer:
         return Trainer(
             train_on_worker,
+            group=place.group,
+            ended=self._channel.ended,
             train_loop_config=config,
-            torch_config=ray.train.torch.TorchConfig(timeout_s=self._settings.timeout_s),
+            backend_config=TorchConfig("nccl" if self._size["GPU"] else "gloo", self._settings.timeout_s),
             scaling_config=ray.train.ScalingConfig(
-                num_workers=num_workers, use_gpu=self._size["GPU"] > 0, resources_per_worker=self._size
+                num_workers=place.num_workers, use_gpu=self._size["GPU"] > 0, resources_per_worker=self._size
             ),
             run_config=ray.train.RunConfig(
                 name="ray",

@@ -1,6 +1,7 @@
 """The MLflow run of a training: finding or making it, and sending it records.
 
-This file and `published` alone import `mlflow`; and `served`, which MLflow runs.
+This file and `published` alone import `mlflow`; and `served`, which MLflow runs. What imports torch is imported late: the driver,
+which starts faster without, uses this module too.
 """
 
 import os
@@ -14,8 +15,6 @@ from typing import Any
 from pipeline import checkpoint
 from pipeline.charts import METRICS, History
 from pipeline.config import ConfigError
-from pipeline.published import Publisher
-from pipeline.report import Facts, ReportError, write_report
 from pipeline.schema import refuse_credentials
 from pipeline.spool import Record
 from pipeline.storage import Storage
@@ -140,12 +139,16 @@ class MlflowRun:
 
     def publish(self, place: Storage, name: str | None) -> int | None:
         """Log the model of a checkpoint, and register it where a `name` is given: see `published.Publisher`."""
+        from pipeline.published import Publisher
+
         publisher = Publisher(self._client, self._uri, self.experiment_id, self.id)
         model_id = publisher.log(place)
         return None if name is None else publisher.register(model_id, name, place, {RUN_TAG: self._folder})
 
     def _report(self, source: Path) -> None:
         """Make the report of facts that were laid aside, now that all metrics before it have arrived."""
+        from pipeline.report import Facts, ReportError, write_report
+
         if not source.exists():  # it was logged, and the process ended just then
             return
         history, out = self.history(), source / REPORT

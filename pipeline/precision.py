@@ -7,11 +7,12 @@ what it became. So a resume keeps it wherever it runs, and nothing but this modu
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast, get_args
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from pipeline.config import Config
+
+if TYPE_CHECKING:  # the driver uses this module, and starts faster without torch
+    import torch
 
 Precision = Literal["bf16", "fp16", "fp32"]
 # What oneDNN can be held to by ONEDNN_MAX_CPU_ISA on x86; each includes those before it.
@@ -57,8 +58,10 @@ class Decision:
     warning: str | None = None
 
 
-def hardware_of(device: torch.device) -> Hardware:
+def hardware_of(device: "torch.device") -> Hardware:
     """What this process has on `device`."""
+    import torch
+
     if device.type == "cuda":
         return gpu(torch.cuda.get_device_capability(device))
     return cpu(torch.cpu.get_capabilities(), torch.backends.cpu.get_cpu_capability(), os.environ)
@@ -141,7 +144,7 @@ def emulation(precision: str, workers: Sequence[Hardware], fix: str = "") -> str
     return f"{precision} is emulated on {where}: a step takes {cost}; {fix}"
 
 
-def settle(cfg: Config, device: torch.device) -> Config:
+def settle(cfg: Config, device: "torch.device") -> Config:
     """The configuration with what a single process on `device` computes in, where it says auto."""
     return with_precision(cfg, decide(cfg.train.precision, [hardware_of(device)]).precision)
 

@@ -6,18 +6,20 @@ two a checkpoint may be damaged, and later sessions go on from later ones.
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline import checkpoint
 from pipeline.checkpoint import Checkpoint, CheckpointError
 from pipeline.config import Config, ConfigError
 from pipeline.data.index import Index
 from pipeline.identity import Identity
-from pipeline.optim import Schedule
+from pipeline.schedule import Schedule
 from pipeline.schema import show
 from pipeline.settings import flatten
-from pipeline.state import TrainState
 from pipeline.storage import Storage
+
+if TYPE_CHECKING:  # the driver uses this module, and starts faster without torch
+    from pipeline.state import TrainState
 
 # With the step they say which images come next.
 STREAM_KEYS = ("run.seed", "train.global_batch", "data.shuffle_block", "data.shuffle_window", "data.repeats")
@@ -97,7 +99,7 @@ def refuse_images(found: Checkpoint, cfg: Config, index: Index) -> None:
         )
 
 
-def restore(state: TrainState, found: Checkpoint, cfg: Config, index: Index) -> None:
+def restore(state: "TrainState", found: Checkpoint, cfg: Config, index: Index) -> None:
     """Load a checkpoint into `state`; raises ConfigError where `refuse_settings` or `refuse_images` does, too."""
     refuse_settings(found, cfg)
     refuse_images(found, cfg, index)

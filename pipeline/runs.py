@@ -37,7 +37,6 @@ from pipeline.mlflow_run import absolute, tracking_uri
 from pipeline.schema import refuse_credentials
 from pipeline.settings import load
 from pipeline.storage import Storage, patiently
-from pipeline.weights import check
 
 MLFLOW_RUN_ID = re.compile(r"[0-9a-f]{32}")
 MAX_NAMED = 20  # refused files that are named one by one
@@ -80,6 +79,8 @@ def prepare(cfg: Config, watch: Callable[[Event], None], resume_from: str | None
     if found is not None:
         resume.refuse_settings(found, cfg)
     elif cfg.model.weights is not None:
+        from pipeline.weights import check  # late: it imports torch, for which the driver would start more slowly
+
         weights = find_weights(cfg.model.weights, storage, cfg.mlflow.uri)
         check(cfg.model, weights)
         cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, weights=weights))

@@ -22,11 +22,11 @@ from pipeline.job import Context, Job
 from pipeline.memory import InParts, MicroBatches
 from pipeline.model import drop_rates
 from pipeline.network import as_trained
-from pipeline.optim import Schedule, lr_at, lr_note
 from pipeline.perf import Ledger
 from pipeline.precision import Decision, decide, hardware_of, with_precision
 from pipeline.profile import Profile
 from pipeline.record import Recorder
+from pipeline.schedule import Schedule, lr_at, lr_note
 from pipeline.state import TrainState
 from pipeline.step import train_step
 from pipeline.storage import Storage, patiently

@@ -1,28 +1,112 @@
 """Ray Train's trainer as the driver uses it: one group of workers, watched from the driver's own process.
 
 Ray would run its controller as an actor, whose process needs seconds to import what the driver's has already. It would
-also start an actor that asks an autoscaler for the workers' room, which the driver holds by then. What is left out here
-is told to Ray by classes that it has for that, but which are not part of its public interface.
+also start an actor that asks an autoscaler for the workers' room, which the driver holds by then, and one for barriers
+over all ranks. And its way to set up torch has the driver import torch. What is left out here is told to Ray by classes
+that it has for that, but which are not part of its public interface.
 """
 
 import asyncio
+import os
+import threading
+import time
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import ray
 from ray.train import Result
-from ray.train.torch import TorchTrainer
+from ray.train._internal.base_worker_group import BaseWorkerGroup
+from ray.train._internal.utils import get_address_and_port
+from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
-from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.train.v2._internal.execution.worker_group import WorkerGroup, WorkerGroupPollStatus, state, worker_group
+from ray.train.v2._internal.execution.worker_group.placement_group_handle import DefaultPlacementGroupHandle
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.util.placement_group import PlacementGroup
 
+POLL_SECONDS = 5.0  # a worker that has ended is seen at once; this is for Ray's own troubles
+SETTLE_SECONDS = 0.1  # from the end of a worker's training, or of its process, until Ray knows
+LEAVE_SECONDS = 5.0  # for a group that has failed to take its leave, before it is killed: a frozen one never does
 # Ray Data is not used. Placement groups end with the driver, which made them: they need no cleaner.
 UNUSED = (DatasetsCallback, PlacementGroupCleanerCallback)
 
 
-class Trainer(TorchTrainer):  # type: ignore[misc]  # what comes from ray is Any
-    """Ray's, for a number of workers that does not change."""
+class _NoBarrier:
+    """In place of Ray's actor for barriers in `ray.train.report`: nothing is reported to Ray."""
+
+    @classmethod
+    def options(cls, **_: Any) -> type["_NoBarrier"]:
+        return cls
+
+    @classmethod
+    def remote(cls, **_: Any) -> "_NoBarrier":
+        return cls()
+
+
+worker_group.SynchronizationActor = _NoBarrier
+state._shutdown_sync_actor = lambda _: None
+
+
+@dataclass
+class TorchConfig(BackendConfig):  # type: ignore[misc]  # what comes from ray is Any
+    """torch's process group, as Ray's class of this name sets it up, but the driver imports no torch for it."""
+
+    backend: str
+    timeout_s: int
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return _TorchBackend
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class _TorchBackend(Backend):  # type: ignore[misc]
+    share_cuda_visible_devices = True
+
+    def on_start(self, worker_group: BaseWorkerGroup, backend_config: TorchConfig) -> None:
+        ranks = range(len(worker_group))
+        address, port = worker_group.execute_single(0, get_address_and_port)
+        group = {"address": address, "port": port, "world_size": len(ranks), **backend_config.to_dict()}
+        ray.get([worker_group.execute_single_async(i, _join_group, world_rank=i, **group) for i in ranks])
+
+    def on_shutdown(self, worker_group: BaseWorkerGroup, backend_config: TorchConfig) -> None:
+        leaving = worker_group.execute_async(_leave_group)
+        ray.wait(leaving, num_returns=len(leaving), timeout=LEAVE_SECONDS)
+
+
+def _join_group(*, address: str, port: int, world_rank: int, world_size: int, backend: str, timeout_s: int) -> None:
+    """On a worker."""
+    from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group
+
+    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
+    _set_torch_distributed_env_vars()
+    _setup_torch_process_group(backend, world_rank, world_size, "env://", timeout_s)
+
+
+def _leave_group() -> None:
+    """On a worker."""
+    from torch import distributed
+
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+class Trainer(DataParallelTrainer):  # type: ignore[misc]
+    """Ray's, for a number of workers that does not change.
+
+    Args:
+        group: the room for the workers, one bundle for each.
+        ended: set once a worker has ended, whichever way: Ray then looks at them at once.
+    """
+
+    def __init__(self, *args: Any, group: PlacementGroup, ended: threading.Event, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._group, self._ended = group, ended
 
     def _create_default_callbacks(self) -> list[Any]:
         return [c for c in super()._create_default_callbacks() if not isinstance(c, UNUSED)]
@@ -30,6 +114,8 @@ class Trainer(TorchTrainer):  # type: ignore[misc]  # what comes from ray is Any
     def _initialize_and_run_controller(self, **arguments: Any) -> Result:
         arguments["scaling_policy"] = _FixedSize(self.scaling_config)
         controller = _Controller(**arguments)
+        controller.ended = self._ended
+        controller.worker_group_cls = type("_PlacedWorkerGroup", (_WorkerGroup,), {"group": self._group})
         asyncio.run(controller.run())
         return controller.get_result()
 
@@ -45,6 +131,16 @@ class _FixedSize(FixedScalingPolicy):  # type: ignore[misc]
 
 
 class _WorkerGroup(WorkerGroup):  # type: ignore[misc]
+    group: PlacementGroup
+
+    def _create_placement_group(self, *_: Any) -> DefaultPlacementGroupHandle:
+        return DefaultPlacementGroupHandle(self.group)
+
+    @staticmethod
+    def _get_worker_runtime_env(custom_runtime_env: Any) -> dict[str, Any]:
+        """None of their own, for which Ray would start each twice: they have their node's variables and the job's."""
+        return {}
+
     def _init_train_context_on_workers(
         self, workers: list[Any], sync_actor: Any, train_context_args: dict[str, list[Any]]
     ) -> None:
@@ -54,7 +150,7 @@ class _WorkerGroup(WorkerGroup):  # type: ignore[misc]
                 worker.actor.init_train_context.remote(
                     train_run_context=self._train_run_context,
                     distributed_context=worker.distributed_context,
-                    synchronization_actor=sync_actor,
+                    synchronization_actor=None,
                     storage_context=self._storage_context,
                     worker_callbacks=self._worker_callbacks_to_propagate,
                     controller_actor=None,
@@ -63,9 +159,15 @@ class _WorkerGroup(WorkerGroup):  # type: ignore[misc]
                 for i, worker in enumerate(workers)
             ]
         )
-        ray.kill(sync_actor)  # an idle process takes part of a core, too
         self._decorate_worker_log_file_paths(workers)
 
 
 class _Controller(TrainController):  # type: ignore[misc]
-    worker_group_cls = _WorkerGroup
+    ended: threading.Event
+
+    async def _poll_workers(self) -> WorkerGroupPollStatus:
+        """As Ray's, which sleeps between two looks; here nothing else runs in this thread's loop."""
+        if self.ended.wait(POLL_SECONDS):
+            time.sleep(SETTLE_SECONDS)
+        self._latest_poll_time = 0.0
+        return await super()._poll_workers()

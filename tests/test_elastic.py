@@ -14,7 +14,7 @@ from ranks import context
 from s3 import free_port
 
 from pipeline.job import Job
-from pipeline.optim import Schedule, lr_at
+from pipeline.schedule import Schedule, lr_at
 from pipeline.settings import load
 from pipeline.storage import Storage
 from pipeline.train import fit

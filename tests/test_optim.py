@@ -8,7 +8,8 @@ import torch
 
 from pipeline.config import Config, ModelConfig, OptimConfig
 from pipeline.model import ResNet
-from pipeline.optim import Schedule, lr_at, lr_note, make_optimizer
+from pipeline.optim import make_optimizer
+from pipeline.schedule import Schedule, lr_at, lr_note
 from pipeline.settings import load
 
 TEN_BY_100 = Schedule(steps_per_epoch=100, num_steps=1000)

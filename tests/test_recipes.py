@@ -14,8 +14,8 @@ from pipeline.config import Config
 from pipeline.data.draws import kept_branches, size_at
 from pipeline.data.loader import Batch
 from pipeline.model import drop_rates
-from pipeline.optim import Schedule, lr_at
 from pipeline.precision import settle
+from pipeline.schedule import Schedule, lr_at
 from pipeline.settings import load
 from pipeline.state import TrainState
 from pipeline.step import train_step

@@ -16,7 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.config import Config
 from pipeline.data.index import load_index
 from pipeline.data.loader import Batch, Place, TrainLoader
-from pipeline.optim import Schedule, lr_at, make_optimizer
+from pipeline.optim import make_optimizer
+from pipeline.schedule import Schedule, lr_at
 from pipeline.settings import load
 from pipeline.state import TrainState
 from pipeline.step import train_step
