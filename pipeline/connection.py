@@ -42,6 +42,10 @@ LOCAL_SETTINGS = {
     "RAY_metrics_report_interval_ms": "60000",
     "REPORTER_UPDATE_INTERVAL_MS": "60000",
     "RAY_event_stats": "0",
+    # Each wakes the raylet some times a second, for what there is none of here: idle tasks, and objects that move.
+    "RAY_kill_idle_workers_interval_ms": "2000",
+    "RAY_raylet_check_gc_period_milliseconds": "5000",
+    "RAY_object_manager_timer_freq_ms": "1000",
 }
 
 
@@ -76,15 +80,14 @@ def connected(
         ClusterLostError: there is none any more; or it was lost in what is done inside.
         Interrupted: it was to stop.
     """
-    environment = {name: os.environ.setdefault(name, value) for name, value in _environment(cfg).items()}
-    for name in _of_job():
-        environment.pop(name, None)  # Ray refuses what a job's runtime environment has already
+    for name, value in _environment(cfg).items():
+        os.environ.setdefault(name, value)
     address = cfg.address or os.environ.get("RAY_ADDRESS")
     with ExitStack() as stack:
         try:
             if address:
                 beforehand()
-                join(address, cfg.timeout_s if again else 0, wants_stop, environment)
+                join(address, cfg.timeout_s if again else 0, wants_stop, _for_workers())
             else:
                 stack.enter_context(_local_cluster(cfg, warn, wants_stop, beforehand))
         except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as e:
@@ -119,10 +122,13 @@ def _environment(cfg: ClusterConfig) -> dict[str, str]:
     }
 
 
-def _of_job() -> dict[str, str]:
-    """The variables of the Ray job in which this process runs, if it does."""
+def _for_workers() -> dict[str, str]:
+    """Ray Train's variables, for workers on other machines; but those of the Ray job they have already."""
+    from ray.train.v2._internal.constants import get_env_vars_to_propagate  # late: it takes part of a second
+
     config = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
-    return dict((config.get("runtime_env") or {}).get("env_vars") or {})
+    of_job = (config.get("runtime_env") or {}).get("env_vars") or {}  # Ray refuses to be given them once more
+    return {name: value for name, value in get_env_vars_to_propagate().items() if name not in of_job}
 
 
 def join(

@@ -64,8 +64,8 @@ def mark_failed(job: Job, reason: str) -> None:
 def train(supervisor: Supervisor) -> dict[str, Any]:
     """Open the run and train it.
 
-    Ray's processes take seconds to start, and so do the imports here, torch among them: both go on at the same time.
-    But where this process connected to Ray while torch was being loaded, oneMKL could not find itself, and ended it.
+    Ray's processes take seconds to start, and so do the imports here: both go on at the same time. To connect to Ray
+    imports too, and where two threads import the same modules, one may see half of one: so that comes after.
     """
     request, began = supervisor.request, time.time()
     imports = threading.Thread(target=_import, daemon=True)

@@ -1,7 +1,7 @@
 """The MLflow run of a training: finding or making it, and sending it records.
 
-This file and `published` alone import `mlflow`; and `served`, which MLflow runs. What imports torch is imported late: the driver,
-which starts faster without, uses this module too.
+This file and `published` alone import `mlflow`; and `served`, which MLflow runs. The driver uses this file too, and
+starts faster without torch: what imports that is imported late.
 """
 
 import os

@@ -27,7 +27,7 @@ from pipeline.environment import driver_environment
 from pipeline.job import Event, FailureBudget, Fault
 
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-POLL_SECONDS = 0.1
+POLL_SECONDS = 0.5
 LAST_SECONDS = 30.0
 # The peak of what ResNet-18 took on small images (PSS, one run each): this process, the driver and Ray's; each worker.
 # With a little less the kernel kills, or drops and reads again the code that runs, and the machine stands still.
