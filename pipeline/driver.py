@@ -49,8 +49,7 @@ def mark_failed(job: Job, reason: str) -> None:
     """Tell MLflow that a training has ended in failure, from outside it: its workers may be dead."""
     from pipeline.identity import Identity
     from pipeline.mlflow_run import tracking_uri
-    from pipeline.record import PATIENCE_BEFORE_RESTART_S
-    from pipeline.tracking import Tracker
+    from pipeline.tracking import PATIENCE_BEFORE_RESTART_S, Tracker
 
     identity = Identity.read(job.run, lambda _: None)
     if identity is None:

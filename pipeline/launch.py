@@ -172,6 +172,8 @@ class TrainController:
         self._watch(event)
 
     def _note_fault(self, error: "ray.train.TrainingFailedError") -> None:
+        if isinstance(cause := getattr(error, "controller_failure", None), ImportError):  # the installation's trouble
+            raise TrainingFailedError(f"a worker cannot start: {last_line(cause)}")
         failures = getattr(error, "worker_failures", {})
         workers = [f"worker {rank} failed: {last_line(e)}" for rank, e in sorted(failures.items())]
         text = "; ".join(workers) or last_line(error)

@@ -45,6 +45,10 @@ def absolute(uri: str) -> str:
     return uri if file == uri or file.startswith("/") else f"sqlite:///{Path(file).absolute()}"
 
 
+class ReportError(RuntimeError):
+    """A report that cannot be made, however often it is tried."""
+
+
 @dataclass(frozen=True)
 class Target:
     """The MLflow run that a spool is for; kept beside it, so that a spool can be sent without its training.
@@ -147,7 +151,7 @@ class MlflowRun:
 
     def _report(self, source: Path) -> None:
         """Make the report of facts that were laid aside, now that all metrics before it have arrived."""
-        from pipeline.report import Facts, ReportError, write_report
+        from pipeline.report import Facts, write_report
 
         if not source.exists():  # it was logged, and the process ended just then
             return

@@ -24,11 +24,10 @@ from pipeline.saver import Saver
 from pipeline.settings import dump, flatten
 from pipeline.state import TrainState
 from pipeline.storage import patiently
-from pipeline.tracking import Tracker
+from pipeline.tracking import PATIENCE_BEFORE_RESTART_S, Tracker
 
 # How long a session's end goes on trying an MLflow that fails; what is left waits in the spool.
 PATIENCE_S = 30.0
-PATIENCE_BEFORE_RESTART_S = 5.0
 
 
 class Recorder:

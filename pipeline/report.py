@@ -32,10 +32,6 @@ PAGE, TEMPLATE = "report.html", "report.html.j2"
 FACTS, CONFIG, PREDICTIONS = "facts.json", "config.yaml", "predictions.npz"
 
 
-class ReportError(RuntimeError):
-    """A report that cannot be made, however often it is tried."""
-
-
 @dataclass(frozen=True)
 class Mistake:
     """An image that was taken for another class: its row of the index, its place, and what the model saw."""

@@ -48,14 +48,13 @@ PATIENCE_S = 10.0  # with a storage that does not answer at the start
 def prepare(cfg: Config, watch: Callable[[Event], None], resume_from: str | None = None) -> Iterator[Job]:
     """Make or reopen the run that `cfg` names, its folder and indexes, and hold it for this process.
 
-    What can be told to be wrong without the workers is told here, since it takes Ray a minute to start them.
+    What can be told to be wrong without the workers is told here, before they start.
 
     Args:
         resume_from: path or URI of a checkpoint to begin with, where the run has none.
 
     Raises:
-        ConfigError: data that cannot be trained on, a checkpoint or weights that do not fit, or another process that
-            trains the run.
+        ConfigError: data, a checkpoint or weights that do not fit, or another process that trains the run.
     """
     storage = open_storage(cfg.run.storage)
     train_source, val_source = Storage(cfg.data.train).uri, Storage(cfg.data.val).uri
@@ -79,11 +78,11 @@ def prepare(cfg: Config, watch: Callable[[Event], None], resume_from: str | None
     if found is not None:
         resume.refuse_settings(found, cfg)
     elif cfg.model.weights is not None:
-        from pipeline.weights import check  # late: it imports torch, for which the driver would start more slowly
+        from pipeline import weights  # late: it imports torch
 
-        weights = find_weights(cfg.model.weights, storage, cfg.mlflow.uri)
-        check(cfg.model, weights)
-        cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, weights=weights))
+        place = find_weights(cfg.model.weights, storage, cfg.mlflow.uri)
+        weights.check(cfg.model, place)
+        cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, weights=place))
     tracking_uri(cfg.mlflow.uri, storage)  # tells of a missing one
     with held(run, watch):
         train_index, train = _index(train_source, run / "index" / "train.arrow", watch)

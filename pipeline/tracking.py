@@ -14,15 +14,18 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config import ConfigError, MlflowConfig
-from pipeline.mlflow_run import SESSION, MlflowRun, Target, reason, refuses_for_good
-from pipeline.report import Facts, ReportError
+from pipeline.mlflow_run import SESSION, MlflowRun, ReportError, Target, reason, refuses_for_good
 from pipeline.spool import Record, Spool
 from pipeline.storage import Storage
 
+if TYPE_CHECKING:  # the driver uses this module, and does without torch
+    from pipeline.report import Facts
+
 MAX_METRICS = 1000  # in one request, MLflow's limit
+PATIENCE_BEFORE_RESTART_S = 5.0  # with a server that is away, where others are to train on
 RETRY_SECONDS = (1, 2, 5, 10, 30)
 TARGET = "target.json"
 
@@ -113,7 +116,7 @@ class Tracker:
         else:
             self._put({"kind": "folder", "source": str(aside), "to": to})
 
-    def report(self, facts: Facts) -> None:
+    def report(self, facts: "Facts") -> None:
         """Make the report and log it, once all that was logged before has arrived; the facts wait on disk.
 
         Raises:

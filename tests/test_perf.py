@@ -183,7 +183,7 @@ def waits(rank: int, world_size: int, job: Job) -> tuple[dict[str, float], float
         batches, began = ours(self, step, stop), time.monotonic()
         for batch in batches:
             if rank == 1:
-                time.sleep(0.05)
+                time.sleep(0.2)
             loading += time.monotonic() - began
             yield batch
             began = time.monotonic()
@@ -194,8 +194,9 @@ def waits(rank: int, world_size: int, job: Job) -> tuple[dict[str, float], float
 
 def test_waiting_for_a_slow_rank_is_communication(job: Callable[..., Job]) -> None:
     (seconds, loading), _ = run_ranks(waits, 2, job("train.steps=10", "train.eval_every=100"))
-    assert seconds["communication wait"] > 10 * 0.04
-    assert seconds["data wait"] < loading + 5 * 0.05, "what rank 1 is late is no wait for data"
+    late = 9 * 0.2  # the first batch is part of the start
+    assert seconds["communication wait"] > late / 3, "less where rank 0 is late itself, on a busy machine"
+    assert seconds["data wait"] < loading + late / 3, "what rank 1 is late is no wait for data"
 
 
 @pytest.mark.parametrize("log_every", [5, 10])

@@ -18,7 +18,7 @@ from s3 import free_port
 from servers import MlflowServer
 from test_train import FAST
 
-from pipeline import charts, cli, mlflow_run, record, summary
+from pipeline import charts, cli, record, summary
 from pipeline.data.build import build_index
 from pipeline.job import Event, Job
 from pipeline.mlflow_run import MlflowRun, Target
@@ -296,7 +296,7 @@ def test_a_report_that_cannot_be_drawn_is_told_and_what_follows_is_sent(
     def fail(*args: Any) -> None:
         raise RuntimeError("no ink")
 
-    monkeypatch.setattr(mlflow_run, "write_report", fail)
+    monkeypatch.setattr("pipeline.report.write_report", fail)
     problems: list[str] = []
     target = Target(trained["mlflow_uri"], "pipeline", str(tmp_path), "undrawn")
     tracker = Tracker(target, tmp_path, problems.append)
