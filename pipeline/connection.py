@@ -105,8 +105,8 @@ def connected(
 
 
 def last_line(error: BaseException) -> str:
-    """The last line of a failed worker's traceback."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    """The last line of a failed worker's traceback, or what Ray says of its end, without Ray's guesses."""
+    lines = [line.strip() for line in str(error).partition(" Some common causes")[0].splitlines() if line.strip()]
     # Not the closing bracket of something printed, nor Ray's advice on its timeouts.
     telling = [line for line in lines if len(line) > 2 and not line.startswith("Set the ")]
     return telling[-1][:MAX_REASON] if telling else type(error).__name__
@@ -168,7 +168,12 @@ def _local_cluster(
     """A cluster on this machine, with its cores or a CPU for each worker: more workers than cores are slow but work."""
     for name, value in LOCAL_SETTINGS.items():
         os.environ.setdefault(name, value)
-    num_cpus = max(machine.cpu_count(), cfg.max_workers * (cfg.cpus_per_worker or 1))
+    num_cpus = max(cores := machine.cpu_count(), cfg.max_workers * (cfg.cpus_per_worker or 1))
+    if num_cpus > cores and (cfg.cpus_per_worker or 1) > 1:
+        warn(
+            f"cluster.cpus_per_worker={cfg.cpus_per_worker}: {num_cpus} threads wait for each other on {cores} cores, "
+            f"which is several times slower; set cluster.cpus_per_worker={max(1, cores // cfg.max_workers)}"
+        )
 
     def start_node() -> Node:
         enable_token_auth_by_default()  # else any user of this machine could run code as this one

@@ -173,8 +173,9 @@ class MlflowRun:
 
 
 def _client(uri: str) -> Any:
-    # MLflow's own retries (7, of up to 120 s each) would hide for minutes that a server is away.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    # MLflow's own retries (7, of up to 120 s each) would hide for minutes that a server is away; and where the answer
+    # to "make a run" is lost, a second try makes a second one. `tracking` tries again, and looks for the first.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # where the JSON of a command goes

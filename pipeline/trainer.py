@@ -28,6 +28,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.placement_group import PlacementGroup
 
 POLL_SECONDS = 5.0  # a worker that has ended is seen at once; this is for Ray's own troubles
+ENDING_POLL_SECONDS = 1.0  # once one has ended, since Ray may not have known it the first time
 SETTLE_SECONDS = 0.1  # from the end of a worker's training, or of its process, until Ray knows
 LEAVE_SECONDS = 5.0  # for a group that has failed to take its leave, before it is killed: a frozen one never does
 # Ray Data is not used. Placement groups end with the driver, which made them: they need no cleaner.
@@ -164,10 +165,13 @@ class _WorkerGroup(WorkerGroup):  # type: ignore[misc]
 
 class _Controller(TrainController):  # type: ignore[misc]
     ended: threading.Event
+    _pause_s = POLL_SECONDS
 
     async def _poll_workers(self) -> WorkerGroupPollStatus:
         """As Ray's, which sleeps between two looks; here nothing else runs in this thread's loop."""
-        if self.ended.wait(POLL_SECONDS):
+        if self.ended.wait(self._pause_s):
+            self.ended.clear()
+            self._pause_s = ENDING_POLL_SECONDS
             time.sleep(SETTLE_SECONDS)
         self._latest_poll_time = 0.0
         return await super()._poll_workers()

@@ -1,6 +1,8 @@
 """The package's shape: imports point one way, heavy libraries stay in their own modules, files stay small."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,21 @@ def test_libraries_stay_with_their_owners(module: str) -> None:
     for name in imports(modules()[module]):
         owners = OWNERS.get(name.partition(".")[0])
         assert owners is None or module in owners, f"{module} imports {name}"
+
+
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("supervise", {"ray", "torch", "mlflow", "nvidia"}),  # what the user starts
+        ("launch", {"torch", "mlflow", "nvidia"}),  # the driver, before which no worker starts
+        ("runs", {"torch", "mlflow", "nvidia"}),
+        ("tracking", {"torch", "mlflow", "nvidia"}),
+    ],
+)
+def test_what_starts_first_starts_fast(module: str, heavy: set[str]) -> None:
+    code = f"import sys, pipeline.{module}; print(*{{name.partition('.')[0] for name in sys.modules}})"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
+    assert not heavy & set(found.stdout.split())
 
 
 def test_files_are_short() -> None:

@@ -5,11 +5,12 @@ import subprocess
 import threading
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
-from pipeline import machine, starting, supervise
+from pipeline import connection, machine, starting, supervise
 from pipeline.job import Event
 from pipeline.settings import load
 
@@ -87,3 +88,26 @@ def test_ray_is_started_again_where_it_was_too_slow(errors: list[Exception], cal
     assert len(left) == calls
     assert len(warnings) == calls - 1
     assert all(text.startswith("Ray did not start (") and text.endswith("); trying again") for text in warnings)
+
+
+def test_more_threads_than_cores_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads that share a core wait for each other at each barrier."""
+    node = SimpleNamespace(kill_all_processes=lambda **_: None)
+    monkeypatch.setattr(starting, "start_patiently", lambda *_: node)
+    monkeypatch.setattr(machine, "cpu_count", lambda: 4)
+    told = list[str]()
+    for settings in (["workers=2", "cpus_per_worker=2"], ["workers=8"], ["workers=2", "cpus_per_worker=3"]):
+        cfg = load(None, [f"cluster.{setting}" for setting in settings] + ["data.train=x", "data.val=x"])
+        with connection._local_cluster(cfg.cluster, told.append, threading.Event(), lambda: None):
+            pass
+    (text,) = told
+    assert text.startswith("cluster.cpus_per_worker=3: 6 threads wait for each other on 4 cores")
+    assert text.endswith("set cluster.cpus_per_worker=2")
+
+
+def test_a_worker_that_has_died_is_told_without_guesses() -> None:
+    """As Ray 2.60 says it."""
+    said = "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: "
+    said += "Worker unexpectedly exits with a connection error code 2. End of file."
+    advice = " Some common causes include: (1) the process was killed by the OOM killer\nsee the log"
+    assert connection.last_line(RuntimeError(f"trace\n{said}{advice}")) == said
