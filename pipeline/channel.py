@@ -23,8 +23,8 @@ from pipeline.job import Event, StopReason
 
 HANDSHAKE_S = 30.0
 MAX_HELLO = 1024  # characters
+NO_ATTEMPT = 0
 STEP_EVERY_S = 2.0  # the driver knows the last step that was done, about so exactly
-Message = dict[str, Any]
 
 
 class EventChannel:
@@ -52,7 +52,7 @@ class EventChannel:
         self.fatal: tuple[str, str] | None = None
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._changed = threading.Condition()  # guards all below, and the attributes above
-        self._attempt = 0
+        self._attempt = NO_ATTEMPT
         self._connections: dict[int, socket.socket] = {}  # by rank
         self._stop: StopReason | None = None
         self._listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
@@ -87,12 +87,13 @@ class EventChannel:
                 return
             self._stop = reason
             for connection in self._connections.values():
-                _send(connection, {"stop": reason})
+                _send(connection, _line({"stop": reason}))
 
-    def drain(self, timeout_s: float) -> None:
-        """Wait until this attempt's ranks have said all they had to say, and ended."""
+    def finish(self, timeout_s: float) -> None:
+        """Wait until this attempt's ranks have said all they had to say, and ended; then hear them no more."""
         with self._changed:
             self._changed.wait_for(lambda: not self._connections, timeout_s)
+            self._attempt = NO_ATTEMPT
 
     def close(self) -> None:
         """End all connections, and with them the ranks that are still there."""
@@ -115,24 +116,30 @@ class EventChannel:
                     return
                 time.sleep(1)  # too many open files: who wants to connect waits
                 continue
-            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+            try:
+                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+            except RuntimeError as e:  # too many threads; others may end
+                print(f"a worker's connection is refused: {e}", flush=True)
+                connection.close()
 
     def _serve(self, connection: socket.socket) -> None:
         """Hear one rank until its connection ends."""
         with connection, connection.makefile("r", encoding="utf-8") as lines:
-            challenge = secrets.token_hex(16)
+            challenge, deadline = secrets.token_hex(16), threading.Timer(HANDSHAKE_S, _end, (connection,))
+            deadline.daemon = True
+            deadline.start()
             try:
-                connection.settimeout(HANDSHAKE_S)
-                _send(connection, {"challenge": challenge})
+                _send(connection, _line({"challenge": challenge}))
                 hello = json.loads(lines.readline(MAX_HELLO))
                 known = hmac.compare_digest(hello["proof"], _proof(self.key, challenge))
             except (OSError, ValueError, LookupError, TypeError):  # a scan of ports, or a rank that has died
                 return
+            finally:
+                deadline.cancel()
             if known:
                 self._hear(connection, lines, **hello["rank"])
 
     def _hear(self, connection: socket.socket, lines: IO[str], *, attempt: int, rank: int, node: str) -> None:
-        connection.settimeout(None)
         _keep_alive(connection, self._timeout_s)
         with self._changed:
             if attempt != self._attempt:
@@ -140,7 +147,7 @@ class EventChannel:
             self._connections[rank] = connection
             self.nodes.add(node)
             if self._stop is not None:
-                _send(connection, {"stop": self._stop})
+                _send(connection, _line({"stop": self._stop}))
         try:
             for line in lines:
                 if line.endswith("\n"):  # else its rank was killed while it wrote
@@ -154,7 +161,7 @@ class EventChannel:
                     self.ended.set()
                     self._changed.notify_all()
 
-    def _take(self, message: Message, attempt: int, rank: int) -> None:
+    def _take(self, message: dict[str, Any], attempt: int, rank: int) -> None:
         with self._changed:
             if attempt != self._attempt:
                 return
@@ -178,13 +185,13 @@ class DriverConnection:
     def __init__(self, address: tuple[str, int], key: str, timeout_s: float, *, attempt: int, rank: int, node: str):
         self.stop_reason: StopReason | None = None
         self._rank, self._step, self._closing = rank, 0, False
-        self._outbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         try:
             self._socket = socket.create_connection(address, min(timeout_s, HANDSHAKE_S))
             _keep_alive(self._socket, timeout_s)
             self._lines = self._socket.makefile("r", encoding="utf-8")
             proof = _proof(key, json.loads(self._lines.readline())["challenge"])
-            _send(self._socket, {"proof": proof, "rank": {"attempt": attempt, "rank": rank, "node": node}})
+            _send(self._socket, _line({"proof": proof, "rank": {"attempt": attempt, "rank": rank, "node": node}}))
             self._socket.settimeout(None)
         except (OSError, ValueError) as e:  # ValueError: it ended the connection, or is no driver
             where = f"{address[0]}:{address[1]}"
@@ -195,62 +202,74 @@ class DriverConnection:
 
     def emit(self, event: Event) -> None:
         """Send an event; returns at once."""
-        self._outbox.put({"event": event})
+        self._outbox.put(_line({"step": self._step, "event": event}))
 
     def fail(self, kind: str, text: str) -> None:
         """Tell of an error that a new attempt would meet again."""
-        self._outbox.put({"fatal": (kind, text)})
+        self._outbox.put(_line({"step": self._step, "fatal": (kind, text)}))
 
     def progress(self, step: int) -> None:
-        """Have the driver know that `step` steps are done, with the next message or soon."""
-        self._step = step
+        """Have the driver know that `step` steps are done, with the next event or soon. It hears rank 0 alone."""
+        if self._rank == 0:
+            self._step = step
 
     def close(self, timeout_s: float) -> None:
-        """Send what is left, and end the connection."""
+        """Send what is left, and then have the driver end the connection."""
         self._closing = True
         self._outbox.put(None)
         self._sender.join(timeout_s)
-        _end(self._socket)
+        _end(
+            self._socket, socket.SHUT_WR
+        )  # not both ways: what the driver says now would have the kernel drop the rest
 
     def _send_all(self) -> None:
         told = 0
         while True:
-            message: Message | None = {}
-            with contextlib.suppress(queue.Empty):
-                message = self._outbox.get(timeout=STEP_EVERY_S)
-            if message is None:
-                return
-            if message or self._step != told:
+            try:
+                line = self._outbox.get(timeout=STEP_EVERY_S)
+            except queue.Empty:
+                if self._step == told:
+                    continue
                 told = self._step
-                _send(self._socket, {"step": told, **message})
+                line = _line({"step": told})
+            if line is None:
+                return
+            _send(self._socket, line)
 
     def _receive(self) -> None:
         reason = "it has ended the connection"
-        with self._socket, self._lines:
-            try:
+        try:
+            with self._socket, self._lines:
                 for line in self._lines:
                     self.stop_reason = json.loads(line)["stop"]
-            except OSError as e:
-                reason = str(e)
-        if not self._closing:
-            print(f"worker {self._rank} ends, it has lost its driver: {reason}", flush=True)
-            os._exit(1)
+        except OSError as e:
+            reason = str(e)
+        finally:
+            if not self._closing:
+                try:
+                    print(f"worker {self._rank} ends, it has lost its driver: {reason}", flush=True)
+                finally:
+                    os._exit(1)
 
 
 def _proof(key: str, challenge: str) -> str:
     return hmac.new(key.encode(), challenge.encode(), "sha256").hexdigest()
 
 
-def _send(connection: socket.socket, message: Message) -> None:
+def _line(message: dict[str, Any]) -> bytes:
+    return json.dumps(message, default=float).encode() + b"\n"  # default: numpy's numbers
+
+
+def _send(connection: socket.socket, line: bytes) -> None:
     """Send a message, unless the connection has ended: the one who receives tells of that."""
     with contextlib.suppress(OSError):
-        connection.sendall(json.dumps(message, default=float).encode() + b"\n")  # default: numpy's numbers
+        connection.sendall(line)
 
 
-def _end(connection: socket.socket) -> None:
+def _end(connection: socket.socket, how: int = socket.SHUT_RDWR) -> None:
     """End a connection for all threads that use it; its owner closes it."""
     with contextlib.suppress(OSError):
-        connection.shutdown(socket.SHUT_RDWR)
+        connection.shutdown(how)
 
 
 def _keep_alive(connection: socket.socket, timeout_s: float) -> None:

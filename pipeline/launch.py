@@ -33,7 +33,7 @@ from pipeline.worker import train_on_worker
 
 POLL_SECONDS = 0.5
 CLUSTER_POLL_SECONDS = 2.0
-DRAIN_SECONDS = 5.0  # for what the workers of a session had still to say; a host that is cut off says nothing
+FINISH_SECONDS = 5.0  # for what the workers of a session had still to say; a host that is cut off says nothing
 WAITING_SECONDS = 60.0  # without room for workers, before it is told what they wait for
 
 
@@ -66,6 +66,7 @@ class TrainController:
         self._channel = EventChannel(ray.util.get_node_ip_address(), self._settings.timeout_s)
         self._budget = FailureBudget(self._settings.max_failures)
         self._attempt = 0
+        self._has_trained = restarted  # at any time
         self._trains = False  # in this session
         self._started: float | None = None  # when this session's workers began to train, as long as it is to go on
 
@@ -155,7 +156,7 @@ class TrainController:
                     if another is None and place.num_workers < self._settings.max_workers:
                         another = wishes.enter_context(cluster.Place(self._size, 1))
                     self._look_at_cluster(self._started, another)
-        self._channel.drain(DRAIN_SECONDS)
+        self._channel.finish(FINISH_SECONDS)
         self._pass_on(self._channel.take_events(0))
         return outcome[0]
 
@@ -163,6 +164,7 @@ class TrainController:
         for event in events:
             if event["kind"] == "start":
                 self._trains, self._started, self._faults = True, time.monotonic(), ()
+                self._has_trained = True
             elif event["kind"] == "checkpoint":
                 self._budget.progressed()
             self._tell(event)
@@ -172,7 +174,10 @@ class TrainController:
         self._watch(event)
 
     def _note_fault(self, error: "ray.train.TrainingFailedError") -> None:
-        if isinstance(cause := getattr(error, "controller_failure", None), ImportError):  # the installation's trouble
+        cause = getattr(error, "controller_failure", None)
+        if (
+            isinstance(cause, ImportError) and not self._has_trained
+        ):  # the installation's trouble, and not one new node's
             raise TrainingFailedError(f"a worker cannot start: {last_line(cause)}")
         failures = getattr(error, "worker_failures", {})
         workers = [f"worker {rank} failed: {last_line(e)}" for rank, e in sorted(failures.items())]

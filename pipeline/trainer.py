@@ -72,7 +72,8 @@ class _TorchBackend(Backend):  # type: ignore[misc]
     def on_start(self, worker_group: BaseWorkerGroup, backend_config: TorchConfig) -> None:
         ranks = range(len(worker_group))
         address, port = worker_group.execute_single(0, get_address_and_port)
-        group = {"address": address, "port": port, "world_size": len(ranks), **backend_config.to_dict()}
+        worker_group.execute(_prepare, address, port)  # one that imports torch slowly is not to keep the others waiting
+        group = {"world_size": len(ranks), **backend_config.to_dict()}
         ray.get([worker_group.execute_single_async(i, _join_group, world_rank=i, **group) for i in ranks])
 
     def on_shutdown(self, worker_group: BaseWorkerGroup, backend_config: TorchConfig) -> None:
@@ -80,12 +81,18 @@ class _TorchBackend(Backend):  # type: ignore[misc]
         ray.wait(leaving, num_returns=len(leaving), timeout=LEAVE_SECONDS)
 
 
-def _join_group(*, address: str, port: int, world_rank: int, world_size: int, backend: str, timeout_s: int) -> None:
-    """On a worker."""
-    from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group
+def _prepare(address: str, port: int) -> None:
+    """On a worker: import torch, and set what it reads."""
+    from ray.train.torch.config import _set_torch_distributed_env_vars
 
     os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
     _set_torch_distributed_env_vars()
+
+
+def _join_group(*, world_rank: int, world_size: int, backend: str, timeout_s: int) -> None:
+    """On a worker."""
+    from ray.train.torch.config import _setup_torch_process_group
+
     _setup_torch_process_group(backend, world_rank, world_size, "env://", timeout_s)
 
 

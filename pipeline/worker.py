@@ -28,23 +28,23 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
     job, here = config["job"], ray.train.get_context()
     rank, node, timeout_s = here.get_world_rank(), ray.get_runtime_context().get_node_id(), job.cfg.cluster.timeout_s
     driver = DriverConnection(**config["channel"], timeout_s=timeout_s, attempt=config["attempt"], rank=rank, node=node)
-    device = get_device()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    pin(job.cfg.cluster.pin, device, here.get_local_rank(), here.get_local_world_size(), config["num_threads"])
-    context = Context(
-        rank=rank,
-        world_size=here.get_world_size(),
-        device=device,
-        num_threads=config["num_threads"],
-        emit=driver.emit,
-        stop_reason=lambda: driver.stop_reason,
-        progress=driver.progress,
-        faults=config["faults"],
-        marks=(*config["marks"], ("processes", entered), ("imports of workers", time.time())),
-        restarted=config["restarted"],
-    )
     try:
+        device = get_device()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        pin(job.cfg.cluster.pin, device, here.get_local_rank(), here.get_local_world_size(), config["num_threads"])
+        context = Context(
+            rank=rank,
+            world_size=here.get_world_size(),
+            device=device,
+            num_threads=config["num_threads"],
+            emit=driver.emit,
+            stop_reason=lambda: driver.stop_reason,
+            progress=driver.progress,
+            faults=config["faults"],
+            marks=(*config["marks"], ("processes", entered), ("imports of workers", time.time())),
+            restarted=config["restarted"],
+        )
         return fit(job, context)
     except (ConfigError, NonFiniteError, BadDataError, CheckpointError, SupersededError) as e:
         driver.fail(type(e).__name__, str(e))  # a restart would meet it again

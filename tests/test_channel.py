@@ -5,10 +5,13 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipeline.channel import DriverConnection, EventChannel
@@ -100,10 +103,52 @@ def test_all_is_heard_that_was_said_before_the_end(channel: EventChannel, connec
     rank.progress(5)
     rank.fail("ConfigError", "no such file")
     rank.close(PATIENCE_S)
-    channel.drain(PATIENCE_S)
+    channel.finish(PATIENCE_S)
     assert channel.ended.is_set()
     assert [len(event["text"]) for event in channel.take_events(0)] == [100_000]
     assert (channel.step, channel.fatal) == (5, ("ConfigError", "no such file"))
+
+
+def test_a_stop_that_crosses_the_last_words_loses_none(channel: EventChannel, connect: Connect) -> None:
+    rank = connect()
+    for _ in range(100):
+        rank.emit({"kind": "note", "text": "x" * 10_000})
+    rank.close(PATIENCE_S)
+    channel.request_stop("interrupted")
+    channel.finish(PATIENCE_S)
+    assert len(channel.take_events(0)) == 100
+
+
+def test_after_its_end_an_attempt_is_not_heard(channel: EventChannel, connect: Connect) -> None:
+    """What a host that was cut off says when it is there again."""
+    rank = connect()
+    channel.finish(0.0)
+    rank.emit({"kind": "start"})
+    rank.fail("ConfigError", "late")
+    rank.close(PATIENCE_S)
+    wait_for(channel.ended.is_set)
+    assert (channel.take_events(0), channel.fatal) == ([], None)
+
+
+def test_an_event_that_cannot_be_sent_is_told_where_it_is_made(channel: EventChannel, connect: Connect) -> None:
+    rank = connect()
+    with pytest.raises(TypeError):
+        rank.emit({"kind": "checkpoint", "path": Path("x")})
+    rank.emit({"kind": "checkpoint", "step": np.int64(3), "loss": np.float32(0.5)})
+    assert channel.take_events(PATIENCE_S) == [{"kind": "checkpoint", "step": 3, "loss": 0.5}]
+
+
+def test_a_rank_that_finds_no_thread_is_refused_and_the_next_one_is_heard(
+    channel: EventChannel, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as few:
+        few.setattr(
+            threading.Thread, "start", lambda self: (_ for _ in ()).throw(RuntimeError("can't start new thread"))
+        )
+        with socket.create_connection(channel.address, PATIENCE_S) as refused:
+            assert refused.recv(1) == b""
+    connect().emit({"kind": "note"})
+    assert channel.take_events(PATIENCE_S) == [{"kind": "note"}]
 
 
 def test_a_killed_rank_is_missed_at_once_and_what_it_said_is_kept(channel: EventChannel) -> None:
