@@ -109,7 +109,7 @@ def last_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).partition(" Some common causes")[0].splitlines() if line.strip()]
     # Not the closing bracket of something printed, nor Ray's advice on its timeouts.
     telling = [line for line in lines if len(line) > 2 and not line.startswith("Set the ")]
-    return telling[-1][:MAX_REASON] if telling else type(error).__name__
+    return telling[-1][:MAX_REASON].rstrip(".") if telling else type(error).__name__
 
 
 def _environment(cfg: ClusterConfig) -> dict[str, str]:

@@ -110,4 +110,4 @@ def test_a_worker_that_has_died_is_told_without_guesses() -> None:
     said = "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: "
     said += "Worker unexpectedly exits with a connection error code 2. End of file."
     advice = " Some common causes include: (1) the process was killed by the OOM killer\nsee the log"
-    assert connection.last_line(RuntimeError(f"trace\n{said}{advice}")) == said
+    assert connection.last_line(RuntimeError(f"trace\n{said}{advice}")) == said.rstrip(".")
