@@ -24,7 +24,7 @@ ORDER = """__init__ machine clock schema environment config settings web storage
 OWNERS = {
     "ray": {"launch", "trainer", "worker", "gauges", "cluster", "connection", "starting", "submission", "jobs"},
     "mlflow": {"mlflow_run", "published", "served"},
-    "nvidia": {"data.augment", "data.dali"},
+    "nvidia": {"data.augment", "data.dali", "data.fetch"},
     "omegaconf": {"settings"},
     "rich": {"console"},
     "fsspec": {"web", "storage"},

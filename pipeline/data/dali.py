@@ -2,7 +2,8 @@
 
 What to cut out of each image and what to do with it is decided outside (`sampling`, `draws`) and comes in beside the
 bytes, so DALI holds no randomness and no position of its own, and can be thrown away and rebuilt at any moment.
-That is how a broken image is survived: DALI's pipeline dies of it, and a new one carries on.
+That is how a broken image is survived: DALI's pipeline dies of it, and a new one carries on. What DALI would not even
+parse is found out before (`fetch`), and never reaches it.
 
 On a GPU one DALI graph does it all. On the CPU DALI decodes and augments, and torch resizes in between: its uint8
 kernel takes a third of the time of DALI's, which was half of the whole (docs/performance.md).
@@ -27,6 +28,7 @@ from pipeline.data.fetch import BadDataError, BadImages, Encoded, Fetcher
 from pipeline.data.index import Index
 from pipeline.data.request import Request
 
+STAND_IN = b"P6 1 1 255\n" + bytes(MEAN_COLOUR)  # a file in PPM's format, of one pixel
 T = TypeVar("T")
 Source = Callable[[], Any]
 
@@ -57,9 +59,10 @@ def _augment_graph(source: Source, draws: Sequence[str], cfg: DataConfig) -> Any
 
 
 def to_decode(request: Request, encoded: Encoded) -> tuple[Any, ...]:
-    """What `decode_graph` takes of a request."""
-    data = [np.frombuffer(one, dtype=np.uint8) for one in encoded]
-    return data, request.anchors.astype(np.int32), request.shapes.astype(np.int32)
+    """What `decode_graph` takes of a request: of a broken image, one pixel of another."""
+    data = [np.frombuffer(one or STAND_IN, dtype=np.uint8) for one in encoded]
+    broken = np.array([one is None for one in encoded])[:, None]
+    return data, *(np.where(broken, b, a).astype(np.int32) for a, b in ((request.anchors, 0), (request.shapes, 1)))
 
 
 def _inputs(source: Source, number: int, **options: Any) -> Any:

@@ -1,8 +1,13 @@
 """The encoded bytes of requests, read ahead of need; and the count of images that turn out to be broken."""
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+
+os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")  # what it refuses is told here, once
+
+from nvidia import nvimgcodec
 
 from pipeline.config import DataConfig
 from pipeline.data.index import Index
@@ -10,11 +15,15 @@ from pipeline.data.read import Reader, StorageAwayError
 from pipeline.data.request import Request
 
 FETCH_AHEAD = 8  # requests beyond those that are being read, of data that comes over a network
-Encoded = Sequence[bytes]
+Encoded = Sequence[bytes | None]  # None: the image is broken, and another is to take its place
 
 
 class BadDataError(RuntimeError):
     """More images are broken than the configuration allows."""
+
+
+class UnparsableError(ValueError):
+    """These bytes are no image of a format that DALI reads."""
 
 
 class BadImages:
@@ -63,12 +72,12 @@ class Fetcher:
         self._pool = ThreadPoolExecutor(cfg.read_threads, thread_name_prefix="read")
 
     def ahead(self, requests: Iterator[Request]) -> Iterator[tuple[Request, Encoded]]:
-        """Each request with its images' bytes, none where an image cannot be read; further ones are on their way.
+        """Each request with its images' bytes, None where an image is broken; further ones are on their way.
 
         Raises:
             StorageAwayError: the images' storage does not answer.
         """
-        fetching, reading = deque[Request](), deque[tuple[Request, Iterator[bytes]]]()
+        fetching, reading = deque[Request](), deque[tuple[Request, Iterator[bytes | None]]]()
 
         def read(request: Request) -> None:
             reading.append((request, self._pool.map(self._read, request.rows)))
@@ -92,11 +101,24 @@ class Fetcher:
         self._reader.close()
         self._pool.shutdown(cancel_futures=True)
 
-    def _read(self, row: int) -> bytes:
+    def _read(self, row: int) -> bytes | None:
         try:
-            return self._reader.read(row)
+            encoded = self._reader.read(row)
+            refuse_unparsable(encoded)
         except StorageAwayError:  # no fault of the image: another would take its place, unnoticed
             raise
-        except OSError as e:
+        except (OSError, UnparsableError) as e:
             self._bad.count(row, str(e))
-            return b""  # DALI refuses it, and a uniform image takes its place
+            return None
+        return encoded
+
+
+def refuse_unparsable(encoded: bytes) -> None:
+    """Raise UnparsableError for what DALI's parser refuses: in a batch of some size, DALI 2.4 ends the process for it.
+
+    The parser is the same one. Here it takes 2 us an image.
+    """
+    try:
+        nvimgcodec.CodeStream(encoded).width  # noqa: B018  # it parses what is asked for
+    except RuntimeError as e:
+        raise UnparsableError("cannot be decoded: its header is damaged, or it is of no known format") from e
