@@ -1,5 +1,7 @@
 """The command line. Exit codes: 0 done, 1 the job failed, 2 the request was wrong, 130 interrupted."""
 
+from contextlib import suppress
+
 from pipeline import clock  # noqa: F401  first, since it takes the time
 
 # isort: split
@@ -40,9 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _give_up(args: argparse.Namespace, code: int, result: dict[str, str]) -> int:
-    print(f"pipeline: {result.get('error', result['status'])}", file=sys.stderr)
-    if args.json:
-        print(json.dumps(result))
+    with suppress(BrokenPipeError):  # nobody reads, of people or programs: the exit code says it
+        print(f"pipeline: {result.get('error', result['status'])}", file=sys.stderr, flush=True)
+    try:
+        if args.json:
+            print(json.dumps(result), flush=True)
+    except BrokenPipeError:
+        commands.drop_stdout()
     return code
 
 

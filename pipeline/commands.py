@@ -61,12 +61,13 @@ def config_to_train(args: argparse.Namespace) -> tuple[Config, str, str | None]:
 def sync(args: argparse.Namespace) -> Outcome:
     from pipeline import runs, tracking
     from pipeline.identity import Identity
+    from pipeline.lock import run_lock
 
     storage = runs.open_storage(args.storage)
     run = runs.find_run(args.run, storage, args.mlflow_uri)
     if run is None:
         raise runs.no_such_run(args.run, storage, args.mlflow_uri)
-    with runs.held(run, lambda event: say(event["text"])):
+    with run_lock(run, say):
         last = Identity.read(run, say)
         target, run_id, waiting = tracking.sync(run.scratch / "mlflow", say, ended=last is None or not last.open)
     result = {"run": run.uri, "mlflow_uri": target.uri, "mlflow_run_id": run_id, "waiting": waiting}

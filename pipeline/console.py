@@ -14,11 +14,17 @@ from pipeline.job import Event
 LINE_EVERY_S = 5.0  # where there is no bar
 
 
+class _Console(RichConsole):
+    def on_broken_pipe(self) -> None:
+        """Nobody reads any more: no reason to end what is under way, as rich's own does."""
+        self.quiet = True
+
+
 class _View:
     """A bar, where `file` is a terminal, and lines. To be used as a context."""
 
     def __init__(self, file: IO[str]):
-        self._console = RichConsole(file=file, highlight=False, soft_wrap=True)
+        self._console = _Console(file=file, highlight=False, soft_wrap=True)
         self._task: Any = None
         self._began = time.monotonic()
         self._bar: Progress | None = None

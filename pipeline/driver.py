@@ -82,7 +82,10 @@ def train(supervisor: Supervisor) -> dict[str, Any]:
             try:
                 return controller.run(marks)
             except TrainingFailedError as e:
-                mark_failed(job, str(e))
+                try:
+                    mark_failed(job, str(e))
+                except OSError as unread:  # the storage is away; a new driver would not help
+                    supervisor.warn(f"MLflow is not told: {unread}")
                 raise
 
 

@@ -4,19 +4,17 @@ Facts come from run.json, the newest checkpoint's meta.json and the lock. What i
 run, and does not keep the others from being listed.
 """
 
-import fcntl
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pipeline import checkpoint
+from pipeline import checkpoint, lock
 from pipeline.checkpoint import CONFIG, STATE, CheckpointError, IncompleteError
 from pipeline.config import ConfigError
 from pipeline.identity import FILE, Identity
 from pipeline.storage import Storage
 
-LOCK = "lock"
 # training: a live process of a machine that shares the directory holds it. died: a session has not ended, and nobody
 # holds it. open: a session has not ended, and an object store has no locks to tell more. stopped: before its last step.
 # new: it has no checkpoint.
@@ -59,7 +57,7 @@ def listed(storage: Storage) -> list[Listed]:
 def _look(run: Storage) -> Listed | None:
     """What is known of a run; None for what is none."""
     names = set(run.names())
-    if not {FILE, LOCK, "checkpoints"} & names:
+    if not {FILE, lock.FILE, "checkpoints"} & names:
         return None
     problems: list[str] = []
     identity = Identity.read(run, lambda _: problems.append(f"{FILE} is damaged")) if FILE in names else None
@@ -67,7 +65,7 @@ def _look(run: Storage) -> Listed | None:
     step, num_steps = int(meta["step"]) if meta else 0, _number(meta, "num_steps")
     done = num_steps is not None and step >= num_steps
     state: State
-    if _held(run) and not (done and identity is not None and not identity.open):  # a done run may be synced
+    if lock.is_held(run) and not (done and identity is not None and not identity.open):  # a done run may be synced
         state = "training"
     elif identity is not None and identity.open:
         state = "died" if run.local else "open"
@@ -109,20 +107,6 @@ def _number(meta: dict[str, Any], key: str) -> float | None:
     """Of a meta.json, which another version may have written."""
     value = meta.get(key)
     return float(value) if isinstance(value, (int, float)) else None
-
-
-def _held(run: Storage) -> bool:
-    """Whether a process has the run's lock; where it is free, it is taken for a moment."""
-    if run.local is None:
-        return False
-    try:
-        with (run.local / LOCK).open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except FileNotFoundError:
-        return False
-    return False
 
 
 def table(runs: Sequence[Listed]) -> list[str]:

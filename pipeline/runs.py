@@ -12,12 +12,8 @@ and, in a directory of the machine where the storage is none itself,
 
 import dataclasses
 import difflib
-import fcntl
-import os
 import re
-import socket
 import tempfile
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,6 +29,7 @@ from pipeline.data.index import Index
 from pipeline.data.sampling import steps_per_epoch
 from pipeline.identity import FILE, Identity
 from pipeline.job import Event, Job
+from pipeline.lock import run_lock
 from pipeline.mlflow_run import absolute, tracking_uri
 from pipeline.schema import refuse_credentials
 from pipeline.settings import load
@@ -40,7 +37,6 @@ from pipeline.storage import Storage, patiently
 
 MLFLOW_RUN_ID = re.compile(r"[0-9a-f]{32}")
 MAX_NAMED = 20  # refused files that are named one by one
-LOCK_PATIENCE_S = 60.0
 PATIENCE_S = 10.0  # with a storage that does not answer at the start
 
 
@@ -84,7 +80,7 @@ def prepare(cfg: Config, watch: Callable[[Event], None], resume_from: str | None
         weights.check(cfg.model, place)
         cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, weights=place))
     tracking_uri(cfg.mlflow.uri, storage)  # tells of a missing one
-    with held(run, watch):
+    with run_lock(run, tell):
         train_index, train = _index(train_source, run / "index" / "train.arrow", watch)
         val_index, val = _index(val_source, run / "index" / "val.arrow", watch)
         val.with_classes(train.classes)
@@ -109,36 +105,6 @@ def open_storage(uri: str) -> Storage:
             f"run.storage={uri}: {str(e).splitlines()[0]}; use a directory, s3://... or gs://..."
         ) from None
     return storage
-
-
-@contextmanager
-def held(run: Storage, watch: Callable[[Event], None]) -> Iterator[None]:
-    """Keep other processes of this machine from the run; the lock goes with the process, however it ends.
-
-    A process that is about to end, its supervisor dead, is waited for. Between machines that share no
-    directory, the later session wins, see `Identity.check`.
-    """
-    with (run.scratch / "lock").open("a+", encoding="utf-8") as file:
-        deadline, told = time.monotonic() + LOCK_PATIENCE_S, False
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                file.seek(0)
-                holder = file.read() or "another process"
-            if time.monotonic() > deadline:
-                raise ConfigError(
-                    f"run.name={run.name}: is being trained by {holder}; wait for its end, or use another name"
-                )
-            if not told:
-                told = True
-                watch({"kind": "warning", "text": f"waiting {LOCK_PATIENCE_S:.0f} s for {holder}, which has the run"})
-            time.sleep(0.2)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield
 
 
 def _index(source: str, to: Storage, watch: Callable[[Event], None]) -> tuple[str, Index]:

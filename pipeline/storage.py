@@ -5,6 +5,7 @@ a package for on this machine. Everything that goes wrong is an OSError.
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -227,9 +228,12 @@ def pauses() -> Iterator[int]:
 
 
 def fsync(path: Path) -> None:
-    """Have the disk hold a file's content, or a directory's entries."""
+    """Have the disk hold a file's content, or a directory's entries, as far as its file system does that."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as e:
+        if not (path.is_dir() and e.errno in (errno.EINVAL, errno.ENOTSUP)):  # some of FUSE and SMB sync files alone
+            raise
     finally:
         os.close(descriptor)

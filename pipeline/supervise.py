@@ -198,7 +198,7 @@ def _run_driver(
             kill_descendants(others)
             keep = kind in ("lost", "broken", "stillborn")
             if not keep:
-                Path(log.name).unlink()
+                Path(log.name).unlink(missing_ok=True)  # whoever cleans /tmp may have been there
     return kind, f"{content} (log: {log.name})" if keep else content
 
 
@@ -235,7 +235,10 @@ def _attend(
 
 def _last_line(log: Path) -> str:
     """What a process said of its end: of a traceback, the error."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+    try:
+        lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+    except FileNotFoundError:  # whoever cleans /tmp was there
+        return ""
     telling = [line for line in lines if len(line) > 2 and not set(line) <= set("^~ |-=")]
     return telling[-1][:MAX_REASON] if telling else ""
 
@@ -265,7 +268,10 @@ def _blocked(signals: Iterable[signal.Signals]) -> Iterator[None]:
 
 @contextmanager
 def _signals() -> Iterator[list[str]]:
-    """Collects the name of a first signal to end, for the main loop to act on; a second one raises Interrupted."""
+    """Collects the name of a first signal to end, for the main loop to act on; a second one raises Interrupted.
+
+    One that is ignored, as `nohup` has it, stays ignored.
+    """
     received: list[str] = []
 
     def handle(number: int, frame: Any) -> None:
@@ -273,7 +279,8 @@ def _signals() -> Iterator[list[str]]:
             raise Interrupted
         received.append(signal.Signals(number).name)
 
-    previous = {s: signal.signal(s, handle) for s in ENDING_SIGNALS}
+    heard = [s for s in ENDING_SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
+    previous = {s: signal.signal(s, handle) for s in heard}
     try:
         yield received
     finally:

@@ -28,9 +28,9 @@ from pipeline.train import fit
 
 HOLD = """
 import sys, time
-from pipeline.runs import held
+from pipeline.lock import run_lock
 from pipeline.storage import Storage
-with held(Storage(sys.argv[1]), print):
+with run_lock(Storage(sys.argv[1]), print):
     print("held", flush=True)
     time.sleep(600)
 """

@@ -1,6 +1,8 @@
 """Storage: a directory and an object store are used alike; what fails is an OSError. The S3 API is moto's server."""
 
+import errno
 import io
+import os
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ from pipeline import checkpoint
 from pipeline.checkpoint import CheckpointError
 from pipeline.settings import load
 from pipeline.state import TrainState
-from pipeline.storage import Storage, patiently
+from pipeline.storage import Storage, fsync, patiently
 
 TREE = {"a b/%20#?&é.txt": b"odd", "a b/c/empty": b"", "x.tar": bytes(range(256)) * 100}
 META: dict[str, Any] = {"training_id": "t", "fingerprint": "f", "classes": ["a", "b"], "metrics": {}}
@@ -212,3 +214,16 @@ def test_damage_in_all_of_them_is_an_error(folder: Storage, save: Callable[[int]
     save(1).write_bytes("meta.json", b"{}")
     with pytest.raises(CheckpointError, match=r"none of the 1 checkpoints in .* can be used .*move them away"):
         checkpoint.newest_valid(folder, lambda _: None)
+
+
+def test_a_file_system_that_syncs_no_directories_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some of FUSE and SMB; a file's own content they must hold."""
+
+    def refuse(_: int) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    fsync(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="Invalid argument"):
+        fsync(tmp_path / "file")

@@ -1,6 +1,8 @@
 """The process that the user starts: what a driver leaves behind is no trouble of the user's."""
 
+import os
 import re
+import signal
 import subprocess
 import threading
 from contextlib import nullcontext
@@ -10,7 +12,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from pipeline import connection, machine, starting, supervise
+from pipeline import connection, driver, launch, machine, runs, starting, supervise
 from pipeline.job import Event
 from pipeline.settings import load
 
@@ -111,3 +113,47 @@ def test_a_worker_that_has_died_is_told_without_guesses() -> None:
     said += "Worker unexpectedly exits with a connection error code 2. End of file."
     advice = " Some common causes include: (1) the process was killed by the OOM killer\nsee the log"
     assert connection.last_line(RuntimeError(f"trace\n{said}{advice}")) == said.rstrip(".")
+
+
+def test_a_log_that_somebody_removed_is_missed_by_nobody(tmp_path: Path) -> None:
+    """As those do who clean /tmp of a machine that has been up for weeks."""
+    assert supervise._last_line(tmp_path / "gone.log") == ""
+
+
+def test_an_ignored_signal_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`nohup pipeline train ... &`, and the terminal is closed."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with supervise._signals() as received:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert received == ["SIGTERM"]
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_failure_that_mlflow_cannot_be_told_of_stays_that_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the run's storage away, too; else a new driver would start, again and again."""
+
+    class Failing:
+        def __init__(self, *_: object, **__: object):
+            pass
+
+        def run(self, *_: object) -> None:
+            raise supervise.TrainingFailedError("one failure too many")
+
+    def away(*_: object) -> None:
+        raise OSError("the storage is away")
+
+    here = SimpleNamespace(run=SimpleNamespace(name="x"))
+    monkeypatch.setattr(driver, "connected", lambda *_: nullcontext())
+    monkeypatch.setattr(driver, "mark_failed", away)
+    monkeypatch.setattr(launch, "TrainController", Failing)
+    monkeypatch.setattr(runs, "prepare", lambda *_: nullcontext(here))
+    told = list[str]()
+    request = SimpleNamespace(cfg=SimpleNamespace(cluster=None), again=False, resume_from=None, faults=(), began=0.0)
+    one = SimpleNamespace(request=request, wants_stop=None, warn=told.append, event=lambda _: None)
+    with pytest.raises(supervise.TrainingFailedError, match="one failure too many"):
+        driver.train(one)  # type: ignore[arg-type]
+    assert told == ["MLflow is not told: the storage is away"]

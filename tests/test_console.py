@@ -1,0 +1,38 @@
+"""What people see ends nothing when nobody looks any more."""
+
+import contextlib
+import os
+import subprocess
+
+import pytest
+from commands import PIPELINE
+
+from pipeline.console import TrainingView, WorkView
+
+STEP = {"kind": "step", "step": 1, "train/loss": 1.0, "train/lr": 0.1, "train/epoch": 0.1, "perf/images_per_s": 9.0}
+
+
+@pytest.mark.parametrize("view", [TrainingView, WorkView])
+def test_a_reader_that_has_gone_ends_no_training(view: type[TrainingView] | type[WorkView]) -> None:
+    """`| tee` that dies, `| head`, an ssh that drops: rich's own console would end the process."""
+    read, write = os.pipe()
+    os.close(read)
+    file = os.fdopen(write, "w")
+    with view(file) as shown:
+        for _ in range(3):
+            shown.say("x" * 100_000)
+    with contextlib.suppress(BrokenPipeError):  # of what is left in its buffer
+        file.close()
+
+
+@pytest.mark.parametrize("json", [[], ["--json"]])
+def test_an_error_that_nobody_reads_has_its_exit_code(json: list[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    words = [PIPELINE, "train", "/none.yaml", *json]
+    done = subprocess.run(words, stdout=write, stderr=write, check=False)
+    os.close(write)
+    assert done.returncode == 2
+    said = subprocess.run([*words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, text=True)
+    assert said.returncode == 2
+    assert "/none.yaml" in said.stdout
