@@ -1,6 +1,8 @@
 """Reading rows: the same bytes from every source, wherever it lies; fetched once; errors that name the place."""
 
+import errno
 import itertools
+import os
 import random
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -23,7 +26,7 @@ from pipeline.config import DataConfig
 from pipeline.data import read
 from pipeline.data.groups import Recent
 from pipeline.data.index import Index
-from pipeline.data.read import Reader
+from pipeline.data.read import Reader, StorageAwayError
 from pipeline.storage import Storage
 
 REMOTE = ["s3", "web"]
@@ -250,6 +253,92 @@ def test_files_that_are_gone_or_short_are_errors_that_name_the_place(
         reader.read(1)
     with pytest.raises(OSError, match=r"/a b/1\.jpg: 0 bytes where the index has 5"):
         reader.read(2)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two images in the only folder of a mount."""
+    made = tmp_path / "mount" / "data"
+    made.mkdir(parents=True)
+    for i in range(2):
+        (made / f"{i}.jpg").write_bytes(IMAGES[i])
+    return made
+
+
+def rows_of(folder: Path) -> Index:
+    return index_of(Storage(folder), [(f"{i}.jpg", "", 0, len(IMAGES[i])) for i in range(2)])
+
+
+ERRORS = [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENOTCONN, errno.EHOSTDOWN]
+
+
+@pytest.mark.usefixtures("quick_pauses")
+@pytest.mark.parametrize("code", ERRORS)
+def test_a_disk_or_mount_that_fails_is_waited_for_and_says_nothing_of_an_image(
+    code: int, folder: Path, config: DataConfig, open_reader: Callable[..., Reader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fails = itertools.chain([True, True, False], itertools.repeat(True))  # there again once, and then away for good
+    really = Storage.open
+
+    def fail(self: Storage, name: str) -> Any:
+        if next(fails):
+            raise OSError(code, os.strerror(code), str(folder / name))
+        return really(self, name)
+
+    monkeypatch.setattr(Storage, "open", fail)
+    told: list[str] = []
+    reader = open_reader(rows_of(folder), config, told.append, patience_s=0.5)
+    assert reader.read(0) == IMAGES[0]
+    with pytest.raises(StorageAwayError, match=rf"1\.jpg: .*{os.strerror(code)}"):
+        reader.read(1)
+    assert told
+    assert f"{folder} does not answer" in told[0]
+
+
+@pytest.mark.usefixtures("quick_pauses")
+@pytest.mark.parametrize("leaves", ["nothing", "an empty folder"])
+def test_a_mount_that_has_gone_is_waited_for(
+    leaves: str, folder: Path, config: DataConfig, open_reader: Callable[..., Reader]
+) -> None:
+    told: list[str] = []
+    reader = open_reader(rows_of(folder), config, told.append, patience_s=30)
+    away = folder.rename(folder.parent.with_name("elsewhere"))
+    if leaves == "an empty folder":
+        folder.mkdir()
+
+    def come_back() -> None:
+        wait_for(told)
+        if folder.exists():
+            folder.rmdir()
+        away.rename(folder)
+
+    thread = threading.Thread(target=come_back)
+    thread.start()
+    assert reader.read(0) == IMAGES[0]
+    thread.join()
+
+
+def wait_for(told: list[str]) -> None:
+    while not told:
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("kind", [PermissionError, IsADirectoryError, NotADirectoryError])
+def test_what_is_wrong_with_one_file_alone_is_that_image(
+    kind: type[OSError],
+    folder: Path,
+    config: DataConfig,
+    open_reader: Callable[..., Reader],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At once, however patient the reader is."""
+
+    def fail(self: Storage, name: str) -> Any:
+        raise kind(1, "no", str(folder / name))
+
+    monkeypatch.setattr(Storage, "open", fail)
+    with pytest.raises(kind):
+        open_reader(rows_of(folder), config, patience_s=600).read(0)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ Remote files come in chunks through the node's cache. So do the row groups of Pa
 of it can be read: decoded once for the whole node, an image in them is as near as one in a tar shard.
 """
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -35,6 +36,15 @@ TELL_EVERY_S = 10.0
 
 class StorageAwayError(ConnectionError):
     """A storage has not answered for longer than one would wait; nothing is known of the image."""
+
+
+def any_entry(folder: Path) -> bool:
+    """Whether there is anything in a folder, and the folder itself."""
+    try:
+        with os.scandir(folder) as entries:
+            return next(entries, None) is not None
+    except OSError:
+        return False
 
 
 class Reader:
@@ -101,7 +111,7 @@ class Reader:
             if file.endswith(".parquet"):
                 data = self._parquet_image(file, offset)
             elif self._root.local:
-                data = self._fetch(file, offset, offset + size)
+                data = self._patiently(lambda: self._fetch(file, offset, offset + size))
             else:
                 data = self._range(file, offset, offset + size)
         except OSError as e:
@@ -211,20 +221,29 @@ class Reader:
         with self._decoding:  # one at a time: they can be large
             return self._patiently(lambda: read_group(self._root, file, group))
 
+    def _is_of_image(self, error: OSError) -> bool:
+        """Whether an error says something of one file, and not of the storage that it lies in.
+
+        A disk or a mount that fails (EIO, ESTALE, ...) says nothing of the file. Nor does a file's absence
+        where its mount has gone, which leaves an empty folder.
+        """
+        if isinstance(error, FileNotFoundError):
+            return self._root.local is None or any_entry(self._root.local)
+        of_one = (DamagedError, PermissionError, IsADirectoryError, NotADirectoryError)
+        return isinstance(error, of_one if self._root.local else DamagedError)
+
     def _patiently(self, action: Callable[[], T]) -> T:
-        """What `action` returns; while a remote storage does not answer, it is tried again for a while."""
+        """What `action` returns; while a storage does not answer, it is tried again for a while."""
         begun = time.monotonic()
         for pause in pauses():
             try:
                 result = action()
-            except (FileNotFoundError, DamagedError):
-                raise
             except OSError as e:
+                if self._is_of_image(e):
+                    raise
                 # One clock for all threads: who waited for another's fetch in vain does not begin to wait anew.
                 now = time.monotonic()
                 self._away_since = since = self._away_since or now
-                if self._root.local:
-                    raise
                 if now + pause > min(begun, since) + self._patience_s or self._closed.is_set():
                     raise StorageAwayError(str(e)) from e
                 self._tell(f"{self._root} does not answer, trying again in {pause} s: {e}")
