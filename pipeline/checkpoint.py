@@ -25,12 +25,13 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import Config, ConfigError
 from pipeline.provenance import software
 from pipeline.settings import dump, load
-from pipeline.storage import Storage, fsync
+from pipeline.storage import Storage, fsync, patiently
 
 if TYPE_CHECKING:  # the driver uses this module, and starts faster without torch
     from pipeline.model import ResNet
 
 FORMAT = 1
+READ_PATIENCE_S = 30.0
 STATE, CONFIG, META = "state.pt", "config.yaml", "meta.json"
 
 
@@ -151,6 +152,9 @@ def newest_valid(
 ) -> Checkpoint | None:
     """The newest usable checkpoint in `folder`; newer ones that are not are reported and skipped.
 
+    One that cannot be read is tried for some time before an older one takes its place: an answer that breaks off says
+    nothing of what is stored.
+
     Args:
         training_id: of the run that goes on; checkpoints of another one are not its own.
         whole: see `read`.
@@ -160,18 +164,22 @@ def newest_valid(
 
     Raises:
         CheckpointError: there were some, and all are damaged or foreign: to begin anew would hide that.
-        OSError: the storage does not answer.
+        OSError: the storage does not answer, or none is usable of those that can be read.
     """
     problems: list[CheckpointError] = []
+    unread: OSError | None = None
     for name in sorted((n for n in folder.names() if n.startswith("step_")), reverse=True):
         try:
-            return _read_own(folder / name, training_id, whole)
+            return patiently(lambda: _read_own(folder / name, training_id, whole), report, READ_PATIENCE_S)  # noqa: B023
         except CheckpointError as e:
             problems.append(e)
         except OSError as e:
             folder.names()  # raises where it is the whole storage that does not answer
+            unread = e
             problems.append(CheckpointError(f"{folder / name}: cannot be read ({e})"))
-        report(f"skipped a damaged checkpoint: {problems[-1]}")
+        report(f"skipped a checkpoint: {problems[-1]}")
+    if unread is not None:
+        raise unread
     if not all(isinstance(problem, IncompleteError) for problem in problems):
         raise CheckpointError(
             f"none of the {len(problems)} checkpoints in {folder} can be used (the newest: {problems[0]}); "
@@ -181,7 +189,11 @@ def newest_valid(
 
 
 def _read_own(place: Storage, training_id: str | None, whole: bool) -> Checkpoint:
-    found = read(place, whole=whole)
+    try:
+        found = read(place, whole=whole)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as e:
+        place.parent.names()  # raises where it is the whole storage that has gone
+        raise CheckpointError(f"{place}: cannot be read ({e})") from e
     if f"step_{found.step:08d}" != place.name:
         raise CheckpointError(f"{place}: is of step {found.step}")
     if training_id not in (None, found.meta["training_id"]):

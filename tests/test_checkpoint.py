@@ -1,5 +1,7 @@
 """Checkpoints: whole or not there, damage is found and named, nothing of a file is executed."""
 
+import errno
+import itertools
 import json
 import os
 import pickle
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import checkpoint, provenance
+from pipeline import checkpoint, provenance, storage
 from pipeline.checkpoint import CheckpointError
 from pipeline.config import Config
 from pipeline.settings import load
@@ -273,6 +275,48 @@ def test_saving_again_replaces_a_damaged_one(save: Callable[..., Path], tmp_path
     (save(1) / "state.pt").write_bytes(b"")
     save(1)
     assert checkpoint.newest_valid(Storage(tmp_path), pytest.fail) is not None
+
+
+@pytest.mark.parametrize("failures", [1, 100])
+def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(
+    failures: int, save: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is tried again; only where that does not help, the one before it takes its place."""
+    save(step=1)
+    save(step=2)
+    monkeypatch.setattr(storage, "pauses", lambda: itertools.repeat(0.01))
+    monkeypatch.setattr(checkpoint, "READ_PATIENCE_S", 0.3)
+    left, really = failures, checkpoint.read_meta
+
+    def fail(place: Storage) -> dict[str, Any]:
+        nonlocal left
+        if place.name.endswith("2") and left:
+            left -= 1
+            raise OSError(errno.EIO, "the answer broke off")
+        return really(place)
+
+    monkeypatch.setattr(checkpoint, "read_meta", fail)
+    told: list[str] = []
+    found = checkpoint.newest_valid(Storage(tmp_path), told.append)
+    assert found is not None
+    assert found.step == (2 if failures == 1 else 1)
+    assert told[0].startswith("the storage does not answer, trying again")
+    assert told[-1].startswith("skipped a checkpoint: ") == (failures > 1)
+
+
+def test_where_none_can_be_read_nothing_is_said_of_damage(
+    save: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the advice would be to begin at step 0."""
+    save(step=1)
+    monkeypatch.setattr(checkpoint, "READ_PATIENCE_S", 0.0)
+
+    def fail(place: Storage) -> dict[str, Any]:
+        raise OSError(errno.EIO, "the answer broke off")
+
+    monkeypatch.setattr(checkpoint, "read_meta", fail)
+    with pytest.raises(OSError, match="the answer broke off"):
+        checkpoint.newest_valid(Storage(tmp_path), lambda _: None)
 
 
 def test_pruning_keeps_the_newest_and_the_best(save: Callable[..., Path], tmp_path: Path) -> None:
