@@ -7,14 +7,19 @@ import contextlib
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config import ConfigError
 from pipeline.connection import ClusterLostError, connected
 from pipeline.job import Event, Job
 from pipeline.starting import RayStartError
+from pipeline.storage import pauses
 from pipeline.supervise import Interrupted, Request, TrainingFailedError
+
+if TYPE_CHECKING:
+    from pipeline.launch import TrainController
 
 # A new driver would meet these again: they come of the installation or the environment, or of a mistake in the code.
 BROKEN = (ArithmeticError, AttributeError, ImportError, LookupError, NameError, TypeError, ValueError)
@@ -70,14 +75,9 @@ def train(supervisor: Supervisor) -> dict[str, Any]:
     imports = threading.Thread(target=_import, daemon=True)
     imports.start()
     with connected(request.cfg.cluster, request.again, supervisor.wants_stop, supervisor.warn, imports.join):
-        from pipeline import launch, runs
-
         ready = time.time()
-        with runs.prepare(request.cfg, supervisor.event, request.resume_from) as job:
+        with _opened(supervisor) as (job, controller):
             supervisor.event({"kind": "run", "name": job.run.name, "place": str(job.run)})
-            controller = launch.TrainController(
-                job, supervisor.event, supervisor.wants_stop, faults=request.faults, restarted=request.again
-            )
             marks = (("command", request.began), ("driver", began), ("Ray and imports", ready), ("run", time.time()))
             try:
                 return controller.run(marks)
@@ -87,6 +87,37 @@ def train(supervisor: Supervisor) -> dict[str, Any]:
                 except OSError as unread:  # the storage is away; a new driver would not help
                     supervisor.warn(f"MLflow is not told: {unread}")
                 raise
+
+
+@contextlib.contextmanager
+def _opened(supervisor: Supervisor) -> Iterator[tuple[Job, "TrainController"]]:
+    """The run, and what trains it on the cluster.
+
+    What is refused to a training that has begun was right before: a mount or a node that comes late is waited for.
+    """
+    from pipeline import launch, runs
+
+    request, stop = supervisor.request, supervisor.wants_stop
+    deadline = time.monotonic() + request.cfg.cluster.timeout_s
+    with contextlib.ExitStack() as stack:
+        for pause in pauses():
+            try:
+                with contextlib.ExitStack() as tried:
+                    job = tried.enter_context(runs.prepare(request.cfg, supervisor.event, request.resume_from))
+                    controller = launch.TrainController(
+                        job, supervisor.event, stop, faults=request.faults, restarted=request.again
+                    )
+                    stack.enter_context(tried.pop_all())
+                break
+            except ConfigError as e:
+                if not request.trained:
+                    raise
+                if time.monotonic() + pause > deadline:
+                    raise ClusterLostError(str(e)) from None
+                supervisor.warn(f"{e}; it was right before, trying again in {pause} s")
+            if stop.wait(pause):
+                raise Interrupted
+        yield job, controller
 
 
 def _import() -> None:

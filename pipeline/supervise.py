@@ -50,15 +50,17 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What a driver is to do. faults: since the last session began. again: an earlier driver had begun.
+    """What a driver is to do.
 
-    began: the user's command, Unix time.
+    faults: since the last session began. again: an earlier driver had begun. trained: so had workers, so that the
+    configuration is right. began: the user's command, Unix time.
     """
 
     cfg: Config
     resume_from: str | None
     faults: tuple[Fault, ...]
     again: bool
+    trained: bool
     began: float
 
 
@@ -100,7 +102,7 @@ def train(
     kills, begun = OutOfMemoryKills(), False
 
     def note(event: Event) -> None:
-        nonlocal step, faults, begun
+        nonlocal cfg, step, faults, begun
         if event["kind"] == "fault":
             event = event | {"text": kills.explain(event["text"])}
         step = event.get("step", step)
@@ -108,12 +110,17 @@ def train(
             budget.progressed()
         if event["kind"] == "start":
             faults, begun = (), True
+            # It belongs to the training: a head that is back before its GPUs is no reason to go on without them.
+            cluster = dataclasses.replace(cfg.cluster, device="gpu" if event["device"] == "cuda" else "cpu")
+            cfg = dataclasses.replace(cfg, cluster=cluster)
         watch(event)
 
     with _signals() as received:
         again = False
         while True:
-            kind, content = _run_driver(Request(cfg, resume_from, faults, again, began), environment, note, received)
+            kind, content = _run_driver(
+                Request(cfg, resume_from, faults, again, begun, began), environment, note, received
+            )
             if kind == "done":
                 return dict(content)
             if kind == "wrong":

@@ -1,18 +1,22 @@
 """The process that the user starts: what a driver leaves behind is no trouble of the user's."""
 
+import itertools
 import os
 import re
 import signal
 import subprocess
 import threading
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import psutil
 import pytest
 
 from pipeline import connection, driver, launch, machine, runs, starting, supervise
+from pipeline.config import Config, ConfigError
 from pipeline.job import Event
 from pipeline.settings import load
 
@@ -133,13 +137,65 @@ def test_an_ignored_signal_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> Non
         signal.signal(signal.SIGHUP, before)
 
 
+class FakeController:
+    def __init__(self, *_: object, **__: object):
+        pass
+
+
+def supervisor(cfg: Config, told: list[str], *, trained: bool) -> driver.Supervisor:
+    """The other end of a driver that has been asked to train."""
+    request = supervise.Request(cfg, None, (), trained, trained, 0.0)
+    made = SimpleNamespace(request=request, wants_stop=threading.Event(), warn=told.append, event=lambda _: None)
+    return cast(driver.Supervisor, made)
+
+
+@pytest.mark.parametrize(("trained", "late", "outcome"), [(True, 3, None), (True, 99, "lost"), (False, 1, "wrong")])
+def test_what_was_right_before_is_waited_for_by_a_later_driver(
+    trained: bool, late: int, outcome: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A data mount that comes up after the node; at a first start it is the user's mistake."""
+    tries = iter(range(100))
+
+    def prepare(*_: object) -> AbstractContextManager[str]:
+        if next(tries) < late:
+            raise ConfigError("data.train=/mnt/x: no folder or index file")
+        return nullcontext("a job")
+
+    monkeypatch.setattr(runs, "prepare", prepare)
+    monkeypatch.setattr(launch, "TrainController", FakeController)
+    pause = 0.01 if outcome is None else 11.0
+    monkeypatch.setattr(driver, "pauses", lambda: itertools.repeat(pause))
+    cfg = load(None, ["data.train=x", "data.val=x", "cluster.timeout_s=10"])
+    told, opened = list[str](), list[object]()
+    error = {"lost": connection.ClusterLostError, "wrong": ConfigError, None: None}[outcome]
+    refused = nullcontext() if error is None else pytest.raises(error, match="no folder or index file")
+    with refused, driver._opened(supervisor(cfg, told, trained=trained)) as (job, _):
+        opened.append(job)
+    assert (opened, len(told)) == ((["a job"], late) if outcome is None else ([], 0))
+    assert all(text.endswith("it was right before, trying again in 0.01 s") for text in told)
+
+
+@pytest.mark.parametrize(("device", "kept"), [("cuda", "gpu"), ("cpu", "cpu")])
+def test_a_later_driver_trains_on_the_device_of_the_first(
+    device: str, kept: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head that is back before its GPU nodes would train on its CPU, to the end."""
+    asked = list[tuple[str, bool]]()
+
+    def run(request: supervise.Request, _: object, note: Callable[[Event], None], __: object) -> tuple[str, object]:
+        asked.append((request.cfg.cluster.device, request.trained))
+        note({"kind": "start", "device": device, "step": 0})
+        return ("lost", "the cluster") if len(asked) == 1 else ("done", {})
+
+    monkeypatch.setattr(supervise, "_run_driver", run)
+    supervise.train(load(None, ["data.train=x", "data.val=x"]), "x", None, lambda _: None)
+    assert asked == [("auto", False), (kept, True)]
+
+
 def test_a_failure_that_mlflow_cannot_be_told_of_stays_that_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the run's storage away, too; else a new driver would start, again and again."""
 
-    class Failing:
-        def __init__(self, *_: object, **__: object):
-            pass
-
+    class Failing(FakeController):
         def run(self, *_: object) -> None:
             raise supervise.TrainingFailedError("one failure too many")
 
@@ -152,8 +208,7 @@ def test_a_failure_that_mlflow_cannot_be_told_of_stays_that_failure(monkeypatch:
     monkeypatch.setattr(launch, "TrainController", Failing)
     monkeypatch.setattr(runs, "prepare", lambda *_: nullcontext(here))
     told = list[str]()
-    request = SimpleNamespace(cfg=SimpleNamespace(cluster=None), again=False, resume_from=None, faults=(), began=0.0)
-    one = SimpleNamespace(request=request, wants_stop=None, warn=told.append, event=lambda _: None)
+    one = supervisor(load(None, ["data.train=x", "data.val=x"]), told, trained=False)
     with pytest.raises(supervise.TrainingFailedError, match="one failure too many"):
-        driver.train(one)  # type: ignore[arg-type]
+        driver.train(one)
     assert told == ["MLflow is not told: the storage is away"]
