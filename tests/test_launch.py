@@ -148,6 +148,15 @@ def test_what_does_not_fit_the_cluster_or_the_run_is_refused(
     assert "Traceback" not in training.said
 
 
+def test_the_command_ends_also_where_rays_own_process_stands_still(command: Command, start: Start) -> None:
+    """A raylet in SIGSTOP, or on a node in swap: Ray would wait for it without end."""
+    training = start(command("still"))
+    training.wait_for("^step 20: saved")
+    kill(training.find("raylet/raylet")[0], signal.SIGSTOP)
+    assert training.finish() == 0, training.said
+    assert "done at step 60 of 60" in training.said
+
+
 def test_on_s3_killed_stopped_and_resumed_is_the_same(
     command: Command, start: Start, storage: Path, undisturbed: tuple[dict[str, Any], str]
 ) -> None:
