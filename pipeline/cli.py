@@ -1,7 +1,5 @@
 """The command line. Exit codes: 0 done, 1 the job failed, 2 the request was wrong, 130 interrupted."""
 
-from contextlib import suppress
-
 from pipeline import clock  # noqa: F401  first, since it takes the time
 
 # isort: split
@@ -11,6 +9,7 @@ import math
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result, lines, code = args.command(args)
     except ConfigError as e:
         return _give_up(args, WRONG, {"status": "wrong", "error": str(e)})
-    except ConnectionError as e:  # the images' storage does not answer
+    except OSError as e:  # a storage that does not answer, a full disk
         return _give_up(args, FAILED, {"status": "failed", "error": str(e)})
     except KeyboardInterrupt:
         return _give_up(args, INTERRUPTED, {"status": "interrupted"})
@@ -38,16 +37,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(line, flush=True)
     except BrokenPipeError:
         commands.drop_stdout()
+    except OSError as e:  # a full disk; a training has ended well all the same
+        commands.drop_stdout()
+        commands.say(f"pipeline: the result cannot be written: {e.strerror}")
+        return int(code) if args.command is commands.train else FAILED
     return int(code)
 
 
 def _give_up(args: argparse.Namespace, code: int, result: dict[str, str]) -> int:
-    with suppress(BrokenPipeError):  # nobody reads, of people or programs: the exit code says it
+    with suppress(OSError):  # nobody reads, of people or programs: the exit code says it
         print(f"pipeline: {result.get('error', result['status'])}", file=sys.stderr, flush=True)
     try:
         if args.json:
             print(json.dumps(result), flush=True)
-    except BrokenPipeError:
+    except OSError:
         commands.drop_stdout()
     return code
 

@@ -114,7 +114,7 @@ class TrainingView(_View):
             f"session {event['session']}: step {event['step']} of {self._num_steps}, {where}; "
             f"{event['world_size']} workers x {event['num_threads']} threads on {event['device']} "
             f"in {event['precision']} ({event['precision_reason']}), "
-            f"ready after {time.monotonic() - self._began:.1f} s{_recovery(event)}"
+            f"ready {_recovery(event) or f'after {time.monotonic() - self._began:.1f} s'}"
         )
         self.say("  " + ", ".join(f"{name} {s:.1f} s" for name, s in event["startup"].items()))
         if self._bar and self._task is None:
@@ -137,7 +137,7 @@ class TrainingView(_View):
 def _recovery(event: Event) -> str:
     if "lost_steps" not in event:
         return ""
-    return f"; {event['recovery_s']:.0f} s after the fault, {event['lost_steps']} steps to do again"
+    return f"{event['recovery_s']:.0f} s after the fault, {event['lost_steps']} steps to do again"
 
 
 def summary_lines(summary: dict[str, Any]) -> list[str]:

@@ -78,7 +78,8 @@ def train(supervisor: Supervisor) -> dict[str, Any]:
         ready = time.time()
         with _opened(supervisor) as (job, controller):
             supervisor.event({"kind": "run", "name": job.run.name, "place": str(job.run)})
-            marks = (("command", request.began), ("driver", began), ("Ray and imports", ready), ("run", time.time()))
+            first = "earlier driver" if request.again else "driver"
+            marks = (("command", request.began), (first, began), ("Ray and imports", ready), ("run", time.time()))
             try:
                 return controller.run(marks)
             except TrainingFailedError as e:

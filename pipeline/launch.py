@@ -20,6 +20,7 @@ from typing import Any
 
 import ray
 import ray.train
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from pipeline import cluster
 from pipeline.channel import EventChannel
@@ -175,11 +176,11 @@ class TrainController:
 
     def _note_fault(self, error: "ray.train.TrainingFailedError") -> None:
         cause = getattr(error, "controller_failure", None)
-        if (
-            isinstance(cause, ImportError) and not self._has_trained
-        ):  # the installation's trouble, and not one new node's
+        if isinstance(cause, ImportError) and not self._has_trained:  # else it may be that of one new node
             raise TrainingFailedError(f"a worker cannot start: {last_line(cause)}")
         failures = getattr(error, "worker_failures", {})
+        dead = {rank: e for rank, e in failures.items() if isinstance(e, WorkerHealthCheckFailedError)}
+        failures = dead or failures  # the others have but lost these
         workers = [f"worker {rank} failed: {last_line(e)}" for rank, e in sorted(failures.items())]
         text = "; ".join(workers) or last_line(error)
         if self._budget.failed():

@@ -59,16 +59,16 @@ def prepare(cfg: Config, watch: Callable[[Event], None], resume_from: str | None
     mlflow = dataclasses.replace(cfg.mlflow, uri=cfg.mlflow.uri and absolute(cfg.mlflow.uri))
     cfg = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, storage=storage.uri), data=data, mlflow=mlflow)
     assert cfg.run.name is not None, "the supervisor names it"
-    run = storage / cfg.run.name
+    run, patience_s = storage / cfg.run.name, 0.0 if storage.local else PATIENCE_S
 
     def tell(text: str) -> None:
         watch({"kind": "warning", "text": text})
 
     try:
-        patiently(run.make, tell, PATIENCE_S)
+        patiently(run.make, tell, patience_s)
         run.scratch.mkdir(parents=True, exist_ok=True)
         # What is damaged the workers tell.
-        _, found = patiently(lambda: resume.look(run, resume_from, lambda _: None, whole=False), tell, PATIENCE_S)
+        _, found = patiently(lambda: resume.look(run, resume_from, lambda _: None, whole=False), tell, patience_s)
     except OSError as e:
         raise ConfigError(f"run.storage={storage}: cannot be used ({e.strerror or e}); name another place") from None
     if found is not None:

@@ -277,7 +277,8 @@ def _blocked(signals: Iterable[signal.Signals]) -> Iterator[None]:
 def _signals() -> Iterator[list[str]]:
     """Collects the name of a first signal to end, for the main loop to act on; a second one raises Interrupted.
 
-    One that is ignored, as `nohup` has it, stays ignored.
+    An ignored SIGHUP, as `nohup` has it, stays ignored. Not so SIGINT, which shells have their background jobs ignore:
+    who sends that to one means it.
     """
     received: list[str] = []
 
@@ -286,7 +287,7 @@ def _signals() -> Iterator[list[str]]:
             raise Interrupted
         received.append(signal.Signals(number).name)
 
-    heard = [s for s in ENDING_SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
+    heard = [s for s in ENDING_SIGNALS if s != signal.SIGHUP or signal.getsignal(s) is not signal.SIG_IGN]
     previous = {s: signal.signal(s, handle) for s in heard}
     try:
         yield received

@@ -3,9 +3,10 @@
 import contextlib
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
-from commands import PIPELINE
+from commands import PIPELINE, ROOT
 
 from pipeline.console import TrainingView, WorkView
 
@@ -36,3 +37,11 @@ def test_an_error_that_nobody_reads_has_its_exit_code(json: list[str]) -> None:
     said = subprocess.run([*words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, text=True)
     assert said.returncode == 2
     assert "/none.yaml" in said.stdout
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_result_that_cannot_be_written_is_told_in_a_line() -> None:
+    with Path("/dev/full").open("wb") as full:
+        words = [PIPELINE, "config", "configs/digits.yaml"]
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (1, "pipeline: the result cannot be written: No space left on device\n")

@@ -124,17 +124,18 @@ def test_a_log_that_somebody_removed_is_missed_by_nobody(tmp_path: Path) -> None
     assert supervise._last_line(tmp_path / "gone.log") == ""
 
 
-def test_an_ignored_signal_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`nohup pipeline train ... &`, and the terminal is closed."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+def test_an_ignored_hang_up_stays_ignored_and_other_signals_are_heard() -> None:
+    """`nohup pipeline train ... &` in a script, whose background jobs ignore SIGINT, and the terminal is closed."""
+    before = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGHUP, signal.SIGINT)}
     try:
         with supervise._signals() as received:
             os.kill(os.getpid(), signal.SIGHUP)
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert received == ["SIGTERM"]
+            os.kill(os.getpid(), signal.SIGINT)
+            assert received == ["SIGINT"]
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGHUP, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class FakeController:

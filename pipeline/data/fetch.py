@@ -14,6 +14,7 @@ from pipeline.data.index import Index
 from pipeline.data.read import Reader, StorageAwayError
 from pipeline.data.request import Request
 
+MAX_NAMED = 10
 FETCH_AHEAD = 8  # requests beyond those that are being read, of data that comes over a network
 Encoded = Sequence[bytes | None]  # None: the image is broken, and another is to take its place
 
@@ -50,10 +51,12 @@ class BadImages:
         self._rows.add(row)
         self._on_bad(self._index.place(row), reason)
         if len(self._rows) > self._max_number:
-            paths = ", ".join(self._index.path(r) for r in sorted(self._rows)[:10])
-            raise BadDataError(
-                f"{len(self._rows)} of {len(self._index)} images in {self._index} are broken, more than "
-                f"data.max_bad_fraction allows: {paths}; mend or remove them, or raise the limit"
+            paths = ", ".join(self._index.path(r) for r in sorted(self._rows)[:MAX_NAMED])
+            more = f" and {len(self._rows) - MAX_NAMED} more" if len(self._rows) > MAX_NAMED else ""
+            raise BadDataError(  # at least: each worker counts its own, and none has seen all images
+                f"at least {len(self._rows)} of {len(self._index)} images in {self._index} are broken, and "
+                f"data.max_bad_fraction allows {self._max_number}: {paths}{more}; "
+                "mend or remove what `pipeline index --verify` names, or raise the limit"
             )
 
 
