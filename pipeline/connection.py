@@ -25,7 +25,7 @@ from ray._private.parameter import RayParams
 
 from pipeline import machine, starting
 from pipeline.config import ClusterConfig, ConfigError
-from pipeline.supervise import Interrupted
+from pipeline.supervise import Interrupted, kill_descendants
 
 OBJECT_STORE_BYTES = 100 * 2**20  # nothing goes through it but messages
 CONNECT_SECONDS = 10.0
@@ -203,6 +203,7 @@ def _local_cluster(
     try:
         yield
     finally:
+        kill_descendants(set())  # Ray's agents among them, which would look for their raylet for a minute or more
         node.kill_all_processes(check_alive=False, allow_graceful=False)
 
 

@@ -148,6 +148,17 @@ def test_what_does_not_fit_the_cluster_or_the_run_is_refused(
     assert "Traceback" not in training.said
 
 
+def test_a_command_that_is_killed_leaves_no_process(command: Command, start: Start) -> None:
+    """The driver saves a checkpoint, and takes Ray's processes with it, whose agents would stay for a minute or more."""
+    training = start(command("gone"))
+    training.wait_for("^step 20: saved")
+    below, deadline = descendants(training.process.pid), time.monotonic() + 60
+    kill(training.process.pid)
+    while left := [pid for pid in below if command_line(pid)]:
+        assert time.monotonic() < deadline, [command_line(pid) for pid in left]
+        time.sleep(0.2)
+
+
 def test_the_command_ends_also_where_rays_own_process_stands_still(command: Command, start: Start) -> None:
     """A raylet in SIGSTOP, or on a node in swap: Ray would wait for it without end."""
     training = start(command("still"))
