@@ -149,7 +149,7 @@ def test_what_does_not_fit_the_cluster_or_the_run_is_refused(
 
 
 def test_a_command_that_is_killed_leaves_no_process(command: Command, start: Start) -> None:
-    """The driver saves a checkpoint, and takes Ray's processes with it, whose agents would stay for a minute or more."""
+    """The driver saves a checkpoint, and takes Ray's processes with it; its agents would stay for minutes."""
     training = start(command("gone"))
     training.wait_for("^step 20: saved")
     below, deadline = descendants(training.process.pid), time.monotonic() + 60
