@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import psutil
 import ray
 import ray.job_config
 from ray._private.authentication.authentication_token_setup import (
@@ -199,11 +200,12 @@ def _local_cluster(
         join(node.address)
         return node
 
+    others = set(psutil.Process().children(recursive=True))
     node = starting.start_patiently(start_node, warn, wants_stop)
     try:
         yield
     finally:
-        kill_descendants(set())  # Ray's agents among them, which would look for their raylet for a minute or more
+        kill_descendants(others)  # Ray's agents among them, which would look for their raylet for a minute or more
         node.kill_all_processes(check_alive=False, allow_graceful=False)
 
 
