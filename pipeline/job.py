@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pipeline.config import Config
 from pipeline.storage import Storage
 
-if TYPE_CHECKING:  # the link's process starts faster without
+if TYPE_CHECKING:  # the driver starts faster without
     import torch
 
 Event = dict[str, Any]  # {"kind": ...}: run, start, step, evaluation, checkpoint, fault, note, warning, stopping, end
