@@ -75,6 +75,8 @@ def compiled(net: nn.Module, mode: str) -> nn.Module:
             f"model.compile={mode}: needs a C++ compiler on every node, and {compiler} is not here; "
             "install it, or set model.compile=none"
         )
+    # torch 2.14 takes kernels of another kind of CPU from its cache; they write past the ends of their buffers.
+    torch.compiler.config.cache_key_tag = f"{torch.backends.cpu.get_cpu_capability()} {torch.cpu.get_capabilities()}"
     if not isinstance(net, DistributedDataParallel):
         return cast(nn.Module, torch.compile(net, mode=mode))
     net.module = torch.compile(net.module, mode=mode)  # torch cuts it where buckets end

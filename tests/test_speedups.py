@@ -1,8 +1,12 @@
 """Settings that are for speed alone: they train the same, and say so where they cannot."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import pytest
@@ -81,6 +85,28 @@ def test_a_compiled_network_trains_alike(job: Callable[..., Job], world_size: in
     assert "compile" not in eager[1]["seconds"]
     assert compiled[1]["seconds"]["compile"] > 2
     assert compiled[1]["seconds"]["forward"] < 10 * eager[1]["seconds"]["forward"]
+
+
+COMPILED_STEP = """
+import torch
+from pipeline.network import compiled
+net = torch.nn.Sequential(torch.nn.Conv2d(3, 12, 3), torch.nn.BatchNorm2d(12), torch.nn.ReLU())
+compiled(net, "default")(torch.randn(2, 3, 8, 8)).sum().backward()
+print(torch._dynamo.utils.counters["inductor"]["fxgraph_cache_hit"])
+"""
+
+
+@pytest.mark.e2e
+def test_kernels_that_another_kind_of_cpu_compiled_are_not_taken(tmp_path: Path) -> None:
+    """A home folder that unlike nodes share, a machine that moved: what is cached there has vectors of other sizes."""
+
+    def hits(**env: str) -> int:
+        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), **env}
+        return int(subprocess.run([sys.executable, "-c", COMPILED_STEP], env=env, check=True, stdout=PIPE).stdout)
+
+    assert hits(ATEN_CPU_CAPABILITY="default") == 0
+    assert hits() == 0
+    assert hits() > 0
 
 
 def test_compiling_without_a_compiler_is_refused(job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
