@@ -53,7 +53,7 @@ def train(args: argparse.Namespace) -> Outcome:
 
 def scale(args: argparse.Namespace) -> Outcome:
     from pipeline import scale
-    from pipeline.supervise import TrainingFailedError
+    from pipeline.failures import TrainingFailedError
 
     cfg = load(args.config, args.overrides)
     try:

@@ -41,7 +41,7 @@ class EventChannel:
         ended: set once a connection of this attempt has ended.
         nodes: Ray's ids of the nodes that this attempt's workers run on.
         step: the last one known to be done.
-        fatal: kind and text of an error that a new attempt would meet again.
+        fatal: class and text of an error of this attempt that ends the run, or may do so.
     """
 
     def __init__(self, host: str, timeout_s: float):
@@ -63,7 +63,7 @@ class EventChannel:
         """From now on hear this attempt's ranks alone."""
         with self._changed:
             self._end_connections()
-            self._attempt, self._stop = attempt, None
+            self._attempt, self._stop, self.fatal = attempt, None, None
             self.nodes = set()
             self.ended.clear()
 
@@ -205,7 +205,7 @@ class DriverConnection:
         self._outbox.put(_line({"step": self._step, "event": event}))
 
     def fail(self, kind: str, text: str) -> None:
-        """Tell of an error that a new attempt would meet again."""
+        """Tell of an error that ends the run, or may do so: see `failures`."""
         self._outbox.put(_line({"step": self._step, "fatal": (kind, text)}))
 
     def progress(self, step: int) -> None:

@@ -23,24 +23,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config, ConfigError
+from pipeline.failures import READ_CHECKPOINT_S, CheckpointError, IncompleteError, retry
 from pipeline.provenance import software
 from pipeline.settings import dump, load
-from pipeline.storage import Storage, fsync, patiently
+from pipeline.storage import Storage, fsync
 
 if TYPE_CHECKING:  # the driver uses this module, and starts faster without torch
     from pipeline.model import ResNet
 
 FORMAT = 1
-READ_PATIENCE_S = 30.0
 STATE, CONFIG, META = "state.pt", "config.yaml", "meta.json"
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that must not be loaded; the text says which and why."""
-
-
-class IncompleteError(CheckpointError):
-    """A checkpoint that was never finished: it has no meta.json."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +162,7 @@ def newest_valid(
     unread: OSError | None = None
     for name in sorted((n for n in folder.names() if n.startswith("step_")), reverse=True):
         try:
-            return patiently(lambda: _read_own(folder / name, training_id, whole), report, READ_PATIENCE_S)  # noqa: B023
+            return retry(lambda: _read_own(folder / name, training_id, whole), report, READ_CHECKPOINT_S)  # noqa: B023
         except CheckpointError as e:
             problems.append(e)
         except OSError as e:

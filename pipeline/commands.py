@@ -26,6 +26,7 @@ Outcome = tuple[Any, list[str], int]  # for --json, for people, exit code
 def train(args: argparse.Namespace) -> Outcome:
     from pipeline import summary, supervise
     from pipeline.console import TrainingView, summary_lines
+    from pipeline.failures import TrainingFailedError
 
     if lacking := [name for name in args.needs if not os.environ.get(name)]:
         mend = "give it to the cluster, from a Kubernetes Secret or in the environment of `ray start`"
@@ -34,7 +35,7 @@ def train(args: argparse.Namespace) -> Outcome:
     with TrainingView(_people(args)) as view:
         try:
             told = supervise.train(cfg, label, resume_from, view, began=clock.BEGAN)
-        except supervise.TrainingFailedError as e:
+        except TrainingFailedError as e:
             return {"status": "failed", "run": view.run, "error": str(e)}, [f"failed: {e}"], FAILED
     told = summary.completed(told)
     summary.keep(told, say)

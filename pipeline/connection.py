@@ -26,11 +26,11 @@ from ray._private.parameter import RayParams
 
 from pipeline import machine, starting
 from pipeline.config import ClusterConfig, ConfigError
-from pipeline.supervise import Interrupted, kill_descendants
+from pipeline.failures import DISCONNECT_S, ClusterLostError, Interrupted
+from pipeline.supervise import kill_descendants
 
 OBJECT_STORE_BYTES = 100 * 2**20  # nothing goes through it but messages
 CONNECT_SECONDS = 10.0
-DISCONNECT_SECONDS = 20.0
 MAX_REASON = 240  # characters; Ray adds its advice
 START_TIMEOUT_S = 600  # for the workers' processes, also where an image has to be pulled first
 QUIET = {"logging_level": "ERROR", "log_to_driver": False}
@@ -56,10 +56,6 @@ class JobConfig(ray.job_config.JobConfig):  # type: ignore[misc]  # what comes f
 
     def _runtime_env_has_working_dir(self) -> bool:  # Ray asks before it adds the directory, and nowhere else
         return True
-
-
-class ClusterLostError(ConnectionError):
-    """The Ray cluster has gone, or the driver's way to it."""
 
 
 @contextmanager
@@ -110,7 +106,7 @@ def _disconnect() -> None:
     """Leave the cluster; a raylet that stands still (a node in swap, SIGSTOP) would be waited for without end."""
     leaving = threading.Thread(target=ray.shutdown, daemon=True)
     leaving.start()
-    leaving.join(DISCONNECT_SECONDS)
+    leaving.join(DISCONNECT_S)
 
 
 def last_line(error: BaseException) -> str:

@@ -12,17 +12,13 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import ConfigError
-from pipeline.connection import ClusterLostError, connected
+from pipeline.connection import connected
+from pipeline.failures import MLFLOW_HANDOVER_S, ClusterLostError, Interrupted, TrainingFailedError, backoff, driver_end
 from pipeline.job import Event, Job
-from pipeline.starting import RayStartError
-from pipeline.storage import pauses
-from pipeline.supervise import Interrupted, Request, TrainingFailedError
+from pipeline.supervise import Request
 
 if TYPE_CHECKING:
     from pipeline.launch import TrainController
-
-# A new driver would meet these again: they come of the installation or the environment, or of a mistake in the code.
-BROKEN = (ArithmeticError, AttributeError, ImportError, LookupError, NameError, TypeError, ValueError)
 
 
 class Supervisor:
@@ -54,7 +50,7 @@ def mark_failed(job: Job, reason: str) -> None:
     """Tell MLflow that a training has ended in failure, from outside it: its workers may be dead."""
     from pipeline.identity import Identity
     from pipeline.mlflow_run import tracking_uri
-    from pipeline.tracking import PATIENCE_BEFORE_RESTART_S, Tracker
+    from pipeline.tracking import Tracker
 
     identity = Identity.read(job.run, lambda _: None)
     if identity is None:
@@ -62,7 +58,7 @@ def mark_failed(job: Job, reason: str) -> None:
     uri = tracking_uri(job.cfg.mlflow.uri, job.run.parent)
     tracker = Tracker.of_run(job.cfg.mlflow, uri, job.run, identity.training_id, lambda _: None)
     tracker.tags({"pipeline.failure": reason[:500]})
-    tracker.close("FAILED", PATIENCE_BEFORE_RESTART_S)
+    tracker.close("FAILED", MLFLOW_HANDOVER_S)
 
 
 def train(supervisor: Supervisor) -> dict[str, Any]:
@@ -101,12 +97,17 @@ def _opened(supervisor: Supervisor) -> Iterator[tuple[Job, "TrainController"]]:
     request, stop = supervisor.request, supervisor.wants_stop
     deadline = time.monotonic() + request.cfg.cluster.timeout_s
     with contextlib.ExitStack() as stack:
-        for pause in pauses():
+        for pause in backoff():
             try:
                 with contextlib.ExitStack() as tried:
-                    job = tried.enter_context(runs.prepare(request.cfg, supervisor.event, request.resume_from))
+                    job = tried.enter_context(runs.prepare(request.cfg, supervisor.event, request.resume_from, stop))
                     controller = launch.TrainController(
-                        job, supervisor.event, stop, faults=request.faults, restarted=request.again
+                        job,
+                        supervisor.event,
+                        stop,
+                        request.budget,
+                        faults=request.faults,
+                        restarted=request.again,
                     )
                     stack.enter_context(tried.pop_all())
                 break
@@ -130,19 +131,18 @@ def main() -> None:
     supervisor = Supervisor(Connection(int(sys.argv[1])))
     try:
         summary = train(supervisor)
-    except ConfigError as e:
-        supervisor.tell("wrong", str(e))
-    except (TrainingFailedError, RayStartError) as e:
-        supervisor.tell("failed", str(e))
-    except Interrupted:
-        supervisor.tell("interrupted", None)
-    except ClusterLostError as e:
-        supervisor.tell("lost", str(e))
-    except BROKEN as e:
-        supervisor.tell("broken", f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''}")
-        raise  # the log has it all
+    except BaseException as e:
+        end = driver_end(e)
+        if end is not None:
+            supervisor.tell(end, _in_a_line(e) if end == "broken" else str(e))
+        if end in (None, "broken"):
+            raise  # the log has it all
     else:
         supervisor.tell("done", summary)
+
+
+def _in_a_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 if __name__ == "__main__":

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.data.loader import EvalLoader
+from pipeline.failures import FatalError
 from pipeline.memory import InParts
 from pipeline.predictions import TOP, Predictions
 from pipeline.step import autocast
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(FatalError):
     """What the network computes became NaN or infinite; the text says where."""
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import get_args
 
+from pipeline.failures import FatalError
 from pipeline.job import Fault
 from pipeline.precision import Precision
 from pipeline.storage import Storage
@@ -20,7 +21,7 @@ from pipeline.storage import Storage
 FILE = "run.json"
 
 
-class SupersededError(RuntimeError):
+class SupersededError(FatalError):
     """Another driver trains the run now."""
 
 

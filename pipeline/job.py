@@ -24,25 +24,6 @@ class Fault:
     time: float
 
 
-class FailureBudget:
-    """Counts failures since the last checkpoint: a run that gets on may fail any number of times.
-
-    Args:
-        max_failures: allowed without a checkpoint in between; -1 for any number.
-    """
-
-    def __init__(self, max_failures: int):
-        self._max_failures, self._num_failures = max_failures, 0
-
-    def progressed(self) -> None:
-        self._num_failures = 0
-
-    def failed(self) -> bool:
-        """Count a failure; True where it is one too many."""
-        self._num_failures += 1
-        return 0 <= self._max_failures < self._num_failures
-
-
 @dataclass(frozen=True)
 class Job:
     """One training.

@@ -26,9 +26,9 @@ from pipeline import cluster
 from pipeline.channel import EventChannel
 from pipeline.config import ConfigError
 from pipeline.connection import last_line
+from pipeline.failures import FailureBudget, Interrupted, TrainingFailedError, attempt_is_repeated
 from pipeline.gauges import Gauges
-from pipeline.job import Event, FailureBudget, Fault, Job, Marks
-from pipeline.supervise import Interrupted, TrainingFailedError
+from pipeline.job import Event, Fault, Job, Marks
 from pipeline.trainer import TorchConfig, Trainer
 from pipeline.worker import train_on_worker
 
@@ -44,6 +44,7 @@ class TrainController:
     Args:
         watch: called with each event in turn, in the thread that calls `run`.
         wants_stop: set from outside to have a checkpoint saved and the training end as "interrupted".
+        budget: of failures, as far as it is used up.
         faults: what ended earlier drivers since the last session began.
         restarted: an earlier driver had begun.
 
@@ -56,6 +57,7 @@ class TrainController:
         job: Job,
         watch: Callable[[Event], None],
         wants_stop: threading.Event,
+        budget: FailureBudget,
         *,
         faults: tuple[Fault, ...],
         restarted: bool,
@@ -65,7 +67,7 @@ class TrainController:
         self._gauges = Gauges(job.run.name)
         self._size = cluster.size_of_worker(self._settings)
         self._channel = EventChannel(ray.util.get_node_ip_address(), self._settings.timeout_s)
-        self._budget = FailureBudget(self._settings.max_failures)
+        self._budget = budget
         self._attempt = 0
         self._has_trained = restarted  # at any time
         self._trains = False  # in this session
@@ -97,11 +99,12 @@ class TrainController:
                 self._attempt, self._trains, self._started = self._attempt + 1, False, None
                 outcome = self._run_session(place, marks)
             marks, self._restarted = (("end of the last session", time.time()),), True
-            if self._channel.fatal is not None:
+            if self._channel.fatal is not None and not attempt_is_repeated(self._channel.fatal[0], self._has_trained):
                 kind, text = self._channel.fatal
                 raise ConfigError(text) if kind == ConfigError.__name__ else TrainingFailedError(text)
             if isinstance(outcome, ray.train.TrainingFailedError):
                 self._note_fault(outcome)
+                self._wants_stop.wait(self._budget.pause_s)
             elif isinstance(outcome, BaseException):
                 raise outcome
             elif outcome["status"] != "regroup":
@@ -166,8 +169,9 @@ class TrainController:
             if event["kind"] == "start":
                 self._trains, self._started, self._faults = True, time.monotonic(), ()
                 self._has_trained = True
+                self._budget.started(event["step"])
             elif event["kind"] == "checkpoint":
-                self._budget.progressed()
+                self._budget.saved(event["step"])
             self._tell(event)
 
     def _tell(self, event: Event) -> None:

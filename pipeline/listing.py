@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipeline import checkpoint, lock
-from pipeline.checkpoint import CONFIG, STATE, CheckpointError, IncompleteError
+from pipeline.checkpoint import CONFIG, STATE
 from pipeline.config import ConfigError
+from pipeline.failures import CheckpointError, IncompleteError
 from pipeline.identity import FILE, Identity
 from pipeline.storage import Storage
 

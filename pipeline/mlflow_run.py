@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import checkpoint
 from pipeline.charts import METRICS, History
 from pipeline.config import ConfigError
 from pipeline.schema import refuse_credentials
@@ -182,13 +181,6 @@ def _client(uri: str) -> Any:
     import mlflow
 
     return mlflow.MlflowClient(uri)
-
-
-def refuses_for_good(error: Exception) -> bool:
-    """Whether sending the same record again must fail again."""
-    if isinstance(error, (FileNotFoundError, checkpoint.CheckpointError)):
-        return True
-    return getattr(error, "error_code", None) in {"INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST"}
 
 
 def reason(error: Exception) -> str:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import checkpoint
-from pipeline.checkpoint import META, Checkpoint, CheckpointError
+from pipeline.checkpoint import META, Checkpoint
 from pipeline.data.index import Index
 from pipeline.data.loader import EvalLoader
+from pipeline.failures import MLFLOW_END_S, MLFLOW_HANDOVER_S, CheckpointError, retry
 from pipeline.identity import Identity
 from pipeline.job import Context, Job
 from pipeline.mlflow_run import CHECKPOINTS, tracking_uri
@@ -23,11 +24,7 @@ from pipeline.report import Facts, find_mistakes
 from pipeline.saver import Saver
 from pipeline.settings import dump, flatten
 from pipeline.state import TrainState
-from pipeline.storage import patiently
-from pipeline.tracking import PATIENCE_BEFORE_RESTART_S, Tracker
-
-# How long a session's end goes on trying an MLflow that fails; what is left waits in the spool.
-PATIENCE_S = 30.0
+from pipeline.tracking import Tracker
 
 
 class Recorder:
@@ -69,8 +66,8 @@ class Recorder:
         cfg, ctx, run, patience_s = self._job.cfg, self._ctx, self._job.run, self._job.cfg.cluster.timeout_s
         faults = ctx.faults or self._identity.unended()
         self._identity = self._identity.begin(self._job.owner, len(faults), cfg.train.precision)
-        patiently(lambda: self._identity.write(run), ctx.warn, patience_s)
-        patiently(self._job.checkpoints.make, ctx.warn, patience_s)
+        retry(lambda: self._identity.write(run), ctx.warn, patience_s)
+        retry(self._job.checkpoints.make, ctx.warn, patience_s)
         # A rank cut off from the others may still run when its successor has begun; it must not write.
         guard = partial(self._identity.check, run)
         self._saver = Saver(self._job.checkpoints, cfg, guard=guard, written=self._written, report=ctx.warn)
@@ -202,10 +199,10 @@ class Recorder:
             {f"pipeline.session_{self._identity.sessions}.error": f"{type(error).__name__}: {error}"[:500]}
         )
         try:
-            self._saver.finish(PATIENCE_BEFORE_RESTART_S)
-        except RuntimeError as e:
+            self._saver.finish(MLFLOW_HANDOVER_S)
+        except (OSError, RuntimeError) as e:
             self._ctx.warn(str(e))
-        self._tracker.close("FAILED", PATIENCE_BEFORE_RESTART_S)
+        self._tracker.close("FAILED", MLFLOW_HANDOVER_S)
 
     def finished(self, state: TrainState, val_loader: EvalLoader) -> dict[str, Any]:
         """Publish what the configuration asks for, end the session and return its summary.
@@ -214,7 +211,7 @@ class Recorder:
             val_loader: of the images of the last evaluation.
 
         Raises:
-            CheckpointError: the last checkpoint could not be written.
+            TimeoutError: the last checkpoint could not be written.
         """
         if self._ctx.rank != 0:
             return {}
@@ -225,7 +222,7 @@ class Recorder:
         with self._ledger.phase("checkpoint"):
             self._saver.finish(cfg.cluster.timeout_s)
             ended = self._identity.end()
-            patiently(lambda: ended.write(self._job.run), self._ctx.warn, cfg.cluster.timeout_s)
+            retry(lambda: ended.write(self._job.run), self._ctx.warn, cfg.cluster.timeout_s)
             top = checkpoint.best(self._job.checkpoints)
         assert self._newest is not None, "a session ends with a checkpoint"
         chosen = {"last": self._newest, "best": top}.get(cfg.mlflow.checkpoints)
@@ -238,7 +235,7 @@ class Recorder:
             with self._ledger.phase("logging"):
                 self._report(self._said, val_loader)
         with self._ledger.phase("logging"):
-            patience_s = PATIENCE_S if status != "regroup" else PATIENCE_BEFORE_RESTART_S
+            patience_s = MLFLOW_END_S if status != "regroup" else MLFLOW_HANDOVER_S
             waiting = self._tracker.close("FINISHED" if done else "KILLED", patience_s)
         if waiting and status != "regroup":
             self._ctx.warn(

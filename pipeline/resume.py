@@ -9,9 +9,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from pipeline import checkpoint
-from pipeline.checkpoint import Checkpoint, CheckpointError
+from pipeline.checkpoint import Checkpoint
 from pipeline.config import Config, ConfigError
 from pipeline.data.index import Index
+from pipeline.failures import CheckpointError
 from pipeline.identity import Identity
 from pipeline.schedule import Schedule
 from pipeline.schema import show

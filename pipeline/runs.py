@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import re
 import tempfile
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,27 +28,33 @@ from pipeline.data.build import build_index, fetch_index
 from pipeline.data.find import is_index
 from pipeline.data.index import Index
 from pipeline.data.sampling import steps_per_epoch
+from pipeline.failures import FIRST_LOOK_S, CheckpointError, retry
 from pipeline.identity import FILE, Identity
 from pipeline.job import Event, Job
 from pipeline.lock import run_lock
 from pipeline.mlflow_run import absolute, tracking_uri
 from pipeline.schema import refuse_credentials
 from pipeline.settings import load
-from pipeline.storage import Storage, patiently
+from pipeline.storage import Storage
 
 MLFLOW_RUN_ID = re.compile(r"[0-9a-f]{32}")
 MAX_NAMED = 20  # refused files that are named one by one
-PATIENCE_S = 10.0  # with a storage that does not answer at the start
 
 
 @contextmanager
-def prepare(cfg: Config, watch: Callable[[Event], None], resume_from: str | None = None) -> Iterator[Job]:
+def prepare(
+    cfg: Config,
+    watch: Callable[[Event], None],
+    resume_from: str | None = None,
+    ending: threading.Event | None = None,
+) -> Iterator[Job]:
     """Make or reopen the run that `cfg` names, its folder and indexes, and hold it for this process.
 
     What can be told to be wrong without the workers is told here, before they start.
 
     Args:
         resume_from: path or URI of a checkpoint to begin with, where the run has none.
+        ending: see `run_lock`.
 
     Raises:
         ConfigError: data, a checkpoint or weights that do not fit, or another process that trains the run.
@@ -59,16 +66,16 @@ def prepare(cfg: Config, watch: Callable[[Event], None], resume_from: str | None
     mlflow = dataclasses.replace(cfg.mlflow, uri=cfg.mlflow.uri and absolute(cfg.mlflow.uri))
     cfg = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, storage=storage.uri), data=data, mlflow=mlflow)
     assert cfg.run.name is not None, "the supervisor names it"
-    run, patience_s = storage / cfg.run.name, 0.0 if storage.local else PATIENCE_S
+    run, timeout_s = storage / cfg.run.name, 0.0 if storage.local else FIRST_LOOK_S
 
     def tell(text: str) -> None:
         watch({"kind": "warning", "text": text})
 
     try:
-        patiently(run.make, tell, patience_s)
+        retry(run.make, tell, timeout_s)
         run.scratch.mkdir(parents=True, exist_ok=True)
         # What is damaged the workers tell.
-        _, found = patiently(lambda: resume.look(run, resume_from, lambda _: None, whole=False), tell, patience_s)
+        _, found = retry(lambda: resume.look(run, resume_from, lambda _: None, whole=False), tell, timeout_s)
     except OSError as e:
         raise ConfigError(f"run.storage={storage}: cannot be used ({e.strerror or e}); name another place") from None
     if found is not None:
@@ -80,7 +87,7 @@ def prepare(cfg: Config, watch: Callable[[Event], None], resume_from: str | None
         weights.check(cfg.model, place)
         cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, weights=place))
     tracking_uri(cfg.mlflow.uri, storage)  # tells of a missing one
-    with run_lock(run, tell):
+    with run_lock(run, tell, ending, cfg.cluster.timeout_s):
         train_index, train = _index(train_source, run / "index" / "train.arrow", watch)
         val_index, val = _index(val_source, run / "index" / "val.arrow", watch)
         val.with_classes(train.classes)
@@ -194,7 +201,7 @@ def _fetch(run: Storage, uri: str, mlflow_id: str, report: Callable[[str], None]
         for path in mlflow_run.fetch_checkpoints(uri, mlflow_id, Path(folder)):
             try:
                 found = checkpoint.read(Storage(path))
-            except checkpoint.CheckpointError as e:
+            except CheckpointError as e:
                 report(f"of MLflow's artifacts: {e}")
                 problems.append(str(e))
                 continue
@@ -251,7 +258,7 @@ def config_to_resume(found: Checkpoint, overrides: list[str]) -> Config:
 def _read(place: Storage) -> Checkpoint:
     try:
         return checkpoint.read(place)
-    except checkpoint.CheckpointError as e:
+    except CheckpointError as e:
         raise ConfigError(str(e)) from None
 
 
@@ -259,7 +266,7 @@ def _newest(run: Storage) -> Checkpoint:
     problems: list[str] = []
     try:
         found = checkpoint.newest_valid(run / "checkpoints", problems.append)
-    except checkpoint.CheckpointError as e:
+    except CheckpointError as e:
         raise ConfigError(str(e)) from None
     if found is None:
         raise ConfigError(f"{run} has no valid checkpoint" + (f": {problems[0]}" if problems else " yet"))

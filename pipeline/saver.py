@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from pipeline import checkpoint
-from pipeline.checkpoint import Checkpoint, CheckpointError
+from pipeline.checkpoint import Checkpoint
 from pipeline.config import Config
+from pipeline.failures import backoff
 from pipeline.state import TrainState
-from pipeline.storage import Storage, pauses
+from pipeline.storage import Storage
 
 
 class Saver:
@@ -58,19 +59,19 @@ class Saver:
         self._host = to_host(state.state_dict(), self._host)
         self._writing = self._thread.submit(self._write, self._host, meta)
 
-    def finish(self, patience_s: float) -> None:
+    def finish(self, timeout_s: float) -> None:
         """Wait until all is written.
 
         Raises:
-            CheckpointError: it could not be done within `patience_s` seconds.
+            TimeoutError: it could not be done within `timeout_s` seconds.
         """
         if self._writing is not None:
             try:
-                self._writing.result(patience_s)
+                self._writing.result(timeout_s)
             except TimeoutError:
                 self._replaced.set()
-                raise CheckpointError(
-                    f"no checkpoint could be written to {self._folder} for {patience_s:.0f} s: {self._problem}"
+                raise TimeoutError(
+                    f"no checkpoint could be written to {self._folder} for {timeout_s:.0f} s: {self._problem}"
                 ) from None
         self._thread.shutdown()
 
@@ -84,7 +85,7 @@ class Saver:
 
     def _write(self, state: dict[str, Any], meta: dict[str, Any]) -> None:
         began = time.monotonic()
-        for pause in pauses():
+        for pause in backoff():
             try:
                 self._guard()
                 saved = checkpoint.save(self._folder, state, self._cfg, meta)

@@ -23,6 +23,7 @@ import torch
 from pipeline import figures, machine, probes, supervise
 from pipeline.config import Config, ConfigError
 from pipeline.data.build import Progress
+from pipeline.failures import TrainingFailedError
 from pipeline.figures import about, rows, title, to_measure, turns
 from pipeline.job import Event
 from pipeline.perf import PHASES
@@ -124,7 +125,7 @@ def _train(cfg: Config) -> list[Event]:
     if supervise.train(cfg, "bench", None, watch)["status"] == "interrupted":
         raise KeyboardInterrupt
     if sum(event["kind"] == "start" for event in seen) != 1:
-        raise supervise.TrainingFailedError("a fault interrupted the measurement; run it again")
+        raise TrainingFailedError("a fault interrupted the measurement; run it again")
     return seen
 
 

@@ -7,15 +7,14 @@ from typing import TypeVar
 import psutil
 import ray
 
+from pipeline.failures import BROKEN, TrainingFailedError
 from pipeline.supervise import kill_descendants
 
 T = TypeVar("T")
 TRIES = 3
-# Another try would end the same way.
-USELESS = (ImportError, TypeError, ValueError)
 
 
-class RayStartError(ConnectionError):
+class RayStartError(TrainingFailedError):
     """Ray did not start on this machine, which may be too busy."""
 
 
@@ -35,7 +34,7 @@ def start_patiently(start: Callable[[], T], warn: Callable[[str], None], wants_s
             reason = f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0]}"
             ray.shutdown()
             kill_descendants(others)  # what Ray had started, which would stay to this process's end
-            if number == TRIES or isinstance(e, USELESS) or wants_stop.is_set():
+            if number == TRIES or isinstance(e, BROKEN) or wants_stop.is_set():
                 raise RayStartError(f"Ray did not start on this machine in {number} tries: {reason}") from None
             warn(f"Ray did not start ({reason}); trying again")
     raise AssertionError("the last try returns or raises")

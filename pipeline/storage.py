@@ -10,17 +10,13 @@ import hashlib
 import os
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
-from itertools import repeat
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 from pipeline.machine import user_name
-
-T = TypeVar("T")
 
 
 class Storage:
@@ -205,26 +201,6 @@ class Storage:
 def scratch_folder() -> Path:
     """Where this machine keeps what it may lose."""
     return Path(tempfile.gettempdir(), f"pipeline-{user_name()}")
-
-
-def patiently(action: Callable[[], T], report: Callable[[str], None], patience_s: float) -> T:
-    """What `action` returns; while the storage does not answer, it is tried again for `patience_s` seconds."""
-    deadline = time.monotonic() + patience_s
-    for pause in pauses():
-        try:
-            return action()
-        except OSError as e:
-            if time.monotonic() + pause > deadline:
-                raise
-            report(f"the storage does not answer, trying again in {pause} s: {e}")
-            time.sleep(pause)
-    raise AssertionError("the pauses never end")
-
-
-def pauses() -> Iterator[int]:
-    """Seconds to wait after each failed try."""
-    yield from (1, 2, 5)
-    yield from repeat(10)
 
 
 def fsync(path: Path) -> None:

@@ -24,11 +24,18 @@ import psutil
 from pipeline import clock, machine
 from pipeline.config import Config, ConfigError
 from pipeline.environment import driver_environment
-from pipeline.job import Event, FailureBudget, Fault
+from pipeline.failures import (
+    DRIVER_END_S,
+    DriverEnd,
+    FailureBudget,
+    Interrupted,
+    TrainingFailedError,
+    driver_is_replaced,
+)
+from pipeline.job import Event, Fault
 
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_SECONDS = 0.5
-LAST_SECONDS = 30.0
 # The peak of what ResNet-18 took on small images (PSS, one run each): this process, the driver and Ray's; each worker.
 # With a little less the kernel kills, or drops and reads again the code that runs, and the machine stands still.
 RAY_BYTES, WORKER_BYTES = 1.32e9, 0.70e9
@@ -40,24 +47,17 @@ FROM_OUTSIDE = (signal.SIGKILL, *ENDING_SIGNALS)  # a process does not do that t
 PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 
 
-class TrainingFailedError(RuntimeError):
-    """The training ended before its last step; the text says why."""
-
-
-class Interrupted(KeyboardInterrupt):
-    """The user does not wait for a checkpoint, or there is none to be saved."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Request:
     """What a driver is to do.
 
-    faults: since the last session began. again: an earlier driver had begun. trained: so had workers, so that the
-    configuration is right. began: the user's command, Unix time.
+    budget: of failures, as far as it is used up. faults: since the last session began. again: an earlier driver had
+    begun. trained: so had workers, so that the configuration is right. began: the user's command, Unix time.
     """
 
     cfg: Config
     resume_from: str | None
+    budget: FailureBudget
     faults: tuple[Fault, ...]
     again: bool
     trained: bool
@@ -106,10 +106,13 @@ def train(
         if event["kind"] == "fault":
             event = event | {"text": kills.explain(event["text"])}
         step = event.get("step", step)
-        if event["kind"] == "checkpoint":
-            budget.progressed()
-        if event["kind"] == "start":
+        if event["kind"] == "fault":
+            budget.failed()  # the driver decides what comes of it
+        elif event["kind"] == "checkpoint":
+            budget.saved(event["step"])
+        elif event["kind"] == "start":
             faults, begun = (), True
+            budget.started(event["step"])
             # It belongs to the training: a head that is back before its GPUs is no reason to go on without them.
             cluster = dataclasses.replace(cfg.cluster, device="gpu" if event["device"] == "cuda" else "cpu")
             cfg = dataclasses.replace(cfg, cluster=cluster)
@@ -118,24 +121,28 @@ def train(
     with _signals() as received:
         again = False
         while True:
-            kind, content = _run_driver(
-                Request(cfg, resume_from, faults, again, begun, began), environment, note, received
-            )
-            if kind == "done":
+            request = Request(cfg, resume_from, budget, faults, again, begun, began)
+            end, content = _run_driver(request, environment, note, received)
+            if end == "done":
                 return dict(content)
-            if kind == "wrong":
+            if end == "wrong":
                 raise ConfigError(content)
-            if kind == "interrupted":
+            if end == "interrupted":
                 raise Interrupted
             content = kills.explain(content)
-            if kind in ("stillborn", "broken") and not (again or begun):  # another driver would meet the same
+            if not driver_is_replaced(end, again or begun) or budget.failed():
                 raise TrainingFailedError(content)
-            if kind in ("lost", "stillborn", "broken") and not budget.failed():
-                again = True
-                faults = (*faults, Fault(content, step, time.time()))
-                watch({"kind": "fault", "text": content})
-                continue
-            raise TrainingFailedError(content)
+            again = True
+            faults = (*faults, Fault(content, step, time.time()))
+            watch({"kind": "fault", "text": content})
+            _wait(budget.pause_s, received)
+
+
+def _wait(seconds: float, received: list[str]) -> None:
+    """Until then, or until a signal has come."""
+    deadline = time.monotonic() + seconds
+    while not received and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
 
 
 def require_memory(num_workers: int) -> None:
@@ -174,16 +181,11 @@ def _gb(num_bytes: float) -> str:
 
 def _run_driver(
     request: Request, environment: Mapping[str, str], note: Callable[[Event], None], received: list[str]
-) -> tuple[str, Any]:
-    """Start a driver and attend to it.
-
-    Returns:
-        How it ended, and its summary or the reason: "done", "wrong", "failed", "interrupted", "lost", "broken" (by an
-        error that another would meet again) or "stillborn" (by itself, before it said anything).
-    """
+) -> tuple[DriverEnd, Any]:
+    """Start a driver and attend to it; how it ended, and its summary or the reason."""
     mine, theirs = Pipe()
     command = [sys.executable, "-m", "pipeline.driver", str(theirs.fileno())]
-    kind = ""
+    end: DriverEnd | None = None
     # Ray says there what a user has no use for, as long as all goes well.
     others = set(psutil.Process().children(recursive=True))
     with tempfile.NamedTemporaryFile(prefix="pipeline-driver-", suffix=".log", delete=False) as log:
@@ -200,13 +202,13 @@ def _run_driver(
             theirs.close()
             with suppress(BrokenPipeError):  # it has ended already: see there
                 mine.send(request)
-            kind, content = _attend(mine, process, Path(log.name), note, received)
+            end, content = _attend(mine, process, Path(log.name), note, received)
         finally:
             kill_descendants(others)
-            keep = kind in ("lost", "broken", "stillborn")
+            keep = end in ("lost", "broken", "stillborn")
             if not keep:
                 Path(log.name).unlink(missing_ok=True)  # whoever cleans /tmp may have been there
-    return kind, f"{content} (log: {log.name})" if keep else content
+    return end, f"{content} (log: {log.name})" if keep else content
 
 
 def _attend(
@@ -215,7 +217,7 @@ def _attend(
     log: Path,
     note: Callable[[Event], None],
     received: list[str],
-) -> tuple[str, Any]:
+) -> tuple[DriverEnd, Any]:
     told = heard = False
     while True:
         try:
@@ -224,7 +226,7 @@ def _attend(
                 heard = True
                 if kind != "event":
                     with suppress(subprocess.TimeoutExpired):  # all is said; what hangs is killed
-                        process.wait(LAST_SECONDS)
+                        process.wait(DRIVER_END_S)
                     return kind, content
                 note(content)
             if received and not told:

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import ConfigError, MlflowConfig
-from pipeline.mlflow_run import SESSION, MlflowRun, ReportError, Target, reason, refuses_for_good
+from pipeline.failures import mlflow_refuses
+from pipeline.mlflow_run import SESSION, MlflowRun, ReportError, Target, reason
 from pipeline.spool import Record, Spool
 from pipeline.storage import Storage
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:  # the driver uses this module, and does without torch
     from pipeline.report import Facts
 
 MAX_METRICS = 1000  # in one request, MLflow's limit
-PATIENCE_BEFORE_RESTART_S = 5.0  # with a server that is away, where others are to train on
 RETRY_SECONDS = (1, 2, 5, 10, 30)
 TARGET = "target.json"
 
@@ -206,7 +206,7 @@ class Tracker:
             except ReportError as e:
                 self._on_problem(f"no report is made: {reason(e)}")
             except Exception as e:
-                if not refuses_for_good(e):
+                if not mlflow_refuses(e):
                     raise
                 self._on_problem(f"MLflow refused a record of kind {batch[0][0]['kind']}, dropped: {reason(e)}")
             self._failing = False

@@ -4,6 +4,7 @@ import math
 import time
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,11 +13,12 @@ from torch import Tensor
 
 from pipeline import checkpoint, resume
 from pipeline.checkpoint import Checkpoint
-from pipeline.config import Config
+from pipeline.config import Config, ConfigError
 from pipeline.data.index import Index, load_index
 from pipeline.data.loader import EvalLoader, Place, TrainLoader
 from pipeline.data.request import stream
 from pipeline.evaluate import NonFiniteError, evaluate, sync_buffers
+from pipeline.failures import READ_CHECKPOINT_S, CheckpointError, retry
 from pipeline.identity import Identity
 from pipeline.job import Context, Job
 from pipeline.memory import InParts, MicroBatches
@@ -29,7 +31,7 @@ from pipeline.record import Recorder
 from pipeline.schedule import Schedule, lr_at, lr_note
 from pipeline.state import TrainState
 from pipeline.step import train_step
-from pipeline.storage import Storage, patiently
+from pipeline.storage import Storage
 from pipeline.trace import Trace
 from pipeline.votes import Votes, Word
 from pipeline.watchdog import Watchdog
@@ -55,14 +57,15 @@ def fit(job: Job, ctx: Context) -> dict[str, Any]:
         torch.cuda.set_device(ctx.device)
         torch.backends.cudnn.benchmark = True  # shapes stay the same
     job, identity, resumed, precision = _look(job, ctx)
-    cfg, index = job.cfg, load_index(Storage(job.train_index).fetch())
+    cfg = job.cfg
+    index, val_index = (_open_index(uri, job, ctx, resumed) for uri in (job.train_index, job.val_index))
     schedule = Schedule.create(cfg, len(index))
     stop_step = min(schedule.num_steps, cfg.run.stop_at_step or schedule.num_steps)
     state = TrainState.create(cfg, len(index.classes), ctx.device)
     _begin(state, cfg, index, ctx, resumed, precision)
     ledger = _ledger(ctx, identity, resumed, entered)
     recorder = Recorder(job, ctx, index, identity, resumed, ledger, schedule.num_steps, precision.reason)
-    train_loader, val_loader = _loaders(job, ctx, index, recorder)
+    train_loader, val_loader = _loaders(job, ctx, index, val_index, recorder)
     net = as_trained(state.model, cfg, ctx.world_size, ctx.device, ledger)
     micro_batches = MicroBatches(cfg.train, ctx.device.type == "cuda", ctx.warn)
     in_parts = InParts(ctx.warn)
@@ -147,11 +150,11 @@ def _look(job: Job, ctx: Context) -> tuple[Job, Identity, Checkpoint | None, Dec
         the checkpoint; and how the precision was decided.
     """
     identity, found = Identity(), None
-    patience_s = job.cfg.cluster.timeout_s
+    timeout_s = job.cfg.cluster.timeout_s
     if ctx.rank == 0:
         began = ctx.marks[0][1] if ctx.marks else None
-        identity, found = patiently(
-            lambda: resume.look(job.run, job.resume_from, ctx.warn, began=began), ctx.warn, patience_s
+        identity, found = retry(
+            lambda: resume.look(job.run, job.resume_from, ctx.warn, began=began), ctx.warn, timeout_s
         )
     mine = (found and found.place.uri, identity.precision, hardware_of(ctx.device))
     told = [mine] * ctx.world_size
@@ -159,10 +162,19 @@ def _look(job: Job, ctx: Context) -> tuple[Job, Identity, Checkpoint | None, Dec
         dist.all_gather_object(told, mine)
         if ctx.rank > 0 and told[0][0]:
             place = Storage(told[0][0])
-            found = patiently(lambda: checkpoint.read(place, use_copy=True), ctx.warn, patience_s)
+            # Rank 0 has read it whole. What is amiss here is this machine's view of the storage.
+            late = min(READ_CHECKPOINT_S, timeout_s)
+            read = partial(checkpoint.read, place, use_copy=True)
+            found = retry(lambda: retry(read, ctx.warn, late, on=CheckpointError), ctx.warn, timeout_s)
     kept = told[0][1] if found is None else found.cfg.train.precision
     precision = decide(job.cfg.train.precision, [hardware for _, _, hardware in told], kept)
     return replace(job, cfg=with_precision(job.cfg, precision.precision)), identity, found, precision
+
+
+def _open_index(uri: str, job: Job, ctx: Context, resumed: Checkpoint | None) -> Index:
+    """An index file. Where training has begun it was there before: a mount that comes late is waited for."""
+    late = (OSError, ConfigError) if ctx.restarted or resumed else OSError
+    return retry(lambda: load_index(Storage(uri).fetch()), ctx.warn, job.cfg.cluster.timeout_s, on=late)
 
 
 def _begin(
@@ -198,7 +210,9 @@ def _ledger(ctx: Context, identity: Identity, resumed: Checkpoint | None, entere
     return Ledger(phase, ctx.device, before)
 
 
-def _loaders(job: Job, ctx: Context, index: Index, recorder: Recorder) -> tuple[TrainLoader, EvalLoader]:
+def _loaders(
+    job: Job, ctx: Context, index: Index, val_index: Index, recorder: Recorder
+) -> tuple[TrainLoader, EvalLoader]:
     cfg = job.cfg
     num_threads, patience_s = cfg.data.decode_threads or ctx.num_threads, float(cfg.cluster.timeout_s)
     place = Place(ctx.rank, ctx.world_size, ctx.device, num_threads, patience_s)
@@ -212,7 +226,7 @@ def _loaders(job: Job, ctx: Context, index: Index, recorder: Recorder) -> tuple[
         drop_rates=drop_rates(cfg.model),
         warn=ctx.warn,
     )
-    val_index = load_index(Storage(job.val_index).fetch()).with_classes(index.classes)
+    val_index = val_index.with_classes(index.classes)
     return train, EvalLoader(val_index, cfg.data, place, recorder.bad_image, batch=cfg.train.eval_batch, warn=ctx.warn)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pipeline import checkpoint
 from pipeline.config import ConfigError, ModelConfig
+from pipeline.failures import CheckpointError
 from pipeline.model import ResNet
 from pipeline.state import check_weights
 from pipeline.storage import Storage
@@ -69,7 +70,7 @@ def _read(place: Storage) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
     if checkpoint.META in place.sizes():
         try:
             found = checkpoint.read(place)
-        except checkpoint.CheckpointError as e:
+        except CheckpointError as e:
             raise ConfigError(f"model.weights={place}: {e}") from None
         saved = found.state()
         return dict(saved["ema"] or saved["model"]), tuple(found.meta["classes"])

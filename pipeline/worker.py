@@ -8,6 +8,7 @@ import ray.train
 
 from pipeline.channel import DriverConnection
 from pipeline.config import ConfigError
+from pipeline.failures import FatalError
 from pipeline.job import Context
 
 
@@ -19,10 +20,6 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
     from ray.train.torch import get_device
 
     from pipeline.affinity import pin
-    from pipeline.checkpoint import CheckpointError
-    from pipeline.data.fetch import BadDataError
-    from pipeline.evaluate import NonFiniteError
-    from pipeline.identity import SupersededError
     from pipeline.train import fit
 
     job, here = config["job"], ray.train.get_context()
@@ -46,8 +43,8 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
             restarted=config["restarted"],
         )
         return fit(job, context)
-    except (ConfigError, NonFiniteError, BadDataError, CheckpointError, SupersededError) as e:
-        driver.fail(type(e).__name__, str(e))  # a restart would meet it again
+    except (ConfigError, FatalError) as e:
+        driver.fail(type(e).__name__, str(e))
         raise
     finally:
         driver.close(timeout_s)

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "pipeline"
 # Each module may import those above it.
-ORDER = """__init__ machine clock schema environment config settings web storage
+ORDER = """__init__ machine clock schema environment config failures settings web storage
     data data.sampling data.draws data.index data.request
     data.rows data.find data.shards data.parquet data.scan data.build data.cache data.groups data.read data.fetch
     data.pack data.augment data.dali data.mix data.loader data.verify

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import checkpoint, provenance, storage
-from pipeline.checkpoint import CheckpointError
+from pipeline import checkpoint, provenance
 from pipeline.config import Config
+from pipeline.failures import CheckpointError
 from pipeline.settings import load
 from pipeline.state import TrainState
 from pipeline.storage import Storage
@@ -284,8 +284,8 @@ def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(
     """It is tried again; only where that does not help, the one before it takes its place."""
     save(step=1)
     save(step=2)
-    monkeypatch.setattr(storage, "pauses", lambda: itertools.repeat(0.01))
-    monkeypatch.setattr(checkpoint, "READ_PATIENCE_S", 0.3)
+    monkeypatch.setattr("pipeline.failures.backoff", lambda: itertools.repeat(0.01))
+    monkeypatch.setattr(checkpoint, "READ_CHECKPOINT_S", 0.3)
     left, really = failures, checkpoint.read_meta
 
     def fail(place: Storage) -> dict[str, Any]:
@@ -309,7 +309,7 @@ def test_where_none_can_be_read_nothing_is_said_of_damage(
 ) -> None:
     """Else the advice would be to begin at step 0."""
     save(step=1)
-    monkeypatch.setattr(checkpoint, "READ_PATIENCE_S", 0.0)
+    monkeypatch.setattr(checkpoint, "READ_CHECKPOINT_S", 0.0)
 
     def fail(place: Storage) -> dict[str, Any]:
         raise OSError(errno.EIO, "the answer broke off")

@@ -3,6 +3,9 @@
 import errno
 import fcntl
 import os
+import socket
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -31,7 +34,7 @@ def test_a_file_system_without_locks_is_told_and_trained_on(
 
 
 def test_a_run_that_is_held_is_waited_for_and_then_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(lock, "LOCK_S", 0.3)
     run, told = Storage(str(tmp_path)), list[str]()
     assert not is_held(run)
     with run_lock(run, told.append):
@@ -39,7 +42,28 @@ def test_a_run_that_is_held_is_waited_for_and_then_refused(tmp_path: Path, monke
         holder = f"process {os.getpid()} on "
         with pytest.raises(ConfigError, match=f"is being trained by {holder}"), run_lock(run, told.append):
             pass
-    assert len(told) == 1
+    (text,) = told
+    assert text == f"waiting 0 s for process {os.getpid()} on {socket.gethostname()}, to leave the run"
     assert not is_held(run)
     with run_lock(run, told.append):
         pass
+
+
+def test_a_holder_that_is_about_to_end_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last checkpoint may take longer than one would wait for a process that trains on."""
+    monkeypatch.setattr(lock, "LOCK_S", 0.3)
+    run, told, ending, left = Storage(str(tmp_path)), list[str](), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with run_lock(run, told.append, ending):
+            assert left.wait(30)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    ending.set()
+    while not is_held(run) or not (tmp_path / "lock").read_text().endswith(lock.ENDING):
+        time.sleep(0.05)
+    threading.Timer(1, left.set).start()
+    with run_lock(run, told.append, timeout_s=30):
+        holder.join()
+    assert told == [f"waiting 30 s for process {os.getpid()} on {socket.gethostname()}{lock.ENDING}, to leave the run"]

@@ -85,7 +85,7 @@ STORIES: dict[str, dict[int, Mode]] = {
 def test_everything_arrives_once_in_order(
     story: str, job: Callable[[str], Job], proxy: Proxy, server: MlflowServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(record, "PATIENCE_S", 60.0)
+    monkeypatch.setattr(record, "MLFLOW_END_S", 60.0)
     name = story.replace(" ", "_")
     summary, warnings = train(job(name), proxy, STORIES[story])
     assert summary["status"] == "done"
@@ -111,7 +111,7 @@ def test_it_never_comes_back_and_the_spool_is_sent_later(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The run ends well, says where its records lie and how to send them; then `pipeline sync` does."""
-    monkeypatch.setattr(record, "PATIENCE_S", 2.0)
+    monkeypatch.setattr(record, "MLFLOW_END_S", 2.0)
     one = job("never")
     summary, warnings = train(one, proxy, {0: "up", 30: "down"})
     assert summary["status"] == "done"

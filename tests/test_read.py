@@ -182,7 +182,7 @@ def test_a_rebuilt_index_sees_the_new_bytes(
 
 @pytest.fixture
 def quick_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(read, "pauses", lambda: itertools.repeat(0.1))
+    monkeypatch.setattr(read, "backoff", lambda: itertools.repeat(0.1))
 
 
 @pytest.mark.usefixtures("quick_pauses")

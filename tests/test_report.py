@@ -329,7 +329,7 @@ def test_a_report_comes_later_where_mlflow_was_away(
     tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By then neither the images nor the checkpoints are there."""
-    monkeypatch.setattr(record, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(record, "MLFLOW_END_S", 1.0)
     images, runs = tmp_path / "images", tmp_path / "runs"
     shutil.copytree(digits / "val", images / "val")
     build_index(images / "val")[0].save(images / "val.arrow")
@@ -446,7 +446,7 @@ def unheard(tmp_path_factory: pytest.TempPathFactory, own_images: Path) -> tuple
     """The summary of a training that MLflow never heard of, and where that was looked for."""
     away = f"http://127.0.0.1:{free_port()}"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(record, "PATIENCE_S", 0.1)
+        patch.setattr(record, "MLFLOW_END_S", 0.1)
         job = make_job(tmp_path_factory.mktemp("unheard"), own_images, f"mlflow.uri={away}", "mlflow.log_model=false")
         return fit(job, context()), away
 

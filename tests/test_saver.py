@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pipeline import checkpoint
-from pipeline.checkpoint import Checkpoint, CheckpointError
+from pipeline.checkpoint import Checkpoint
 from pipeline.config import Config
 from pipeline.saver import Saver, to_host
 from pipeline.settings import load
@@ -152,7 +152,7 @@ def test_giving_up_is_told_with_the_reason(
     monkeypatch.setattr(checkpoint, "save", broken)
     watched = Watched(tmp_path, cfg)
     watched.save(state, 1)
-    with pytest.raises(CheckpointError, match=r"no checkpoint could be written to .* for 2 s: .*Input/output error"):
+    with pytest.raises(TimeoutError, match=r"no checkpoint could be written to .* for 2 s: .*Input/output error"):
         watched.saver.finish(2)
 
 

@@ -14,10 +14,10 @@ from s3 import s3_storage
 from web import web_server
 
 from pipeline import checkpoint
-from pipeline.checkpoint import CheckpointError
+from pipeline.failures import CheckpointError, retry
 from pipeline.settings import load
 from pipeline.state import TrainState
-from pipeline.storage import Storage, fsync, patiently
+from pipeline.storage import Storage, fsync
 
 TREE = {"a b/%20#?&é.txt": b"odd", "a b/c/empty": b"", "x.tar": bytes(range(256)) * 100}
 META: dict[str, Any] = {"training_id": "t", "fingerprint": "f", "classes": ["a", "b"], "metrics": {}}
@@ -204,7 +204,7 @@ def test_a_store_that_is_away_is_no_reason_to_take_an_older_checkpoint(
     monkeypatch.setattr(Storage, "names", names)
     monkeypatch.setattr("time.sleep", lambda _: None)
     reports: list[str] = []
-    found = patiently(lambda: checkpoint.newest_valid(folder, pytest.fail), reports.append, patience_s=30)
+    found = retry(lambda: checkpoint.newest_valid(folder, pytest.fail), reports.append, 30)
     assert found is not None
     assert reports == [f"the storage does not answer, trying again in {s} s: connection refused" for s in (1, 2)]
 

@@ -17,6 +17,7 @@ import pytest
 
 from pipeline import connection, driver, launch, machine, runs, starting, supervise
 from pipeline.config import Config, ConfigError
+from pipeline.failures import ClusterLostError, FailureBudget, TrainingFailedError
 from pipeline.job import Event
 from pipeline.settings import load
 
@@ -46,7 +47,7 @@ def test_what_cannot_start_is_not_tried_again(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     cfg = load(None, [f"data.{split}={digits / split}" for split in ("train", "val")] + [f"run.storage={tmp_path}"])
     events: list[Event] = []
-    with pytest.raises(supervise.TrainingFailedError) as told:
+    with pytest.raises(TrainingFailedError) as told:
         supervise.train(cfg, "x", None, events.append)
     said, _, place = str(told.value).partition(" (log: ")
     assert said == f"{how}ImportError: a.so: bad ELF header"
@@ -145,7 +146,7 @@ class FakeController:
 
 def supervisor(cfg: Config, told: list[str], *, trained: bool) -> driver.Supervisor:
     """The other end of a driver that has been asked to train."""
-    request = supervise.Request(cfg, None, (), trained, trained, 0.0)
+    request = supervise.Request(cfg, None, FailureBudget(3), (), trained, trained, 0.0)
     made = SimpleNamespace(request=request, wants_stop=threading.Event(), warn=told.append, event=lambda _: None)
     return cast(driver.Supervisor, made)
 
@@ -165,10 +166,10 @@ def test_what_was_right_before_is_waited_for_by_a_later_driver(
     monkeypatch.setattr(runs, "prepare", prepare)
     monkeypatch.setattr(launch, "TrainController", FakeController)
     pause = 0.01 if outcome is None else 11.0
-    monkeypatch.setattr(driver, "pauses", lambda: itertools.repeat(pause))
+    monkeypatch.setattr(driver, "backoff", lambda: itertools.repeat(pause))
     cfg = load(None, ["data.train=x", "data.val=x", "cluster.timeout_s=10"])
     told, opened = list[str](), list[object]()
-    error = {"lost": connection.ClusterLostError, "wrong": ConfigError, None: None}[outcome]
+    error = {"lost": ClusterLostError, "wrong": ConfigError, None: None}[outcome]
     refused = nullcontext() if error is None else pytest.raises(error, match="no folder or index file")
     with refused, driver._opened(supervisor(cfg, told, trained=trained)) as (job, _):
         opened.append(job)
@@ -198,7 +199,7 @@ def test_a_failure_that_mlflow_cannot_be_told_of_stays_that_failure(monkeypatch:
 
     class Failing(FakeController):
         def run(self, *_: object) -> None:
-            raise supervise.TrainingFailedError("one failure too many")
+            raise TrainingFailedError("one failure too many")
 
     def away(*_: object) -> None:
         raise OSError("the storage is away")
@@ -210,6 +211,6 @@ def test_a_failure_that_mlflow_cannot_be_told_of_stays_that_failure(monkeypatch:
     monkeypatch.setattr(runs, "prepare", lambda *_: nullcontext(here))
     told = list[str]()
     one = supervisor(load(None, ["data.train=x", "data.val=x"]), told, trained=False)
-    with pytest.raises(supervise.TrainingFailedError, match="one failure too many"):
+    with pytest.raises(TrainingFailedError, match="one failure too many"):
         driver.train(one)
     assert told == ["MLflow is not told: the storage is away"]

@@ -246,7 +246,7 @@ def test_training_runs_on_the_rest_of_an_odd_folder(tmp_path: Path, monkeypatch:
     small = [s for s in FAST if not s.startswith("train.")]
     settings = ["train.global_batch=8", "train.epochs=3", "train.log_every=1", f"run.storage={tmp_path}/runs"]
     cfg = load(None, [f"data.train={images}", f"data.val={images}", *small, *settings, "run.name=odd"])
-    monkeypatch.setattr(lock, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(lock, "LOCK_S", 0.5)
     events: list[Event] = []
     with runs.prepare(cfg, events.append) as job:
         left_out = [e["text"] for e in events]

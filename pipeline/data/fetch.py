@@ -13,13 +13,14 @@ from pipeline.config import DataConfig
 from pipeline.data.index import Index
 from pipeline.data.read import Reader, StorageAwayError
 from pipeline.data.request import Request
+from pipeline.failures import FatalError
 
 MAX_NAMED = 10
 FETCH_AHEAD = 8  # requests beyond those that are being read, of data that comes over a network
 Encoded = Sequence[bytes | None]  # None: the image is broken, and another is to take its place
 
 
-class BadDataError(RuntimeError):
+class BadDataError(FatalError):
     """More images are broken than the configuration allows."""
 
 

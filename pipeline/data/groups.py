@@ -11,13 +11,10 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from pipeline.data.parquet import image_column
+from pipeline.failures import DamagedError
 from pipeline.storage import Storage
 
 PLACE_BYTES = 8
-
-
-class DamagedError(OSError):
-    """A file is not what it should be; to read it once more would not help."""
 
 
 def row_group_ends(root: Storage, file: str) -> list[int]:

@@ -118,7 +118,7 @@ def load_index(path: Path) -> Index:
     """Map an index file.
 
     Raises:
-        ConfigError: not an index, or of another format version.
+        ConfigError: not an index, or of another format version. OSError: it cannot be read.
     """
     if not path.is_file():
         raise ConfigError(f"no folder or index file {path}")
@@ -126,6 +126,8 @@ def load_index(path: Path) -> Index:
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         version = (table.schema.metadata or {}).get(b"pipeline.index")
     except (pa.ArrowInvalid, OSError) as e:
+        if getattr(e, "errno", None):  # the file system's; what pyarrow has against the content has none
+            raise
         raise ConfigError(
             f"{path} is not an index file ({e}); make one with: pipeline index FOLDER --out FILE"
         ) from None

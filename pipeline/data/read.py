@@ -4,7 +4,6 @@ Remote files come in chunks through the node's cache. So do the row groups of Pa
 of it can be read: decoded once for the whole node, an image in them is as near as one in a tar shard.
 """
 
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -16,9 +15,10 @@ import numpy as np
 
 from pipeline.config import DataConfig
 from pipeline.data.cache import CHUNK_BYTES, Cache
-from pipeline.data.groups import PLACE_BYTES, DamagedError, Recent, read_group, row_group_ends
+from pipeline.data.groups import PLACE_BYTES, Recent, read_group, row_group_ends
 from pipeline.data.index import Index
-from pipeline.storage import Storage, pauses, scratch_folder
+from pipeline.failures import READ_SOURCE_S, backoff, says_of_one_file
+from pipeline.storage import Storage, scratch_folder
 
 T = TypeVar("T")
 
@@ -26,8 +26,6 @@ T = TypeVar("T")
 GROUP_BYTES = 256 * 2**20
 # What waits to be fetched ahead; `read` fetches what found no place.
 MAX_AHEAD = 1024
-# Of a time in which a storage does not answer; after that its images count as unreadable.
-PATIENCE_S = 60.0
 # In place of a chunk's number.
 WHICH_GROUPS = -1
 # Between two lines about a storage that does not answer: many threads find it so at once.
@@ -36,15 +34,6 @@ TELL_EVERY_S = 10.0
 
 class StorageAwayError(ConnectionError):
     """A storage has not answered for longer than one would wait; nothing is known of the image."""
-
-
-def any_entry(folder: Path) -> bool:
-    """Whether there is anything in a folder, and the folder itself."""
-    try:
-        with os.scandir(folder) as entries:
-            return next(entries, None) is not None
-    except OSError:
-        return False
 
 
 class Reader:
@@ -62,7 +51,7 @@ class Reader:
         cfg: DataConfig,
         report: Callable[[str], None] = lambda _: None,
         *,
-        patience_s: float = PATIENCE_S,
+        patience_s: float = READ_SOURCE_S,
         chunk_bytes: int = CHUNK_BYTES,
     ):
         self._index, self._root = index, index.root or Storage(".")
@@ -221,25 +210,14 @@ class Reader:
         with self._decoding:  # one at a time: they can be large
             return self._patiently(lambda: read_group(self._root, file, group))
 
-    def _is_of_image(self, error: OSError) -> bool:
-        """Whether an error says something of one file, and not of the storage that it lies in.
-
-        A disk or a mount that fails (EIO, ESTALE, ...) says nothing of the file. Nor does a file's absence
-        where its mount has gone, which leaves an empty folder.
-        """
-        if isinstance(error, FileNotFoundError):
-            return self._root.local is None or any_entry(self._root.local)
-        of_one = (DamagedError, PermissionError, IsADirectoryError, NotADirectoryError)
-        return isinstance(error, of_one if self._root.local else DamagedError)
-
     def _patiently(self, action: Callable[[], T]) -> T:
         """What `action` returns; while a storage does not answer, it is tried again for a while."""
         begun = time.monotonic()
-        for pause in pauses():
+        for pause in backoff():
             try:
                 result = action()
             except OSError as e:
-                if self._is_of_image(e):
+                if says_of_one_file(e, self._root.local):
                     raise
                 # One clock for all threads: who waited for another's fetch in vain does not begin to wait anew.
                 now = time.monotonic()

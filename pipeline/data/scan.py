@@ -27,10 +27,10 @@ from pipeline.data import parquet, shards
 from pipeline.data.find import Unit
 from pipeline.data.index import write_table
 from pipeline.data.rows import Header, Label, Row, image_file, look
-from pipeline.storage import Storage, patiently
+from pipeline.failures import READ_SOURCE_S, retry
+from pipeline.storage import Storage
 
 PART_FORMAT = 1  # part of the names of the parts: those of another version are not reused
-PATIENCE_S = 60.0  # with a storage that does not answer
 
 
 # Of a part: the fields of a Row.
@@ -68,7 +68,7 @@ def scan(unit: Unit) -> pa.Table:
     try:
         if root.local:
             return attempt()
-        return patiently(attempt, lambda text: print(text, file=sys.stderr), PATIENCE_S)
+        return retry(attempt, lambda text: print(text, file=sys.stderr), READ_SOURCE_S)
     except OSError as e:
         raise ConfigError(f"{root} cannot be read ({e}); try again, what is done is kept") from None
 

@@ -1,0 +1,184 @@
+"""What each failure means: whose fault it is, how long it is waited for, and what comes next. Decided here alone.
+
+A mistake of the user's (ConfigError: a setting, data that is not there, a checkpoint of another network)
+    One line, exit code 2. In a training that has begun it was right before, so a mount or a node comes late: waited for
+    (cluster.timeout_s), then an attempt's failure.
+A file system, a mount or an object store that does not answer (OSError)
+    Tried again (cluster.timeout_s; before anything has trained FIRST_LOOK_S; READ_CHECKPOINT_S where an older
+    checkpoint would do), then an attempt's failure.
+One image: missing from a folder that is there, cut off, undecodable (`says_of_one_file`)
+    Another takes its place and it is counted; too many (data.max_bad_fraction) are a FatalError.
+MLflow
+    Never a training's failure: records wait on disk. At the end they are waited for (MLFLOW_END_S).
+A worker, a node, a driver or the Ray cluster that dies, raises or is silent
+    A new attempt from the newest checkpoint, after a pause, as often as `FailureBudget` allows.
+FatalError (a loss that is not finite, another driver in charge, ...)
+    A new attempt would meet it again: ends the run, exit code 1.
+The installation or the code (BROKEN), before anything has trained
+    The same.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from itertools import repeat
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from pipeline.config import ConfigError
+
+T = TypeVar("T")
+
+# Seconds that each is waited for, where it is not cluster.timeout_s.
+FIRST_LOOK_S = 10.0  # a remote storage, at the start: its name may be mistyped
+READ_CHECKPOINT_S = 30.0  # one checkpoint of a storage that answers
+READ_SOURCE_S = 60.0  # images, outside of a training
+LOCK_S = 60.0  # a process that has the run; one that is about to end is waited for as long as a storage
+MLFLOW_END_S = 30.0  # MLflow at a training's end; what is left waits on disk
+MLFLOW_HANDOVER_S = 5.0  # the same, where a new attempt is to go on
+DRIVER_END_S = 30.0  # a driver that has said all
+DISCONNECT_S = 20.0  # Ray's goodbye; a raylet that stands still (in swap, SIGSTOP) never says it
+PAUSES_BEFORE_ATTEMPT_S = (0, 2, 10, 30)  # after the first failure without a newer checkpoint, the second, ...
+
+# Come of the installation, the environment or a mistake in the code: another process would meet them again.
+BROKEN = (ArithmeticError, AttributeError, ImportError, LookupError, NameError, TypeError, ValueError)
+# How a driver ends: "wrong": by a user's mistake; "broken": by one of BROKEN; "stillborn": by itself, before it said
+# anything; "lost": in any other way that a new one may do better than.
+DriverEnd = Literal["done", "wrong", "failed", "interrupted", "lost", "broken", "stillborn"]
+
+
+class FatalError(RuntimeError):
+    """Ends the run: waiting changes nothing, and a new attempt would meet it again."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that must not be loaded; the text says which and why."""
+
+
+class IncompleteError(CheckpointError):
+    """A checkpoint that was never finished: it has no meta.json."""
+
+
+class DamagedError(OSError):
+    """A file is not what it should be; to read it once more would not help."""
+
+
+class TrainingFailedError(RuntimeError):
+    """The training ended before its last step; the text says why."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user does not wait for a checkpoint, or there is none to be saved."""
+
+
+class ClusterLostError(ConnectionError):
+    """The Ray cluster has gone, or the driver's way to it."""
+
+
+def driver_end(error: BaseException) -> DriverEnd | None:
+    """What a driver tells its supervisor of the error that ends it; None: nothing, its log says what is known."""
+    kinds: dict[DriverEnd, type[BaseException] | tuple[type[BaseException], ...]] = {
+        "wrong": ConfigError,
+        "failed": TrainingFailedError,
+        "interrupted": Interrupted,
+        "lost": ClusterLostError,
+        "broken": BROKEN,
+    }
+    return next((end for end, classes in kinds.items() if isinstance(error, classes)), None)
+
+
+def driver_is_replaced(end: DriverEnd, begun: bool) -> bool:
+    """Whether a new driver may do better; `begun`: something was trained, so that the installation is sound."""
+    return end == "lost" or (begun and end in ("broken", "stillborn"))
+
+
+def attempt_is_repeated(kind: str, begun: bool) -> bool:
+    """Whether a new attempt may do better, after a worker's error of the class `kind` that it named to the driver."""
+    return begun and kind == ConfigError.__name__
+
+
+def says_of_one_file(error: OSError, folder: Path | None) -> bool:
+    """Whether an error says something of one file in `folder` (None: not on this machine), not of the whole storage.
+
+    A disk or a mount that fails (EIO, ESTALE, EMFILE, ...) says nothing of the file. Nor does a file's absence where
+    its mount has gone, which leaves an empty folder.
+    """
+    if isinstance(error, FileNotFoundError):
+        return folder is None or any_entry(folder)
+    of_one = (DamagedError, PermissionError, IsADirectoryError, NotADirectoryError)
+    return isinstance(error, DamagedError if folder is None else of_one)
+
+
+def any_entry(folder: Path) -> bool:
+    """Whether there is anything in a folder, and the folder itself."""
+    try:
+        with os.scandir(folder) as entries:
+            return next(entries, None) is not None
+    except OSError:
+        return False
+
+
+def mlflow_refuses(error: Exception) -> bool:
+    """Whether sending the same record to MLflow again must fail again."""
+    if isinstance(error, (FileNotFoundError, CheckpointError)):  # what is to be uploaded has gone
+        return True
+    return getattr(error, "error_code", None) in {"INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST"}
+
+
+class FailureBudget:
+    """Counts failures since the newest checkpoint: a run that gets on may fail any number of times.
+
+    One for the whole run: the supervisor hands its own to each driver, and hears of what that counts.
+
+    Args:
+        max_failures: allowed without a newer checkpoint in between; -1 for any number.
+    """
+
+    def __init__(self, max_failures: int):
+        self._max_failures, self.num_failures, self._newest_step = max_failures, 0, -1
+
+    def started(self, step: int) -> None:
+        """Training goes on from a checkpoint of this step."""
+        self._newest_step = max(self._newest_step, step)
+
+    def saved(self, step: int) -> None:
+        """There is a checkpoint of this step; it counts if none was as new."""
+        if step > self._newest_step:
+            self._newest_step, self.num_failures = step, 0
+
+    def failed(self) -> bool:
+        """Count a failure; True where it is one too many."""
+        self.num_failures += 1
+        return 0 <= self._max_failures < self.num_failures
+
+    @property
+    def pause_s(self) -> float:
+        """How long to wait before the next attempt: what is broken may need time."""
+        place = min(self.num_failures, len(PAUSES_BEFORE_ATTEMPT_S)) - 1
+        return PAUSES_BEFORE_ATTEMPT_S[place] if place >= 0 else 0
+
+
+def retry(
+    action: Callable[[], T],
+    report: Callable[[str], None],
+    timeout_s: float,
+    *,
+    on: type[Exception] | tuple[type[Exception], ...] = OSError,
+) -> T:
+    """What `action` returns; while it fails with one of `on`, it is tried again for `timeout_s` seconds."""
+    deadline = time.monotonic() + timeout_s
+    for pause in backoff():
+        try:
+            return action()
+        except on as e:
+            if time.monotonic() + pause > deadline:
+                raise
+            report(f"the storage does not answer, trying again in {pause} s: {e}")
+            time.sleep(pause)
+    raise AssertionError("the pauses never end")
+
+
+def backoff() -> Iterator[int]:
+    """Seconds to wait after each failed try."""
+    yield from (1, 2, 5)
+    yield from repeat(10)
