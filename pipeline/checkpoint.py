@@ -109,6 +109,20 @@ def save(folder: Storage, state: dict[str, Any], cfg: Config, meta: dict[str, An
     return Checkpoint(place, local, full_meta)
 
 
+def with_scores(found: Checkpoint, metrics: dict[str, Any]) -> Checkpoint:
+    """The same checkpoint, which now tells the scores of its weights.
+
+    Raises:
+        OSError: that could not be written; it is whole as it was.
+    """
+    meta = {**found.meta, "metrics": metrics}
+    content = json.dumps(meta, indent=1).encode()
+    found.place.write_bytes(META, content)
+    if not found.place.local:  # what MLflow is sent
+        Storage(found.path).write_bytes(META, content)
+    return Checkpoint(found.place, found.path, meta)
+
+
 def read(place: Storage, *, whole: bool = True, use_copy: bool = False) -> Checkpoint:
     """Open a checkpoint after checking every byte of it, fetching it first where it lies elsewhere.
 

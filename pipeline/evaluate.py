@@ -21,6 +21,10 @@ from pipeline.predictions import TOP, Predictions
 from pipeline.step import autocast
 
 
+class StoppedError(Exception):
+    """The evaluation was to leave off; nothing is known of the weights."""
+
+
 class NonFiniteError(FatalError):
     """What the network computes became NaN or infinite; the text says where."""
 
@@ -34,6 +38,7 @@ def evaluate(
     device: torch.device,
     in_parts: InParts,
     heartbeat: Callable[[], None] = lambda: None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Predictions:
     """What the model says of each sample of the loader's index; on every rank alike.
 
@@ -42,11 +47,23 @@ def evaluate(
     Args:
         in_parts: of the session, which knows how many images fit.
         heartbeat: called with each chunk.
+        stopped: whether to leave off, asked before each chunk; equally often on all ranks, which must hear the same.
+
+    Raises:
+        StoppedError: it was to leave off.
+        NonFiniteError: an output is not finite.
     """
     was_training = model.training
     model.eval()
     table = torch.zeros(len(loader.index), 1 + 2 * TOP, dtype=torch.float64, device=device)
-    for _, batch in loader:
+    chunks = iter(loader)
+    for _ in range(loader.max_chunks):
+        if stopped():
+            model.train(was_training)
+            raise StoppedError
+        if (item := next(chunks, None)) is None:  # other ranks have one more
+            continue
+        _, batch = item
         rows = torch.from_numpy(batch.rows).to(device)
         logs = log_probabilities(model, loader.views(batch.images), precision, in_parts)
         losses = F.nll_loss(logs, batch.labels, reduction="none")

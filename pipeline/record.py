@@ -51,33 +51,34 @@ class Recorder:
         self._job, self._ctx, self._ledger, self._num_steps = job, ctx, ledger, num_steps
         self._data = {"fingerprint": index.fingerprint, "classes": index.classes}
         self.num_bad = 0  # broken images that this rank has met
-        self._newest, self._scores = resumed, dict(resumed.meta["metrics"]) if resumed else {}
+        self._scores = dict(resumed.meta["metrics"]) if resumed else {}
         self._said: Predictions | None = None  # of this session's last evaluation
         self._first_step = self._logged_step = resumed.step if resumed else 0
         self._first = self._logged = ledger.seconds()  # per phase
-        self._postponed, self._num_postponed, self._held_s = False, 0, 0.0
         marks = (*ctx.marks, ("state", time.time()))
         self._startup = {name: ended - began for (_, began), (name, ended) in pairwise(marks)}
         if ctx.rank == 0:
             self._identity = identity
-            self._begin(precision)
+            self._begin(resumed, precision)
 
-    def _begin(self, precision: str) -> None:
-        cfg, ctx, run, patience_s = self._job.cfg, self._ctx, self._job.run, self._job.cfg.cluster.timeout_s
+    def _begin(self, resumed: Checkpoint | None, precision: str) -> None:
+        cfg, ctx, run, timeout_s = self._job.cfg, self._ctx, self._job.run, self._job.cfg.cluster.timeout_s
         faults = ctx.faults or self._identity.unended()
         self._identity = self._identity.begin(self._job.owner, len(faults), cfg.train.precision)
-        retry(lambda: self._identity.write(run), ctx.warn, patience_s)
-        retry(self._job.checkpoints.make, ctx.warn, patience_s)
+        retry(lambda: self._identity.write(run), ctx.warn, timeout_s)
+        retry(self._job.checkpoints.make, ctx.warn, timeout_s)
         # A rank cut off from the others may still run when its successor has begun; it must not write.
-        guard = partial(self._identity.check, run)
-        self._saver = Saver(self._job.checkpoints, cfg, guard=guard, written=self._written, report=ctx.warn)
-        self._uri = tracking_uri(cfg.mlflow.uri, run.parent)
-        self._tracker = Tracker.of_run(cfg.mlflow, self._uri, run, self._identity.training_id, ctx.warn)
-        if self._newest is not None:
-            self._tracker.adopt(self._newest.meta.get("unsent", []))
+        guard, folder = partial(self._identity.check, run), self._job.checkpoints
+        self._saver = Saver(
+            folder, cfg, guard=guard, written=self._written, scored=self._scored, report=ctx.warn, newest=resumed
+        )
+        self._uri = uri = tracking_uri(cfg.mlflow.uri, run.parent)
+        self._tracker = Tracker.of_run(cfg.mlflow, uri, run, self._identity.training_id, ctx.warn)
+        if resumed is not None:
+            self._tracker.adopt(resumed.meta.get("unsent", []))
         self._tracker.start()
         self._tracker.params(flatten(cfg))
-        session, num_faults = self._identity.sessions, self._identity.faults
+        session = self._identity.sessions
         self._tracker.text(dump(cfg), f"config/session_{session}.yaml")
         self._tracker.tags(self._identity.tags(faults, self._first_step, ctx.world_size))
         self._tracker.tags({"pipeline.data_fingerprint": self._data["fingerprint"]})
@@ -92,8 +93,8 @@ class Recorder:
                 "step": self._first_step,
                 "num_steps": self._num_steps,
                 "global_batch": cfg.train.global_batch,
-                "resumed_from": self._newest and str(self._newest.place),
-                "faults": num_faults,
+                "resumed_from": resumed and str(resumed.place),
+                "faults": self._identity.faults,
                 "startup": self._startup,
                 **where,
                 **{name: story[name] for name in ("lost_steps", "recovery_s") if name in story},
@@ -109,7 +110,7 @@ class Recorder:
     @property
     def wants_save(self) -> bool:
         """Whether a checkpoint that was postponed can be taken now."""
-        return self._postponed and not self._saver.busy
+        return self._ctx.rank == 0 and self._saver.wants_save
 
     def step(self, step: int, loss: float, lr: float, epoch: float, num_bad: int) -> None:
         """Log one step: `loss` is the mean over its global batch, of the weights before it."""
@@ -131,29 +132,32 @@ class Recorder:
         told = {"seconds": summed_up(seconds), "perf/goodput": goodput(seconds)}
         self._ctx.emit({"kind": "step", "step": step, **told, **metrics})
 
-    def evaluation(self, step: int, scores: dict[str, float], said: Predictions) -> None:
-        """Log the scores of the weights after `step` steps, and keep what they are of for the report."""
-        self._scores, self._said = scores, said
-        if self._ctx.rank == 0:
-            self._tracker.metrics(step, {f"val/{name}": value for name, value in scores.items()})
-            self._ctx.emit({"kind": "evaluation", "step": step, **scores})
-
-    def save(self, state: TrainState, scores: dict[str, float] | None, *, now: bool) -> None:
-        """Have a checkpoint written, with the scores if they are of this very step.
-
-        Args:
-            now: wait for one that is being written; else this one is postponed until that is done.
-        """
+    def evaluation(self, state: TrainState, said: Predictions) -> None:
+        """Log the scores of the weights as they are, and write them into their checkpoint; the best get one anyway."""
+        self._scores, self._said = (scores := said.scores()), said
+        improved = scores["top1"] > state.best_top1
+        state.best_top1 = max(state.best_top1, scores["top1"])
         if self._ctx.rank != 0:
             return
-        if self._saver.busy and not now:
-            self._num_postponed += not self._postponed
-            self._postponed = True
-            return
-        began, seconds = time.monotonic(), self._ledger.seconds()
+        self._tracker.metrics(state.step, {f"val/{name}": value for name, value in scores.items()})
+        self._ctx.emit({"kind": "evaluation", "step": state.step, **scores})
+        if self._saver.has(state.step):
+            self._saver.add_scores(state.step, scores)
+        elif improved:
+            self.save(state, scores, now=True)
+
+    def save(
+        self, state: TrainState, scores: dict[str, float] | None = None, *, now: bool, is_scored_later: bool = False
+    ) -> None:
+        """Have a checkpoint written, with the scores if they are of this very step: see `Saver.save`."""
+        if self._ctx.rank == 0:
+            self._saver.save(state, partial(self._meta, state, scores or {}), now=now, is_scored_later=is_scored_later)
+
+    def _meta(self, state: TrainState, scores: dict[str, float]) -> dict[str, Any]:
+        seconds = self._ledger.seconds()
         meta = {
             **self._data,
-            "metrics": scores or {},
+            "metrics": scores,
             "num_steps": self._num_steps,
             "best_top1": state.best_top1 if state.best_top1 >= 0 else None,
             "images_per_s": self._images_per_s(state.step, seconds),
@@ -166,22 +170,25 @@ class Recorder:
         }
         if not self._job.run.local:  # the spool lies on this machine alone
             meta["unsent"] = self._tracker.unsent()
-        self._saver.save(state, meta)
-        self._postponed, self._held_s = False, time.monotonic() - began
+        return meta
 
     def _written(self, saved: Checkpoint, seconds: float) -> None:
         """A checkpoint is safe; called by the thread that wrote it."""
-        self._newest = saved
-        if self._job.cfg.mlflow.checkpoints == "all":
+        if self._job.cfg.mlflow.checkpoints == "all" and not self._saver.is_scored_later:
             self._upload(saved)
         metrics = {
-            "checkpoint/held_s": self._held_s,
+            "checkpoint/held_s": self._saver.held_s,
             "checkpoint/write_s": seconds,
-            "checkpoint/postponed": float(self._num_postponed),
+            "checkpoint/postponed": float(self._saver.num_postponed),
             "checkpoint/failed_tries": float(self._saver.num_failed_tries),
         }
         self._tracker.metrics(saved.step, metrics)
         self._ctx.emit({"kind": "checkpoint", "step": saved.step, "path": str(saved.place)})
+
+    def _scored(self, scored: Checkpoint) -> None:
+        """A checkpoint has got its scores; called by the thread that wrote them."""
+        if self._job.cfg.mlflow.checkpoints == "all":
+            self._upload(scored)
 
     def bad_image(self, path: str, reason: str) -> None:
         """Name a broken image that this rank has met."""
@@ -204,36 +211,37 @@ class Recorder:
             self._ctx.warn(str(e))
         self._tracker.close("FAILED", MLFLOW_HANDOVER_S)
 
-    def finished(self, state: TrainState, val_loader: EvalLoader) -> dict[str, Any]:
+    def finished(self, state: TrainState, val_loader: EvalLoader, *, owes_evaluation: bool) -> dict[str, Any]:
         """Publish what the configuration asks for, end the session and return its summary.
 
         Args:
             val_loader: of the images of the last evaluation.
+            owes_evaluation: a wish to stop came before that of these weights.
 
         Raises:
             TimeoutError: the last checkpoint could not be written.
         """
         if self._ctx.rank != 0:
             return {}
-        cfg, done = self._job.cfg, state.step == self._num_steps
+        cfg, done = self._job.cfg, state.step == self._num_steps and not owes_evaluation
         asked = cfg.run.stop_at_step is not None and state.step >= cfg.run.stop_at_step
         status = "done" if done else "stopped" if asked else self._ctx.stop_reason()
         speed = self._images_per_s(state.step, self._ledger.seconds())  # before MLflow is waited for
         with self._ledger.phase("checkpoint"):
             self._saver.finish(cfg.cluster.timeout_s)
-            ended = self._identity.end()
-            retry(lambda: ended.write(self._job.run), self._ctx.warn, cfg.cluster.timeout_s)
+            retry(lambda: self._identity.end().write(self._job.run), self._ctx.warn, cfg.cluster.timeout_s)
             top = checkpoint.best(self._job.checkpoints)
-        assert self._newest is not None, "a session ends with a checkpoint"
-        chosen = {"last": self._newest, "best": top}.get(cfg.mlflow.checkpoints)
+        newest = self._saver.newest
+        assert newest is not None, "a session ends with a checkpoint"
+        chosen = {"last": newest, "best": top}.get(cfg.mlflow.checkpoints)
         if chosen and status != "regroup":
             self._upload(chosen)
         if done and cfg.mlflow.log_model:
-            self._tracker.model(self._newest.path, cfg.mlflow.register)
+            self._tracker.model(newest.path, cfg.mlflow.register)
         self._tracker.metrics(state.step, for_mlflow(self._ledger.seconds()))
         if done and cfg.mlflow.report and self._said is not None:
             with self._ledger.phase("logging"):
-                self._report(self._said, val_loader)
+                self._report(newest.meta, self._said, val_loader)
         with self._ledger.phase("logging"):
             patience_s = MLFLOW_END_S if status != "regroup" else MLFLOW_HANDOVER_S
             waiting = self._tracker.close("FINISHED" if done else "KILLED", patience_s)
@@ -254,7 +262,7 @@ class Recorder:
             "seconds": self._ledger.seconds(),
             "startup": self._startup,
             "ended": time.time(),
-            "checkpoint": str(self._newest.place),
+            "checkpoint": str(newest.place),
             "best_checkpoint": top and str(top.place),
             **self._identity.facts(),
             "mlflow_uri": self._uri,
@@ -268,11 +276,10 @@ class Recorder:
         images = (step - self._first_step) * self._job.cfg.train.global_batch
         return images / (total(seconds, *STEP) - total(self._first, *STEP)) if images else None
 
-    def _report(self, said: Predictions, val_loader: EvalLoader) -> None:
+    def _report(self, meta: dict[str, Any], said: Predictions, val_loader: EvalLoader) -> None:
         """Lay aside all that the report takes, so that MLflow may be away: the thread that logs it makes it."""
-        assert self._newest is not None
         told = {"seconds": self._ledger.seconds(), "counted": "until this report"}
-        meta = {**self._newest.meta, **told, "mlflow_run_id": self._tracker.run_id}
+        meta = {**meta, **told, "mlflow_run_id": self._tracker.run_id}
         cfg, run = self._job.cfg, self._job.run
         try:
             self._tracker.report(Facts(run.name, cfg.data.val, meta, cfg, said, find_mistakes(said, val_loader)))

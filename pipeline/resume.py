@@ -106,5 +106,6 @@ def restore(state: "TrainState", found: Checkpoint, cfg: Config, index: Index) -
     refuse_images(found, cfg, index)
     try:
         state.load_state_dict(found.state())
+        state.best_top1 = max(state.best_top1, found.top1 or -1.0)  # it may have been evaluated after it was saved
     except ValueError as e:
         raise ConfigError(f"{found.place} does not fit this configuration: {e}; use another run.name") from None

@@ -1,7 +1,8 @@
 """Checkpoints beside training: the loop pays for one copy in memory, a thread does the rest.
 
 One checkpoint is written at a time. The thread tries again while the disk is full or the storage away; a
-newer checkpoint then takes the place of the one that could not be written.
+newer checkpoint then takes the place of the one that could not be written. Of one step there is one: its scores are
+added once they are known.
 """
 
 import threading
@@ -27,7 +28,14 @@ class Saver:
         folder: where they go; it must exist.
         guard: called just before a checkpoint takes its place; raises if this session is not to write any more.
         written: called in the writing thread with each checkpoint and the seconds that it took.
+        scored: called in that thread with a checkpoint that has got its scores.
         report: called in that thread with a line for the user.
+        newest: the checkpoint that the session goes on from.
+
+    Attributes:
+        newest: the checkpoint written last, or the one before this session.
+        is_scored_later: the weights of the one saved last are being evaluated.
+        num_postponed, num_failed_tries: so far. held_s: what the loop paid for the one saved last, seconds.
     """
 
     def __init__(
@@ -37,27 +45,62 @@ class Saver:
         *,
         guard: Callable[[], None],
         written: Callable[[Checkpoint, float], None],
+        scored: Callable[[Checkpoint], None] = lambda _: None,
         report: Callable[[str], None],
+        newest: Checkpoint | None = None,
     ):
         self._folder, self._cfg = folder, cfg
-        self._guard, self._written, self._report = guard, written, report
+        self._guard, self._written, self._scored, self._report = guard, written, scored, report
+        self.newest = newest
+        self._step = newest.step if newest and newest.place.parent.uri == folder.uri else None  # of the one saved last
         self._host: dict[str, Any] | None = None
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
         self._replaced = threading.Event()
         self._problem: str | None = None  # what keeps the one being written from being done
-        self.num_failed_tries = 0
+        self._is_postponed = self.is_scored_later = False
+        self.num_postponed = self.num_failed_tries = 0
+        self.held_s = 0.0
 
     @property
     def busy(self) -> bool:
         """Whether a checkpoint is being written, and nothing keeps it from being done."""
         return self._writing is not None and not self._writing.done() and self._problem is None
 
-    def save(self, state: TrainState, meta: dict[str, Any]) -> None:
-        """Copy the state and have it written; waits for one being written, unless that does not succeed."""
+    @property
+    def wants_save(self) -> bool:
+        """Whether a checkpoint that was postponed can be taken now."""
+        return self._is_postponed and not self.busy
+
+    def save(
+        self, state: TrainState, meta: Callable[[], dict[str, Any]], *, now: bool, is_scored_later: bool = False
+    ) -> None:
+        """Copy the state and have it written, unless its step's checkpoint has been.
+
+        Args:
+            meta: called for what else belongs into meta.json, see `checkpoint.save`.
+            now: wait for one that is being written, unless that does not succeed; else this one is postponed.
+        """
+        if self.has(state.step):
+            return
+        if self.busy and not now:
+            self.num_postponed += not self._is_postponed
+            self._is_postponed = True
+            return
+        began = time.monotonic()
         self._settle()
+        self._step, self.is_scored_later, self._is_postponed = state.step, is_scored_later, False
         self._host = to_host(state.state_dict(), self._host)
-        self._writing = self._thread.submit(self._write, self._host, meta)
+        self._writing = self._thread.submit(self._write, self._host, meta())
+        self.held_s = time.monotonic() - began
+
+    def has(self, step: int) -> bool:
+        """Whether the checkpoint of this step has been saved, if perhaps not written yet."""
+        return self._step == step
+
+    def add_scores(self, step: int, scores: dict[str, float]) -> None:
+        """Have the scores of its weights written into the checkpoint of this step, if it was written."""
+        self._writing = self._thread.submit(self._add_scores, step, scores, after=self._writing)
 
     def finish(self, timeout_s: float) -> None:
         """Wait until all is written.
@@ -85,24 +128,40 @@ class Saver:
 
     def _write(self, state: dict[str, Any], meta: dict[str, Any]) -> None:
         began = time.monotonic()
-        for pause in backoff():
-            try:
-                self._guard()
-                saved = checkpoint.save(self._folder, state, self._cfg, meta)
-                break
-            except OSError as e:
-                self.num_failed_tries += 1
-                self._problem = str(e)
-                self._report(f"the checkpoint of step {state['step']} cannot be written, trying again: {e}")
-                if self._replaced.wait(pause):
-                    self._report(f"the checkpoint of step {state['step']} gives way to a newer one")
-                    return
-        self._problem = None
+        saved = self._persist(state["step"], lambda: checkpoint.save(self._folder, state, self._cfg, meta))
+        if saved is None:
+            return
+        self.newest = saved
         self._written(saved, time.monotonic() - began)
         try:
             checkpoint.prune(self._folder, self._cfg.checkpoint.keep)
         except OSError as e:
             self._report(f"old checkpoints in {self._folder} cannot be deleted: {e}")
+
+    def _add_scores(self, step: int, scores: dict[str, float], after: Future[None] | None) -> None:
+        if after is not None:
+            after.result()  # it is done; an error of its own counts
+        if (saved := self.newest) is not None and saved.step == step:
+            self.newest = self._persist(step, lambda: checkpoint.with_scores(saved, scores)) or saved
+            self._scored(self.newest)
+
+    def _persist(self, step: int, write: Callable[[], Checkpoint]) -> Checkpoint | None:
+        """What `write` makes, tried until the storage takes it; None where a newer checkpoint came first."""
+        for pause in backoff():
+            try:
+                self._guard()
+                saved = write()
+            except OSError as e:
+                self.num_failed_tries += 1
+                self._problem = str(e)
+                self._report(f"the checkpoint of step {step} cannot be written, trying again: {e}")
+                if self._replaced.wait(pause):
+                    self._report(f"the checkpoint of step {step} gives way to a newer one")
+                    return None
+            else:
+                self._problem = None
+                return saved
+        raise AssertionError("the pauses never end")
 
 
 def to_host(value: Any, buffers: Any) -> Any:

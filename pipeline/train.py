@@ -17,7 +17,7 @@ from pipeline.config import Config, ConfigError
 from pipeline.data.index import Index, load_index
 from pipeline.data.loader import EvalLoader, Place, TrainLoader
 from pipeline.data.request import stream
-from pipeline.evaluate import NonFiniteError, evaluate, sync_buffers
+from pipeline.evaluate import NonFiniteError, StoppedError, evaluate, sync_buffers
 from pipeline.failures import READ_CHECKPOINT_S, CheckpointError, retry
 from pipeline.identity import Identity
 from pipeline.job import Context, Job
@@ -60,6 +60,7 @@ def fit(job: Job, ctx: Context) -> dict[str, Any]:
     cfg = job.cfg
     index, val_index = (_open_index(uri, job, ctx, resumed) for uri in (job.train_index, job.val_index))
     schedule = Schedule.create(cfg, len(index))
+    eval_every = cfg.train.eval_every * schedule.steps_per_epoch
     stop_step = min(schedule.num_steps, cfg.run.stop_at_step or schedule.num_steps)
     state = TrainState.create(cfg, len(index.classes), ctx.device)
     _begin(state, cfg, index, ctx, resumed, precision)
@@ -74,6 +75,26 @@ def fit(job: Job, ctx: Context) -> dict[str, Any]:
     def due(every: int) -> bool:
         return state.step % every == 0 or state.step == schedule.num_steps
 
+    def evaluated() -> bool:
+        """Evaluate the weights as they are; False where all are to stop, which they look for between chunks."""
+        with ledger.phase("evaluation"):
+            sync_buffers(state.best_model)
+            try:
+                predictions = evaluate(
+                    state.best_model,
+                    val_loader,
+                    precision=cfg.train.precision,
+                    device=ctx.device,
+                    in_parts=in_parts,
+                    heartbeat=watchdog.feed,
+                    stopped=lambda: votes.exchange(Word(stop=ctx.stop_reason() is not None)).stop,
+                )
+            except StoppedError:
+                return False
+        with ledger.phase("checkpoint"):
+            recorder.evaluation(state, predictions)
+        return True
+
     losses: list[Tensor] = []
     with (
         closing(train_loader),
@@ -84,7 +105,11 @@ def fit(job: Job, ctx: Context) -> dict[str, Any]:
         Watchdog(cfg.cluster.timeout_s) as watchdog,
     ):
         profile.step(state.step)
-        for batch in ledger.steps(train_loader.from_step(state.step, stop_step), compiling=cfg.model.compile != "none"):
+        # A session that had to end between saving and evaluating has left that to this one.
+        unscored = resumed is not None and state.step > 0 and not resumed.meta["metrics"]
+        owes_evaluation = unscored and due(eval_every) and not evaluated()
+        batches = train_loader.from_step(state.step, state.step if owes_evaluation else stop_step)
+        for batch in ledger.steps(batches, compiling=cfg.model.compile != "none"):
             lr = lr_at(state.step, cfg.optim, schedule)
             micro_batch = micro_batches.size(state, net, batch)
             loss = train_step(
@@ -104,7 +129,7 @@ def fit(job: Job, ctx: Context) -> dict[str, Any]:
             recorder.progress(state.step)
             word = votes.exchange(Word(stop=ctx.stop_reason() is not None, save=recorder.wants_save))
 
-            logging, evaluating = due(cfg.train.log_every), due(cfg.train.eval_every * schedule.steps_per_epoch)
+            logging, evaluating = due(cfg.train.log_every), due(eval_every)
             ending = word.stop or state.step == stop_step
             saving = due(cfg.checkpoint.every) or word.save or ending
             if not (logging or evaluating or saving):
@@ -115,31 +140,18 @@ def fit(job: Job, ctx: Context) -> dict[str, Any]:
             if logging:
                 with ledger.phase("logging"):
                     recorder.step(state.step, values[-1], lr, state.step / schedule.steps_per_epoch, num_bad)
-            scores, improved = None, False
-            if evaluating:
-                with ledger.phase("evaluation"):
-                    sync_buffers(state.best_model)
-                    said = evaluate(
-                        state.best_model,
-                        val_loader,
-                        precision=cfg.train.precision,
-                        device=ctx.device,
-                        in_parts=in_parts,
-                        heartbeat=watchdog.feed,
-                    )
-                scores = said.scores()
-                improved = scores["top1"] > state.best_top1
-                state.best_top1 = max(state.best_top1, scores["top1"])
-                recorder.evaluation(state.step, scores, said)
-            if saving or improved:
+            if saving:  # before an evaluation, which may take longer than a node has that is to go
                 with ledger.phase("checkpoint"):
-                    recorder.save(state, scores, now=ending or improved)
-            if ending:
+                    recorder.save(state, now=ending, is_scored_later=evaluating and not word.stop)
+            owes_evaluation = evaluating and (word.stop or not evaluated())
+            if ending or owes_evaluation:
                 break
         votes.finish()
+        with ledger.phase("checkpoint"):
+            recorder.save(state, now=True)
         watchdog.stop()
         profile.finish()
-        return recorder.finished(state, val_loader)
+        return recorder.finished(state, val_loader, owes_evaluation=owes_evaluation)
 
 
 def _look(job: Job, ctx: Context) -> tuple[Job, Identity, Checkpoint | None, Decision]:

@@ -150,6 +150,7 @@ class EvalLoader:
         self._places, self._mirrored = FIVE if views == "ten" else (CENTRE,), views != "one"
         self.num_chunks = -(-len(index) // batch)
         self.chunks = range(place.rank, self.num_chunks, place.world_size)
+        self.max_chunks = -(-self.num_chunks // place.world_size)  # of any rank
         in_sequence = dataclasses.replace(cfg, shuffle_block=batch)  # a reader's cache is of use then, however small
         self._decoder = _decoder(index, in_sequence, batch * len(self._places), place, on_bad, warn)
 
