@@ -16,20 +16,17 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pipeline.config import Config, ConfigError
+from pipeline.config import Config
 from pipeline.failures import READ_CHECKPOINT_S, CheckpointError, IncompleteError, retry
 from pipeline.provenance import software
 from pipeline.settings import dump, load
 from pipeline.storage import Storage, fsync
-
-if TYPE_CHECKING:  # the driver uses this module, and starts faster without torch
-    from pipeline.model import ResNet
 
 FORMAT = 1
 STATE, CONFIG, META = "state.pt", "config.yaml", "meta.json"
@@ -205,34 +202,6 @@ def _read_own(place: Storage, training_id: str | None, whole: bool) -> Checkpoin
     if training_id not in (None, found.meta["training_id"]):
         raise CheckpointError(f"{place}: belongs to another training")
     return found
-
-
-def load_model(place: Storage, overrides: Sequence[str] = ()) -> "tuple[ResNet, Config, tuple[str, ...]]":
-    """The network of a checkpoint (averaged weights where it has them), in eval mode on the CPU.
-
-    Args:
-        overrides: of its configuration.
-
-    Returns:
-        The model, the configuration it was trained with, and its classes in the order of the logits.
-
-    Raises:
-        CheckpointError: the checkpoint is damaged. ConfigError: overrides that make another network.
-    """
-    import torch
-
-    from pipeline.model import ResNet
-    from pipeline.state import load_weights
-
-    found = read(place)
-    cfg, classes = load(found.path / CONFIG, overrides), tuple(found.meta["classes"])
-    model = ResNet(cfg.model, len(classes)).to(memory_format=torch.channels_last)
-    saved = found.state()
-    try:
-        load_weights(model, saved["ema"] or saved["model"])
-    except ValueError as e:
-        raise ConfigError(f"{place} does not fit this configuration: {e}; leave the model's settings alone") from None
-    return model.eval(), cfg, classes
 
 
 def best(folder: Storage) -> Checkpoint | None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import checkpoint
+from pipeline import weights
 from pipeline.config import Config, ConfigError
 from pipeline.data.build import index_files, open_index
 from pipeline.data.index import Index
@@ -48,7 +48,7 @@ def evaluate_checkpoint(
     """
     here = Place.here()
     torch.set_num_threads(here.num_threads)
-    model, cfg, classes = checkpoint.load_model(place, overrides)
+    model, cfg, classes = weights.load_model(place, overrides)
     cfg = settle(cfg, here.device)
     if text := emulation(cfg.train.precision, [hardware_of(here.device)], fix):
         say(f"warning: {text}")
@@ -98,7 +98,7 @@ def predict(place: Storage, images: Sequence[Path], top: int, say: Callable[[str
     """
     here = Place.here()
     torch.set_num_threads(here.num_threads)
-    model, cfg, classes = checkpoint.load_model(place)
+    model, cfg, classes = weights.load_model(place)
     if not 1 <= top <= len(classes):
         raise ConfigError(f"--top {top}: must be from 1 to the model's {len(classes)} classes")
     # Others' images: broken ones are told one by one, however many they are.

@@ -80,11 +80,11 @@ def _csv(top: int) -> Callable[[dict[str, Any]], None]:
 
 
 def export(args: argparse.Namespace) -> Outcome:
-    from pipeline import checkpoint, export, infer
+    from pipeline import export, infer, weights
 
     export.require_writable(args.format, args.out)
     place = found_by(args).place
-    model, cfg, classes = checkpoint.load_model(place)
+    model, cfg, classes = weights.load_model(place)
     notes = export.notes_of(cfg, classes, place.name)
     images, what = infer.some_images(cfg, NUM_COMPARED)
     compared = {"images": len(images), "of": what, "tolerance": export.TOLERANCE}

@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from pipeline import checkpoint, export
+from pipeline import checkpoint, export, weights
 from pipeline.storage import Storage
 
 CHECKPOINT_TAG = "pipeline.checkpoint"  # of a logged model and its registered versions
@@ -78,7 +78,7 @@ class Publisher:
         import mlflow
         from mlflow.models import Model
 
-        model, cfg, classes = checkpoint.load_model(place)
+        model, cfg, classes = weights.load_model(place)
         notes = export.notes_of(cfg, classes, place.name)
         tags = {CHECKPOINT_TAG: place.name}
         # `pyfunc.log_model` would start the run again and end it; `Model.log` alone would not know the experiment.

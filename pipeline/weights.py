@@ -1,5 +1,6 @@
 """Weights to begin with: torchvision's and timm's files, and our own checkpoints, fitted to the model at hand."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline import checkpoint
-from pipeline.config import ConfigError, ModelConfig
+from pipeline.config import Config, ConfigError, ModelConfig
 from pipeline.failures import CheckpointError
 from pipeline.model import ResNet
-from pipeline.state import check_weights
+from pipeline.settings import load
+from pipeline.state import check_weights, load_weights
 from pipeline.storage import Storage
 
 # Where training programs put the weights in what they save, averaged ones first.
@@ -20,6 +22,29 @@ WEIGHT, BIAS = "fc.weight", "fc.bias"  # the last layer
 INSIDE = "layer1.0.conv1.weight"  # every depth and variant has it
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # eight bits mean nothing without their scale
 COUNTER = "num_batches_tracked"  # of a BatchNorm, which makes no use of it; files from before torch 0.4.1 have none
+
+
+def load_model(place: Storage, overrides: Sequence[str] = ()) -> tuple[ResNet, Config, tuple[str, ...]]:
+    """The network of a checkpoint (averaged weights where it has them), in eval mode on the CPU.
+
+    Args:
+        overrides: of its configuration.
+
+    Returns:
+        The model, the configuration it was trained with, and its classes in the order of the logits.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged. ConfigError: overrides that make another network.
+    """
+    found = checkpoint.read(place)
+    cfg, classes = load(found.path / checkpoint.CONFIG, overrides), tuple(found.meta["classes"])
+    model = ResNet(cfg.model, len(classes)).to(memory_format=torch.channels_last)
+    saved = found.state()
+    try:
+        load_weights(model, saved["ema"] or saved["model"])
+    except ValueError as e:
+        raise ConfigError(f"{place} does not fit this configuration: {e}; leave the model's settings alone") from None
+    return model.eval(), cfg, classes
 
 
 def begin_with(model: ResNet, place: str, classes: tuple[str, ...]) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import checkpoint, provenance
+from pipeline import checkpoint, provenance, weights
 from pipeline.config import Config
 from pipeline.failures import CheckpointError
 from pipeline.settings import load
@@ -61,7 +61,7 @@ def test_what_is_saved_is_what_is_read(save: Callable[..., Path], cfg: Config, s
     for name, value in state.model.state_dict().items():
         assert torch.equal(restored.model.state_dict()[name], value)
     assert load(path / "config.yaml") == cfg
-    model, loaded_cfg, classes = checkpoint.load_model(Storage(path))
+    model, loaded_cfg, classes = weights.load_model(Storage(path))
     assert (loaded_cfg, classes) == (cfg, ("a", "b"))
     assert not model.training
 

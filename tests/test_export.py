@@ -14,7 +14,7 @@ import torch
 from commands import Run
 from torch import Tensor, nn
 
-from pipeline import checkpoint, export, infer
+from pipeline import export, infer, weights
 from pipeline.config import ConfigError
 from pipeline.storage import Storage
 
@@ -47,7 +47,7 @@ def test_a_file_says_of_the_validation_set_what_the_checkpoint_says(
     assert 0 <= result["compared"]["largest_difference"] <= 1e-4
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
     exported, notes = read(out)
-    model, cfg, classes = checkpoint.load_model(Storage(trained["checkpoint"]))
+    model, cfg, classes = weights.load_model(Storage(trained["checkpoint"]))
     assert notes == {"classes": list(classes), "size": 32, "val_resize": 32, "checkpoint": "step_00000066"}
     images, _ = infer.some_images(cfg, NUM_IMAGES)
     assert len(images) == NUM_IMAGES
@@ -91,7 +91,7 @@ def test_a_file_that_computes_something_else_is_not_written(tmp_path: Path, fact
 
 
 def test_without_the_validation_set_random_images_are_compared(trained: dict[str, Any]) -> None:
-    _, cfg, _ = checkpoint.load_model(Storage(trained["checkpoint"]))
+    _, cfg, _ = weights.load_model(Storage(trained["checkpoint"]))
     gone = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, val="/gone"))
     images, what = infer.some_images(gone, 5)
     assert (tuple(images.shape), images.dtype) == ((5, 3, 32, 32), torch.uint8)

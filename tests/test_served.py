@@ -26,7 +26,7 @@ from s3 import free_port
 from servers import MlflowServer
 from web import web_server
 
-from pipeline import checkpoint, export, infer, served
+from pipeline import export, infer, served, weights
 from pipeline.config import DataConfig
 from pipeline.data.build import index_files
 from pipeline.data.loader import EvalLoader, Place
@@ -54,7 +54,7 @@ def test_the_whole_validation_set_is_classified_as_by_the_checkpoint(
     """With images as text, decoded by PIL, beside DALI's pixels: top-1 the same, probabilities within 1e-4."""
     files = sorted((digits / "val").glob("*/*.jpg"))
     answers = model.predict(pd.DataFrame({"image": [as_text(file.read_bytes()) for file in files]}))
-    network, cfg, classes = checkpoint.load_model(Storage(trained["checkpoint"]))
+    network, cfg, classes = weights.load_model(Storage(trained["checkpoint"]))
     images, _ = infer.some_images(cfg, len(files))
     with torch.inference_mode():
         expected = network(images).softmax(1).topk(5)

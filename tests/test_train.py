@@ -17,7 +17,7 @@ from odd_images import as_text, damaged_jpeg, encode, write_odd_folder
 from PIL import Image
 from ranks import context, run_ranks
 
-from pipeline import checkpoint, lock, runs, train
+from pipeline import checkpoint, lock, runs, train, weights
 from pipeline.config import ConfigError
 from pipeline.evaluate import evaluate
 from pipeline.identity import Identity, SupersededError
@@ -167,7 +167,7 @@ def assert_model_predicts_like_checkpoint(client: Any, summary: dict[str, Any]) 
     mlflow.set_tracking_uri(summary["mlflow_uri"])
     (logged,) = client.get_run(summary["mlflow_run_id"]).outputs.model_outputs
     served = mlflow.pyfunc.load_model(f"models:/{logged.model_id}")
-    model, _, classes = checkpoint.load_model(Storage(summary["checkpoint"]))
+    model, _, classes = weights.load_model(Storage(summary["checkpoint"]))
     pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
     with torch.inference_mode():
         expected = model(torch.from_numpy(pixels).permute(0, 3, 1, 2)).softmax(1).topk(5)
