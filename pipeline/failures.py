@@ -36,6 +36,7 @@ READ_SOURCE_S = 60.0  # images, outside of a training
 LOCK_S = 60.0  # a process that has the run; one that is about to end is waited for as long as a storage
 MLFLOW_END_S = 30.0  # MLflow at a training's end; what is left waits on disk
 MLFLOW_HANDOVER_S = 5.0  # the same, where a new attempt is to go on
+MLFLOW_CALL_S = 600.0  # a single call at the end, such as a large file's upload, that neither ends nor fails
 DRIVER_END_S = 30.0  # a driver that has said all
 DISCONNECT_S = 20.0  # Ray's goodbye; a raylet that stands still (in swap, SIGSTOP) never says it
 PAUSES_BEFORE_ATTEMPT_S = (0, 2, 10, 30)  # after the first failure without a newer checkpoint, the second, ...

@@ -4,6 +4,7 @@ The loop calls a `Recorder` on every rank; only rank 0's does anything.
 """
 
 import time
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -86,20 +87,10 @@ class Recorder:
         self._tracker.metrics(session, {f"session/{name}": value for name, value in story.items()})  # step: session
         where = {"world_size": ctx.world_size, "num_threads": ctx.num_threads, "device": ctx.device.type}
         where |= {"precision": cfg.train.precision, "precision_reason": precision}
-        ctx.emit(
-            {
-                "kind": "start",
-                "session": session,
-                "step": self._first_step,
-                "num_steps": self._num_steps,
-                "global_batch": cfg.train.global_batch,
-                "resumed_from": resumed and str(resumed.place),
-                "faults": self._identity.faults,
-                "startup": self._startup,
-                **where,
-                **{name: story[name] for name in ("lost_steps", "recovery_s") if name in story},
-            }
-        )
+        steps = {"step": self._first_step, "num_steps": self._num_steps, "global_batch": cfg.train.global_batch}
+        told: dict[str, float] = {name: story[name] for name in ("lost_steps", "recovery_s") if name in story}
+        start = {"kind": "start", "session": session, **steps, "resumed_from": resumed and str(resumed.place)}
+        ctx.emit({**start, "startup": self._startup, **where, **told, "faults": self._identity.faults})
 
     def progress(self, step: int) -> None:
         """Tell that `step` steps are done. From the first one on MLflow is talked to: its import takes seconds."""
@@ -211,12 +202,15 @@ class Recorder:
             self._ctx.warn(str(e))
         self._tracker.close("FAILED", MLFLOW_HANDOVER_S)
 
-    def finished(self, state: TrainState, val_loader: EvalLoader, *, owes_evaluation: bool) -> dict[str, Any]:
+    def finished(
+        self, state: TrainState, val_loader: EvalLoader, *, owes_evaluation: bool, heartbeat: Callable[[], None]
+    ) -> dict[str, Any]:
         """Publish what the configuration asks for, end the session and return its summary.
 
         Args:
             val_loader: of the images of the last evaluation.
             owes_evaluation: a wish to stop came before that of these weights.
+            heartbeat: called while MLflow is waited for, and before.
 
         Raises:
             TimeoutError: the last checkpoint could not be written.
@@ -229,6 +223,7 @@ class Recorder:
         speed = self._images_per_s(state.step, self._ledger.seconds())  # before MLflow is waited for
         with self._ledger.phase("checkpoint"):
             self._saver.finish(cfg.cluster.timeout_s)
+            heartbeat()
             retry(lambda: self._identity.end().write(self._job.run), self._ctx.warn, cfg.cluster.timeout_s)
             top = checkpoint.best(self._job.checkpoints)
         newest = self._saver.newest
@@ -244,7 +239,7 @@ class Recorder:
                 self._report(newest.meta, self._said, val_loader)
         with self._ledger.phase("logging"):
             patience_s = MLFLOW_END_S if status != "regroup" else MLFLOW_HANDOVER_S
-            waiting = self._tracker.close("FINISHED" if done else "KILLED", patience_s)
+            waiting = self._tracker.close("FINISHED" if done else "KILLED", patience_s, heartbeat)
         if waiting and status != "regroup":
             self._ctx.warn(
                 f"MLflow is away; {waiting} records wait in {self._tracker.spool}; "

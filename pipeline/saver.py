@@ -57,6 +57,7 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
         self._replaced = threading.Event()
+        self._begun, self._timeout_s = 0.0, cfg.cluster.timeout_s
         self._problem: str | None = None  # what keeps the one being written from being done
         self._is_postponed = self.is_scored_later = False
         self.num_postponed = self.num_failed_tries = 0
@@ -80,9 +81,14 @@ class Saver:
         Args:
             meta: called for what else belongs into meta.json, see `checkpoint.save`.
             now: wait for one that is being written, unless that does not succeed; else this one is postponed.
+
+        Raises:
+            TimeoutError: one is being written for longer than cluster.timeout_s: the storage hangs.
         """
         if self.has(state.step):
             return
+        if self.busy and time.monotonic() > self._begun + self._timeout_s:  # a new process may do better
+            raise TimeoutError(f"the checkpoint of step {self._step} is being written for {self._timeout_s:.0f} s now")
         if self.busy and not now:
             self.num_postponed += not self._is_postponed
             self._is_postponed = True
@@ -91,8 +97,8 @@ class Saver:
         self._settle()
         self._step, self.is_scored_later, self._is_postponed = state.step, is_scored_later, False
         self._host = to_host(state.state_dict(), self._host)
-        self._writing = self._thread.submit(self._write, self._host, meta())
-        self.held_s = time.monotonic() - began
+        self._writing, self._begun = self._thread.submit(self._write, self._host, meta()), time.monotonic()
+        self.held_s = self._begun - began
 
     def has(self, step: int) -> bool:
         """Whether the checkpoint of this step has been saved, if perhaps not written yet."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import ConfigError, MlflowConfig
-from pipeline.failures import mlflow_refuses
+from pipeline.failures import MLFLOW_CALL_S, mlflow_refuses
 from pipeline.mlflow_run import SESSION, MlflowRun, ReportError, Target, reason
 from pipeline.spool import Record, Spool
 from pipeline.storage import Storage
@@ -45,7 +45,7 @@ class Tracker:
         (folder / TARGET).write_text(json.dumps(asdict(target)), encoding="utf-8")
         self._may_connect = threading.Event()
         self._wake, self._closing, self._abandoned = threading.Event(), threading.Event(), threading.Event()
-        self._failing = False
+        self._failing, self._answered = False, time.monotonic()
         self._thread = threading.Thread(target=self._send_all, name="mlflow", daemon=True)
         self._thread.start()
 
@@ -135,28 +135,31 @@ class Tracker:
         """Log the model of the checkpoint `source` as the run's model, also in the registry where a name is given."""
         self._put({"kind": "model", "source": str(source), "register": register})
 
-    def close(self, status: str, patience_s: float) -> int:
+    def close(self, status: str, patience_s: float, heartbeat: Callable[[], None] = lambda: None) -> int:
         """End the MLflow run and wait until all is sent.
 
         Args:
             status: FINISHED, KILLED (to be resumed) or FAILED.
             patience_s: how long to go on trying an MLflow that fails; one that answers is waited for.
+            heartbeat: called while it is waited for.
 
         Returns:
             How many records still wait in the spool.
         """
         self._put({"kind": "end", "status": status})
-        return self.drain(patience_s)
+        return self.drain(patience_s, heartbeat)
 
-    def drain(self, patience_s: float) -> int:
+    def drain(self, patience_s: float, heartbeat: Callable[[], None] = lambda: None) -> int:
         """Wait until all is sent; arguments and result as of `close`."""
         self._closing.set()
         self._may_connect.set()
         self._wake.set()
-        deadline = time.monotonic() + patience_s
+        self._answered = time.monotonic()
+        deadline = self._answered + patience_s
         while self._thread.is_alive() and time.monotonic() < deadline:
             self._thread.join(0.1)
-            if not self._failing:
+            heartbeat()
+            if not self._failing and time.monotonic() < self._answered + MLFLOW_CALL_S:
                 deadline = time.monotonic() + patience_s
         self._abandoned.set()
         self._thread.join(1)
@@ -209,7 +212,7 @@ class Tracker:
                 if not mlflow_refuses(e):
                     raise
                 self._on_problem(f"MLflow refused a record of kind {batch[0][0]['kind']}, dropped: {reason(e)}")
-            self._failing = False
+            self._failing, self._answered = False, time.monotonic()
             self._spool.mark_sent(batch[-1][1])
             waiting = waiting[len(batch) :] or self._spool.unsent()
 

@@ -51,14 +51,21 @@ def fit(job: Job, ctx: Context) -> dict[str, Any]:
     Raises:
         ConfigError: a checkpoint that does not fit. NonFiniteError. BadDataError.
     """
+    with Watchdog(job.cfg.cluster.timeout_s) as watchdog:
+        return _fit(job, ctx, watchdog)
+
+
+def _fit(job: Job, ctx: Context, watchdog: Watchdog) -> dict[str, Any]:
     entered = time.time()
     torch.set_num_threads(ctx.num_threads)
     if ctx.device.type == "cuda":
         torch.cuda.set_device(ctx.device)
         torch.backends.cudnn.benchmark = True  # shapes stay the same
     job, identity, resumed, precision = _look(job, ctx)
+    watchdog.feed()
     cfg = job.cfg
     index, val_index = (_open_index(uri, job, ctx, resumed) for uri in (job.train_index, job.val_index))
+    watchdog.feed()
     schedule = Schedule.create(cfg, len(index))
     eval_every = cfg.train.eval_every * schedule.steps_per_epoch
     stop_step = min(schedule.num_steps, cfg.run.stop_at_step or schedule.num_steps)
@@ -102,7 +109,6 @@ def fit(job: Job, ctx: Context) -> dict[str, Any]:
         recorder,
         closing(Profile(job, ctx, ledger, recorder.publish)) as profile,
         Trace(job, ctx) as trace,
-        Watchdog(cfg.cluster.timeout_s) as watchdog,
     ):
         profile.step(state.step)
         # A session that had to end between saving and evaluating has left that to this one.
@@ -149,9 +155,9 @@ def fit(job: Job, ctx: Context) -> dict[str, Any]:
         votes.finish()
         with ledger.phase("checkpoint"):
             recorder.save(state, now=True)
-        watchdog.stop()
+        watchdog.feed()
         profile.finish()
-        return recorder.finished(state, val_loader, owes_evaluation=owes_evaluation)
+        return recorder.finished(state, val_loader, owes_evaluation=owes_evaluation, heartbeat=watchdog.feed)
 
 
 def _look(job: Job, ctx: Context) -> tuple[Job, Identity, Checkpoint | None, Decision]:

@@ -1,5 +1,6 @@
 """Checkpoints beside training: the loop waits for a copy only, one is written at a time, a full disk is survived."""
 
+import dataclasses
 import errno
 import os
 import re
@@ -175,3 +176,48 @@ def wait_for(holds: Callable[[], bool]) -> None:
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_one_that_hangs_is_a_failure(tmp_path: Path, cfg: Config, state: TrainState, gate: threading.Event) -> None:
+    """Else training would go on for days without a checkpoint."""
+    quick = dataclasses.replace(cfg, cluster=dataclasses.replace(cfg.cluster, timeout_s=10))
+    watched = Watched(tmp_path, quick)
+    watched.save(state, 1)
+    watched.saver._begun -= 11
+    with pytest.raises(TimeoutError, match="the checkpoint of step 1 is being written for 10 s now"):
+        watched.save(state, 2)
+    gate.set()
+    watched.saver.finish(30)
+
+
+def test_scores_are_added_to_what_is_written(tmp_path: Path, cfg: Config, state: TrainState) -> None:
+    """Once a step: to save it once more is nothing."""
+    watched = Watched(tmp_path, cfg)
+    watched.save(state, 1)
+    watched.saver.add_scores(1, {"top1": 0.5})
+    watched.save(state, 1)
+    watched.saver.finish(30)
+    assert [saved.top1 for saved in watched.written] == [None]
+    assert watched.saver.newest is not None
+    assert watched.saver.newest.top1 == 0.5
+    found = checkpoint.newest_valid(Storage(tmp_path), pytest.fail)
+    assert found is not None
+    assert found.top1 == 0.5
+
+
+def test_scores_of_a_checkpoint_that_gave_way_are_left(
+    tmp_path: Path, cfg: Config, state: TrainState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    watched = Watched(tmp_path, cfg)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", full)
+        watched.save(state, 1)
+        while watched.saver.busy:
+            time.sleep(0.01)
+        watched.saver.add_scores(1, {"top1": 0.5})
+    watched.save(state, 2)
+    watched.saver.finish(30)
+    assert [(saved.step, saved.top1) for saved in watched.written] == [(2, None)]
