@@ -103,7 +103,7 @@ class TrainingView(_View):
                 self.say(f"fault: {event['text']}; {how}")
             case "note":
                 self.say(event["text"])
-            case "warning":
+            case "warning" | "killer":
                 self.say(f"warning: {event['text']}")
 
     def _start(self, event: Event) -> None:

@@ -152,6 +152,10 @@ class FailureBudget:
         self.num_failures += 1
         return 0 <= self._max_failures < self.num_failures
 
+    def forgive(self) -> None:
+        """The cause of the failures so far is found, and will not come again."""
+        self.num_failures = 0
+
     @property
     def pause_s(self) -> float:
         """How long to wait before the next attempt: what is broken may need time."""

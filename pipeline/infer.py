@@ -17,6 +17,7 @@ from pipeline.data.index import Index
 from pipeline.data.loader import EvalLoader, Place, Views
 from pipeline.data.rows import printable
 from pipeline.evaluate import NonFiniteError, evaluate, log_probabilities
+from pipeline.killers import known_killers
 from pipeline.memory import InParts
 from pipeline.precision import emulation, hardware_of, settle
 from pipeline.predictions import Predictions
@@ -54,6 +55,7 @@ def evaluate_checkpoint(
         say(f"warning: {text}")
     index = open_index(data or cfg.data.val)[0].with_classes(classes)
     with closing(EvalLoader(index, cfg.data, here, _refuse, batch=cfg.train.eval_batch, views=views)) as loader:
+        loader.avoid(known_killers(place.parent.parent, index))
         try:
             said = evaluate(
                 model.to(here.device), loader, precision=cfg.train.precision, device=here.device, in_parts=InParts(say)

@@ -10,7 +10,8 @@ from pipeline.storage import Storage
 if TYPE_CHECKING:  # the driver starts faster without
     import torch
 
-Event = dict[str, Any]  # {"kind": ...}: run, start, step, evaluation, checkpoint, fault, note, warning, stopping, end
+# {"kind": ...}: run, start, step, evaluation, checkpoint, fault, killer, note, warning, stopping, end
+Event = dict[str, Any]
 # Why a session ends before the last step: the user wants it, or workers are to come or go.
 StopReason = Literal["interrupted", "regroup"]
 
@@ -54,6 +55,7 @@ class Context:
     num_threads: CPU threads for computing. emit: hands an event to whoever watches; returns at once.
     stop_reason: why to save a checkpoint and end, if so; asked at every step. progress: told the steps done.
     faults: those since the last session began. marks: of this session's start. restarted: not by the user.
+    deaths: where workers' processes died twice or more since the last checkpoint, the steps known to be done by then.
     """
 
     rank: int
@@ -66,6 +68,7 @@ class Context:
     faults: tuple[Fault, ...] = ()
     marks: Marks = ()
     restarted: bool = False
+    deaths: tuple[int, ...] = ()
 
     def warn(self, text: str) -> None:
         self.emit({"kind": "warning", "text": text})

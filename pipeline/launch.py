@@ -68,6 +68,7 @@ class TrainController:
         self._size = cluster.size_of_worker(self._settings)
         self._channel = EventChannel(ray.util.get_node_ip_address(), self._settings.timeout_s)
         self._budget = budget
+        self._deaths: tuple[int, ...] = ()  # steps at which workers' processes died, no checkpoint being newer
         self._attempt = 0
         self._has_trained = restarted  # at any time
         self._trains = False  # in this session
@@ -137,6 +138,7 @@ class TrainController:
             "faults": self._faults,
             "marks": marks,
             "restarted": self._restarted,
+            "deaths": self._deaths if len(self._deaths) > 1 else (),
             "num_threads": int(self._size["CPU"]),
         }
         outcome: list[Any] = []
@@ -172,6 +174,11 @@ class TrainController:
                 self._budget.started(event["step"])
             elif event["kind"] == "checkpoint":
                 self._budget.saved(event["step"])
+                if event["step"] > max(self._deaths, default=0):
+                    self._deaths = ()
+            elif event["kind"] == "killer":  # without that image it goes another way
+                self._budget.forgive()
+                self._deaths = ()
             self._tell(event)
 
     def _tell(self, event: Event) -> None:
@@ -184,6 +191,7 @@ class TrainController:
             raise TrainingFailedError(f"a worker cannot start: {last_line(cause)}")
         failures = getattr(error, "worker_failures", {})
         dead = {rank: e for rank, e in failures.items() if isinstance(e, WorkerHealthCheckFailedError)}
+        self._deaths = (*self._deaths, self._channel.step) if dead and self._trains else ()  # those in a row
         failures = dead or failures  # the others have but lost these
         workers = [f"worker {rank} failed: {last_line(e)}" for rank, e in sorted(failures.items())]
         text = "; ".join(workers) or last_line(error)

@@ -110,6 +110,8 @@ def train(
             budget.failed()  # the driver decides what comes of it
         elif event["kind"] == "checkpoint":
             budget.saved(event["step"])
+        elif event["kind"] == "killer":
+            budget.forgive()
         elif event["kind"] == "start":
             faults, begun = (), True
             budget.started(event["step"])

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -21,6 +22,7 @@ from pipeline.evaluate import NonFiniteError, StoppedError, evaluate, sync_buffe
 from pipeline.failures import READ_CHECKPOINT_S, CheckpointError, retry
 from pipeline.identity import Identity
 from pipeline.job import Context, Job
+from pipeline.killers import avoid_killers
 from pipeline.memory import InParts, MicroBatches
 from pipeline.model import drop_rates
 from pipeline.network import as_trained
@@ -73,7 +75,7 @@ def _fit(job: Job, ctx: Context, watchdog: Watchdog) -> dict[str, Any]:
     _begin(state, cfg, index, ctx, resumed, precision)
     ledger = _ledger(ctx, identity, resumed, entered)
     recorder = Recorder(job, ctx, index, identity, resumed, ledger, schedule.num_steps, precision.reason)
-    train_loader, val_loader = _loaders(job, ctx, index, val_index, recorder)
+    train_loader, val_loader = _loaders(job, ctx, index, val_index, recorder, state.step, watchdog.feed)
     net = as_trained(state.model, cfg, ctx.world_size, ctx.device, ledger)
     micro_batches = MicroBatches(cfg.train, ctx.device.type == "cuda", ctx.warn)
     in_parts = InParts(ctx.warn)
@@ -229,7 +231,13 @@ def _ledger(ctx: Context, identity: Identity, resumed: Checkpoint | None, entere
 
 
 def _loaders(
-    job: Job, ctx: Context, index: Index, val_index: Index, recorder: Recorder
+    job: Job,
+    ctx: Context,
+    index: Index,
+    val_index: Index,
+    recorder: Recorder,
+    step: int,
+    heartbeat: Callable[[], None],
 ) -> tuple[TrainLoader, EvalLoader]:
     cfg = job.cfg
     num_threads, patience_s = cfg.data.decode_threads or ctx.num_threads, float(cfg.cluster.timeout_s)
@@ -245,7 +253,9 @@ def _loaders(
         warn=ctx.warn,
     )
     val_index = val_index.with_classes(index.classes)
-    return train, EvalLoader(val_index, cfg.data, place, recorder.bad_image, batch=cfg.train.eval_batch, warn=ctx.warn)
+    val = EvalLoader(val_index, cfg.data, place, recorder.bad_image, batch=cfg.train.eval_batch, warn=ctx.warn)
+    avoid_killers(job, ctx, place, train, val, step, heartbeat)
+    return train, val
 
 
 def _gather(losses: list[Tensor], num_bad: int, ctx: Context) -> tuple[list[float], int]:

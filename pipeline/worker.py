@@ -41,6 +41,7 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
             faults=config["faults"],
             marks=(*config["marks"], ("processes", entered), ("imports of workers", time.time())),
             restarted=config["restarted"],
+            deaths=config["deaths"],
         )
         return fit(job, context)
     except (ConfigError, FatalError) as e:

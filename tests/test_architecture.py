@@ -12,10 +12,10 @@ PACKAGE = Path(__file__).parent.parent / "pipeline"
 ORDER = """__init__ machine clock schema environment config failures settings web storage
     data data.sampling data.draws data.index data.request
     data.rows data.find data.shards data.parquet data.scan data.build data.cache data.groups data.read data.fetch
-    data.pack data.augment data.dali data.mix data.loader data.verify
+    data.pack data.augment data.dali data.mix data.loader data.isolate data.verify
     provenance precision schedule model optim state losses step predictions memory evaluate checkpoint weights export
     served saver spool perf summary
-    network figures charts report published mlflow_run tracking job identity resume record votes watchdog
+    network figures charts report published mlflow_run tracking job killers identity resume record votes watchdog
     trace profile train channel lock runs listing infer report_run preview contestants bench assumptions outages scaling
     plan plan_view supervise starting cluster connection affinity worker gauges trainer launch driver
     probes findings doctor speed scale

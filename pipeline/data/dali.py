@@ -10,7 +10,7 @@ kernel takes a third of the time of DALI's, which was half of the whole (docs/pe
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from typing import Any, TypeVar
@@ -103,16 +103,28 @@ class Decoder:
             BadDataError: more broken images than `max_bad_fraction` of the index.
             StorageAwayError: the images' storage does not answer.
         """
-        like = next(requests, None)
-        if like is None:
+        yield from self.pixels(self.read(requests))
+
+    def read(self, requests: Iterator[Request]) -> Iterator[tuple[Request, Encoded]]:
+        """The first half of `decode`: what is to be decoded."""
+        return self._fetcher.ahead(requests)
+
+    def pixels(self, encoded: Iterator[tuple[Request, Encoded]]) -> Iterator[tuple[Request, Tensor]]:
+        """The second half of `decode`."""
+        first = next(encoded, None)
+        if first is None:
             return
-        encoded = self._fetcher.ahead(chain([like], requests))
+        like, encoded = first[0], chain([first], encoded)
         if self._device.type == "cuda":  # DALI works ahead by itself
             for request, images in self._survive(encoded, like):
                 yield request, torch.stack(images).permute(0, 3, 1, 2) if isinstance(images, list) else _nchw(images)
             return
         resized = map(self._resize, self._survive(encoded, like))
         yield from _ahead(self._augment(resized, like), self._cfg.prefetch)
+
+    def avoid(self, known: Mapping[int, str]) -> None:
+        """From now on take these rows for broken, for the given reasons, without reading them."""
+        self._bad.known.update(known)
 
     def close(self) -> None:
         """End what is being read ahead."""

@@ -28,18 +28,27 @@ class UnparsableError(ValueError):
     """These bytes are no image of a format that DALI reads."""
 
 
+def most_broken(max_fraction: float, num_images: int) -> int:
+    """How many images of an index may be broken; one always may."""
+    return max(1, int(max_fraction * num_images))
+
+
 class BadImages:
     """The broken images of an index.
 
     Args:
         max_fraction: of the index that may be broken; one image always may.
         on_bad: called once for each broken image with its place and the reason.
+
+    Attributes:
+        known: rows that are broken, and why, before anyone has read them (see `isolate`). They are never read.
     """
 
     def __init__(self, index: Index, max_fraction: float, on_bad: Callable[[str, str], None]):
         self._index, self._on_bad = index, on_bad
-        self._max_number = max(1, int(max_fraction * len(index)))
+        self._max_number = most_broken(max_fraction, len(index))
         self._rows: set[int] = set()
+        self.known: dict[int, str] = {}
 
     def count(self, row: int, reason: str) -> None:
         """Count a row, once.
@@ -106,6 +115,9 @@ class Fetcher:
         self._pool.shutdown(cancel_futures=True)
 
     def _read(self, row: int) -> bytes | None:
+        if row in self._bad.known:
+            self._bad.count(row, self._bad.known[row])
+            return None
         try:
             encoded = self._reader.read(row)
             refuse_unparsable(encoded)

@@ -1,7 +1,7 @@
 """Batches for training and evaluation: what `request` asks for, decoded by `dali`, mixed on the device."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -94,19 +94,19 @@ class TrainLoader:
         drop_rates: Sequence[float] = (),
         warn: Warn = lambda _: None,
     ):
-        self._index, self._cfg, self._place = index, cfg, place
+        self.index, self._cfg, self._place = index, cfg, place
         self._drop_rates = drop_rates
         self._order = request.stream(cfg, len(index), global_batch, seed)
-        max_batch = self._order.largest_share(place.world_size)
-        self._decoder = _decoder(index, cfg, max_batch, place, on_bad, warn)
+        self.max_batch = self._order.largest_share(place.world_size)
+        self._decoder = _decoder(index, cfg, self.max_batch, place, on_bad, warn)
 
     def from_step(self, step: int, stop: int) -> Iterator[Batch]:
         """This rank's part of global batches [step, stop)."""
         steps, requests = range(step, stop), (self.request(s) for s in range(step, stop))
         for s, (asked, images) in zip(steps, self._decoder.decode(requests), strict=True):
-            batch = _batch(self._index, asked, images)
+            batch = _batch(self.index, asked, images)
             if asked.mixture is not None:
-                mixed = mix(batch.images, batch.labels, *asked.mixture, len(self._index.classes))
+                mixed = mix(batch.images, batch.labels, *asked.mixture, len(self.index.classes))
                 batch = Batch(*mixed, batch.rows)
             yield dataclasses.replace(batch, keep=self._kept(s, images.device)) if self._drop_rates else batch
 
@@ -116,13 +116,17 @@ class TrainLoader:
         factors = torch.from_numpy(kept_branches(self._drop_rates, drawn).astype(np.float32))
         return factors.to(device, non_blocking=True)
 
+    def avoid(self, known: Mapping[int, str]) -> None:
+        """From now on take these rows for broken, for the given reasons, without reading them."""
+        self._decoder.avoid(known)
+
     def close(self) -> None:
         """End its threads."""
         self._decoder.close()
 
     def request(self, step: int) -> Request:
         """What this rank trains on in `step`: a pure function of seed, step and index."""
-        return request.to_train(self._index, self._cfg, self._order, step, self._place.rank, self._place.world_size)
+        return request.to_train(self.index, self._cfg, self._order, step, self._place.rank, self._place.world_size)
 
 
 class EvalLoader:
@@ -152,7 +156,8 @@ class EvalLoader:
         self.chunks = range(place.rank, self.num_chunks, place.world_size)
         self.max_chunks = -(-self.num_chunks // place.world_size)  # of any rank
         in_sequence = dataclasses.replace(cfg, shuffle_block=batch)  # a reader's cache is of use then, however small
-        self._decoder = _decoder(index, in_sequence, batch * len(self._places), place, on_bad, warn)
+        self.max_batch = batch * len(self._places)
+        self._decoder = _decoder(index, in_sequence, self.max_batch, place, on_bad, warn)
 
     def __iter__(self) -> Iterator[tuple[int, Batch]]:
         """(chunk, batch) for this rank's chunks; of several places all their images, see `views`."""
@@ -172,6 +177,10 @@ class EvalLoader:
         parts = [rows[i : i + self._batch] for i in range(0, len(rows), self._batch)]
         asked = (request.to_evaluate(self.index, self._cfg, part) for part in parts)
         return torch.cat([images.cpu() for _, images in self._decoder.decode(asked)])
+
+    def avoid(self, known: Mapping[int, str]) -> None:
+        """From now on take these rows for broken, for the given reasons, without reading them."""
+        self._decoder.avoid(known)
 
     def close(self) -> None:
         """End its threads."""
