@@ -47,8 +47,12 @@ def avoid_killers(
         every: list[dict[str, str]] = [found] * ctx.world_size
         if ctx.world_size > 1:  # by this, too, as a folder that nodes mount shows new files late
             dist.all_gather_object(every, found)
-        for others in every:
-            known |= others
+        new = {name: reason for others in every for name, reason in others.items()}
+        for index in (train.index, val.index) if ctx.rank == 0 else ():
+            for row, reason in rows_of(index, new).items():
+                text = f"{index.place(row)}: {reason}; a uniform image takes its place"
+                ctx.emit({"kind": "killer", "text": text})
+        known |= new
     train.avoid(rows_of(train.index, known))
     val.avoid(rows_of(val.index, known))
 
@@ -110,8 +114,6 @@ def _look(
         isolation = Isolation(Storage(uri).fetch(), index, job.cfg.data, place, max_batch, ctx.warn, heartbeat)
         for row, reason in isolation.search(requests, list(rows_of(index, known))).items():
             found[f"{_data(index)}{row}"] = reason
-            text = f"{index.place(row)}: {reason}; a uniform image takes its place"
-            ctx.emit({"kind": "killer", "text": text})
     return found
 
 

@@ -7,10 +7,12 @@ import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from commands import PIPELINE
 from odd_images import damaged_jpeg, encode, picture
 
 from pipeline.config import DataConfig
@@ -111,3 +113,18 @@ def test_what_dali_does_not_parse_is_told_apart(damage: str) -> None:
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM"])
 def test_what_dali_reads_is_not_refused(kind: str) -> None:
     refuse_unparsable(encode(picture(), kind))
+
+
+def test_predict_names_broken_images_and_answers_for_all_others(trained: dict[str, Any], tmp_path: Path) -> None:
+    """Images of anyone, in a large batch: exit code 2 and a line for each broken one, never a crash."""
+    images = sorted((write(tmp_path / "images", 64) / "a").iterdir())
+    broken = dict(zip(images[3::8], DAMAGES.items(), strict=True))
+    for file, (_, content) in broken.items():
+        file.unlink() if content is None else file.write_bytes(content)
+    words = [PIPELINE, "predict", trained["run_dir"], *map(str, images)]
+    done = subprocess.run(words, check=False, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr[-3000:]
+    named = [Path(line.split(":")[0]) for line in done.stderr.splitlines()]
+    answered = [Path(line.split()[0]) for line in done.stdout.splitlines()]
+    assert sorted([*named, *answered]) == images
+    assert {file for file, (damage, _) in broken.items() if damage not in PARTLY_DECODED} <= set(named) <= set(broken)

@@ -4,7 +4,7 @@ What DALI's parser refuses never reaches DALI (`fetch`). Whatever else ends its 
 requests are decoded one at a time in a child. Where it dies, a new child decodes parts of that request, with stand-ins
 in place of the other images, so that the batch stays as large as it was: DALI's crashes depend on that.
 
-They depend on chance, too. DALI 2.4 dies of a damaged header in about 6 of 10 tries at batches of 64, and raises in the
+They depend on chance, too. DALI 2.4 dies of a damaged header in about 7 of 10 tries at batches of 64, and raises in the
 others. So each part is tried several times, and an image that DALI refuses, in a request that killed, is its killer.
 """
 
