@@ -1,5 +1,6 @@
 """The clock of `faults`: it runs fast while a fault lasts, so that a minute costs little more than a second."""
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -66,6 +67,21 @@ class Clock:
                 break
         return result
 
+    def _wait_for_notice(self, condition: Any, timeout: float) -> bool:
+        """As `Condition.wait`, which would lose a notice between two slices."""
+        waiter, noticed = threading.Lock(), False
+        waiter.acquire()
+        condition._waiters.append(waiter)
+        saved = condition._release_save()
+        try:
+            noticed = bool(self._wait(partial(waiter.acquire, True), bool, timeout))
+        finally:
+            condition._acquire_restore(saved)
+            if not noticed:
+                with contextlib.suppress(ValueError):
+                    condition._waiters.remove(waiter)
+        return noticed
+
     def install(self) -> None:
         """Have all of this process go by this clock."""
         wait, join = threading.Condition.wait, threading.Thread.join
@@ -73,7 +89,7 @@ class Clock:
         def condition_wait(condition: threading.Condition, timeout: float | None = None) -> bool:
             if timeout is None:
                 return wait(condition)
-            return bool(self._wait(partial(wait, condition), bool, timeout))
+            return self._wait_for_notice(condition, timeout)
 
         def thread_join(thread: threading.Thread, timeout: float | None = None) -> None:
             if timeout is None:

@@ -45,6 +45,7 @@ VARYING = (
     (r"(?<=tmp)\w{8}\b", "RANDOM"),
     (r"(?<=small-)[0-9a-f]{16}\b", "ID"),
     (r"\d/[^/]+\.jpg", "IMAGE"),
+    (r"(?<=/val/)\d$", "CLASS"),
 )
 
 
@@ -252,4 +253,3 @@ class _Written:
 
     def __exit__(self, *exc: object) -> None:
         self._file.__exit__(*exc)
-

@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import make_digits
-import mlflow.store.tracking.sqlalchemy_store
-import mlflow.system_metrics.system_metrics_monitor  # noqa: F401  # imported once, and not in each case
+import mlflow.store.tracking.sqlalchemy_store  # imported once, and not in each case
+import mlflow.system_metrics.system_metrics_monitor
 import pyarrow.fs
 import torch
+import torch._dynamo  # an optimizer imports it, which takes two seconds
 from faults import Fault, Seam
 from fast_clock import RATE, Clock
 
@@ -44,6 +45,7 @@ ROOT = Path(__file__).parent.parent
 PARTS = (0, 1)
 NUM_IMAGES = {"train": 4, "val": 2}  # of each digit
 STOP_AT, NUM_STEPS = 4, 8
+KEPT = ("step_00000004", "step_00000008")  # in any case: the best and the last
 SETTINGS = f"""run.name=small model.depth=18 model.freeze=layer4 train.steps={NUM_STEPS} train.global_batch=10
     train.precision=fp32 train.log_every=2 train.eval_batch=10 optim.warmup_epochs=0.1 checkpoint.every=2
     checkpoint.keep=2 mlflow.log_model=false mlflow.report=false cluster.workers=1 cluster.timeout_s=120
@@ -219,9 +221,7 @@ class Slot:
         """Of the last process that was not killed."""
         return [(t, k) for t, k in json.loads((self.control / "operations.json").read_text(encoding="utf-8"))]
 
-    def _attempt(
-        self, part: int, fault: Fault | None, again: bool, trained: bool, faults: tuple[Failure, ...]
-    ) -> None:
+    def _attempt(self, part: int, fault: Fault | None, again: bool, trained: bool, faults: tuple[Failure, ...]) -> None:
         """One process: the driver's preparation, and the rank's work."""
         tempfile.tempdir = str(self._case / "tmp")
         remote = self.run._opened[1] if self._remote else str(self.run)
