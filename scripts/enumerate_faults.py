@@ -19,21 +19,25 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "tests")]
+sys.path.append(str(Path(__file__).parent.parent / "tests"))
 # No threads before the processes of the cases are forked. MLflow's own measurements have nothing to do with this.
-os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
-os.environ |= {"MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "100000"}
+os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+os.environ["MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL"] = "100000"
 
-import small_run
+import fault_slot
+from fault_slot import PARTS, Slot
 from faults import AFTER, BEFORE, HANGS, KINDS, LOST, MINUTE, Fault
 from s3 import s3_storage
-from small_run import PARTS, Slot
+from small_run import KEPT
 
 WORKERS = 2
 MEMORY = Path("/dev/shm")
@@ -51,7 +55,7 @@ class Case:
     def arguments(self) -> str:
         """What repeats just this one."""
         only = shlex.quote(f"^{re.escape(self.fault.key)}$")
-        return f"--part {self.part} --fault {self.fault.kind} --only {only}"
+        return f"--all --part {self.part} --fault {self.fault.kind} --only {only}"
 
 
 def main() -> int:
@@ -75,9 +79,9 @@ def main() -> int:
         place = MEMORY if MEMORY.is_dir() else None
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="faults-", dir=place)))
         storage = stack.enter_context(s3_storage()) if args.s3 else None
-        small_run.prepare(folder)
+        fault_slot.prepare(folder)
         slots = [Slot(folder, number, storage) for number in range(WORKERS)]
-        found = list(_side_by_side([lambda s=slot: _undisturbed(s) for slot in slots]))  # type: ignore[misc]
+        found = list(_side_by_side([partial(_undisturbed, slot) for slot in slots]))
         operations, undisturbed = found[0]["operations"], found[0]["end"]
         assert all(one["end"] == undisturbed for one in found), "it is not the same twice"
         cases = _cases(operations, args)
@@ -87,7 +91,7 @@ def main() -> int:
                 print(part, f"{target:8}", key)
             return 0
         shares = [cases[number::WORKERS] for number in range(WORKERS)]
-        work = [lambda s=s, c=c: _try_all(s, c, undisturbed, args) for s, c in zip(slots, shares, strict=True)]  # type: ignore[misc]
+        work = [partial(_try_all, slot, share, undisturbed, args) for slot, share in zip(slots, shares, strict=True)]
         outcomes = list(_side_by_side(work))
     return _report(outcomes, len(operations), time.monotonic() - began)
 
@@ -97,7 +101,7 @@ def _undisturbed(slot: Slot) -> Iterator[dict[str, Any]]:
     slot.reset(0)
     for part in PARTS:
         ended = slot.command(part, None)
-        assert (ended.kind, ended.failures) == ("done", 0), (slot.control / "log").read_text(encoding="utf-8")
+        assert (ended.kind, ended.failures) == ("done", 0), (slot.place.control / "log").read_text(encoding="utf-8")
         operations += [(part, target, key) for target, key in slot.operations()]
         if part == 0:
             slot.save()
@@ -125,18 +129,14 @@ def _is_of_use(kind: str, target: str, name: str) -> bool:
 
 
 def _try_all(slot: Slot, cases: Sequence[Case], undisturbed: dict[str, Any], args: argparse.Namespace) -> Iterator[Any]:
+    s3 = "--s3 " if args.s3 else ""
     for case in cases:
-        began = time.monotonic()
         how, text = _try(slot, case, undisturbed)
-        kept = ""
         if how == "FINDING":
             kept = tempfile.mkdtemp(dir=args.keep)
-            shutil.copytree(slot.control, kept, dirs_exist_ok=True)
-            Path(kept, "case").write_text(f"{case.arguments}\n{text}\n", encoding="utf-8")
-            print(
-                f"FINDING {case.fault.key}, {case.fault.kind}: {text} ({case.arguments}; log: {kept}/log)", flush=True
-            )
-        yield {"how": how, "text": text, "seconds": time.monotonic() - began, "part": case.part, **asdict(case.fault)}
+            shutil.copytree(slot.place.control, kept, dirs_exist_ok=True)
+            print(f"FINDING {case.fault.key}: {text} ({s3}{case.arguments}; log: {kept}/log)", flush=True)
+        yield {"how": how, "text": text, "part": case.part, **asdict(case.fault)}
 
 
 def _try(slot: Slot, case: Case, undisturbed: dict[str, Any]) -> tuple[str, str]:
@@ -144,17 +144,18 @@ def _try(slot: Slot, case: Case, undisturbed: dict[str, Any]) -> tuple[str, str]
     slot.reset(case.part)
     how, text, failures = "undisturbed", "", 0
     for part in PARTS[case.part :]:
-        ended = slot.command(part, case.fault)
+        fault = case.fault if part == case.part or slot.was_disturbed else None  # it may last
+        ended = slot.command(part, fault)
         failures += ended.failures
         if ended.kind != "done":
             how, text = "told and resumed" if ended.kind == "told" else "FINDING", f"{ended.kind}: {ended.text}"
             if ended.kind == "hangs":
                 return how, text
             slot.wait_for_minute()
-            ended = slot.command(part, case.fault)
+            ended = slot.command(part, fault)
             if ended.kind != "done":
                 return "FINDING", f"{text}; then {ended.kind}: {ended.text}"
-    if not (slot.control / "clock.json").exists():
+    if not slot.was_disturbed:
         return "not reached", ""
     end = slot.end()
     other = [
@@ -170,10 +171,8 @@ def _try(slot: Slot, case: Case, undisturbed: dict[str, Any]) -> tuple[str, str]
 
 
 def _is_alike(name: str, found: Any, wanted: Any, kind: str) -> bool:
-    if (
-        name == "checkpoints" and kind in (MINUTE, HANGS) and found
-    ):  # one gives way to a newer one; not the best, the last
-        return set(small_run.KEPT) <= set(found) <= set(wanted)
+    if name == "checkpoints" and kind in (MINUTE, HANGS) and found:  # one may give way to a newer one
+        return set(KEPT) <= set(found) <= set(wanted)
     if name != "metrics" or not found:
         return bool(found == wanted)
     return all(_is_same_metric(key, found.get(key, []), wanted.get(key, [])) for key in {**wanted, **found})
@@ -195,27 +194,31 @@ def _difference(found: Any, wanted: Any) -> str:
 
 def _side_by_side(work: Sequence[Callable[[], Iterator[Any]]]) -> Iterator[Any]:
     """What the functions yield, each called in a process of its own."""
-    files = [tempfile.TemporaryFile("w+") for _ in work]
-    pids = []
-    for function, file in zip(work, files, strict=True):
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                for item in function():
-                    file.write(json.dumps(item) + "\n")
-                file.flush()
-                code = 0
-            finally:
-                os._exit(code) if code == 0 else sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
-                os._exit(code)
-        pids.append(pid)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-    if any(codes):
-        raise SystemExit("a process of the harness has failed, see above")
-    for file in files:
-        file.seek(0)
-        yield from map(json.loads, file)
+    with tempfile.TemporaryDirectory() as folder:
+        files, pids = [Path(folder, str(number)) for number in range(len(work))], []
+        for function, file in zip(work, files, strict=True):
+            pids.append(os.fork())
+            if pids[-1] == 0:
+                _work(function, file)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        if any(codes):
+            raise SystemExit("a process of the harness has failed, see above")
+        for file in files:
+            yield from map(json.loads, file.read_text(encoding="utf-8").splitlines())
+
+
+def _work(function: Callable[[], Iterator[Any]], to: Path) -> NoReturn:
+    """A forked process: it must not come back."""
+    code = 1
+    try:
+        with to.open("w", encoding="utf-8") as out:
+            for item in function():
+                print(json.dumps(item), file=out, flush=True)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
 
 
 def _report(outcomes: Sequence[dict[str, Any]], num_operations: int, seconds: float) -> int:

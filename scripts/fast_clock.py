@@ -25,8 +25,8 @@ class Clock:
     """
 
     def __init__(self, file: Path):
-        self._file, self._now, self._monotonic = file, time.time, time.monotonic
-        self._sleep = time.sleep
+        self._file, self._now, self.real_monotonic = file, time.time, time.monotonic
+        self.real_sleep = time.sleep
         self.since: float | None = None
         self._until: float | None = None
         self._deadline: float | None = None  # of faulthandler
@@ -52,12 +52,12 @@ class Clock:
         return self._now() + self._ahead()
 
     def monotonic(self) -> float:
-        return self._monotonic() + self._ahead()
+        return self.real_monotonic() + self._ahead()
 
     def sleep(self, seconds: float) -> None:
         deadline = self.monotonic() + seconds
         while (left := deadline - self.monotonic()) > 0:
-            self._sleep(min(left, SLICE_S))
+            self.real_sleep(min(left, SLICE_S))
 
     def _wait(self, real: Callable[..., Any], done: Callable[[Any], bool], timeout: float) -> Any:
         """Wait in slices, as the clock may become fast meanwhile."""
@@ -123,4 +123,4 @@ class Clock:
             if self.monotonic() > deadline:
                 faulthandler.dump_traceback(file)
                 os._exit(1)
-            self._sleep(SLICE_S)
+            self.real_sleep(SLICE_S)

@@ -112,10 +112,10 @@ class Seam:
     def _place(self, path: Any, dir_fd: int | None = None) -> tuple[str, str] | None:
         """The target and the name of a path or an open file; None for what is none of the case's."""
         if isinstance(path, int):
-            path = os.readlink(f"/proc/self/fd/{path}")
+            path = Path(f"/proc/self/fd/{path}").readlink()
         text = os.fsdecode(path)
         if dir_fd is not None:
-            text = os.path.join(os.readlink(f"/proc/self/fd/{dir_fd}"), text)  # noqa: PTH118
+            text = str(Path(f"/proc/self/fd/{dir_fd}").readlink() / text)
         for root, (name, target) in self._roots:
             if text == root or text.startswith(root.rstrip("/") + "/"):
                 return target, name + self.readable(text[len(root) :])
@@ -186,9 +186,9 @@ class Seam:
             name = f"fs.copy_files {places[0][1]} -> {places[1][1]}"
             self.call(target, name, lambda: copy(source, to, *systems))
 
-        prop: Any = cached_property(proxied)
+        prop = cached_property(proxied)
         prop.__set_name__(Storage, "_opened")
-        Storage._opened = prop
+        Storage._opened = prop  # type: ignore[method-assign]
         pyarrow.fs.copy_files = copy_files
 
     def _of_pyarrow(self, method: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -208,7 +208,8 @@ def _error(target: str, name: str, kind: str) -> Exception:
         return OSError(errno.EIO, text, name) if by_path else OSError(errno.EIO, text)
     if kind == LOST:
         return requests.ConnectionError(f"connection closed ({kind}: {name})")
-    return mlflow.exceptions.MlflowException(f"API request failed ({kind}: {name})")
+    refused: Exception = mlflow.exceptions.MlflowException(f"API request failed ({kind}: {name})")
+    return refused
 
 
 class _Proxy:

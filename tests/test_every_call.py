@@ -1,0 +1,16 @@
+"""Any call to the storage or to MLflow may fail, hang, or be a process's last one: the end is the same."""
+
+import subprocess
+import sys
+
+import pytest
+from commands import ROOT
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("options", [["--sample=40"], ["--s3", "--sample=12"]], ids=["local", "s3"])
+def test_one_disturbed_call_changes_nothing(options: list[str]) -> None:
+    command = [sys.executable, ROOT / "scripts/enumerate_faults.py", *options, "--seed=0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
