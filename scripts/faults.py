@@ -188,7 +188,7 @@ class Seam:
 
         prop = cached_property(proxied)
         prop.__set_name__(Storage, "_opened")
-        Storage._opened = prop  # type: ignore[method-assign]
+        Storage._opened = prop  # type: ignore[assignment, method-assign]
         pyarrow.fs.copy_files = copy_files
 
     def _of_pyarrow(self, method: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

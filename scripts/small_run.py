@@ -159,7 +159,7 @@ def _settle_saves(clock: Clock) -> None:
                 break
             clock.real_sleep(0.005)
 
-    Saver.save = settled  # type: ignore[method-assign]
+    Saver.save = settled  # type: ignore[assignment, method-assign]
 
 
 def end(place: Place) -> dict[str, Any]:

@@ -11,6 +11,6 @@ from commands import ROOT
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("options", [["--sample=40"], ["--s3", "--sample=12"]], ids=["local", "s3"])
 def test_one_disturbed_call_changes_nothing(options: list[str]) -> None:
-    command = [sys.executable, ROOT / "scripts/enumerate_faults.py", *options, "--seed=0"]
+    command = [sys.executable, str(ROOT / "scripts/enumerate_faults.py"), *options, "--seed=0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
