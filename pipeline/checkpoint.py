@@ -211,8 +211,11 @@ def best(folder: Storage) -> Checkpoint | None:
 
 
 def prune(folder: Storage, keep: int) -> None:
-    """Delete all but the newest `keep` and the best."""
+    """Delete all but the newest `keep` and the best, and what is left of older ones whose deletion broke off."""
     listed = sorted(_listed(folder), key=lambda c: c.step)
+    for name in folder.names() if listed else []:
+        if "step_" <= name < listed[-1].place.name and META not in (folder / name).sizes():
+            (folder / name).remove()
     spared = {c.step for c in listed[-keep:]}
     if top := best(folder):
         spared.add(top.step)

@@ -7,7 +7,7 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from pipeline.connection import connected
 from pipeline.failures import MLFLOW_HANDOVER_S, ClusterLostError, Interrupted, TrainingFailedError, backoff, driver_end
 from pipeline.job import Event, Job
 from pipeline.supervise import Request
+from pipeline.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from pipeline.launch import TrainController
@@ -72,7 +73,9 @@ def train(supervisor: Supervisor) -> dict[str, Any]:
     imports.start()
     with connected(request.cfg.cluster, request.again, supervisor.wants_stop, supervisor.warn, imports.join):
         ready = time.time()
-        with _opened(supervisor) as (job, controller):
+        with contextlib.ExitStack() as stack:
+            with Watchdog(request.cfg.cluster.timeout_s) as watchdog:  # a mount may hang
+                job, controller = stack.enter_context(_opened(supervisor, watchdog.feed))
             supervisor.event({"kind": "run", "name": job.run.name, "place": str(job.run)})
             first = "earlier driver" if request.again else "driver"
             marks = (("command", request.began), (first, began), ("Ray and imports", ready), ("run", time.time()))
@@ -87,7 +90,7 @@ def train(supervisor: Supervisor) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _opened(supervisor: Supervisor) -> Iterator[tuple[Job, "TrainController"]]:
+def _opened(supervisor: Supervisor, heartbeat: Callable[[], None]) -> Iterator[tuple[Job, "TrainController"]]:
     """The run, and what trains it on the cluster.
 
     What is refused to a training that has begun was right before: a mount or a node that comes late is waited for.
@@ -98,9 +101,12 @@ def _opened(supervisor: Supervisor) -> Iterator[tuple[Job, "TrainController"]]:
     deadline = time.monotonic() + request.cfg.cluster.timeout_s
     with contextlib.ExitStack() as stack:
         for pause in backoff():
+            heartbeat()
             try:
                 with contextlib.ExitStack() as tried:
-                    job = tried.enter_context(runs.prepare(request.cfg, supervisor.event, request.resume_from, stop))
+                    job = tried.enter_context(
+                        runs.prepare(request.cfg, supervisor.event, request.resume_from, stop, heartbeat)
+                    )
                     controller = launch.TrainController(
                         job,
                         supervisor.event,

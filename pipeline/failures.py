@@ -18,6 +18,7 @@ The installation or the code (BROKEN), before anything has trained
     The same.
 """
 
+import errno
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -107,7 +108,8 @@ def says_of_one_file(error: OSError, folder: Path | None) -> bool:
     if isinstance(error, FileNotFoundError):
         return folder is None or any_entry(folder)
     of_one = (DamagedError, PermissionError, IsADirectoryError, NotADirectoryError)
-    return isinstance(error, DamagedError if folder is None else of_one)
+    names = (errno.ELOOP, errno.ENAMETOOLONG)
+    return isinstance(error, DamagedError if folder is None else of_one) or error.errno in names
 
 
 def any_entry(folder: Path) -> bool:

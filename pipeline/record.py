@@ -14,7 +14,7 @@ from pipeline import checkpoint
 from pipeline.checkpoint import META, Checkpoint
 from pipeline.data.index import Index
 from pipeline.data.loader import EvalLoader
-from pipeline.failures import MLFLOW_END_S, MLFLOW_HANDOVER_S, CheckpointError, retry
+from pipeline.failures import MLFLOW_END_S, MLFLOW_HANDOVER_S, READ_CHECKPOINT_S, CheckpointError, retry
 from pipeline.identity import Identity
 from pipeline.job import Context, Job
 from pipeline.mlflow_run import CHECKPOINTS, tracking_uri
@@ -25,6 +25,7 @@ from pipeline.report import Facts, find_mistakes
 from pipeline.saver import Saver
 from pipeline.settings import dump, flatten
 from pipeline.state import TrainState
+from pipeline.storage import Storage
 from pipeline.tracking import Tracker
 
 
@@ -32,8 +33,7 @@ class Recorder:
     """Writes down one session of a training.
 
     Args:
-        index: of the training images.
-        identity: of the training, before this session.
+        index: of the training images. identity: of the training, before this session.
         resumed: the checkpoint that this session goes on from.
         num_steps: of the whole training. precision: why it is the one that cfg says.
     """
@@ -74,7 +74,8 @@ class Recorder:
             folder, cfg, guard=guard, written=self._written, scored=self._scored, report=ctx.warn, newest=resumed
         )
         self._uri = uri = tracking_uri(cfg.mlflow.uri, run.parent)
-        self._tracker = Tracker.of_run(cfg.mlflow, uri, run, self._identity.training_id, ctx.warn)
+        make = partial(Tracker.of_run, cfg.mlflow, uri, run, self._identity.training_id, ctx.warn)
+        self._tracker = retry(make, ctx.warn, timeout_s)
         if resumed is not None:
             self._tracker.adopt(resumed.meta.get("unsent", []))
         self._tracker.start()
@@ -88,7 +89,7 @@ class Recorder:
         where = {"world_size": ctx.world_size, "num_threads": ctx.num_threads, "device": ctx.device.type}
         where |= {"precision": cfg.train.precision, "precision_reason": precision}
         steps = {"step": self._first_step, "num_steps": self._num_steps, "global_batch": cfg.train.global_batch}
-        told: dict[str, float] = {name: story[name] for name in ("lost_steps", "recovery_s") if name in story}
+        told: dict[str, float] = {k: story[k] for k in ("lost_steps", "recovery_s") if k in story}
         start = {"kind": "start", "session": session, **steps, "resumed_from": resumed and str(resumed.place)}
         ctx.emit({**start, "startup": self._startup, **where, **told, "faults": self._identity.faults})
 
@@ -208,9 +209,8 @@ class Recorder:
         """Publish what the configuration asks for, end the session and return its summary.
 
         Args:
-            val_loader: of the images of the last evaluation.
+            val_loader: of the last evaluation's images. heartbeat: called while MLflow is waited for.
             owes_evaluation: a wish to stop came before that of these weights.
-            heartbeat: called while MLflow is waited for, and before.
 
         Raises:
             TimeoutError: the last checkpoint could not be written.
@@ -218,7 +218,7 @@ class Recorder:
         if self._ctx.rank != 0:
             return {}
         cfg, done = self._job.cfg, state.step == self._num_steps and not owes_evaluation
-        asked = cfg.run.stop_at_step is not None and state.step >= cfg.run.stop_at_step
+        asked = state.step >= (cfg.run.stop_at_step or self._num_steps)
         status = "done" if done else "stopped" if asked else self._ctx.stop_reason()
         speed = self._images_per_s(state.step, self._ledger.seconds())  # before MLflow is waited for
         with self._ledger.phase("checkpoint"):
@@ -267,8 +267,7 @@ class Recorder:
         }
 
     def _images_per_s(self, step: int, seconds: dict[str, float]) -> float | None:
-        """Of this session."""
-        images = (step - self._first_step) * self._job.cfg.train.global_batch
+        images = (step - self._first_step) * self._job.cfg.train.global_batch  # of this session
         return images / (total(seconds, *STEP) - total(self._first, *STEP)) if images else None
 
     def _report(self, meta: dict[str, Any], said: Predictions, val_loader: EvalLoader) -> None:
@@ -283,13 +282,19 @@ class Recorder:
 
     def publish(self, folder: Path) -> None:
         """Have a folder's files logged as artifacts, below its name."""
-        self._tracker.folder(folder, folder.name)
+        self._log_folder(folder, lambda: self._tracker.folder(folder, folder.name))
 
     def _upload(self, saved: Checkpoint) -> None:
-        try:
+        def log() -> None:
             if not (saved.path / META).exists():  # of an object store only what was written last is here, and whole
                 checkpoint.read(saved.place, use_copy=True)
                 saved.place.download(META, saved.path / META)
             self._tracker.folder(saved.path, f"{CHECKPOINTS}/{saved.path.name}")
+
+        self._log_folder(saved.place, log)
+
+    def _log_folder(self, source: Path | Storage, log: Callable[[], None]) -> None:
+        try:
+            retry(log, self._ctx.warn, READ_CHECKPOINT_S)
         except (OSError, CheckpointError) as e:
-            self._ctx.warn(f"{saved.place} is not uploaded to MLflow: {e}")
+            self._ctx.warn(f"{source} is not uploaded to MLflow: {e}")

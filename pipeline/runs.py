@@ -17,7 +17,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ def prepare(
     watch: Callable[[Event], None],
     resume_from: str | None = None,
     ending: threading.Event | None = None,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> Iterator[Job]:
     """Make or reopen the run that `cfg` names, its folder and indexes, and hold it for this process.
 
@@ -54,7 +55,7 @@ def prepare(
 
     Args:
         resume_from: path or URI of a checkpoint to begin with, where the run has none.
-        ending: see `run_lock`.
+        ending: see `run_lock`. heartbeat: called between its parts, and while an index is built.
 
     Raises:
         ConfigError: data, a checkpoint or weights that do not fit, or another process that trains the run.
@@ -71,13 +72,12 @@ def prepare(
     def tell(text: str) -> None:
         watch({"kind": "warning", "text": text})
 
-    try:
+    with _as_mistake(f"run.storage={storage}: cannot be used", "name another place"):
         retry(run.make, tell, timeout_s)
         run.scratch.mkdir(parents=True, exist_ok=True)
         # What is damaged the workers tell.
         _, found = retry(lambda: resume.look(run, resume_from, lambda _: None, whole=False), tell, timeout_s)
-    except OSError as e:
-        raise ConfigError(f"run.storage={storage}: cannot be used ({e.strerror or e}); name another place") from None
+    heartbeat()
     if found is not None:
         resume.refuse_settings(found, cfg)
     elif cfg.model.weights is not None:
@@ -87,14 +87,26 @@ def prepare(
         weights.check(cfg.model, place)
         cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, weights=place))
     tracking_uri(cfg.mlflow.uri, storage)  # tells of a missing one
-    with run_lock(run, tell, ending, cfg.cluster.timeout_s):
-        train_index, train = _index(train_source, run / "index" / "train.arrow", watch)
-        val_index, val = _index(val_source, run / "index" / "val.arrow", watch)
+    with ExitStack() as stack:
+        with _as_mistake(f"run.storage={storage}: cannot be used", "name another place"):
+            stack.enter_context(run_lock(run, tell, ending, cfg.cluster.timeout_s))
+        heartbeat()
+        train_index, train = _index("train", train_source, run, watch, heartbeat)
+        val_index, val = _index("val", val_source, run, watch, heartbeat)
         val.with_classes(train.classes)
         steps_per_epoch(len(train), cfg.train.global_batch)
         if found is not None:
             resume.refuse_images(found, cfg, train)
         yield Job(cfg, run, train_index, val_index, resume_from, owner=uuid.uuid4().hex)
+
+
+@contextmanager
+def _as_mistake(what: str, fix: str) -> Iterator[None]:
+    """Before a training begins, a storage that does not answer is most likely another than was meant."""
+    try:
+        yield
+    except OSError as e:
+        raise ConfigError(f"{what} ({e.strerror or e}); {fix}") from None
 
 
 def open_storage(uri: str) -> Storage:
@@ -114,21 +126,27 @@ def open_storage(uri: str) -> Storage:
     return storage
 
 
-def _index(source: str, to: Storage, watch: Callable[[Event], None]) -> tuple[str, Index]:
-    """The index of the images in `source`, built anew into `to`, or the index file that `source` is."""
-    if is_index(source):
-        return source, fetch_index(source)
-    index, report = build_index(source)
-    refused = report.refused
-    for one in refused[:MAX_NAMED]:
-        watch({"kind": "warning", "text": f"left out {one}"})
-    if len(refused) > MAX_NAMED:
-        watch({"kind": "warning", "text": f"left out {len(refused) - MAX_NAMED} more; pipeline index lists them all"})
-    file = to.parent.scratch / to.name
-    index.save(file)
-    if not to.local:
-        to.parent.upload(file, to.name)
-    return to.uri, index
+def _index(
+    split: str, source: str, run: Storage, watch: Callable[[Event], None], heartbeat: Callable[[], None]
+) -> tuple[str, Index]:
+    """The index of the images in `source`, built anew into the run's folder, or the index file that `source` is."""
+    to = run / "index" / f"{split}.arrow"
+    with _as_mistake(f"data.{split}={source}: its index cannot be made or read", "try again, or name another place"):
+        if is_index(source):
+            return source, fetch_index(source)
+        index, report = build_index(source, progress=lambda *_: heartbeat())
+        refused = report.refused
+        for one in refused[:MAX_NAMED]:
+            watch({"kind": "warning", "text": f"left out {one}"})
+        if len(refused) > MAX_NAMED:
+            watch(
+                {"kind": "warning", "text": f"left out {len(refused) - MAX_NAMED} more; pipeline index lists them all"}
+            )
+        file = to.parent.scratch / to.name
+        index.save(file)
+        if not to.local:
+            to.parent.upload(file, to.name)
+        return to.uri, index
 
 
 def find_run(reference: str, storage: Storage, mlflow_uri: str | None) -> Storage | None:

@@ -28,20 +28,22 @@ class Spool:
         self._lock = threading.Lock()
         self._unwritten: list[bytes] = []  # what a full disk keeps from the file
         self._skipped: dict[str, int] = {}
-        self._file = self.path.open("a+b", buffering=0)
+        content = self.path.read_bytes() if self.path.exists() else b""
         sent = _parse(self._sent_path.read_bytes(), "bytes", "last_step") if self._sent_path.exists() else None
         # Whether nothing was ever sent from here, as far as is known; MLflow may know better.
         self.is_new = sent is None
-        self._sent: int = min((sent or {}).get("bytes", 0), self._size())
+        self._sent: int = min((sent or {}).get("bytes", 0), len(content))
         self._last_step: dict[str, int] = (sent or {}).get("last_step", {})
-        lines, records = _records(self._read())
+        lines, records = _records(content[self._sent :])
         if len(records) < len(lines):
             on_problem(f"{len(lines) - len(records)} unreadable lines of {self.path} are left out")
-        self._file.truncate(self._sent)
+        sound = content[: self._sent] + b"".join(map(_line, records))
+        if sound != content:
+            _replace(self.path, sound)
         for record in records:
             self._note_steps(record)
-            self._unwritten.append(_line(record))
-        self._write()
+        self._file = self.path.open("ab+", buffering=0)
+        self._end = len(sound)  # of what is whole in the file
 
     def append(self, record: Record) -> None:
         with self._lock:
@@ -71,39 +73,36 @@ class Spool:
             OSError: that cannot be noted, so they will be sent again.
         """
         with self._lock:
-            all_sent = offset == self._size()
-            temporary = self._sent_path.with_suffix(".tmp")
+            all_sent = offset == self._end
             sent = 0 if all_sent else offset
-            temporary.write_text(json.dumps({"bytes": sent, "last_step": self._last_step}), encoding="utf-8")
-            fsync(temporary)
-            temporary.replace(self._sent_path)
+            _replace(self._sent_path, json.dumps({"bytes": sent, "last_step": self._last_step}).encode())
             self._sent = sent
             if all_sent:  # last: a crash before it sends them once more, which changes nothing
                 self._file.truncate(0)
+                self._end = 0
 
     def close(self) -> None:
         self._file.close()
 
     # By the open file, not by its path: a folder that is away for a while does not hurt.
-    def _size(self) -> int:
-        return os.fstat(self._file.fileno()).st_size
-
     def _read(self) -> bytes:
         """What was not sent yet."""
-        return os.pread(self._file.fileno(), self._size() - self._sent, self._sent)
+        return os.pread(self._file.fileno(), self._end - self._sent, self._sent)
 
     def _write(self) -> None:
         """Append what is to be written: all of it, or nothing for now."""
-        content, before = b"".join(self._unwritten), self._size()
+        content = b"".join(self._unwritten)
         try:
+            if os.fstat(self._file.fileno()).st_size > self._end:  # half a record, of a try that failed
+                self._file.truncate(self._end)
             if self._file.write(content) < len(content):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as e:
-            self._file.truncate(before)
             if not self._problem:
                 self._on_problem(f"{self.path} cannot be written, its records stay in memory: {e}")
             self._problem = True
         else:
+            self._end += len(content)
             self._unwritten.clear()
             self._problem = False
 
@@ -121,6 +120,14 @@ def kept(folder: Path) -> list[Record]:
         return _records((folder / FILE).read_bytes())[1]
     except FileNotFoundError:
         return []
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Have the file hold this, or what it held before."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(content)
+    fsync(temporary)
+    temporary.replace(path)
 
 
 def _records(content: bytes) -> tuple[list[bytes], list[Record]]:

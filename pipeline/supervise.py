@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from pipeline import clock, machine
+from pipeline import clock
 from pipeline.config import Config, ConfigError
 from pipeline.environment import driver_environment
 from pipeline.failures import (
@@ -33,12 +33,10 @@ from pipeline.failures import (
     driver_is_replaced,
 )
 from pipeline.job import Event, Fault
+from pipeline.oom import OutOfMemoryKills, require_memory
 
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_SECONDS = 0.5
-# The peak of what ResNet-18 took on small images (PSS, one run each): this process, the driver and Ray's; each worker.
-# With a little less the kernel kills, or drops and reads again the code that runs, and the machine stands still.
-RAY_BYTES, WORKER_BYTES = 1.32e9, 0.70e9
 # A thread that waits for another one spins, which costs nothing where each has its core. Beside others that compute, it
 # takes the core from the one that it waits for. Giving it up at once costs a fifth where nobody else wants it.
 BUSY = "other programs compute on these cores: threads give them up while they wait; OMP_WAIT_POLICY=ACTIVE keeps them"
@@ -147,40 +145,6 @@ def _wait(seconds: float, received: list[str]) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def require_memory(num_workers: int) -> None:
-    """Refuse what would end by the kernel's killing processes, which tells nobody why.
-
-    A larger network takes more; then `OutOfMemoryKills` tells.
-
-    Raises:
-        ConfigError: this process may not have the memory that so many workers take here.
-    """
-    needed = RAY_BYTES + num_workers * WORKER_BYTES
-    if (there := machine.memory()) < needed:
-        raise ConfigError(
-            f"cluster.workers={num_workers}: there are {_gb(there)} of memory here, and that takes "
-            f"{_gb(needed)} at least; raise the container's or job's limit{', or lower this' * (num_workers > 1)}"
-        )
-
-
-class OutOfMemoryKills:
-    """Whether the kernel has killed processes for lack of memory since it was last asked: Ray and Python can't tell."""
-
-    def __init__(self) -> None:
-        self._known = machine.out_of_memory_kills()
-
-    def explain(self, text: str) -> str:
-        """`text`, which says how something ended, with that before it."""
-        known, self._known = self._known, machine.out_of_memory_kills()
-        if self._known <= known:
-            return text
-        return f"the kernel has killed a process for lack of memory, of which there are {_gb(machine.memory())}; {text}"
-
-
-def _gb(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:.1f} GB"
-
-
 def _run_driver(
     request: Request, environment: Mapping[str, str], note: Callable[[Event], None], received: list[str]
 ) -> tuple[DriverEnd, Any]:
@@ -250,6 +214,8 @@ def _last_line(log: Path) -> str:
         lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
     except FileNotFoundError:  # whoever cleans /tmp was there
         return ""
+    if any(line.startswith("Timeout (") for line in lines):  # `watchdog`
+        return "it hung, and left its stacks there"
     telling = [line for line in lines if len(line) > 2 and not set(line) <= set("^~ |-=")]
     return telling[-1][:MAX_REASON] if telling else ""
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import ConfigError, MlflowConfig
-from pipeline.failures import MLFLOW_CALL_S, mlflow_refuses
+from pipeline.failures import MLFLOW_CALL_S, READ_CHECKPOINT_S, mlflow_refuses, retry
 from pipeline.mlflow_run import SESSION, MlflowRun, ReportError, Target, reason
 from pipeline.spool import Record, Spool
 from pipeline.storage import Storage
@@ -79,8 +79,13 @@ class Tracker:
         return self._spool.path
 
     def unsent(self) -> list[Record]:
-        """What waits and does not need a file of this machine."""
-        return [record for record, _ in self._spool.unsent() if record["kind"] in ("params", "tags", "metrics", "text")]
+        """What waits and does not need a file of this machine; nothing where the disk does not give it."""
+        try:
+            waiting = self._spool.unsent()
+        except OSError as e:
+            self._on_problem(f"{self.spool} cannot be read: {e}")
+            return []
+        return [record for record, _ in waiting if record["kind"] in ("params", "tags", "metrics", "text")]
 
     def adopt(self, records: list[Record]) -> None:
         """Send what waited in a spool that is lost with its machine; nothing where there is a spool."""
@@ -106,15 +111,17 @@ class Tracker:
         """Log a directory's files below the artifact path `to`, as they are now.
 
         They are hard-linked aside until they are sent, so that `source` may be deleted meanwhile.
+
+        Raises:
+            OSError: that cannot be done.
         """
         aside = self._folder / f"{source.name}.{time.time_ns()}"
         try:
             shutil.copytree(source, aside, copy_function=_link)
-        except OSError as e:
+        except OSError:
             shutil.rmtree(aside, ignore_errors=True)
-            self._on_problem(f"{source} is not uploaded to MLflow: {e}")
-        else:
-            self._put({"kind": "folder", "source": str(aside), "to": to})
+            raise
+        self._put({"kind": "folder", "source": str(aside), "to": to})
 
     def report(self, facts: "Facts") -> None:
         """Make the report and log it, once all that was logged before has arrived; the facts wait on disk.
@@ -163,7 +170,7 @@ class Tracker:
                 deadline = time.monotonic() + patience_s
         self._abandoned.set()
         self._thread.join(1)
-        waiting = len(self._spool.unsent())
+        waiting = len(retry(self._spool.unsent, self._on_problem, READ_CHECKPOINT_S))
         if not self._thread.is_alive():
             self._spool.close()
         return waiting

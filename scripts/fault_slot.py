@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import make_digits
 import pyarrow.fs
@@ -28,15 +28,16 @@ from small_run import STOP_AT, Place
 
 from pipeline.checkpoint import STATE
 from pipeline.data.build import build_index
-from pipeline.job import Event, FailureBudget
+from pipeline.failures import DriverEnd, FailureBudget, driver_is_replaced
+from pipeline.job import Event
 from pipeline.job import Fault as Failure
 from pipeline.provenance import software
 from pipeline.storage import Storage
 
 PARTS = (0, 1)
 NUM_IMAGES = {"train": 4, "val": 2}  # of each digit
-BOUND_S = 60.0  # of one process; of one that hangs, by the fast clock, more than ten minutes:
-HANGS_BOUND_S = 15.0
+BOUND_S = 60.0  # of one process; of one that hangs, by the fast clock, twenty minutes:
+HANGS_BOUND_S = 25.0
 MAX_ATTEMPTS = 20
 
 
@@ -163,28 +164,30 @@ class Slot:
 
             code = self._forked(one, HANGS_BOUND_S if fault and fault.kind == HANGS else BOUND_S)
             self._end_hang()
-            kind, text = self._result(code)
             events = self._take_events()
+            kind, text = self._result(code, heard=bool(events))
             if any(event["kind"] == "start" for event in events):
                 begun, faults = True, ()
-            if any(event["kind"] == "checkpoint" for event in events):
-                budget.progressed()
+            for event in events:
+                if event["kind"] == "checkpoint":
+                    budget.saved(event["step"])
             if code is None:
                 return Ended("hangs", "nobody ends it", failures)
             if kind == "done":
                 return Ended("done", "", failures)
-            if kind == "wrong" or (kind == "broken" and not (again or begun)):
+            if kind in get_args(DriverEnd) and not driver_is_replaced(kind, again or begun):
                 return Ended("failed" if begun else "told", text, failures)
             if kind == "fatal" or budget.failed():
                 return Ended("failed", f"{kind}: {text}", failures)
+            time.sleep(budget.pause_s / RATE)
             steps = [event["step"] for event in events if "step" in event]
             faults = (*faults, Failure(text, steps[-1] if steps else None, time.time()))
         raise AssertionError("it goes on for ever")
 
-    def _result(self, code: int | None) -> tuple[str, str]:
+    def _result(self, code: int | None, *, heard: bool) -> tuple[Any, str]:
         file = self.place.control / "result.json"
-        if not file.exists():
-            return "died", f"exit code {code}"
+        if not file.exists():  # it was killed, or its watchdog ended it
+            return "lost" if heard or (code or 0) < 0 else "stillborn", f"exit code {code}"
         result = json.loads(file.read_text(encoding="utf-8"))
         file.unlink()
         return result["kind"], result["text"]

@@ -11,10 +11,11 @@ import json
 import os
 import sqlite3
 import tempfile
-import time
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlflow.store.tracking.sqlalchemy_store  # imported once, and not in each case
@@ -24,16 +25,19 @@ import torch._dynamo  # likewise: an optimizer imports it, which takes two secon
 from fast_clock import Clock
 from faults import Fault, Seam
 
-from pipeline import checkpoint, runs, tracking
+from pipeline import checkpoint, driver, launch, tracking
 from pipeline.config import Config, ConfigError
+from pipeline.failures import FailureBudget, FatalError, attempt_is_repeated, driver_end
 from pipeline.identity import Identity
 from pipeline.job import Context, Event, Job
 from pipeline.job import Fault as Failure
 from pipeline.saver import Saver
 from pipeline.settings import load
 from pipeline.state import TrainState
-from pipeline.storage import Storage, pauses
+from pipeline.storage import Storage
+from pipeline.supervise import Request
 from pipeline.train import fit
+from pipeline.watchdog import Watchdog
 
 ROOT = Path(__file__).parent.parent
 NAME = "small"
@@ -44,13 +48,12 @@ SETTINGS = f"""run.name={NAME} model.depth=18 model.freeze=layer4 train.steps={N
     checkpoint.keep=2 mlflow.log_model=false mlflow.report=false cluster.workers=1 cluster.timeout_s=120
     data.image_size=16 data.val_resize=16 data.read_threads=1 data.decode_threads=1""".split()
 SAVE_BOUND_S = 1.5
-FATAL = {"FatalError", "ConfigError", "NonFiniteError", "BadDataError", "CheckpointError", "SupersededError"}
 VARYING = ("perf/", "time/", "checkpoint/", "session/")  # metrics whose values are another in each run
 
 
-def is_fatal(error: BaseException) -> bool:
-    """Whether a worker tells its driver that another attempt would meet the same."""
-    return bool(FATAL & {kind.__name__ for kind in type(error).__mro__})
+def is_fatal(error: BaseException, begun: bool) -> bool:
+    """Whether the controller ends the run by it."""
+    return isinstance(error, (ConfigError, FatalError)) and not attempt_is_repeated(type(error).__name__, begun)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,43 +110,45 @@ def attempt(
     seam.install()
     _settle_saves(clock)
 
+    started = heard = False
+
     def emit(event: Event) -> None:
+        nonlocal started, heard
+        started, heard = started or event["kind"] == "start", True
         os.write(sink, json.dumps(event, default=str).encode() + b"\n")
         if event["kind"] == "warning":
             print("warning:", event["text"], flush=True)
 
     kind, text = "done", ""
     try:
-        with _opened(cfg, begun, emit) as job:
+        request = Request(cfg, None, FailureBudget(0), faults, again, begun, clock.time())
+        with _opened(request, emit) as job:
             marks = (("command", clock.time()), ("run", clock.time()))
             context = Context(0, 1, torch.device("cpu"), 1, emit, faults=faults, marks=marks, restarted=again)
             try:
                 fit(job, context)
             except Exception as e:
                 traceback.print_exc()
-                kind, text = "fatal" if is_fatal(e) else "failed", f"{type(e).__name__}: {e}"
+                kind, text = "fatal" if is_fatal(e, begun or started) else "raised", f"{type(e).__name__}: {e}"
     except Exception as e:
         traceback.print_exc()
-        kind, text = "wrong" if isinstance(e, ConfigError) else "broken", f"{type(e).__name__}: {e}"
+        kind, text = driver_end(e) or ("lost" if heard else "stillborn"), f"{type(e).__name__}: {e}"
     (place.control / "result.json").write_text(json.dumps({"kind": kind, "text": text}), encoding="utf-8")
     (place.control / "operations.json").write_text(json.dumps(seam.operations), encoding="utf-8")
 
 
 @contextlib.contextmanager
-def _opened(cfg: Config, begun: bool, watch: Callable[[Event], None]) -> Iterator[Job]:
-    """As the driver's: what is refused to a training that has begun is waited for."""
-    deadline = time.monotonic() + cfg.cluster.timeout_s
+def _opened(request: Request, watch: Callable[[Event], None]) -> Iterator[Job]:
+    """The run, as the driver opens it; without what would train it on a Ray cluster."""
+
+    def warn(text: str) -> None:
+        watch({"kind": "warning", "text": text})
+
+    supervisor: Any = SimpleNamespace(request=request, wants_stop=threading.Event(), warn=warn, event=watch)
+    launch.TrainController = lambda *_, **__: None  # type: ignore[assignment, misc]
     with contextlib.ExitStack() as stack:
-        for pause in pauses():
-            try:
-                job = stack.enter_context(runs.prepare(cfg, watch))
-                break
-            except ConfigError as e:
-                if not begun:
-                    raise
-                if time.monotonic() + pause > deadline:
-                    raise RuntimeError(str(e)) from None  # the cluster counts as lost: another driver is to try
-            time.sleep(pause)
+        with Watchdog(request.cfg.cluster.timeout_s) as watchdog:
+            job, _ = stack.enter_context(driver._opened(supervisor, watchdog.feed))
         yield job
 
 
@@ -151,8 +156,8 @@ def _settle_saves(clock: Clock) -> None:
     """Have each save wait until it is done: how fast a disk is must not choose the steps that are saved."""
     save = Saver.save
 
-    def settled(saver: Saver, state: TrainState, meta: dict[str, Any]) -> None:
-        save(saver, state, meta)
+    def settled(saver: Saver, state: TrainState, meta: Callable[[], dict[str, Any]], **options: bool) -> None:
+        save(saver, state, meta, **options)
         began = clock.real_monotonic()
         while saver._writing and not saver._writing.done():
             if clock.since is not None and clock.real_monotonic() - began > SAVE_BOUND_S:

@@ -17,7 +17,7 @@ ORDER = """__init__ machine clock schema environment config failures settings we
     served saver spool perf summary
     network figures charts report published mlflow_run tracking job killers identity resume record votes watchdog
     trace profile train channel lock runs listing infer report_run preview contestants bench assumptions outages scaling
-    plan plan_view supervise starting cluster connection affinity worker gauges trainer launch driver
+    plan plan_view oom supervise starting cluster connection affinity worker gauges trainer launch driver
     probes findings doctor speed scale
     submission jobs console commands bench_commands model_commands report_commands cli""".split()  # noqa: SIM905
 # Library -> the modules that may import it.

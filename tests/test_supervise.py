@@ -15,7 +15,7 @@ from typing import cast
 import psutil
 import pytest
 
-from pipeline import connection, driver, launch, machine, runs, starting, supervise
+from pipeline import connection, driver, launch, machine, oom, runs, starting, supervise
 from pipeline.config import Config, ConfigError
 from pipeline.failures import ClusterLostError, FailureBudget, TrainingFailedError
 from pipeline.job import Event
@@ -59,7 +59,7 @@ def test_what_cannot_start_is_not_tried_again(
 def test_what_the_kernel_killed_for_memory_is_told_as_that(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = iter([3, 3, 4, 4])
     monkeypatch.setattr(machine, "out_of_memory_kills", lambda: next(counts))
-    kills = supervise.OutOfMemoryKills()
+    kills = oom.OutOfMemoryKills()
     assert kills.explain("worker 0 failed") == "worker 0 failed"
     assert re.match(r"the kernel has killed a process .* \d+\.\d GB; worker 1 failed", kills.explain("worker 1 failed"))
     assert kills.explain("worker 2 failed") == "worker 2 failed"
@@ -171,7 +171,7 @@ def test_what_was_right_before_is_waited_for_by_a_later_driver(
     told, opened = list[str](), list[object]()
     error = {"lost": ClusterLostError, "wrong": ConfigError, None: None}[outcome]
     refused = nullcontext() if error is None else pytest.raises(error, match="no folder or index file")
-    with refused, driver._opened(supervisor(cfg, told, trained=trained)) as (job, _):
+    with refused, driver._opened(supervisor(cfg, told, trained=trained), lambda: None) as (job, _):
         opened.append(job)
     assert (opened, len(told)) == ((["a job"], late) if outcome is None else ([], 0))
     assert all(text.endswith("it was right before, trying again in 0.01 s") for text in told)

@@ -11,6 +11,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
+from pipeline.failures import says_of_one_file
+
 # What PIL calls the formats that DALI decodes, and their usual suffixes; a file is judged by its content alone.
 DECODABLE = {
     "JPEG": "jpg",
@@ -87,13 +89,15 @@ def image_file(path: Path) -> Header:
     """An image file of this machine, of which no pixels are read if it is sound.
 
     Raises:
-        Unusable: it cannot be trained on.
+        Unusable: it cannot be trained on. OSError: nothing can be said of it, as the storage fails.
     """
     try:
         if not path.is_file():
             raise Unusable("not a file" if path.exists() else "no such file")
         f = path.open("rb")
     except OSError as e:
+        if not says_of_one_file(e, path.parent):
+            raise
         raise Unusable(f"not readable ({e.strerror})") from None
     with f:
         return look(f)
@@ -117,7 +121,11 @@ def look(f: BinaryIO) -> Header:
         raise
     except UnidentifiedImageError:
         raise Unusable("not an image in a known format") from None
-    except Exception as e:  # PIL raises what its format plug-ins raise: OSError, SyntaxError, struct.error, ...
+    except OSError as e:
+        if e.errno is not None:  # the storage's; PIL's own have none
+            raise
+        raise Unusable(f"not a readable image ({e})") from None
+    except Exception as e:  # PIL raises what its format plug-ins raise: SyntaxError, struct.error, ...
         raise Unusable(f"not a readable image ({e})") from None
 
 

@@ -27,7 +27,7 @@ from pipeline.data import parquet, shards
 from pipeline.data.find import Unit
 from pipeline.data.index import write_table
 from pipeline.data.rows import Header, Label, Row, image_file, look
-from pipeline.failures import READ_SOURCE_S, retry
+from pipeline.failures import READ_SOURCE_S, retry, says_of_one_file
 from pipeline.storage import Storage
 
 PART_FORMAT = 1  # part of the names of the parts: those of another version are not reused
@@ -64,10 +64,12 @@ def scan(unit: Unit) -> pa.Table:
             return _scan(root, unit)
         except FileNotFoundError as e:
             raise ConfigError(f"{root} lacks a file that should be there: {e}") from None
+        except OSError as e:
+            if not says_of_one_file(e, root.local):
+                raise
+            raise ConfigError(f"{root} has a file that cannot be read: {e}") from None
 
     try:
-        if root.local:
-            return attempt()
         return retry(attempt, lambda text: print(text, file=sys.stderr), READ_SOURCE_S)
     except OSError as e:
         raise ConfigError(f"{root} cannot be read ({e}); try again, what is done is kept") from None
