@@ -1,7 +1,10 @@
 """The index: what it takes, what it refuses and why, and that it is the same every time."""
 
+import errno
+import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -22,8 +26,8 @@ from torchvision.datasets import ImageFolder
 
 from pipeline import cli
 from pipeline.config import ConfigError, DataConfig
-from pipeline.data import find
-from pipeline.data.build import build_index, index_files, open_index, without
+from pipeline.data import find, rows
+from pipeline.data.build import build_index, fetch_index, index_files, open_index, without
 from pipeline.data.index import Index, load_index
 from pipeline.data.read import Reader
 from pipeline.data.rows import image_file
@@ -135,6 +139,43 @@ def test_unusable_folders_are_refused(tmp_path: Path, make: Callable[[Path], obj
     make(tmp_path / "data")
     with pytest.raises(ConfigError, match=message):
         build_index(tmp_path / "data")
+
+
+@pytest.mark.parametrize("where", ["open", "read", "is_file"])
+def test_a_disk_that_fails_leaves_out_no_image(
+    where: str, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is asked again; else the index would be of fewer images, and an evaluation of others than before."""
+    shutil.copytree(digits / "val" / "0", tmp_path / "images" / "0")
+    left = iter([True])  # the first call fails, once
+
+    def fails(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if next(left, False):
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return real(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr("pipeline.failures.backoff", lambda: itertools.repeat(0.01))
+    place, name = (rows, "_header") if where == "read" else (Path, where)
+    monkeypatch.setattr(place, name, fails(getattr(place, name)))
+    index, report = build_index(tmp_path / "images")
+    assert next(left, None) is None
+    assert (len(index), report.refused) == (len(list((tmp_path / "images" / "0").iterdir())), [])
+
+
+def test_an_index_that_cannot_be_read_is_not_called_another_file(
+    digits_index: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr("pipeline.data.index.pa.memory_map", fails)
+    with pytest.raises(OSError, match="Stale file handle"):
+        load_index(digits_index("val"))
+    with pytest.raises(ConfigError, match=r"cannot be read: .*Stale file handle"):
+        fetch_index(str(digits_index("val")))
 
 
 def test_files_that_are_no_index_are_refused(tmp_path: Path) -> None:

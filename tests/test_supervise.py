@@ -1,5 +1,6 @@
 """The process that the user starts: what a driver leaves behind is no trouble of the user's."""
 
+import errno
 import itertools
 import os
 import re
@@ -175,6 +176,25 @@ def test_what_was_right_before_is_waited_for_by_a_later_driver(
         opened.append(job)
     assert (opened, len(told)) == ((["a job"], late) if outcome is None else ([], 0))
     assert all(text.endswith("it was right before, trying again in 0.01 s") for text in told)
+
+
+def test_a_driver_that_hung_is_told_as_that(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text('ray: started\nTimeout (0:10:10)!\nThread 0x1 (most recent call first):\n  File "x.py"\n')
+    assert supervise._last_line(log) == "it hung, and left its stacks there"
+
+
+def test_a_storage_that_fails_at_the_start_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    cfg = load(None, [f"data.train={tmp_path}/x", f"data.val={tmp_path}/x", f"run.storage={tmp_path}", "run.name=x"])
+    monkeypatch.setattr(runs, "is_index", fails)
+    with pytest.raises(ConfigError, match=r"data.train=.*/x: its index cannot be made or read \(Input/output error\)"):
+        runs.prepare(cfg, print).__enter__()
+    monkeypatch.setattr(runs, "run_lock", fails)
+    with pytest.raises(ConfigError, match=r"run.storage=.*: cannot be used \(Input/output error\); name another place"):
+        runs.prepare(cfg, print).__enter__()
 
 
 @pytest.mark.parametrize(("device", "kept"), [("cuda", "gpu"), ("cpu", "cpu")])

@@ -1,10 +1,13 @@
 """The spool and the tracker: nothing waits, nothing is lost, nothing twice, in order."""
 
+import errno
 import json
+import os
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +15,7 @@ from pathlib import Path
 import mlflow
 import pytest
 
+from pipeline import tracking
 from pipeline.mlflow_run import Target, find_run, tracking_uri
 from pipeline.spool import Spool
 from pipeline.storage import Storage
@@ -67,6 +71,60 @@ def test_spool_leaves_out_what_it_cannot_read(tmp_path: Path) -> None:
     assert len(problems) == 1
     assert "2 unreadable lines of" in problems[0]
     reopened.close()
+
+
+def test_a_disk_that_fails_in_the_middle_of_a_record_tears_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does it reach the training: half of the record is there, and cannot even be cut off for now."""
+    problems: list[str] = []
+    spool = Spool(tmp_path, problems.append)
+    spool.append(metric(1))
+    real = spool._file
+
+    class Failing:
+        def fileno(self) -> int:
+            return real.fileno()
+
+        def write(self, content: bytes) -> int:
+            real.write(content[:9])
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        def truncate(self, size: int) -> int:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(spool, "_file", Failing())
+    for step in (2, 3):
+        spool.append(metric(step))
+    assert [record["step"] for record, _ in spool.unsent()] == [1]
+    assert len(problems) == 1
+    monkeypatch.setattr(spool, "_file", real)
+    spool.append(metric(4))
+    spool.close()
+    reopened = Spool(tmp_path, pytest.fail)
+    assert [record["step"] for record, _ in reopened.unsent()] == [1, 2, 3, 4]
+    reopened.close()
+
+
+def test_a_call_to_mlflow_that_never_ends_does_not_keep_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hanging, left, beats = threading.Event(), threading.Event(), list[float]()
+
+    def hang(*_: object) -> None:
+        hanging.set()
+        left.wait(60)
+
+    monkeypatch.setattr(tracking, "MLFLOW_CALL_S", 0.5)
+    monkeypatch.setattr(tracking, "MlflowRun", hang)
+    target = Target("http://127.0.0.1:9", "x", str(tmp_path), "t")
+    tracker = Tracker(target, tmp_path / "mlflow", lambda _: None)
+    tracker.metrics(1, {"loss": 0.0})
+    assert tracker.close("FINISHED", 0.2, lambda: beats.append(time.monotonic())) == 2
+    assert hanging.is_set()
+    assert len(beats) > 2
+    left.set()
+    tracker.drain(10)  # closes the spool
 
 
 def test_a_folder_that_is_away_for_a_while_does_not_hurt(tmp_path: Path) -> None:
