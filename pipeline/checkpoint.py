@@ -112,7 +112,8 @@ def with_scores(found: Checkpoint, metrics: dict[str, Any]) -> Checkpoint:
     Raises:
         OSError: that could not be written; it is whole as it was.
     """
-    meta = {**found.meta, "metrics": metrics}
+    best = max(found.meta.get("best_top1") or 0.0, metrics["top1"])
+    meta = {**found.meta, "metrics": metrics, "best_top1": best}
     content = json.dumps(meta, indent=1).encode()
     found.place.write_bytes(META, content)
     if not found.place.local:  # what MLflow is sent

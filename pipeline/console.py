@@ -101,7 +101,7 @@ class TrainingView(_View):
             case "fault":
                 how = "going on from the newest checkpoint" if self._saved else "starting again"
                 self.say(f"fault: {event['text']}; {how}")
-            case "note":
+            case "note" | "search":
                 self.say(event["text"])
             case "warning" | "killer":
                 self.say(f"warning: {event['text']}")

@@ -13,13 +13,24 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import ConfigError
 from pipeline.connection import connected
-from pipeline.failures import MLFLOW_HANDOVER_S, ClusterLostError, Interrupted, TrainingFailedError, backoff, driver_end
+from pipeline.failures import (
+    DRIVER_END_S,
+    MLFLOW_HANDOVER_S,
+    ClusterLostError,
+    Interrupted,
+    TrainingFailedError,
+    backoff,
+    driver_end,
+)
 from pipeline.job import Event, Job
 from pipeline.supervise import Request
 from pipeline.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from pipeline.launch import TrainController
+
+
+SLOW_S = 60.0  # to open a run, before that is told
 
 
 class Supervisor:
@@ -47,8 +58,15 @@ class Supervisor:
         self.event({"kind": "warning", "text": text})
 
 
-def mark_failed(job: Job, reason: str) -> None:
+def mark_failed(job: Job, reason: str, warn: Callable[[str], None]) -> None:
     """Tell MLflow that a training has ended in failure, from outside it: its workers may be dead."""
+    try:
+        _mark_failed(job, reason)
+    except OSError as e:
+        warn(f"MLflow is not told: {e}")
+
+
+def _mark_failed(job: Job, reason: str) -> None:
     from pipeline.identity import Identity
     from pipeline.mlflow_run import tracking_uri
     from pipeline.tracking import Tracker
@@ -59,7 +77,7 @@ def mark_failed(job: Job, reason: str) -> None:
     uri = tracking_uri(job.cfg.mlflow.uri, job.run.parent)
     tracker = Tracker.of_run(job.cfg.mlflow, uri, job.run, identity.training_id, lambda _: None)
     tracker.tags({"pipeline.failure": reason[:500]})
-    tracker.close("FAILED", MLFLOW_HANDOVER_S)
+    tracker.close("FAILED", *MLFLOW_HANDOVER_S)
 
 
 def train(supervisor: Supervisor) -> dict[str, Any]:
@@ -74,19 +92,40 @@ def train(supervisor: Supervisor) -> dict[str, Any]:
     with connected(request.cfg.cluster, request.again, supervisor.wants_stop, supervisor.warn, imports.join):
         ready = time.time()
         with contextlib.ExitStack() as stack:
-            with Watchdog(request.cfg.cluster.timeout_s) as watchdog:  # a mount may hang
-                job, controller = stack.enter_context(_opened(supervisor, watchdog.feed))
+            with _watched(supervisor) as heartbeat:
+                job, controller = stack.enter_context(_opened(supervisor, heartbeat))
             supervisor.event({"kind": "run", "name": job.run.name, "place": str(job.run)})
             first = "earlier driver" if request.again else "driver"
             marks = (("command", request.began), (first, began), ("Ray and imports", ready), ("run", time.time()))
             try:
                 return controller.run(marks)
             except TrainingFailedError as e:
-                try:
-                    mark_failed(job, str(e))
-                except OSError as unread:  # the storage is away; a new driver would not help
-                    supervisor.warn(f"MLflow is not told: {unread}")
+                # The storage may be away, or hang; a new driver would not help.
+                telling = threading.Thread(target=mark_failed, args=(job, str(e), supervisor.warn), daemon=True)
+                telling.start()
+                telling.join(DRIVER_END_S)
                 raise
+
+
+@contextlib.contextmanager
+def _watched(supervisor: Supervisor) -> Iterator[Callable[[], None]]:
+    """Tell of what takes long, as a mount may hang; end this process for it where training has begun.
+
+    Before that its user is there, and to list millions of images may take longer than cluster.timeout_s.
+    """
+    request = supervisor.request
+    where = f"run.storage={request.cfg.run.storage} and data.train={request.cfg.data.train}"
+    told = threading.Timer(SLOW_S, supervisor.warn, (f"still opening {where}; where a mount hangs, stop it twice",))
+    told.daemon = True
+    told.start()
+    try:
+        if not request.trained:
+            yield lambda: None
+            return
+        with Watchdog(request.cfg.cluster.timeout_s) as watchdog:
+            yield watchdog.feed
+    finally:
+        told.cancel()
 
 
 @contextlib.contextmanager

@@ -36,7 +36,7 @@ READ_CHECKPOINT_S = 30.0  # one checkpoint of a storage that answers
 READ_SOURCE_S = 60.0  # images, outside of a training
 LOCK_S = 60.0  # a process that has the run; one that is about to end is waited for as long as a storage
 MLFLOW_END_S = 30.0  # MLflow at a training's end; what is left waits on disk
-MLFLOW_HANDOVER_S = 5.0  # the same, where a new attempt is to go on
+MLFLOW_HANDOVER_S = 5.0, 60.0  # the same, where a new attempt is to go on; and in all, also where it answers
 MLFLOW_CALL_S = 600.0  # a single call at the end, such as a large file's upload, that neither ends nor fails
 DRIVER_END_S = 30.0  # a driver that has said all
 DISCONNECT_S = 20.0  # Ray's goodbye; a raylet that stands still (in swap, SIGSTOP) never says it
@@ -103,13 +103,13 @@ def says_of_one_file(error: OSError, folder: Path | None) -> bool:
     """Whether an error says something of one file in `folder` (None: not on this machine), not of the whole storage.
 
     A disk or a mount that fails (EIO, ESTALE, EMFILE, ...) says nothing of the file. Nor does a file's absence where
-    its mount has gone, which leaves an empty folder.
+    its mount has gone, which leaves an empty folder, or that it may not be read, where the whole mount's login has run
+    out.
     """
-    if isinstance(error, FileNotFoundError):
-        return folder is None or any_entry(folder)
-    of_one = (DamagedError, PermissionError, IsADirectoryError, NotADirectoryError)
-    names = (errno.ELOOP, errno.ENAMETOOLONG)
-    return isinstance(error, DamagedError if folder is None else of_one) or error.errno in names
+    if isinstance(error, DamagedError) or (folder is None and isinstance(error, FileNotFoundError)):
+        return True
+    of_one = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+    return folder is not None and error.errno in of_one and any_entry(folder)
 
 
 def any_entry(folder: Path) -> bool:
@@ -180,7 +180,8 @@ def retry(
         except on as e:
             if time.monotonic() + pause > deadline:
                 raise
-            report(f"the storage does not answer, trying again in {pause} s: {e}")
+            what = "the storage does not answer, " if isinstance(e, OSError) else ""
+            report(f"{what}trying again in {pause} s: {e}")
             time.sleep(pause)
     raise AssertionError("the pauses never end")
 

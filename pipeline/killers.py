@@ -4,6 +4,7 @@ What is found is kept in the run's folder, a file for each image, so that every 
 has it. The files' names hold the fingerprint of the index: another data set has other rows.
 """
 
+import time
 from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
@@ -42,17 +43,10 @@ def avoid_killers(
     known = retry(lambda: _known(job.run), ctx.warn, timeout_s)
     if ctx.deaths:
         found = _look(job, ctx, place, train, val, first_step, known, heartbeat)
-        if found:
-            retry(lambda: _keep(job.run, found), ctx.warn, timeout_s)
         every: list[dict[str, str]] = [found] * ctx.world_size
         if ctx.world_size > 1:  # by this, too, as a folder that nodes mount shows new files late
             dist.all_gather_object(every, found)
-        new = {name: reason for others in every for name, reason in others.items()}
-        for index in (train.index, val.index) if ctx.rank == 0 else ():
-            for row, reason in rows_of(index, new).items():
-                text = f"{index.place(row)}: {reason}; a uniform image takes its place"
-                ctx.emit({"kind": "killer", "text": text})
-        known |= new
+        known |= {name: reason for others in every for name, reason in others.items()}
     train.avoid(rows_of(train.index, known))
     val.avoid(rows_of(val.index, known))
 
@@ -82,11 +76,10 @@ def _known(run: Storage) -> dict[str, str]:
     return {name: str(folder.read_bytes(name), "utf-8") for name in names}
 
 
-def _keep(run: Storage, found: dict[str, str]) -> None:
+def _keep(run: Storage, name: str, reason: str) -> None:
     folder = run / FOLDER
     folder.make()
-    for name, reason in found.items():
-        folder.write_bytes(name, reason.encode())
+    folder.write_bytes(name, reason.encode())
 
 
 def _look(
@@ -103,31 +96,38 @@ def _look(
     schedule = Schedule.create(job.cfg, len(train.index))
     steps = steps_to_search(ctx.deaths, first_step, schedule.num_steps)
     if ctx.rank == 0:
-        where = f"steps {steps.start} to {steps.stop}"
-        text = f"workers died twice without a checkpoint in between: looking in {where} for images that kill them"
-        ctx.emit({"kind": "note", "text": text})
+        text = f"workers died twice without a newer checkpoint: looking for images that kill them in {len(steps)} steps"
+        ctx.emit({"kind": "search", "text": text})
     asked = [(train.index, job.train_index, train.max_batch, [train.request(step) for step in steps])]
     if evaluates(job.cfg.train, schedule, steps):
         asked.append((val.index, job.val_index, val.max_batch, [val.request(chunk) for chunk in val.chunks]))
     found: dict[str, str] = {}
+    until = time.monotonic() + job.cfg.cluster.timeout_s / 2  # the other ranks wait
     for index, uri, max_batch, requests in asked:
+
+        def keep(row: int, reason: str, index: Index = index) -> None:
+            """At once: this process may not live to the end of the search."""
+            name = f"{_data(index)}{row}"
+            found[name] = reason
+            retry(lambda: _keep(job.run, name, reason), ctx.warn, job.cfg.cluster.timeout_s / 4)
+            ctx.emit({"kind": "killer", "text": f"{index.place(row)}: {reason}; a uniform image takes its place"})
+
         isolation = Isolation(Storage(uri).fetch(), index, job.cfg.data, place, max_batch, ctx.warn, heartbeat)
-        for row, reason in isolation.search(requests, list(rows_of(index, known))).items():
-            found[f"{_data(index)}{row}"] = reason
+        isolation.search(requests, list(rows_of(index, known)), keep, until)
     return found
 
 
-def steps_to_search(deaths: Sequence[int], first_step: int, num_steps: int) -> range:
+def steps_to_search(deaths: Sequence[int], first_step: int, num_steps: int) -> list[int]:
     """The steps whose images may have killed workers.
 
     Args:
         deaths: the last step known to be done at each of them: its images, and those before, have not killed.
     """
-    start = min(max(min(deaths), first_step), num_steps)
-    return range(start, min(max(start, *deaths) + STEPS_AHEAD, num_steps))
+    starts = {max(death, first_step) for death in deaths}
+    return sorted({step for start in starts for step in range(start, min(start + STEPS_AHEAD, num_steps))})
 
 
-def evaluates(cfg: TrainConfig, schedule: Schedule, steps: range) -> bool:
-    """Whether an evaluation may have been under way."""
-    every = cfg.eval_every * schedule.steps_per_epoch
-    return steps.stop == schedule.num_steps or steps.stop // every > (steps.start - 1) // every
+def evaluates(cfg: TrainConfig, schedule: Schedule, steps: Sequence[int]) -> bool:
+    """Whether an evaluation may have been under way, which is due after a step."""
+    every, end = cfg.eval_every * schedule.steps_per_epoch, schedule.num_steps
+    return not steps or any(done % every == 0 or done == end for step in steps for done in (step, step + 1))

@@ -176,9 +176,10 @@ class TrainController:
                 self._budget.saved(event["step"])
                 if event["step"] > max(self._deaths, default=0):
                     self._deaths = ()
+            elif event["kind"] == "search":  # once for these deaths
+                self._deaths = ()
             elif event["kind"] == "killer":  # without that image it goes another way
                 self._budget.forgive()
-                self._deaths = ()
             self._tell(event)
 
     def _tell(self, event: Event) -> None:

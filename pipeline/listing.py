@@ -64,7 +64,8 @@ def _look(run: Storage) -> Listed | None:
     identity = Identity.read(run, lambda _: problems.append(f"{FILE} is damaged")) if FILE in names else None
     meta = _newest(run / "checkpoints", problems)
     step, num_steps = int(meta["step"]) if meta else 0, _number(meta, "num_steps")
-    done = num_steps is not None and step >= num_steps
+    # Of the last step, too, the evaluation belongs to it.
+    done = meta is not None and num_steps is not None and step >= num_steps and bool(meta["metrics"])
     state: State
     if lock.is_held(run) and not (done and identity is not None and not identity.open):  # a done run may be synced
         state = "training"

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import IO, Any
 
 from pipeline.config import ConfigError
-from pipeline.failures import LOCK_S
+from pipeline.failures import LOCK_S, Interrupted
 from pipeline.storage import Storage
 
 FILE = "lock"
@@ -20,7 +20,11 @@ ENDING = ", which is about to end"
 
 @contextmanager
 def run_lock(
-    run: Storage, warn: Callable[[str], None], ending: threading.Event | None = None, timeout_s: float = LOCK_S
+    run: Storage,
+    warn: Callable[[str], None],
+    ending: threading.Event | None = None,
+    timeout_s: float = LOCK_S,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> Iterator[None]:
     """Keep other processes of this machine from the run; the lock goes with the process, however it ends.
 
@@ -29,10 +33,10 @@ def run_lock(
 
     Args:
         ending: set when this process is to end; who waits for the lock is told.
-        timeout_s: how long a process that is about to end is waited for.
+        timeout_s: how long a process that is about to end is waited for. heartbeat: called meanwhile.
 
     Raises:
-        ConfigError: another process has the run.
+        ConfigError: another process has the run. Interrupted: this one was to end meanwhile.
     """
     with (run.scratch / FILE).open("a+", encoding="utf-8") as file:
         began, told = time.monotonic(), ""
@@ -47,7 +51,9 @@ def run_lock(
             if told != holder:
                 told = holder
                 warn(f"waiting {limit_s:.0f} s for {holder}, to leave the run")
-            time.sleep(0.2)
+            heartbeat()
+            if (ending or threading.Event()).wait(0.2):
+                raise Interrupted
         _write(file, holder := f"process {os.getpid()} on {socket.gethostname()}")
         if ending is not None:
             threading.Thread(target=_tell_ending, args=(file, holder, ending), daemon=True).start()

@@ -3,6 +3,7 @@
 The loop calls a `Recorder` on every rank; only rank 0's does anything.
 """
 
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -35,7 +36,7 @@ class Recorder:
     Args:
         index: of the training images. identity: of the training, before this session.
         resumed: the checkpoint that this session goes on from.
-        num_steps: of the whole training. precision: why it is the one that cfg says.
+        num_steps: of the whole training. precision: why it is the one that cfg says. heartbeat: called in long waits.
     """
 
     def __init__(
@@ -48,8 +49,9 @@ class Recorder:
         ledger: Ledger,
         num_steps: int,
         precision: str,
+        heartbeat: Callable[[], None] = lambda: None,
     ):
-        self._job, self._ctx, self._ledger, self._num_steps = job, ctx, ledger, num_steps
+        self._job, self._ctx, self._ledger, self._num_steps, self._heartbeat = job, ctx, ledger, num_steps, heartbeat
         self._data = {"fingerprint": index.fingerprint, "classes": index.classes}
         self.num_bad = 0  # broken images that this rank has met
         self._scores = dict(resumed.meta["metrics"]) if resumed else {}
@@ -198,18 +200,16 @@ class Recorder:
             {f"pipeline.session_{self._identity.sessions}.error": f"{type(error).__name__}: {error}"[:500]}
         )
         try:
-            self._saver.finish(MLFLOW_HANDOVER_S)
+            self._saver.finish(MLFLOW_HANDOVER_S[0])
         except (OSError, RuntimeError) as e:
             self._ctx.warn(str(e))
-        self._tracker.close("FAILED", MLFLOW_HANDOVER_S)
+        self._tracker.close("FAILED", *MLFLOW_HANDOVER_S, self._heartbeat)
 
-    def finished(
-        self, state: TrainState, val_loader: EvalLoader, *, owes_evaluation: bool, heartbeat: Callable[[], None]
-    ) -> dict[str, Any]:
+    def finished(self, state: TrainState, val_loader: EvalLoader, *, owes_evaluation: bool) -> dict[str, Any]:
         """Publish what the configuration asks for, end the session and return its summary.
 
         Args:
-            val_loader: of the last evaluation's images. heartbeat: called while MLflow is waited for.
+            val_loader: of the last evaluation's images.
             owes_evaluation: a wish to stop came before that of these weights.
 
         Raises:
@@ -218,12 +218,12 @@ class Recorder:
         if self._ctx.rank != 0:
             return {}
         cfg, done = self._job.cfg, state.step == self._num_steps and not owes_evaluation
-        asked = state.step >= (cfg.run.stop_at_step or self._num_steps)
+        asked = state.step >= (cfg.run.stop_at_step or self._num_steps) and not owes_evaluation
         status = "done" if done else "stopped" if asked else self._ctx.stop_reason()
         speed = self._images_per_s(state.step, self._ledger.seconds())  # before MLflow is waited for
         with self._ledger.phase("checkpoint"):
             self._saver.finish(cfg.cluster.timeout_s)
-            heartbeat()
+            self._heartbeat()
             retry(lambda: self._identity.end().write(self._job.run), self._ctx.warn, cfg.cluster.timeout_s)
             top = checkpoint.best(self._job.checkpoints)
         newest = self._saver.newest
@@ -238,8 +238,8 @@ class Recorder:
             with self._ledger.phase("logging"):
                 self._report(newest.meta, self._said, val_loader)
         with self._ledger.phase("logging"):
-            patience_s = MLFLOW_END_S if status != "regroup" else MLFLOW_HANDOVER_S
-            waiting = self._tracker.close("FINISHED" if done else "KILLED", patience_s, heartbeat)
+            limits = MLFLOW_HANDOVER_S if status == "regroup" else (MLFLOW_END_S, math.inf)
+            waiting = self._tracker.close("FINISHED" if done else "KILLED", *limits, self._heartbeat)
         if waiting and status != "regroup":
             self._ctx.warn(
                 f"MLflow is away; {waiting} records wait in {self._tracker.spool}; "

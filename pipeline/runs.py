@@ -89,7 +89,7 @@ def prepare(
     tracking_uri(cfg.mlflow.uri, storage)  # tells of a missing one
     with ExitStack() as stack:
         with _as_mistake(f"run.storage={storage}: cannot be used", "name another place"):
-            stack.enter_context(run_lock(run, tell, ending, cfg.cluster.timeout_s))
+            stack.enter_context(run_lock(run, tell, ending, cfg.cluster.timeout_s, heartbeat))
         heartbeat()
         train_index, train = _index("train", train_source, run, watch, heartbeat)
         val_index, val = _index("val", val_source, run, watch, heartbeat)

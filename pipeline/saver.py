@@ -60,6 +60,7 @@ class Saver:
         self._begun, self._timeout_s = 0.0, cfg.cluster.timeout_s
         self._problem: str | None = None  # what keeps the one being written from being done
         self._is_postponed = self.is_scored_later = False
+        self._unscored: dict[int, tuple[Checkpoint, dict[str, float]]] = {}  # by step: whose scores are not in it yet
         self.num_postponed = self.num_failed_tries = 0
         self.held_s = 0.0
 
@@ -106,6 +107,8 @@ class Saver:
 
     def add_scores(self, step: int, scores: dict[str, float]) -> None:
         """Have the scores of its weights written into the checkpoint of this step, if it was written."""
+        if not self.busy:
+            self._begun = time.monotonic()
         self._writing = self._thread.submit(self._add_scores, step, scores, after=self._writing)
 
     def finish(self, timeout_s: float) -> None:
@@ -134,11 +137,17 @@ class Saver:
 
     def _write(self, state: dict[str, Any], meta: dict[str, Any]) -> None:
         began = time.monotonic()
-        saved = self._persist(state["step"], lambda: checkpoint.save(self._folder, state, self._cfg, meta))
+        saved = self._persist(
+            f"checkpoint of step {state['step']}", lambda: checkpoint.save(self._folder, state, self._cfg, meta)
+        )
         if saved is None:
             return
         self.newest = saved
         self._written(saved, time.monotonic() - began)
+        for late in list(self._unscored.values()):
+            self._score(*late)
+        if self._unscored:  # one of them may be the best
+            return
         try:
             checkpoint.prune(self._folder, self._cfg.checkpoint.keep)
         except OSError as e:
@@ -147,11 +156,21 @@ class Saver:
     def _add_scores(self, step: int, scores: dict[str, float], after: Future[None] | None) -> None:
         if after is not None:
             after.result()  # it is done; an error of its own counts
-        if (saved := self.newest) is not None and saved.step == step:
-            self.newest = self._persist(step, lambda: checkpoint.with_scores(saved, scores)) or saved
-            self._scored(self.newest)
+        if self.newest is not None and self.newest.step == step:
+            self._score(self.newest, scores)
 
-    def _persist(self, step: int, write: Callable[[], Checkpoint]) -> Checkpoint | None:
+    def _score(self, saved: Checkpoint, scores: dict[str, float]) -> None:
+        """Write scores into a checkpoint; where a newer one comes first, that is made up for after it."""
+        self._unscored[saved.step] = saved, scores
+        what = f"evaluation of step {saved.step}"
+        if (scored := self._persist(what, lambda: checkpoint.with_scores(saved, scores))) is None:
+            return
+        del self._unscored[saved.step]
+        if self.newest is saved:
+            self.newest = scored
+        self._scored(scored)
+
+    def _persist(self, what: str, write: Callable[[], Checkpoint]) -> Checkpoint | None:
         """What `write` makes, tried until the storage takes it; None where a newer checkpoint came first."""
         for pause in backoff():
             try:
@@ -160,9 +179,9 @@ class Saver:
             except OSError as e:
                 self.num_failed_tries += 1
                 self._problem = str(e)
-                self._report(f"the checkpoint of step {step} cannot be written, trying again: {e}")
+                self._report(f"the {what} cannot be written, trying again: {e}")
                 if self._replaced.wait(pause):
-                    self._report(f"the checkpoint of step {step} gives way to a newer one")
+                    self._report(f"the {what} gives way to a newer one")
                     return None
             else:
                 self._problem = None

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from pipeline.config import Config, ConfigError
+from pipeline.failures import says_of_one_file
 from pipeline.schema import show
 
 
@@ -94,6 +95,8 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
             f"no config file {path}" + (f"; did you mean {path.parent / near[0]}?" if near else "")
         ) from None
     except (OSError, UnicodeDecodeError) as e:
+        if isinstance(e, OSError) and not says_of_one_file(e, path.parent):  # it may be a checkpoint's
+            raise
         raise ConfigError(f"config file {path} cannot be read: {e}") from None
     except (YAMLError, OmegaConfBaseException) as e:
         raise ConfigError(f"config file {path} is not YAML: {' '.join(str(e).split())}") from None

@@ -7,6 +7,7 @@ therefore costs nothing but time: records wait, for this process, the next one t
 """
 
 import json
+import math
 import os
 import shutil
 import threading
@@ -117,7 +118,8 @@ class Tracker:
         """
         aside = self._folder / f"{source.name}.{time.time_ns()}"
         try:
-            shutil.copytree(source, aside, copy_function=_link)
+            # Not what a process that was killed has left of a file that it was writing.
+            shutil.copytree(source, aside, copy_function=_link, ignore=shutil.ignore_patterns(".*"))
         except OSError:
             shutil.rmtree(aside, ignore_errors=True)
             raise
@@ -142,28 +144,34 @@ class Tracker:
         """Log the model of the checkpoint `source` as the run's model, also in the registry where a name is given."""
         self._put({"kind": "model", "source": str(source), "register": register})
 
-    def close(self, status: str, patience_s: float, heartbeat: Callable[[], None] = lambda: None) -> int:
+    def close(
+        self,
+        status: str,
+        patience_s: float,
+        limit_s: float = math.inf,
+        heartbeat: Callable[[], None] = lambda: None,
+    ) -> int:
         """End the MLflow run and wait until all is sent.
 
         Args:
             status: FINISHED, KILLED (to be resumed) or FAILED.
             patience_s: how long to go on trying an MLflow that fails; one that answers is waited for.
-            heartbeat: called while it is waited for.
+            limit_s: of the whole wait. heartbeat: called meanwhile.
 
         Returns:
             How many records still wait in the spool.
         """
         self._put({"kind": "end", "status": status})
-        return self.drain(patience_s, heartbeat)
+        return self.drain(patience_s, limit_s, heartbeat)
 
-    def drain(self, patience_s: float, heartbeat: Callable[[], None] = lambda: None) -> int:
+    def drain(self, patience_s: float, limit_s: float = math.inf, heartbeat: Callable[[], None] = lambda: None) -> int:
         """Wait until all is sent; arguments and result as of `close`."""
         self._closing.set()
         self._may_connect.set()
         self._wake.set()
         self._answered = time.monotonic()
-        deadline = self._answered + patience_s
-        while self._thread.is_alive() and time.monotonic() < deadline:
+        end, deadline = self._answered + limit_s, self._answered + patience_s
+        while self._thread.is_alive() and time.monotonic() < min(deadline, end):
             self._thread.join(0.1)
             heartbeat()
             if not self._failing and time.monotonic() < self._answered + MLFLOW_CALL_S:

@@ -74,7 +74,7 @@ def _fit(job: Job, ctx: Context, watchdog: Watchdog) -> dict[str, Any]:
     state = TrainState.create(cfg, len(index.classes), ctx.device)
     _begin(state, cfg, index, ctx, resumed, precision)
     ledger = _ledger(ctx, identity, resumed, entered)
-    recorder = Recorder(job, ctx, index, identity, resumed, ledger, schedule.num_steps, precision.reason)
+    recorder = Recorder(job, ctx, index, identity, resumed, ledger, schedule.num_steps, precision.reason, watchdog.feed)
     train_loader, val_loader = _loaders(job, ctx, index, val_index, recorder, state.step, watchdog.feed)
     net = as_trained(state.model, cfg, ctx.world_size, ctx.device, ledger)
     micro_batches = MicroBatches(cfg.train, ctx.device.type == "cuda", ctx.warn)
@@ -159,7 +159,7 @@ def _fit(job: Job, ctx: Context, watchdog: Watchdog) -> dict[str, Any]:
             recorder.save(state, now=True)
         watchdog.feed()
         profile.finish()
-        return recorder.finished(state, val_loader, owes_evaluation=owes_evaluation, heartbeat=watchdog.feed)
+        return recorder.finished(state, val_loader, owes_evaluation=owes_evaluation)
 
 
 def _look(job: Job, ctx: Context) -> tuple[Job, Identity, Checkpoint | None, Decision]:

@@ -34,7 +34,7 @@ BATCH = 64  # in smaller ones DALI seldom dies
 REASON = "it kills the process that decodes it (SIGSEGV)"
 
 
-def search(folder: Path, killers: list[int]) -> tuple[dict[int, str], list[str]]:
+def search(folder: Path, killers: list[int], limit_s: float = 600) -> tuple[dict[int, str], list[str]]:
     """What is found in three batches with these killers among them, and the warnings."""
     index, _ = build_index(write(folder / "images", 3 * BATCH))
     index.save(folder / "images.arrow")
@@ -44,7 +44,10 @@ def search(folder: Path, killers: list[int]) -> tuple[dict[int, str], list[str]]
     requests = [to_evaluate(index, cfg, np.arange(3 * BATCH)[k * BATCH :][:BATCH]) for k in range(3)]
     warnings: list[str] = []
     place = Place(0, 1, torch.device("cpu"), num_threads=2)
-    return Isolation(folder / "images.arrow", index, cfg, place, BATCH, warnings.append).search(requests, []), warnings
+    found: dict[int, str] = {}
+    isolation = Isolation(folder / "images.arrow", index, cfg, place, BATCH, warnings.append)
+    isolation.search(requests, [], found.__setitem__, time.monotonic() + limit_s)
+    return found, warnings
 
 
 @pytest.fixture
@@ -112,10 +115,19 @@ def until(true: Callable[[], Any], timeout_s: float = 60) -> Any:
 
 
 def test_steps_are_searched_from_what_is_known_to_be_done() -> None:
-    assert steps_to_search((40, 43), 20, 1000) == range(40, 43 + STEPS_AHEAD)
-    assert steps_to_search((0, 22), 20, 1000) == range(20, 22 + STEPS_AHEAD), "before that it was not"
-    assert steps_to_search((40, 43), 20, 50) == range(40, 50)
-    assert steps_to_search((50, 50), 50, 50) == range(50, 50), "the last evaluation, or the end"
+    assert steps_to_search((40, 43), 20, 1000) == list(range(40, 43 + STEPS_AHEAD))
+    assert steps_to_search((0, 22), 20, 1000) == list(range(20, 22 + STEPS_AHEAD)), "before that it was not"
+    assert steps_to_search((40, 43), 20, 50) == list(range(40, 50))
+    assert steps_to_search((50, 50), 50, 50) == [], "the last evaluation, or the end"
+    assert len(steps_to_search((5000, 9900), 5000, 10_000)) == STEPS_AHEAD + 100, "not all between the two"
+
+
+def test_a_search_has_an_end(patched: Callable[[str], None], tmp_path: Path) -> None:
+    """The other ranks wait for it. What it has found by then is kept."""
+    patched(ALWAYS)
+    found, (warning,) = search(tmp_path, [10, 150], limit_s=1)
+    assert found == {10: REASON}
+    assert warning == "3 batches are left where images may kill the process that decodes them"
 
 
 def test_what_is_found_is_left_out_and_known_later(
@@ -156,7 +168,7 @@ def test_what_is_found_is_left_out_and_known_later(
     assert [e["data/bad_images"] for e in events if e["kind"] == "step"][-1] == 1
     assert len((Storage(tmp_path / "run") / FOLDER).names()) == 2
     again = train(4, ())
-    assert [e["kind"] for e in again if e["kind"] in ("killer", "note")] == []
+    assert [e["kind"] for e in again if e["kind"] in ("killer", "note", "search")] == []
     assert [e["text"] for e in again if e["kind"] == "warning"] == named
     with pytest.raises(ConfigError, match=r"063\.jpg cannot be decoded \(it kills the process"):
         infer.evaluate_checkpoint(job.checkpoints / "step_00000004", None, print)
@@ -193,7 +205,7 @@ def test_a_run_goes_on_without_an_image_that_kills_its_workers(digits: Path, sta
     assert (gone.process.returncode, killed.process.returncode) == (0, 0), killed.said
     assert "done at step 11 of 11" in killed.said
     assert killed.said.count("fault: worker 1 failed") == 2, killed.said
-    assert killed.said.count("looking in steps") == 1
+    assert killed.said.count("looking for images that kill them") == 1
     assert killed.said.count(f"{image}: {REASON}; a uniform image takes its place") == 1
     assert killed.said.count(f"{image} is broken, a uniform image takes its place: {REASON}") == 1
     assert differences(state_of(tmp_path / "runs" / "gone"), state_of(tmp_path / "runs" / "killed")) == []

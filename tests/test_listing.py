@@ -116,7 +116,8 @@ def test_a_live_process_trains_and_a_killed_one_died(copy: Callable[..., Path]) 
 
 
 def test_the_other_states(copy: Callable[..., Path], tmp_path: Path) -> None:
-    copy("done", num_steps=2)
+    copy("done", num_steps=2, metrics={"top1": 0.5})
+    copy("not-evaluated", num_steps=2, metrics={})
     copy("stopped")
     shutil.rmtree(copy("new") / "checkpoints")
     shutil.rmtree(copy("died-early") / "checkpoints")
@@ -125,6 +126,7 @@ def test_the_other_states(copy: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_bytes(b"")
     assert states(tmp_path) == {
         "done": ("done", None),
+        "not-evaluated": ("stopped", 2),
         "stopped": ("stopped", 2),
         "new": ("new", 0),
         "died-early": ("died", 0),

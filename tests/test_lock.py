@@ -12,6 +12,7 @@ import pytest
 
 from pipeline import lock
 from pipeline.config import ConfigError
+from pipeline.failures import Interrupted
 from pipeline.lock import is_held, run_lock
 from pipeline.storage import Storage
 
@@ -47,6 +48,15 @@ def test_a_run_that_is_held_is_waited_for_and_then_refused(tmp_path: Path, monke
     assert not is_held(run)
     with run_lock(run, told.append):
         pass
+
+
+def test_a_wish_to_stop_ends_the_wait(tmp_path: Path) -> None:
+    run, ending = Storage(str(tmp_path)), threading.Event()
+    ending.set()
+    began = time.monotonic()
+    with run_lock(run, print), pytest.raises(Interrupted), run_lock(run, print, ending):
+        pass
+    assert time.monotonic() - began < 10
 
 
 def test_a_holder_that_is_about_to_end_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

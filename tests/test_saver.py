@@ -205,6 +205,34 @@ def test_scores_are_added_to_what_is_written(tmp_path: Path, cfg: Config, state:
     assert found.top1 == 0.5
 
 
+def test_scores_that_could_not_be_written_are_made_up_for(
+    tmp_path: Path, cfg: Config, state: TrainState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The storage is away from the evaluation's end to the next checkpoint; the best must not be forgotten."""
+
+    def away(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    watched, scored = Watched(tmp_path, cfg), list[Checkpoint]()
+    monkeypatch.setattr(watched.saver, "_scored", scored.append)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "with_scores", away)
+        watched.save(state, 1)
+        watched.saver.add_scores(1, {"top1": 0.5})
+        while watched.saver.busy:
+            time.sleep(0.01)
+        assert scored == []
+    for step in (2, 3, 4):  # two are kept, and the best
+        watched.save(state, step)
+    watched.saver.finish(30)
+    assert [(saved.step, saved.top1, saved.meta["best_top1"]) for saved in scored] == [(1, 0.5, 0.5)]
+    top = checkpoint.best(Storage(tmp_path))
+    assert top is not None
+    assert top.step == 1
+    assert watched.saver.newest is not None
+    assert watched.saver.newest.step == 4
+
+
 def test_scores_of_a_checkpoint_that_gave_way_are_left(
     tmp_path: Path, cfg: Config, state: TrainState, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -226,7 +226,7 @@ def test_a_failure_that_mlflow_cannot_be_told_of_stays_that_failure(monkeypatch:
 
     here = SimpleNamespace(run=SimpleNamespace(name="x"))
     monkeypatch.setattr(driver, "connected", lambda *_: nullcontext())
-    monkeypatch.setattr(driver, "mark_failed", away)
+    monkeypatch.setattr(driver, "_mark_failed", away)
     monkeypatch.setattr(launch, "TrainController", Failing)
     monkeypatch.setattr(runs, "prepare", lambda *_: nullcontext(here))
     told = list[str]()

@@ -120,7 +120,7 @@ def test_a_call_to_mlflow_that_never_ends_does_not_keep_the_training(
     target = Target("http://127.0.0.1:9", "x", str(tmp_path), "t")
     tracker = Tracker(target, tmp_path / "mlflow", lambda _: None)
     tracker.metrics(1, {"loss": 0.0})
-    assert tracker.close("FINISHED", 0.2, lambda: beats.append(time.monotonic())) == 2
+    assert tracker.close("FINISHED", 0.2, heartbeat=lambda: beats.append(time.monotonic())) == 2
     assert hanging.is_set()
     assert len(beats) > 2
     left.set()

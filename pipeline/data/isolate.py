@@ -72,26 +72,38 @@ class Isolation:
     warn: Callable[[str], None]
     heartbeat: Callable[[], None] = lambda: None
 
-    def search(self, requests: Sequence[Request], known: Sequence[int]) -> dict[int, str]:
-        """The rows that kill the process that decodes these requests, or that DALI refuses, with the reason.
+    def search(
+        self, requests: Sequence[Request], known: Sequence[int], keep: Callable[[int, str], None], until: float
+    ) -> None:
+        """Find the rows that kill the process that decodes these requests, or that DALI refuses.
 
         Args:
             known: rows to leave out. More than `max_bad_fraction` of the index are not looked for.
+            keep: called with each row that is found and the reason, at once.
+            until: of the monotonic clock; what is found until then has to do.
         """
-        found: dict[int, str] = {}
-        most = most_broken(self.cfg.max_bad_fraction, len(self.index)) - len(known)
+        found = set(known)
+        most = most_broken(self.cfg.max_bad_fraction, len(self.index))
+
+        def note(rows: dict[int, str]) -> None:
+            for row, reason in rows.items():
+                found.add(row)
+                keep(row, reason)
+
         try:
             while requests and len(found) <= most:
-                avoided = frozenset([*known, *found])
-                tried = self._try([(request, avoided) for request in requests])
-                found |= tried.refused
+                if time.monotonic() > until:
+                    self.warn(f"{len(requests)} batches are left where images may kill the process that decodes them")
+                    return
+                tried = self._try([(request, frozenset(found)) for request in requests])
+                note(tried.refused)
                 if tried.death is None:
-                    break
+                    return
                 requests = requests[tried.num_done :]
                 if tried.refused:  # it may be for these, and not for the images of its last request, that it died
                     continue
-                killers = self._killers(requests[0], frozenset([*known, *found]))
-                found |= dict.fromkeys(killers, f"it kills the process that decodes it ({tried.death})")
+                killers = self._killers(requests[0], frozenset(found))
+                note(dict.fromkeys(killers, f"it kills the process that decodes it ({tried.death})"))
                 if not killers:
                     self.warn(
                         f"decoding {len(requests[0])} images ended a process ({tried.death}), and none of them alone "
@@ -100,7 +112,6 @@ class Isolation:
                     requests = requests[1:]
         except CannotTellError as e:
             self.warn(f"whether an image kills the process that decodes it cannot be found out: {e}")
-        return found
 
     def _killers(self, request: Request, avoided: frozenset[int]) -> set[int]:
         """The rows of a request that killed a child; none where they do not do it again."""

@@ -3,6 +3,7 @@
 Reads each image's header, so that crops can be drawn before anything is decoded.
 """
 
+import errno
 import os
 import re
 from collections.abc import Callable
@@ -85,20 +86,25 @@ class Row(NamedTuple):
         return cls(printable(file), printable(name), offset, reason=printable(reason))
 
 
-def image_file(path: Path) -> Header:
+def image_file(path: Path, root: Path | None = None) -> Header:
     """An image file of this machine, of which no pixels are read if it is sound.
+
+    Args:
+        root: the folder that it was found in, of which a mount may go.
 
     Raises:
         Unusable: it cannot be trained on. OSError: nothing can be said of it, as the storage fails.
     """
     try:
         if not path.is_file():
-            raise Unusable("not a file" if path.exists() else "no such file")
+            if path.exists():
+                raise Unusable("not a file")
+            raise FileNotFoundError(errno.ENOENT, "no such file")
         f = path.open("rb")
     except OSError as e:
-        if not says_of_one_file(e, path.parent):
+        if root is not None and not says_of_one_file(e, root):
             raise
-        raise Unusable(f"not readable ({e.strerror})") from None
+        raise Unusable("no such file" if e.errno == errno.ENOENT else f"not readable ({e.strerror})") from None
     with f:
         return look(f)
 

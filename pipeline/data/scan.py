@@ -100,7 +100,7 @@ def _open(root: Storage, file: str) -> Any:
 def _image(root: Storage, file: str) -> Row:
     def header() -> Header:
         if root.local:
-            return image_file(root.local / file)
+            return image_file(root.local / file, root.local)
         return look(io.BytesIO(root.read_bytes(file)))  # all of it: faults of the network are none of the image
 
     return Row.of(file, "", 0, lambda: Label(text=file.partition("/")[0]), header)
