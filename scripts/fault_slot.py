@@ -39,9 +39,12 @@ NUM_IMAGES = {"train": 4, "val": 2}  # of each digit
 BOUND_S = 60.0  # of one process; of one that hangs, by the fast clock, twenty minutes:
 HANGS_BOUND_S = 25.0
 MAX_ATTEMPTS = 20
+SLOW = "where a mount hangs, stop it twice"  # the driver says so
 
 
-def forked(function: Callable[[], object], log: Path, bound_s: float = BOUND_S) -> int | None:
+def forked(
+    function: Callable[[], object], log: Path, bound_s: float = BOUND_S, given_up: Callable[[], bool] = lambda: False
+) -> int | None:
     """The exit code (negative: the signal) of a process that calls `function`; None where it had to be killed."""
     pid = os.fork()
     if pid == 0:
@@ -58,7 +61,7 @@ def forked(function: Callable[[], object], log: Path, bound_s: float = BOUND_S) 
         finally:
             os._exit(code)
     deadline = time.monotonic() + bound_s
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and not given_up():
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
             return os.waitstatus_to_exitcode(status)
@@ -147,8 +150,10 @@ class Slot:
         for name, _ in self.place.storage.walk():
             self.place.storage.download(name, self._saved / "remote" / name)
 
-    def _forked(self, function: Callable[[], object], bound_s: float = BOUND_S) -> int | None:
-        return forked(function, self.place.control / "log", bound_s)
+    def _forked(
+        self, function: Callable[[], object], bound_s: float = BOUND_S, given_up: Callable[[], bool] = lambda: False
+    ) -> int | None:
+        return forked(function, self.place.control / "log", bound_s, given_up)
 
     def command(self, part: int, fault: Fault | None) -> Ended:
         """What `pipeline train` does: processes, until one gets to the end or must not be followed by another."""
@@ -162,7 +167,8 @@ class Slot:
             def one() -> None:
                 small_run.attempt(self.place, cfg, fault, again=again, begun=before, faults=faults)  # noqa: B023
 
-            code = self._forked(one, HANGS_BOUND_S if fault and fault.kind == HANGS else BOUND_S)
+            bound_s = HANGS_BOUND_S if fault and fault.kind == HANGS else BOUND_S
+            code = self._forked(one, bound_s, lambda: not before and self._is_told_to_stop())  # noqa: B023
             self._end_hang()
             events = self._take_events()
             kind, text = self._result(code, heard=bool(events))
@@ -172,7 +178,8 @@ class Slot:
                 if event["kind"] == "checkpoint":
                     budget.saved(event["step"])
             if code is None:
-                return Ended("hangs", "nobody ends it", failures)
+                is_told = not before and any(SLOW in event.get("text", "") for event in events)
+                return Ended(*(("told", SLOW) if is_told else ("hangs", "nobody ends it")), failures)
             if kind == "done":
                 return Ended("done", "", failures)
             if kind in get_args(DriverEnd) and not driver_is_replaced(kind, again or begun):
@@ -191,6 +198,11 @@ class Slot:
         result = json.loads(file.read_text(encoding="utf-8"))
         file.unlink()
         return result["kind"], result["text"]
+
+    def _is_told_to_stop(self) -> bool:
+        """Whether the user is told that a mount may hang, and stops the command by a second Ctrl-C."""
+        file = self.place.control / "events"
+        return file.exists() and SLOW in file.read_text(encoding="utf-8")
 
     def _take_events(self) -> list[Event]:
         file = self.place.control / "events"

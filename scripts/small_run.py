@@ -37,7 +37,6 @@ from pipeline.state import TrainState
 from pipeline.storage import Storage
 from pipeline.supervise import Request
 from pipeline.train import fit
-from pipeline.watchdog import Watchdog
 
 ROOT = Path(__file__).parent.parent
 NAME = "small"
@@ -123,6 +122,7 @@ def attempt(
     try:
         request = Request(cfg, None, FailureBudget(0), faults, again, begun, clock.time())
         with _opened(request, emit) as job:
+            emit({"kind": "run"})
             marks = (("command", clock.time()), ("run", clock.time()))
             context = Context(0, 1, torch.device("cpu"), 1, emit, faults=faults, marks=marks, restarted=again)
             try:
@@ -147,8 +147,8 @@ def _opened(request: Request, watch: Callable[[Event], None]) -> Iterator[Job]:
     supervisor: Any = SimpleNamespace(request=request, wants_stop=threading.Event(), warn=warn, event=watch)
     launch.TrainController = lambda *_, **__: None  # type: ignore[assignment, misc]
     with contextlib.ExitStack() as stack:
-        with Watchdog(request.cfg.cluster.timeout_s) as watchdog:
-            job, _ = stack.enter_context(driver._opened(supervisor, watchdog.feed))
+        with driver._watched(supervisor) as heartbeat:
+            job, _ = stack.enter_context(driver._opened(supervisor, heartbeat))
         yield job
 
 
