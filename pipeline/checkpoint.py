@@ -12,6 +12,7 @@ Which one to resume from is found by reading the storage, not by anyone's record
 
 import errno
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -205,40 +206,29 @@ def _read_own(place: Storage, training_id: str | None, whole: bool) -> Checkpoin
     return found
 
 
-def best(folder: Storage) -> Checkpoint | None:
-    """The checkpoint with the highest top-1; of equals the newest. Reads no state."""
-    scored = [(c.top1, c.step, c) for c in _listed(folder) if c.top1 is not None]
-    return max(scored, key=lambda item: item[:2])[2] if scored else None
+class _StateFile(io.BufferedWriter):
+    """A file for torch to write: an error such as a full disk's is kept, which torch's own complaint hides."""
 
+    def __init__(self, path: Path):
+        super().__init__(io.FileIO(path, "w"))
+        self.error = OSError(errno.EIO, "torch cannot write it", str(path))
 
-def prune(folder: Storage, keep: int) -> None:
-    """Delete all but the newest `keep` and the best, and what is left of older ones whose deletion broke off."""
-    listed = sorted(_listed(folder), key=lambda c: c.step)
-    for name in folder.names() if listed else []:
-        if "step_" <= name < listed[-1].place.name and META not in (folder / name).sizes():
-            (folder / name).remove()
-    spared = {c.step for c in listed[-keep:]}
-    if top := best(folder):
-        spared.add(top.step)
-    for checkpoint in listed:
-        if checkpoint.step not in spared:
-            checkpoint.place.remove()
-    for leftover in folder.scratch.glob(".step_*"):  # of a killed process: only one process writes here at a time
-        shutil.rmtree(leftover, ignore_errors=True)
-    if not folder.local:  # the newest may be uploaded to MLflow, or be resumed from
-        for copy in sorted(folder.scratch.glob("step_*"))[:-1]:
-            shutil.rmtree(copy, ignore_errors=True)
+    def write(self, content: Any) -> int:
+        try:
+            return super().write(content)
+        except OSError as e:
+            self.error = e
+            raise
 
 
 def _write_state(state: dict[str, Any], path: Path) -> None:
     import torch
 
-    with path.open("wb") as f:  # given the path instead, torch holds the GIL for long
+    with _StateFile(path) as f:  # given the path instead, torch holds the GIL for long
         try:
             torch.save(state, f)
-        except RuntimeError as e:  # torch's own complaint, in which a full disk's OSError is lost
-            free = shutil.disk_usage(path.parent).free
-            raise OSError(errno.EIO, f"torch cannot write it ({free / 2**20:.0f} MiB free)", str(path)) from e
+        except RuntimeError as e:
+            raise f.error from e
 
 
 def read_meta(place: Storage) -> dict[str, Any]:
@@ -258,18 +248,6 @@ def read_meta(place: Storage) -> dict[str, Any]:
         raise CheckpointError(f"{place}: no usable {META} ({type(e).__name__}: {e})") from None
     assert isinstance(meta, dict)
     return meta
-
-
-def _listed(folder: Storage) -> list[Checkpoint]:
-    """Checkpoints by their meta.json alone; those without a readable one are left to `newest_valid` to report."""
-    listed = []
-    for name in folder.names():
-        if name.startswith("step_"):
-            try:
-                listed.append(Checkpoint(folder / name, folder.scratch / name, read_meta(folder / name)))
-            except CheckpointError:
-                continue
-    return listed
 
 
 def _digest(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pipeline import checkpoint
+from pipeline import checkpoint, retention
 from pipeline.checkpoint import META, Checkpoint
 from pipeline.data.index import Index
 from pipeline.data.loader import EvalLoader
@@ -225,7 +225,7 @@ class Recorder:
             self._saver.finish(cfg.cluster.timeout_s)
             self._heartbeat()
             retry(lambda: self._identity.end().write(self._job.run), self._ctx.warn, cfg.cluster.timeout_s)
-            top = checkpoint.best(self._job.checkpoints)
+            top = retention.best_of(retention.own(self._job.checkpoints, self._identity.training_id))
         newest = self._saver.newest
         assert newest is not None, "a session ends with a checkpoint"
         chosen = {"last": newest, "best": top}.get(cfg.mlflow.checkpoints)

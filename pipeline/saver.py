@@ -1,10 +1,11 @@
 """Checkpoints beside training: the loop pays for one copy in memory, a thread does the rest.
 
 One checkpoint is written at a time. The thread tries again while the disk is full or the storage away; a
-newer checkpoint then takes the place of the one that could not be written. Of one step there is one: its scores are
-added once they are known.
+newer checkpoint then takes the place of the one that could not be written. On a full disk the oldest one gives way. Of
+one step there is one: its scores are added once they are known.
 """
 
+import errno
 import threading
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-from pipeline import checkpoint
+from pipeline import checkpoint, retention
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import Config
 from pipeline.failures import backoff
@@ -136,9 +137,11 @@ class Saver:
         self._problem = None
 
     def _write(self, state: dict[str, Any], meta: dict[str, Any]) -> None:
-        began = time.monotonic()
+        began, training = time.monotonic(), meta["training_id"]
         saved = self._persist(
-            f"checkpoint of step {state['step']}", lambda: checkpoint.save(self._folder, state, self._cfg, meta)
+            f"checkpoint of step {state['step']}",
+            lambda: checkpoint.save(self._folder, state, self._cfg, meta),
+            lambda: retention.make_room(self._folder, training, self.newest.step if self.newest else None),
         )
         if saved is None:
             return
@@ -149,7 +152,7 @@ class Saver:
         if self._unscored:  # one of them may be the best
             return
         try:
-            checkpoint.prune(self._folder, self._cfg.checkpoint.keep)
+            retention.prune(self._folder, self._cfg.checkpoint.keep, training, saved.step)
         except OSError as e:
             self._report(f"old checkpoints in {self._folder} cannot be deleted: {e}")
 
@@ -170,23 +173,42 @@ class Saver:
             self.newest = scored
         self._scored(scored)
 
-    def _persist(self, what: str, write: Callable[[], Checkpoint]) -> Checkpoint | None:
+    def _persist(
+        self, what: str, write: Callable[[], Checkpoint], make_room: Callable[[], Checkpoint | None] = lambda: None
+    ) -> Checkpoint | None:
         """What `write` makes, tried until the storage takes it; None where a newer checkpoint came first."""
+        tries = 0
         for pause in backoff():
             try:
                 self._guard()
                 saved = write()
             except OSError as e:
-                self.num_failed_tries += 1
-                self._problem = str(e)
-                self._report(f"the {what} cannot be written, trying again: {e}")
+                self.num_failed_tries, tries = self.num_failed_tries + 1, tries + 1
+                if self._problem != (problem := str(e)):  # the same again is told at its end
+                    self._report(f"the {what} cannot be written, trying again: {problem}")
+                self._problem = problem
+                if e.errno in (errno.ENOSPC, errno.EDQUOT) and self._frees(make_room, what):
+                    continue
                 if self._replaced.wait(pause):
-                    self._report(f"the {what} gives way to a newer one")
+                    self._report(f"the {what} gives way to a newer one, after {tries} tries")
                     return None
             else:
                 self._problem = None
+                if tries:
+                    self._report(f"the {what} is written, after {tries} tries that failed")
                 return saved
         raise AssertionError("the pauses never end")
+
+    def _frees(self, make_room: Callable[[], Checkpoint | None], what: str) -> bool:
+        """Whether a checkpoint could be deleted for a new one."""
+        try:
+            oldest = make_room()
+        except OSError as e:
+            self._report(f"the checkpoints in {self._folder} cannot be read: {e}")
+            return False
+        if oldest is not None:
+            self._report(f"{oldest.place} gives way to the {what}: the disk is full")
+        return oldest is not None
 
 
 def to_host(value: Any, buffers: Any) -> Any:

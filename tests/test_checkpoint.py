@@ -319,31 +319,9 @@ def test_where_none_can_be_read_nothing_is_said_of_damage(
         checkpoint.newest_valid(Storage(tmp_path), lambda _: None)
 
 
-def test_pruning_keeps_the_newest_and_the_best(save: Callable[..., Path], tmp_path: Path) -> None:
-    for step, top1 in [(1, 0.2), (2, 0.9), (3, None), (4, 0.5), (5, None), (6, 0.9 - 1e-9)]:
-        save(step, top1)
-    (tmp_path / ".step_00000009.123").mkdir()
-    top = checkpoint.best(Storage(tmp_path))
-    assert top is not None
-    assert top.step == 2
-    checkpoint.prune(Storage(tmp_path), keep=2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000002", "step_00000005", "step_00000006"]
-
-
-def test_pruning_ends_a_deletion_that_broke_off(save: Callable[..., Path], tmp_path: Path) -> None:
-    """A killed process leaves what has no meta.json any more; the newest may be one that is being written."""
-    for step in (1, 2, 3):
-        save(step)
-    (tmp_path / "step_00000001" / checkpoint.META).unlink()
-    shutil.copytree(tmp_path / "step_00000001", tmp_path / "step_00000004")
-    checkpoint.prune(Storage(tmp_path), keep=2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000002", "step_00000003", "step_00000004"]
-
-
 def test_an_empty_or_missing_folder_has_no_checkpoint(tmp_path: Path) -> None:
     assert checkpoint.newest_valid(Storage(tmp_path), pytest.fail) is None
     assert checkpoint.newest_valid(Storage(tmp_path / "none"), pytest.fail) is None
-    assert checkpoint.best(Storage(tmp_path)) is None
 
 
 def test_a_moved_checkpoint_still_reads(save: Callable[..., Path], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import itertools
 import os
 import re
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import checkpoint
+from pipeline import checkpoint, retention
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import Config
 from pipeline.saver import Saver, to_host
@@ -144,6 +145,43 @@ def test_a_full_disk_is_told_and_tried_again(small_disk: Path, cfg: Config, stat
     assert sorted(p.name for p in small_disk.iterdir()) == ["step_00000001", "step_00000003"]
 
 
+def test_on_a_disk_full_of_its_own_checkpoints_the_oldest_gives_way(
+    small_disk: Path, cfg: Config, state: TrainState
+) -> None:
+    three = dataclasses.replace(cfg, checkpoint=dataclasses.replace(cfg.checkpoint, keep=3))
+    watched = Watched(small_disk, three)
+    for step in (1, 2, 3, 4):
+        watched.save(state, step)
+    watched.saver.finish(60)
+    assert [saved.step for saved in watched.written] == [1, 2, 3, 4]
+    assert sorted(p.name for p in small_disk.iterdir()) == ["step_00000003", "step_00000004"]
+    text = " ".join(watched.reports)
+    assert "step_00000001 gives way to the checkpoint of step 3: the disk is full" in text
+    assert "No space left on device" in text
+    assert "the checkpoint of step 3 is written, after 1 tries that failed" in text
+
+
+def test_a_failure_that_lasts_is_told_once_and_at_its_end(
+    tmp_path: Path, cfg: Config, state: TrainState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, fails = checkpoint.save, iter([True] * 5 + [False])
+
+    def full(*args: Any) -> Checkpoint:
+        if next(fails):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*args)
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    monkeypatch.setattr("pipeline.saver.backoff", lambda: itertools.repeat(0))
+    watched = Watched(tmp_path, cfg)
+    watched.save(state, 1)
+    watched.saver.finish(30)
+    assert [re.sub(": .*", "", report) for report in watched.reports] == [
+        "the checkpoint of step 1 cannot be written, trying again",
+        "the checkpoint of step 1 is written, after 5 tries that failed",
+    ]
+
+
 def test_giving_up_is_told_with_the_reason(
     tmp_path: Path, cfg: Config, state: TrainState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,7 +264,7 @@ def test_scores_that_could_not_be_written_are_made_up_for(
         watched.save(state, step)
     watched.saver.finish(30)
     assert [(saved.step, saved.top1, saved.meta["best_top1"]) for saved in scored] == [(1, 0.5, 0.5)]
-    top = checkpoint.best(Storage(tmp_path))
+    top = retention.best_of(retention.own(Storage(tmp_path), None))
     assert top is not None
     assert top.step == 1
     assert watched.saver.newest is not None

@@ -13,7 +13,7 @@ import torch
 from s3 import s3_storage
 from web import web_server
 
-from pipeline import checkpoint
+from pipeline import checkpoint, retention
 from pipeline.failures import CheckpointError, retry
 from pipeline.settings import load
 from pipeline.state import TrainState
@@ -183,7 +183,7 @@ def test_the_newest_whole_checkpoint_is_found(folder: Storage, save: Callable[[i
 def test_old_ones_are_deleted_everywhere(folder: Storage, save: Callable[[int], Storage]) -> None:
     for step in (1, 2, 3):
         save(step)
-    checkpoint.prune(folder, keep=2)
+    retention.prune(folder, 2, None, 0)
     steps = ["step_00000002", "step_00000003"]
     assert [name for name in folder.names() if name.startswith("step")] == steps
     copies = steps if folder.local else steps[-1:]

@@ -1,0 +1,69 @@
+"""Which checkpoints of a run stay: the newest, the best, and what a session has written or goes on from.
+
+What is damaged, of another training or of a later version is nobody's to delete here, and takes no other's place.
+"""
+
+import shutil
+from collections.abc import Collection
+
+from pipeline.checkpoint import CONFIG, FORMAT, META, STATE, Checkpoint, read_meta
+from pipeline.failures import CheckpointError
+from pipeline.storage import Storage
+
+
+def own(folder: Storage, training_id: str | None) -> list[Checkpoint]:
+    """A training's checkpoints (None: anyone's), oldest first, which are sound as far as meta.json and sizes tell."""
+    found = []
+    for name in folder.names():
+        if name.startswith("step_"):
+            try:
+                meta, sizes = read_meta(folder / name), (folder / name).sizes()
+            except CheckpointError:  # left to `newest_valid` to report
+                continue
+            whole = all(sizes.get(file) == meta["files"].get(file, {}).get("size") for file in (STATE, CONFIG))
+            if whole and meta["format"] == FORMAT and training_id in (None, meta["training_id"]):
+                found.append(Checkpoint(folder / name, folder.scratch / name, meta))
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def best_of(checkpoints: Collection[Checkpoint]) -> Checkpoint | None:
+    """The checkpoint with the highest top-1; of equals the newest."""
+    scored = [(c.top1, c.step, c) for c in checkpoints if c.top1 is not None]
+    return max(scored, key=lambda item: item[:2])[2] if scored else None
+
+
+def prune(folder: Storage, keep: int, training_id: str | None, valid: int) -> None:
+    """Delete all of a training's but the newest `keep` and the best, and what is left of deletions that broke off.
+
+    Args:
+        valid: step of one that is known to be valid, and stays.
+    """
+    found = own(folder, training_id)
+    for name in folder.names() if found else []:
+        if "step_" <= name < found[-1].place.name and META not in (folder / name).sizes():
+            (folder / name).remove()
+    for checkpoint in _old(found, keep, valid):
+        checkpoint.place.remove()
+    for leftover in folder.scratch.glob(".step_*"):  # of a killed process: only one process writes here at a time
+        shutil.rmtree(leftover, ignore_errors=True)
+    if not folder.local:  # the newest may be uploaded to MLflow, or be resumed from
+        for copy in sorted(folder.scratch.glob("step_*"))[:-1]:
+            shutil.rmtree(copy, ignore_errors=True)
+
+
+def make_room(folder: Storage, training_id: str | None, valid: int | None) -> Checkpoint | None:
+    """Delete the oldest checkpoint of a training, on a disk that is full; never the newest, the best or a `valid` one.
+
+    Returns:
+        What was deleted, if there was one.
+    """
+    old = _old(own(folder, training_id), 1, valid) if folder.local else []
+    if not old:
+        return None
+    old[0].place.remove()
+    return old[0]
+
+
+def _old(found: list[Checkpoint], keep: int, valid: int | None) -> list[Checkpoint]:
+    top = best_of(found)
+    return [c for c in found[:-keep] if c is not top and c.step != valid]
