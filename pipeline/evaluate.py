@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.data.loader import EvalLoader
-from pipeline.failures import FatalError
+from pipeline.failures import NonFiniteError
 from pipeline.memory import InParts
 from pipeline.predictions import TOP, Predictions
 from pipeline.step import autocast
@@ -23,10 +23,6 @@ from pipeline.step import autocast
 
 class StoppedError(Exception):
     """The evaluation was to leave off; nothing is known of the weights."""
-
-
-class NonFiniteError(FatalError):
-    """What the network computes became NaN or infinite; the text says where."""
 
 
 @torch.inference_mode()

@@ -53,6 +53,10 @@ class FatalError(RuntimeError):
     """Ends the run: waiting changes nothing, and a new attempt would meet it again."""
 
 
+class NonFiniteError(FatalError):
+    """What the network computes became NaN or infinite; the text says where."""
+
+
 class CheckpointError(RuntimeError):
     """A checkpoint that must not be loaded; the text says which and why."""
 

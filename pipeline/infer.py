@@ -16,7 +16,8 @@ from pipeline.data.build import index_files, open_index
 from pipeline.data.index import Index
 from pipeline.data.loader import EvalLoader, Place, Views
 from pipeline.data.rows import printable
-from pipeline.evaluate import NonFiniteError, evaluate, log_probabilities
+from pipeline.evaluate import evaluate, log_probabilities
+from pipeline.failures import NonFiniteError
 from pipeline.killers import known_killers
 from pipeline.memory import InParts
 from pipeline.precision import emulation, hardware_of, settle

@@ -1,9 +1,9 @@
 """Where the time goes: a ledger that splits a training's wall time into phases without overlap."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:  # torch takes seconds to import, and the user's own process does without it
@@ -24,7 +24,7 @@ class Ledger:
 
     On a GPU the clock is its stream's: a phase lasts from when the device comes to its first mark to when it comes to
     the next one. So waiting for data counts only where the device ran dry, and computing where it computes. The marks
-    are events, read when the host has waited for the device anyway.
+    are events, read once the device has come to them.
 
     Args:
         phase: what the time from now on is counted to.
@@ -35,7 +35,7 @@ class Ledger:
     def __init__(self, phase: str, device: "torch.device | None" = None, before: Mapping[str, float] | None = None):
         self._seconds = dict(before or {})
         self._now = _event if device is not None and device.type == "cuda" else time.perf_counter
-        self._marks: list[tuple[str, Any]] = [(phase, self._now())]
+        self._marks: deque[tuple[str, Any]] = deque([(phase, self._now())])  # what is not counted yet
         self._compiling = False
         self.listener: Callable[[str], None] | None = None  # told of each phase that begins
 
@@ -68,14 +68,21 @@ class Ledger:
             yield batch
             self._compiling = False
             self.switch("data wait")
+            self._count_ended()
 
     def seconds(self) -> dict[str, float]:
         """Per phase, up to now. On a GPU this waits for the device."""
         self.switch(self._marks[-1][0])
-        for (name, began), (_, ended) in pairwise(self._marks):
-            self._seconds[name] = self._seconds.get(name, 0.0) + _between(began, ended)
-        del self._marks[:-1]
+        if not isinstance(end := self._marks[-1][1], float):
+            end.synchronize()
+        self._count_ended()
         return dict(self._seconds)
+
+    def _count_ended(self) -> None:
+        """Count the phases that are over; a device is some steps behind, and a week's marks must not gather."""
+        while len(self._marks) > 1 and _is_over(self._marks[1][1]):
+            name, began = self._marks.popleft()
+            self._seconds[name] = self._seconds.get(name, 0.0) + _between(began, self._marks[0][1])
 
 
 def _event() -> "torch.cuda.Event":
@@ -86,12 +93,14 @@ def _event() -> "torch.cuda.Event":
     return event
 
 
+def _is_over(mark: Any) -> bool:
+    """Whether the device has come to it."""
+    return isinstance(mark, float) or bool(mark.query())
+
+
 def _between(began: Any, ended: Any) -> float:
-    """Seconds between two marks."""
-    if isinstance(began, float):
-        return float(ended - began)
-    ended.synchronize()
-    return float(began.elapsed_time(ended)) / 1000
+    """Seconds between two marks that are over."""
+    return float(ended - began) if isinstance(began, float) else float(began.elapsed_time(ended)) / 1000
 
 
 def total(seconds: Mapping[str, float], *names: str) -> float:

@@ -86,6 +86,7 @@ class Saver:
 
         Raises:
             TimeoutError: one is being written for longer than cluster.timeout_s: the storage hangs.
+            NonFiniteError: the state has become useless: every resume would begin with it.
         """
         if self.has(state.step):
             return
@@ -96,6 +97,7 @@ class Saver:
             self._is_postponed = True
             return
         began = time.monotonic()
+        state.check_finite()
         self._settle()
         self._step, self.is_scored_later, self._is_postponed = state.step, is_scored_later, False
         self._host = to_host(state.state_dict(), self._host)

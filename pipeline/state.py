@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import Config, ConfigError
+from pipeline.failures import NonFiniteError
 from pipeline.model import ResNet
 from pipeline.optim import make_optimizer
 
@@ -86,6 +87,28 @@ class TrainState:
         if self.scaler.is_enabled() and saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
         self.step, self.best_top1 = saved["step"], saved["best_top1"]
+
+    @torch.no_grad()
+    def check_finite(self) -> None:
+        """Raise NonFiniteError, naming the first tensor, where what is learned or averaged is NaN or infinite.
+
+        Cheaper than a step: a maximum over each tensor, read at once.
+        """
+        named = [(f"model.{name}", t) for name, t in self.model.state_dict().items()]
+        named += [(f"ema.{name}", t) for name, t in (self.ema.state_dict() if self.ema else {}).items()]
+        for i, values in self.optimizer.state_dict()["state"].items():
+            named += [(f"optimizer.{i}.{name}", t) for name, t in values.items() if isinstance(t, Tensor)]
+        named = [(name, t) for name, t in named if t.is_floating_point() and t.numel()]
+        by_device: dict[torch.device, list[tuple[str, Tensor]]] = {}  # Adam counts its steps on the CPU
+        for name, t in named:
+            by_device.setdefault(t.device, []).append((name, t))
+        for group in by_device.values():
+            largest = torch._foreach_norm([t for _, t in group], torch.inf)
+            finite = torch.stack([value.float() for value in largest]).isfinite()
+            if not finite.all():
+                name = group[int(finite.logical_not().nonzero()[0])][0]
+                what = f"{name} is not finite after step {self.step}, which is not saved"
+                raise NonFiniteError(f"{what}; checkpoints before it are untouched")
 
     def _load_optimizer(self, saved: dict[str, Any]) -> None:
         """torch checks neither whose state it is nor its shapes."""

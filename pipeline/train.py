@@ -18,8 +18,8 @@ from pipeline.config import Config, ConfigError
 from pipeline.data.index import Index, load_index
 from pipeline.data.loader import EvalLoader, Place, TrainLoader
 from pipeline.data.request import stream
-from pipeline.evaluate import NonFiniteError, StoppedError, evaluate, sync_buffers
-from pipeline.failures import READ_CHECKPOINT_S, CheckpointError, retry
+from pipeline.evaluate import StoppedError, evaluate, sync_buffers
+from pipeline.failures import READ_CHECKPOINT_S, CheckpointError, NonFiniteError, retry
 from pipeline.identity import Identity
 from pipeline.job import Context, Job
 from pipeline.killers import avoid_killers

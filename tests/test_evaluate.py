@@ -14,7 +14,8 @@ from pipeline.config import DataConfig, ModelConfig
 from pipeline.data.build import build_index
 from pipeline.data.index import load_index
 from pipeline.data.loader import EvalLoader, Place
-from pipeline.evaluate import NonFiniteError, evaluate, sync_buffers
+from pipeline.evaluate import evaluate, sync_buffers
+from pipeline.failures import NonFiniteError
 from pipeline.memory import InParts
 from pipeline.model import ResNet
 

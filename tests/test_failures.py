@@ -9,13 +9,13 @@ import pytest
 from pipeline import failures, supervise
 from pipeline.config import ConfigError
 from pipeline.data.fetch import BadDataError
-from pipeline.evaluate import NonFiniteError
 from pipeline.failures import (
     ClusterLostError,
     DamagedError,
     FailureBudget,
     FatalError,
     Interrupted,
+    NonFiniteError,
     TrainingFailedError,
 )
 from pipeline.identity import SupersededError

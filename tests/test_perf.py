@@ -108,6 +108,38 @@ def test_marks_cost_next_to_nothing() -> None:
     assert 6 * min(costs) < 0.005 * 0.005
 
 
+class SlowEvent:
+    """As torch.cuda.Event of a device that is some marks behind."""
+
+    made = 0
+
+    def __init__(self) -> None:
+        SlowEvent.made += 1
+        self.number = SlowEvent.made
+
+    def query(self) -> bool:
+        return self.number < SlowEvent.made - 20
+
+    def synchronize(self) -> None:
+        SlowEvent.made += 20
+
+    def elapsed_time(self, later: "SlowEvent") -> float:
+        return 1000.0 * (later.number - self.number)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_marks_do_not_gather(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks but the first ask for no seconds, and rank 0 only where it logs."""
+    monkeypatch.setattr("pipeline.perf._event", SlowEvent)
+    ledger = Ledger("forward", torch.device(device))
+    for _ in ledger.steps(iter(range(1000))):
+        for name in ("backward", "communication wait", "optimizer"):
+            ledger.switch(name)
+    assert len(ledger._marks) < 30
+    if device == "cuda":
+        assert ledger.seconds()["backward"] == 1000
+
+
 def test_sessions_add_up_to_the_wall_time_since_the_first(job: Callable[..., Job]) -> None:
     """A session that ends, one whose end is never told, and one that goes on from the checkpoint before."""
     five = job("run.stop_at_step=5", "train.steps=15")

@@ -17,13 +17,15 @@ from odd_images import as_text, damaged_jpeg, encode, write_odd_folder
 from PIL import Image
 from ranks import context, run_ranks
 
-from pipeline import checkpoint, lock, runs, train, weights
+from pipeline import checkpoint, lock, runs, step, train, weights
 from pipeline.config import ConfigError
 from pipeline.evaluate import evaluate
+from pipeline.failures import NonFiniteError
 from pipeline.identity import Identity, SupersededError
 from pipeline.job import Event, Job
 from pipeline.predictions import Predictions
 from pipeline.settings import load
+from pipeline.state import TrainState
 from pipeline.storage import Storage
 from pipeline.train import NonFiniteLossError, fit
 
@@ -183,6 +185,35 @@ def test_a_non_finite_loss_names_step_rate_and_samples(job: Callable[..., Job]) 
     ):
         fit(broken, context())
     assert broken.checkpoints.names() == []
+
+
+@pytest.mark.parametrize("where", ["fc.weight", "layer1.0.bn1.running_var", "ema", "momentum"])
+def test_a_state_that_is_no_number_is_not_saved(
+    job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """By the last update: the loss does not tell of it yet, and each resume would begin with it."""
+    step_of = step.train_step
+
+    def breaks(state: TrainState, *args: Any, **options: Any) -> torch.Tensor:
+        loss = step_of(state, *args, **options)
+        if state.step == 4:
+            assert state.ema is not None
+            tensors = {
+                "ema": state.ema.fc.bias,
+                "momentum": state.optimizer.state[state.model.fc.bias]["momentum_buffer"],
+            }
+            tensors |= state.model.state_dict()
+            tensors[where].data.view(-1)[3] = torch.nan if where == "ema" else torch.inf
+        return loss
+
+    settings = ["train.steps=6", "checkpoint.every=4", "train.log_every=1"]
+    fit(job("run", *settings, "run.stop_at_step=2"), context())
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", breaks)
+        with pytest.raises(NonFiniteError, match=r"^(model|ema|optimizer)\..* is not finite after step 4, which"):
+            fit(job("run", *settings), context())
+    assert job("run").checkpoints.names() == ["step_00000002"]
+    assert fit(job("run", *settings), context())["status"] == "done"
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"sessions": "many"}'])
