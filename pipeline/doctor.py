@@ -52,7 +52,7 @@ def examine(cfg: Config) -> list[Check]:
         for name in ("train", "val"):
             if (source := getattr(cfg.data, name)) != NOT_GIVEN:
                 checks.append(_try_data(there, cfg, f"data.{name}", Storage(source).uri))
-        return [*checks, _try_mlflow(there, cfg, storage), _try_network(there, cfg)]
+        return [*checks, _try_mlflow(there, cfg, storage), *_try_network(there, cfg)]
 
 
 def of_workers(cfg: Config) -> Check:
@@ -76,6 +76,8 @@ def _clocks(there: Mapping[str, Node]) -> dict[str, tuple[float, float]]:
     skews: dict[str, tuple[float, float]] = {}
     for _ in range(3):
         for name, one in cluster.on_each_node(there, probes.now, patience_s=PATIENCE_S).items():
+            if isinstance(one.value, BaseException):  # it has just gone; another check will say so
+                continue
             skew = one.value - (one.asked + one.heard) / 2, (one.heard - one.asked) / 2
             skews[name] = min(skews.get(name, skew), skew, key=lambda pair: pair[1])
     return skews
@@ -122,14 +124,23 @@ def _try_mlflow(there: Mapping[str, Node], cfg: Config, storage: Storage) -> Che
     return findings.of_each("MLflow", "", one, answers, good=good, mend=mend)
 
 
-def _try_network(there: Mapping[str, Node], cfg: Config) -> Check:
-    """Sum over all workers, as a step does with its gradients."""
+def _try_network(there: Mapping[str, Node], cfg: Config) -> list[Check]:
+    """Sum over all workers, as a step does with its gradients; where those go by NCCL, by gloo as well.
+
+    Each step's message to all ranks, whether to stop or to save, goes by gloo, which may take another interface.
+    """
     backend, names = _workers(there, cfg)
     if len(names) < 2:
-        return Check("all-reduce", True, "one worker has no other to talk to")
+        return [Check("all-reduce", True, "one worker has no other to talk to")]
+    return [_try_all_reduce(there, kind, names) for kind in dict.fromkeys((backend, "gloo"))]
+
+
+def _try_all_reduce(there: Mapping[str, Node], backend: str, names: list[str]) -> Check:
     first = {names[0]: there[names[0]]}
-    port = cluster.on_each_node(first, probes.free_port, patience_s=PATIENCE_S)[names[0]].value
-    where = f"tcp://{there[names[0]].address}:{port}"
+    ports = cluster.on_each_node(first, probes.free_port, patience_s=PATIENCE_S)
+    if not (ports and isinstance(ports[names[0]].value, int)):
+        return findings.of_each("all-reduce", f"over {backend}", first, ports, good="", mend=NETWORK_MEND)
+    where = f"tcp://{there[names[0]].address}:{ports[names[0]].value}"
     calls = [(there[n].id, (backend, where, rank, len(names), NETWORK_PATIENCE_S)) for rank, n in enumerate(names)]
     num_gpus = int(backend == "nccl")
     answers = cluster.on_nodes(probes.all_reduce, calls, patience_s=PATIENCE_S + NETWORK_PATIENCE_S, num_gpus=num_gpus)

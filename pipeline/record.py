@@ -15,7 +15,7 @@ from pipeline import checkpoint, retention
 from pipeline.checkpoint import META, Checkpoint
 from pipeline.data.index import Index
 from pipeline.data.loader import EvalLoader
-from pipeline.failures import MLFLOW_END_S, MLFLOW_HANDOVER_S, READ_CHECKPOINT_S, CheckpointError, retry
+from pipeline.failures import MLFLOW_END_S, MLFLOW_HANDOVER_S, CheckpointError, retry
 from pipeline.identity import Identity
 from pipeline.job import Context, Job
 from pipeline.mlflow_run import CHECKPOINTS, tracking_uri
@@ -295,6 +295,6 @@ class Recorder:
 
     def _log_folder(self, source: Path | Storage, log: Callable[[], None]) -> None:
         try:
-            retry(log, self._ctx.warn, READ_CHECKPOINT_S)
+            retry(log, self._ctx.warn, self._job.cfg.cluster.timeout_s)
         except (OSError, CheckpointError) as e:
             self._ctx.warn(f"{source} is not uploaded to MLflow: {e}")

@@ -9,6 +9,7 @@ import errno
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from functools import cached_property
@@ -199,8 +200,21 @@ class Storage:
 
 
 def scratch_folder() -> Path:
-    """Where this machine keeps what it may lose."""
-    return Path(tempfile.gettempdir(), f"pipeline-{user_name()}")
+    """Where this machine keeps what it may lose: this user's alone, as it names the server that gets its records.
+
+    Raises:
+        PermissionError: another user has made it, where all may write.
+    """
+    folder = Path(tempfile.gettempdir(), f"pipeline-{user_name()}")
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700, parents=True)
+    status = folder.lstat()
+    if status.st_uid != os.geteuid() or not stat.S_ISDIR(status.st_mode):
+        text = f"{folder} is not a folder of this user's; have it removed, or set TMPDIR to one of your own"
+        raise PermissionError(errno.EPERM, text)
+    if stat.S_IMODE(status.st_mode) & 0o077:
+        folder.chmod(0o700)
+    return folder
 
 
 def fsync(path: Path) -> None:

@@ -86,6 +86,8 @@ def _prepare(address: str, port: int) -> None:
     from ray.train.torch.config import _set_torch_distributed_env_vars
 
     os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
+    # torch's own default; Ray's is 1, by which an aborted communicator may let a rank go on with what is not summed.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")
     _set_torch_distributed_env_vars()
 
 

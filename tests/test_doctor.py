@@ -18,9 +18,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from s3 import free_port
 from test_gauges import OF_GPUS, shown
 
+from pipeline import doctor as doctors
 from pipeline import findings
 from pipeline.cluster import Answer
 from pipeline.cluster import Node as Member
+from pipeline.settings import load
 
 pytestmark = pytest.mark.timeout(400)  # a busy machine starts clusters slowly
 GIB = 2**30
@@ -80,6 +82,26 @@ def test_bandwidth_is_that_of_a_ring() -> None:
     assert not check.ok
     assert findings.of_all_reduce(0.1, 4, "gloo").ok
     assert findings.of_all_reduce(0.01, 4, "nccl").ok
+
+
+def test_workers_on_gpus_talk_by_gloo_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As training does: gradients by NCCL, and each step's message to all ranks by gloo."""
+    there = {name: member(GPU=1, CPU=8) for name in "ab"}
+    cfg = load(None, ["data.train=x", "data.val=x"])
+
+    def on_nodes(_: object, calls: list[tuple[str, tuple[str, ...]]], **__: object) -> list[Answer]:
+        kind = calls[0][1][0]
+        return [heard(0.01) if kind == "nccl" else heard(OSError("no route to host")) for _ in calls]
+
+    monkeypatch.setattr("pipeline.cluster.on_nodes", on_nodes)
+    monkeypatch.setattr("pipeline.cluster.on_each_node", lambda there, *_, **__: dict.fromkeys(there, heard(1234)))
+    by_nccl, by_gloo = doctors._try_network(there, cfg)
+    assert by_nccl.ok
+    assert "over gloo: no route to host on a (rank 0), b (rank 1)" in str(by_gloo)
+    monkeypatch.setattr("pipeline.cluster.on_each_node", lambda *_, **__: {})
+    checks = doctors._try_network(there, cfg)
+    assert ["no answer in time on a" in str(check) for check in checks] == [True, True]
+    assert doctors._clocks(there) == {}
 
 
 def test_many_nodes_with_one_trouble_are_one_reason() -> None:

@@ -222,3 +222,20 @@ def _is_text(call: ast.Call) -> bool:
     words = [word.value for word in [*call.args, *(k.value for k in call.keywords)] if isinstance(word, ast.Constant)]
     modes = [word for word in words if isinstance(word, str) and re.fullmatch(r"[rwax]\+?t?", word)]
     return name in ("open", "fdopen") and bool(modes)
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "3"), ("1", "1")])
+def test_workers_that_lost_nccl_do_not_go_on(given: str | None, expected: str) -> None:
+    """Ray would set 1, under which an aborted communicator may return what was never summed."""
+    pair = {} if given is None else {"TORCH_NCCL_ASYNC_ERROR_HANDLING": given}
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("TORCH_NCCL")}
+    code = (
+        "import os; from ray.train.torch import config; from pipeline.trainer import _prepare; "
+        "config._set_torch_distributed_env_vars = lambda: None; "
+        "_prepare('127.0.0.1', 1); "
+        "config.dist.init_process_group = lambda **_: print(os.environ['TORCH_NCCL_ASYNC_ERROR_HANDLING']); "
+        "config._setup_torch_process_group('nccl', 0, 1, 'env://', 9)"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env={**environ, **pair}, text=True, capture_output=True, check=False)
+    assert done.stdout.split() == [expected], done.stderr

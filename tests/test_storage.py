@@ -227,3 +227,21 @@ def test_a_file_system_that_syncs_no_directories_is_used(tmp_path: Path, monkeyp
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="Invalid argument"):
         fsync(tmp_path / "file")
+
+
+def test_what_a_machine_keeps_is_its_users_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder where all may write, another user could have named the MLflow server that gets the records."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder = Storage("s3://bucket/runs").scratch.parent
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o755)
+    assert Storage("s3://bucket/runs").scratch.parent.stat().st_mode & 0o777 == 0o700
+    monkeypatch.setattr("os.geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(PermissionError, match=rf"{folder} is not a folder of this user's; have it removed, or set"):
+        _ = Storage("s3://bucket/runs").scratch
+    monkeypatch.undo()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder.rmdir()
+    folder.symlink_to(tmp_path)
+    with pytest.raises(PermissionError):
+        _ = Storage("s3://bucket/runs").scratch
