@@ -137,7 +137,7 @@ def _opened(supervisor: Supervisor, heartbeat: Callable[[], None]) -> Iterator[t
     from pipeline import launch, runs
 
     request, stop = supervisor.request, supervisor.wants_stop
-    deadline = time.monotonic() + request.cfg.cluster.timeout_s
+    deadline, told = time.monotonic() + request.cfg.cluster.timeout_s, ""
     with contextlib.ExitStack() as stack:
         for pause in backoff():
             heartbeat()
@@ -161,7 +161,9 @@ def _opened(supervisor: Supervisor, heartbeat: Callable[[], None]) -> Iterator[t
                     raise
                 if time.monotonic() + pause > deadline:
                     raise ClusterLostError(str(e)) from None
-                supervisor.warn(f"{e}; it was right before, trying again in {pause} s")
+                if told != str(e):
+                    supervisor.warn(f"{e}; it was right before, trying again")
+                told = str(e)
             if stop.wait(pause):
                 raise Interrupted
         yield job, controller

@@ -176,17 +176,26 @@ def retry(
     *,
     on: type[Exception] | tuple[type[Exception], ...] = OSError,
 ) -> T:
-    """What `action` returns; while it fails with one of `on`, it is tried again for `timeout_s` seconds."""
-    deadline = time.monotonic() + timeout_s
+    """What `action` returns; while it fails with one of `on`, it is tried again for `timeout_s` seconds.
+
+    What lasts is told once, and its end with the number of tries.
+    """
+    deadline, told, tries = time.monotonic() + timeout_s, "", 0
     for pause in backoff():
         try:
-            return action()
+            result = action()
         except on as e:
             if time.monotonic() + pause > deadline:
                 raise
             what = "the storage does not answer, " if isinstance(e, OSError) else ""
-            report(f"{what}trying again in {pause} s: {e}")
+            if told != (text := f"{what}trying again: {e}"):
+                report(text)
+            told, tries = text, tries + 1
             time.sleep(pause)
+        else:
+            if tries > 1:
+                report(f"it went well at last, after {tries} tries that failed")
+            return result
     raise AssertionError("the pauses never end")
 
 
