@@ -68,14 +68,12 @@ def mark_failed(job: Job, reason: str, warn: Callable[[str], None]) -> None:
 
 def _mark_failed(job: Job, reason: str) -> None:
     from pipeline.identity import Identity
-    from pipeline.mlflow_run import tracking_uri
     from pipeline.tracking import Tracker
 
     identity = Identity.read(job.run, lambda _: None)
     if identity is None:
         return
-    uri = tracking_uri(job.cfg.mlflow.uri, job.run.parent)
-    tracker = Tracker.of_run(job.cfg.mlflow, uri, job.run, identity.training_id, lambda _: None)
+    tracker = Tracker.of_run(job.cfg.mlflow, job.run, identity.training_id, lambda _: None)
     tracker.tags({"pipeline.failure": reason[:500]})
     tracker.close("FAILED", *MLFLOW_HANDOVER_S)
 

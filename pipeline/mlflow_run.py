@@ -1,10 +1,9 @@
 """The MLflow run of a training: finding or making it, and sending it records.
 
-This file and `published` alone import `mlflow`; and `served`, which MLflow runs. The driver uses this file too, and
-starts faster without torch: what imports that is imported late.
+`mlflow_store`, this file and `published` alone import `mlflow`; and `served`, which MLflow runs. The driver uses this
+file too, and starts faster without torch: what imports that is imported late.
 """
 
-import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
@@ -13,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.charts import METRICS, History
-from pipeline.config import ConfigError
-from pipeline.schema import refuse_credentials
+from pipeline.environment import SQLITE
+from pipeline.mlflow_store import is_missing, open_client, reason
 from pipeline.spool import Record
 from pipeline.storage import Storage
 
@@ -22,26 +21,6 @@ TRAINING_ID_TAG = "pipeline.training_id"
 RUN_TAG = "pipeline.run_dir"
 CHECKPOINTS, REPORT = "checkpoints", "report"  # folders of artifacts
 SESSION = uuid.uuid4().hex  # this process: a session's start that is sent by a later one is past
-
-
-def tracking_uri(configured: str | None, storage: Storage) -> str:
-    """Where runs are logged: as configured, else $MLFLOW_TRACKING_URI, else a SQLite file in `storage`.
-
-    Raises:
-        ConfigError: none of these, or one with a login in it.
-    """
-    if named := configured or os.environ.get("MLFLOW_TRACKING_URI"):
-        refuse_credentials("MLFLOW_TRACKING_URI", named)
-        return absolute(named)
-    if storage.local is None:
-        raise ConfigError(f"mlflow.uri=null: run.storage={storage} cannot hold MLflow's database; name a server")
-    return f"sqlite:///{storage.local / 'mlflow.db'}"
-
-
-def absolute(uri: str) -> str:
-    """A store's address that holds in every directory: Ray's workers run in others."""
-    file = uri.removeprefix("sqlite:///")
-    return uri if file == uri or file.startswith("/") else f"sqlite:///{Path(file).absolute()}"
 
 
 class ReportError(RuntimeError):
@@ -71,7 +50,7 @@ class MlflowRun:
     def __init__(self, target: Target):
         self._uri, self._folder = target.uri, target.run
         self._monitor: Any = None
-        self._client = _client(target.uri)
+        self._client = open_client(target.uri)
         self.experiment_id = self._experiment(target.experiment)
         found = _search(self._client, self.experiment_id, target.training_id)
         self.is_new = found is None
@@ -82,9 +61,14 @@ class MlflowRun:
         if experiment is not None:
             return str(experiment.experiment_id)
         # A SQLite store is a file of ours: keep the artifacts beside it. A server knows its own place.
-        database = self._uri.removeprefix("sqlite:///")
+        database = self._uri.removeprefix(SQLITE)
         beside = str(Path(database).parent / "mlartifacts") if database != self._uri else None
-        return str(self._client.create_experiment(name, artifact_location=beside))
+        try:
+            return str(self._client.create_experiment(name, artifact_location=beside))
+        except Exception:  # another process may have just made it
+            if (made := self._client.get_experiment_by_name(name)) is None:
+                raise
+            return str(made.experiment_id)
 
     def _create(self, target: Target) -> str:
         tags = {TRAINING_ID_TAG: target.training_id, RUN_TAG: target.run}
@@ -171,26 +155,6 @@ class MlflowRun:
         self._monitor.start()
 
 
-def _client(uri: str) -> Any:
-    # MLflow's own retries (7, of up to 120 s each) would hide for minutes that a server is away; and where the answer
-    # to "make a run" is lost, a second try makes a second one. `tracking` tries again, and looks for the first.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # where the JSON of a command goes
-    import mlflow
-
-    return mlflow.MlflowClient(uri)
-
-
-def reason(error: Exception) -> str:
-    """What went wrong, in a line for the user."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-    if getattr(error, "error_code", None) in {"UNAUTHENTICATED", "PERMISSION_DENIED"}:
-        text += "; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to a login of that server"
-    return text
-
-
 def _search(client: Any, experiment_id: str, training_id: str) -> str | None:
     """The id of a training's run."""
     found = client.search_runs([experiment_id], f"tags.`{TRAINING_ID_TAG}` = '{training_id}'", max_results=1)
@@ -203,9 +167,9 @@ def reopen(target: Target) -> MlflowRun | None:
     Raises:
         Exception: MLflow raises whatever its transport raises.
     """
-    if target.uri.startswith("sqlite:///") and not Path(target.uri.removeprefix("sqlite:///")).exists():
-        return None  # MLflow would make it
-    client = _client(target.uri)
+    if is_missing(target.uri):
+        return None
+    client = open_client(target.uri)
     experiment = client.get_experiment_by_name(target.experiment)
     known = experiment is not None and _search(client, experiment.experiment_id, target.training_id) is not None
     return MlflowRun(target) if known else None
@@ -219,10 +183,10 @@ def find_run(uri: str, run_id: str) -> Storage | None:
     """
     from mlflow import MlflowException
 
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
-        return None  # MLflow would make it
+    if is_missing(uri):
+        return None
     try:
-        return Storage(_client(uri).get_run(run_id).data.tags[RUN_TAG])
+        return Storage(open_client(uri).get_run(run_id).data.tags[RUN_TAG])
     except KeyError:
         return None
     except MlflowException as e:
@@ -239,7 +203,7 @@ def fetch_checkpoints(uri: str, run_id: str, to: Path) -> Iterator[Path]:
     """
     from mlflow import MlflowException
 
-    client = _client(uri)
+    client = open_client(uri)
     try:
         found = [one.path for one in client.list_artifacts(run_id, CHECKPOINTS) if one.is_dir]
         for path in sorted(found, reverse=True):
@@ -263,7 +227,7 @@ def register(target: Target, place: Storage, name: str) -> int:
     try:
         run = MlflowRun(target)
         if run.is_new:  # of a training that was logged elsewhere; nothing else would end it
-            _client(target.uri).set_terminated(run.id)
+            open_client(target.uri).set_terminated(run.id)
         made = run.publish(place, name)
     except (MlflowException, OSError) as e:
         raise ConnectionError(f"MLflow at {target.uri} does not take the model: {reason(e)}") from None
@@ -283,4 +247,4 @@ def try_out(uri: str, experiment: str) -> None:
         if run.last_steps() != {"doctor": 1}:
             raise OSError("what was written does not come back")
     finally:
-        _client(uri).delete_run(run.id)
+        open_client(uri).delete_run(run.id)

@@ -107,7 +107,7 @@ def export(args: argparse.Namespace) -> Outcome:
 
 
 def register(args: argparse.Namespace) -> Outcome:
-    from pipeline import mlflow_run
+    from pipeline import mlflow_run, mlflow_store
     from pipeline.checkpoint import CONFIG
     from pipeline.settings import load
 
@@ -117,7 +117,7 @@ def register(args: argparse.Namespace) -> Outcome:
         raise ConfigError(f"{found.place}: lies in no run's folder, which MLflow would be told; name a run")
     cfg = replace(load(found.path / CONFIG).mlflow, log_model=True, register=args.name)  # which checks the name
     target = mlflow_run.Target(
-        mlflow_run.tracking_uri(args.mlflow_uri or cfg.uri, run.parent),
+        mlflow_store.tracking_uri(args.mlflow_uri or cfg.uri, run.parent),
         cfg.experiment,
         run.uri,
         found.meta["training_id"],

@@ -89,13 +89,13 @@ def read(source: str, cfg: Config) -> None:
 
 def log(cfg: Config, storage: Storage) -> str:
     """Write to MLflow as a training's first worker would; the address of the store."""
-    from pipeline import mlflow_run
+    from pipeline import mlflow_run, mlflow_store
 
-    uri = mlflow_run.tracking_uri(cfg.mlflow.uri, storage)
+    uri = mlflow_store.tracking_uri(cfg.mlflow.uri, storage)
     try:
         mlflow_run.try_out(uri, cfg.mlflow.experiment)
     except Exception as e:  # MLflow raises whatever its transport raises
-        raise OSError(f"{uri} fails: {mlflow_run.reason(e)}") from None
+        raise OSError(f"{uri} fails: {mlflow_store.reason(e)}") from None
     return uri
 
 

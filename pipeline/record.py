@@ -18,7 +18,7 @@ from pipeline.data.loader import EvalLoader
 from pipeline.failures import MLFLOW_END_S, MLFLOW_HANDOVER_S, CheckpointError, retry
 from pipeline.identity import Identity
 from pipeline.job import Context, Job
-from pipeline.mlflow_run import CHECKPOINTS, tracking_uri
+from pipeline.mlflow_run import CHECKPOINTS
 from pipeline.perf import STEP, Ledger, for_mlflow, goodput, summed_up, total
 from pipeline.predictions import Predictions
 from pipeline.provenance import device_name
@@ -75,8 +75,7 @@ class Recorder:
         self._saver = Saver(
             folder, cfg, guard=guard, written=self._written, scored=self._scored, report=ctx.warn, newest=resumed
         )
-        self._uri = uri = tracking_uri(cfg.mlflow.uri, run.parent)
-        make = partial(Tracker.of_run, cfg.mlflow, uri, run, self._identity.training_id, ctx.warn)
+        make = partial(Tracker.of_run, cfg.mlflow, run, self._identity.training_id, ctx.warn)
         self._tracker = retry(make, ctx.warn, timeout_s)
         if resumed is not None:
             self._tracker.adopt(resumed.meta.get("unsent", []))
@@ -260,7 +259,7 @@ class Recorder:
             "checkpoint": str(newest.place),
             "best_checkpoint": top and str(top.place),
             **self._identity.facts(),
-            "mlflow_uri": self._uri,
+            "mlflow_uri": self._tracker.uri,
             "mlflow_experiment_id": self._tracker.experiment_id,
             "mlflow_run_id": self._tracker.run_id,
             "mlflow_waiting": waiting,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import checkpoint, mlflow_run, spool, summary
+from pipeline import checkpoint, mlflow_run, mlflow_store, spool, summary
 from pipeline.charts import METRICS, History
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import ConfigError
@@ -80,7 +80,7 @@ def _whole_time(found: Checkpoint, run: Storage) -> dict[str, Any]:
 def _logged(found: Checkpoint, run: Storage, experiment: str, uri: str | None) -> tuple[MlflowRun | None, History, str]:
     """The MLflow run, its curves, and why there are none, if so."""
     try:
-        target = Target(mlflow_run.tracking_uri(uri, run.parent), experiment, run.uri, found.meta["training_id"])
+        target = Target(mlflow_store.tracking_uri(uri, run.parent), experiment, run.uri, found.meta["training_id"])
     except ConfigError as e:
         return None, {}, str(e)
     try:
@@ -89,7 +89,7 @@ def _logged(found: Checkpoint, run: Storage, experiment: str, uri: str | None) -
             return None, {}, f"MLflow at {target.uri} does not know this training; --mlflow-uri names another store"
         return kept, kept.history(), ""
     except Exception as e:  # MLflow raises whatever its transport raises; the report goes without
-        return None, {}, f"MLflow at {target.uri} does not answer: {mlflow_run.reason(e)}"
+        return None, {}, f"MLflow at {target.uri} does not answer: {mlflow_store.reason(e)}"
 
 
 def _with_waiting(logged: History, waiting: Iterable[Record]) -> History:
@@ -120,7 +120,7 @@ def _log(kept: MlflowRun | None, out: Path, files: list[str]) -> str:
     try:
         kept.log_report([out / name for name in files])
     except Exception as e:  # as above
-        return f"MLflow does not take it: {mlflow_run.reason(e)}"
+        return f"MLflow does not take it: {mlflow_store.reason(e)}"
     return ""
 
 

@@ -32,7 +32,7 @@ from pipeline.failures import FIRST_LOOK_S, CheckpointError, retry
 from pipeline.identity import FILE, Identity
 from pipeline.job import Event, Job
 from pipeline.lock import run_lock
-from pipeline.mlflow_run import absolute, tracking_uri
+from pipeline.mlflow_store import absolute, tracking_uri
 from pipeline.schema import refuse_credentials
 from pipeline.settings import load
 from pipeline.storage import Storage

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import ConfigError, MlflowConfig
 from pipeline.failures import MLFLOW_CALL_S, READ_CHECKPOINT_S, mlflow_refuses, retry
-from pipeline.mlflow_run import SESSION, MlflowRun, ReportError, Target, reason
+from pipeline.mlflow_run import SESSION, MlflowRun, ReportError, Target
+from pipeline.mlflow_store import reason, tracking_uri
 from pipeline.spool import Record, Spool
 from pipeline.storage import Storage
 
@@ -51,11 +52,10 @@ class Tracker:
         self._thread.start()
 
     @classmethod
-    def of_run(
-        cls, cfg: MlflowConfig, uri: str, run: Storage, training_id: str, on_problem: Callable[[str], None]
-    ) -> "Tracker":
+    def of_run(cls, cfg: MlflowConfig, run: Storage, training_id: str, on_problem: Callable[[str], None]) -> "Tracker":
         """For the training `training_id` in the folder `run`."""
-        return cls(Target(uri, cfg.experiment, run.uri, training_id), run.scratch / "mlflow", on_problem)
+        target = Target(tracking_uri(cfg.uri, run.parent), cfg.experiment, run.uri, training_id)
+        return cls(target, run.scratch / "mlflow", on_problem)
 
     def connect(self) -> None:
         """Begin to send. Until then, or until the end, MLflow is not even imported: that takes a core for seconds."""
@@ -69,6 +69,11 @@ class Tracker:
     def run_id(self) -> str | None:
         """Of the MLflow run; None until MLflow was reached."""
         return self._run.id if self._run else None
+
+    @property
+    def uri(self) -> str:
+        """Of the MLflow store."""
+        return self._target.uri
 
     @property
     def experiment_id(self) -> str | None:

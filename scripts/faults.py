@@ -27,7 +27,7 @@ import requests
 import torch
 from fast_clock import Clock
 
-from pipeline import mlflow_run
+from pipeline import mlflow_run, mlflow_store
 from pipeline.storage import Storage
 
 BEFORE, ONCE, AFTER, MINUTE, HANGS, LOST = KINDS = (
@@ -138,8 +138,8 @@ class Seam:
         pa.memory_map = self._around("pa.memory_map", pa.memory_map)
         torch.load = self._around("torch.load", torch.load)
         self._around_pyarrow()
-        client = mlflow_run._client
-        mlflow_run._client = lambda uri: _Proxy(client(uri), self._of_mlflow)
+        client = mlflow_store.open_client
+        mlflow_run.open_client = lambda uri: _Proxy(client(uri), self._of_mlflow)  # type: ignore[attr-defined]
         sys.addaudithook(self._audit)
 
     def _around(self, name: str, function: Callable[..., Any], *, second: bool = False) -> Callable[..., Any]:

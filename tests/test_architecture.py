@@ -15,15 +15,15 @@ ORDER = """__init__ machine clock schema environment config failures settings we
     data.pack data.augment data.dali data.mix data.loader data.isolate data.verify
     provenance precision schedule model optim state losses step predictions memory evaluate checkpoint weights export
     retention served saver spool perf summary
-    network figures charts report published mlflow_run tracking job killers identity resume record votes watchdog
-    trace profile train channel lock runs listing infer report_run preview contestants bench assumptions outages scaling
-    plan plan_view oom supervise starting cluster connection affinity worker gauges trainer launch driver
+    network figures charts report published mlflow_store mlflow_run tracking job killers identity resume record votes
+    watchdog trace profile train channel lock runs listing infer report_run preview contestants bench assumptions
+    outages scaling plan plan_view oom supervise starting cluster connection affinity worker gauges trainer launch driver
     probes findings doctor speed scale
     submission jobs console commands bench_commands model_commands report_commands cli""".split()  # noqa: SIM905
 # Library -> the modules that may import it.
 OWNERS = {
     "ray": {"launch", "trainer", "worker", "gauges", "cluster", "connection", "starting", "submission", "jobs"},
-    "mlflow": {"mlflow_run", "published", "served"},
+    "mlflow": {"mlflow_run", "mlflow_store", "published", "served"},
     "nvidia": {"data.augment", "data.dali", "data.fetch"},
     "omegaconf": {"settings"},
     "rich": {"console"},

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import shutil
 import socket
@@ -9,14 +10,17 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import mlflow
 import pytest
 
 from pipeline import tracking
-from pipeline.mlflow_run import Target, find_run, tracking_uri
+from pipeline.mlflow_run import MlflowRun, Target, find_run
+from pipeline.mlflow_store import tracking_uri
 from pipeline.spool import Spool
 from pipeline.storage import Storage
 from pipeline.tracking import Tracker
@@ -221,6 +225,30 @@ def test_a_record_that_mlflow_refuses_is_told_and_does_not_block(tmp_path: Path)
     assert "MLflow refused a record of kind metrics, dropped" in problems[0]
     client = mlflow.MlflowClient(tracking_uri(None, Storage(tmp_path)))
     assert client.get_run(one.run_id).info.status == "FINISHED"
+
+
+def make_a_run(uri: str, together: Barrier) -> None:
+    together.wait()
+    run = MlflowRun(Target(uri, "new", "/runs/one", uuid.uuid4().hex))
+    run.send([metric(1, 0.5)])
+
+
+def test_processes_that_make_one_store_at_once_do_not_break_it(tmp_path: Path) -> None:
+    """A sweep in a fresh storage: MLflow's own migrations ran into each other, and left half of the tables."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pipeline.mlflow_run", "mlflow.store.tracking.sqlalchemy_store"])
+    together = context.Barrier(4)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    processes = [context.Process(target=make_a_run, args=(uri, together)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0] * 4
+    client = mlflow.MlflowClient(uri)
+    experiment = client.get_experiment_by_name("new")
+    assert experiment is not None
+    assert [run.data.metrics for run in client.search_runs([experiment.experiment_id])] == [{"loss": 0.5}] * 4
 
 
 @pytest.fixture

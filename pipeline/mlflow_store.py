@@ -1,0 +1,82 @@
+"""The MLflow store that runs are logged to: its address, and a client of it."""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import ConfigError
+from pipeline.environment import SQLITE
+from pipeline.schema import refuse_credentials
+from pipeline.storage import Storage
+
+
+def tracking_uri(configured: str | None, storage: Storage) -> str:
+    """Where runs are logged: as configured, else $MLFLOW_TRACKING_URI, else a SQLite file in `storage`.
+
+    Raises:
+        ConfigError: none of these, or one with a login in it.
+    """
+    if named := configured or os.environ.get("MLFLOW_TRACKING_URI"):
+        refuse_credentials("MLFLOW_TRACKING_URI", named)
+        return absolute(named)
+    if storage.local is None:
+        raise ConfigError(f"mlflow.uri=null: run.storage={storage} cannot hold MLflow's database; name a server")
+    return f"{SQLITE}{storage.local / 'mlflow.db'}"
+
+
+def absolute(uri: str) -> str:
+    """A store's address that holds in every directory: Ray's workers run in others."""
+    file = uri.removeprefix(SQLITE)
+    return uri if file == uri or file.startswith("/") else f"{SQLITE}{Path(file).absolute()}"
+
+
+def open_client(uri: str) -> Any:
+    """MLflow's client of a store.
+
+    Raises:
+        Exception: MLflow raises whatever its transport raises.
+    """
+    # MLflow's own retries (7, of up to 120 s each) would hide for minutes that a server is away; and where the answer
+    # to "make a run" is lost, a second try makes a second one. `tracking` tries again, and looks for the first.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # where the JSON of a command goes
+    import mlflow
+
+    with _opened_alone(uri):
+        client = mlflow.MlflowClient(uri)
+        if uri.startswith(SQLITE):
+            client.search_experiments(max_results=1)  # makes the tables, where there are none
+    return client
+
+
+@contextlib.contextmanager
+def _opened_alone(uri: str) -> Iterator[None]:
+    """One process at a time on this machine: two that make a SQLite store's tables break it for good (MLflow 3.17)."""
+    if not uri.startswith(SQLITE):
+        yield
+        return
+    folder = os.open(Path(uri.removeprefix(SQLITE)).parent, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # not every file system can
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
+def is_missing(uri: str) -> bool:
+    """Whether it is a SQLite store that MLflow would make."""
+    return uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists()
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, in a line for the user."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    if getattr(error, "error_code", None) in {"UNAUTHENTICATED", "PERMISSION_DENIED"}:
+        text += "; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to a login of that server"
+    return text
