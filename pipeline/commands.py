@@ -51,23 +51,23 @@ def config_to_train(args: argparse.Namespace) -> tuple[Config, str, str | None]:
         return load(words[0], words[1:]), Path(words[0]).stem, None
     if words and "=" not in words[0]:
         raise ConfigError(f"--resume takes the run's own configuration; leave out {words[0]}")
-    from pipeline import runs  # late, as in all commands: torch takes seconds to import
+    from pipeline import find  # late, as in all commands: torch takes seconds to import
 
     given = dict(map(parse_override, words))
-    found = runs.find_to_resume(args.resume, given.get("run.storage"), given.get("mlflow.uri"), say)
-    cfg = runs.config_to_resume(found, words)
+    found = find.find_to_resume(args.resume, given.get("run.storage"), given.get("mlflow.uri"), say)
+    cfg = find.config_to_resume(found, words)
     return cfg, "", found.place.uri
 
 
 def sync(args: argparse.Namespace) -> Outcome:
-    from pipeline import runs, tracking
+    from pipeline import find, tracking
     from pipeline.identity import Identity
     from pipeline.lock import run_lock
 
-    storage = runs.open_storage(args.storage)
-    run = runs.find_run(args.run, storage, args.mlflow_uri)
+    storage = find.open_storage(args.storage)
+    run = find.find_run(args.run, storage, args.mlflow_uri)
     if run is None:
-        raise runs.no_such_run(args.run, storage, args.mlflow_uri)
+        raise find.no_such_run(args.run, storage, args.mlflow_uri)
     with run_lock(run, say):
         last = Identity.read(run, say)
         target, run_id, waiting = tracking.sync(run.scratch / "mlflow", say, ended=last is None or not last.open)
@@ -237,9 +237,9 @@ def stop(args: argparse.Namespace) -> Outcome:
 
 def found_by(args: argparse.Namespace) -> "Checkpoint":
     """The checkpoint that a command's RUN means."""
-    from pipeline import runs
+    from pipeline import find
 
-    return runs.find(args.run, runs.open_storage(args.storage), args.mlflow_uri)
+    return find.find_checkpoint(args.run, find.open_storage(args.storage), args.mlflow_uri)
 
 
 def drop_stdout() -> None:

@@ -31,10 +31,10 @@ def examine(cfg: Config) -> list[Check]:
     Raises:
         ConfigError: it cannot be reached, or the configuration names a storage that is not known.
     """
-    from pipeline import runs  # late: torch takes seconds
+    from pipeline import find  # late: torch takes seconds
     from pipeline.connection import connected
 
-    storage = runs.open_storage(cfg.run.storage)
+    storage = find.open_storage(cfg.run.storage)
     with connected(cfg.cluster, again=False, wants_stop=threading.Event()):
         there = cluster.nodes()
         facts = cluster.on_each_node(there, probes.facts, patience_s=PATIENCE_S)

@@ -17,6 +17,7 @@ from pipeline.failures import (
     DRIVER_END_S,
     MLFLOW_HANDOVER_S,
     ClusterLostError,
+    FatalError,
     Interrupted,
     TrainingFailedError,
     backoff,
@@ -62,7 +63,7 @@ def mark_failed(job: Job, reason: str, warn: Callable[[str], None]) -> None:
     """Tell MLflow that a training has ended in failure, from outside it: its workers may be dead."""
     try:
         _mark_failed(job, reason)
-    except OSError as e:
+    except (OSError, FatalError) as e:
         warn(f"MLflow is not told: {e}")
 
 
@@ -70,6 +71,8 @@ def _mark_failed(job: Job, reason: str) -> None:
     from pipeline.identity import Identity
     from pipeline.tracking import Tracker
 
+    if job.claim is not None:
+        job.claim.check()
     identity = Identity.read(job.run, lambda _: None)
     if identity is None:
         return
@@ -142,7 +145,7 @@ def _opened(supervisor: Supervisor, heartbeat: Callable[[], None]) -> Iterator[t
             try:
                 with contextlib.ExitStack() as tried:
                     job = tried.enter_context(
-                        runs.prepare(request.cfg, supervisor.event, request.resume_from, stop, heartbeat)
+                        runs.prepare(request.cfg, supervisor.event, request.resume_from, stop, heartbeat, request.began)
                     )
                     controller = launch.TrainController(
                         job,

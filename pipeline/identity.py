@@ -1,7 +1,7 @@
-"""Which training a run's folder holds, and whose it is now: run.json.
+"""Which training a run's folder holds: run.json.
 
 {"training_id": finds the MLflow run and the run's own checkpoints, "began": the command that began it, Unix time,
- "sessions": so far, "faults": so far, "owner": the driver, "open": whether a session has not ended,
+ "sessions": so far, "faults": so far, "open": whether a session has not ended,
  "precision": what the last one computed in}
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import get_args
 
-from pipeline.failures import FatalError
+from pipeline.claim import Claim
 from pipeline.job import Fault
 from pipeline.precision import Precision
 from pipeline.storage import Storage
@@ -21,16 +21,11 @@ from pipeline.storage import Storage
 FILE = "run.json"
 
 
-class SupersededError(FatalError):
-    """Another driver trains the run now."""
-
-
 @dataclass(frozen=True)
 class Identity:
     training_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     sessions: int = 0
     faults: int = 0
-    owner: str = ""
     open: bool = False
     began: float = field(default_factory=time.time)
     precision: str | None = None
@@ -41,11 +36,11 @@ class Identity:
         try:
             content = json.loads(run.read_bytes(FILE))
             numbers = int(content["sessions"]), int(content["faults"])
-            owner, is_open = str(content["owner"]), bool(content["open"])
-            began, precision = float(content.get("began", time.time())), content.get("precision")
+            is_open, began = bool(content["open"]), float(content.get("began", time.time()))
+            precision = content.get("precision")
             if precision not in (*get_args(Precision), None):
                 raise ValueError(precision)
-            return cls(str(content["training_id"]), *numbers, owner, is_open, began, precision)
+            return cls(str(content["training_id"]), *numbers, is_open, began, precision)
         except FileNotFoundError:
             return None
         except (ValueError, TypeError, KeyError):
@@ -55,12 +50,17 @@ class Identity:
     def write(self, run: Storage) -> None:
         run.write_bytes(FILE, json.dumps(dataclasses.asdict(self)).encode())
 
-    def begin(self, owner: str, new_faults: int, precision: str | None = None) -> "Identity":
+    def replaced(self, new: "Identity", run: Storage, claim: Claim | None) -> "Identity":
+        """`new`, written in its place; errors as of `check`."""
+        self.check(run, claim)
+        new.write(run)
+        return new
+
+    def begin(self, new_faults: int, precision: str | None = None) -> "Identity":
         """With one session more."""
         sessions, faults = self.sessions + 1, self.faults + new_faults
-        return dataclasses.replace(
-            self, sessions=sessions, faults=faults, owner=owner, open=True, precision=precision or self.precision
-        )
+        precision = precision or self.precision
+        return dataclasses.replace(self, sessions=sessions, faults=faults, open=True, precision=precision)
 
     def end(self) -> "Identity":
         return dataclasses.replace(self, open=False)
@@ -92,14 +92,19 @@ class Identity:
             return ()
         return (Fault(f"session {self.sessions} ended without a word: its processes were killed", None, time.time()),)
 
-    def check(self, run: Storage) -> None:
-        """Make sure that no later session has begun.
+    def check(self, run: Storage, claim: Claim | None) -> None:
+        """Make sure that the run is still this session's to write.
+
+        A rank that was cut off from the others may still run when its successor has begun.
 
         Raises:
-            SupersededError: one has, by another driver.
-            RuntimeError: one has, by the same.
+            SupersededError: another driver has the run.
+            RuntimeError: the same driver's next session has begun.
+            OSError: see `Claim.check`.
         """
         now = Identity.read(run, lambda _: None)
-        if now is not None and now.sessions != self.sessions:
-            error = RuntimeError if now.owner == self.owner else SupersededError
-            raise error(f"session {now.sessions} of {run} has begun; session {self.sessions} ends")
+        if claim is not None:
+            claim.check()
+        # A lower number is an earlier driver's, which was just about to write when this one came.
+        if now is not None and now.sessions > self.sessions:
+            raise RuntimeError(f"session {now.sessions} of {run} has begun; session {self.sessions} ends")

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from pipeline.claim import Claim
 from pipeline.config import Config
 from pipeline.storage import Storage
 
@@ -30,7 +31,8 @@ class Job:
     """One training.
 
     run: its folder. train_index, val_index: paths or URIs of index files. resume_from: path or URI of a
-    checkpoint to begin with where the run has none of its own. owner: identifies the driver.
+    checkpoint to begin with where the run has none of its own. claim: the driver's to the run, where there is one.
+    saved_step: of the run's own newest checkpoint, as the driver has seen it; 0: there was none.
     """
 
     cfg: Config
@@ -38,7 +40,8 @@ class Job:
     train_index: str
     val_index: str
     resume_from: str | None = None
-    owner: str = ""
+    claim: Claim | None = None
+    saved_step: int = 0
 
     @property
     def checkpoints(self) -> Storage:

@@ -11,6 +11,7 @@ can be minutes old, and resizing stops workers without a checkpoint. Nor are che
 restart fails if a checkpoint in that record was pruned or damaged.
 """
 
+import dataclasses
 import threading
 import time
 from collections.abc import Callable
@@ -70,7 +71,7 @@ class TrainController:
         self._budget = budget
         self._deaths: tuple[int, ...] = ()  # steps at which workers' processes died, no checkpoint being newer
         self._attempt = 0
-        self._has_trained = restarted  # at any time
+        self._has_trained, self._saved_step = restarted, job.saved_step  # at any time
         self._trains = False  # in this session
         self._started: float | None = None  # when this session's workers began to train, as long as it is to go on
 
@@ -132,7 +133,7 @@ class TrainController:
             Its summary, or the exception that ended it.
         """
         config = {
-            "job": self._job,
+            "job": dataclasses.replace(self._job, saved_step=self._saved_step),
             "channel": {"address": self._channel.address, "key": self._channel.key},
             "attempt": self._attempt,
             "faults": self._faults,
@@ -174,6 +175,7 @@ class TrainController:
                 self._budget.started(event["step"])
             elif event["kind"] == "checkpoint":
                 self._budget.saved(event["step"])
+                self._saved_step = event["step"]
                 if event["step"] > max(self._deaths, default=0):
                     self._deaths = ()
             elif event["kind"] == "search":  # once for these deaths

@@ -11,14 +11,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pipeline import checkpoint, retention
-from pipeline.checkpoint import META, Checkpoint
+from pipeline import retention
+from pipeline.checkpoint import Checkpoint
+from pipeline.claim import SupersededError
 from pipeline.data.index import Index
 from pipeline.data.loader import EvalLoader
-from pipeline.failures import MLFLOW_END_S, MLFLOW_HANDOVER_S, CheckpointError, retry
+from pipeline.failures import MLFLOW_END_S, MLFLOW_HANDOVER_S, retry
 from pipeline.identity import Identity
 from pipeline.job import Context, Job
-from pipeline.mlflow_run import CHECKPOINTS
 from pipeline.perf import STEP, Ledger, for_mlflow, goodput, summed_up, total
 from pipeline.predictions import Predictions
 from pipeline.provenance import device_name
@@ -26,8 +26,8 @@ from pipeline.report import Facts, find_mistakes
 from pipeline.saver import Saver
 from pipeline.settings import dump, flatten
 from pipeline.state import TrainState
-from pipeline.storage import Storage
 from pipeline.tracking import Tracker
+from pipeline.uploads import Uploads
 
 
 class Recorder:
@@ -67,24 +67,28 @@ class Recorder:
     def _begin(self, resumed: Checkpoint | None, precision: str) -> None:
         cfg, ctx, run, timeout_s = self._job.cfg, self._ctx, self._job.run, self._job.cfg.cluster.timeout_s
         faults = ctx.faults or self._identity.unended()
-        self._identity = self._identity.begin(self._job.owner, len(faults), cfg.train.precision)
-        retry(lambda: self._identity.write(run), ctx.warn, timeout_s)
+        self._replace_identity(self._identity.begin(len(faults), cfg.train.precision))
         retry(self._job.checkpoints.make, ctx.warn, timeout_s)
-        # A rank cut off from the others may still run when its successor has begun; it must not write.
-        guard, folder = partial(self._identity.check, run), self._job.checkpoints
         self._saver = Saver(
-            folder, cfg, guard=guard, written=self._written, scored=self._scored, report=ctx.warn, newest=resumed
+            self._job.checkpoints,
+            cfg,
+            guard=lambda: self._identity.check(run, self._job.claim),
+            written=self._written,
+            scored=self._scored,
+            report=ctx.warn,
+            newest=resumed,
         )
         make = partial(Tracker.of_run, cfg.mlflow, run, self._identity.training_id, ctx.warn)
         self._tracker = retry(make, ctx.warn, timeout_s)
+        self._uploads = Uploads(self._tracker, ctx.warn, timeout_s)
         if resumed is not None:
             self._tracker.adopt(resumed.meta.get("unsent", []))
         self._tracker.start()
         self._tracker.params(flatten(cfg))
         session = self._identity.sessions
         self._tracker.text(dump(cfg), f"config/session_{session}.yaml")
-        self._tracker.tags(self._identity.tags(faults, self._first_step, ctx.world_size))
-        self._tracker.tags({"pipeline.data_fingerprint": self._data["fingerprint"]})
+        tags = self._identity.tags(faults, self._first_step, ctx.world_size)
+        self._tracker.tags({**tags, "pipeline.data_fingerprint": self._data["fingerprint"]})
         story = self._identity.story(faults, self._first_step, ctx.world_size)
         self._tracker.metrics(session, {f"session/{name}": value for name, value in story.items()})  # step: session
         where = {"world_size": ctx.world_size, "num_threads": ctx.num_threads, "device": ctx.device.type}
@@ -93,6 +97,10 @@ class Recorder:
         told: dict[str, float] = {k: story[k] for k in ("lost_steps", "recovery_s") if k in story}
         start = {"kind": "start", "session": session, **steps, "resumed_from": resumed and str(resumed.place)}
         ctx.emit({**start, "startup": self._startup, **where, **told, "faults": self._identity.faults})
+
+    def _replace_identity(self, new: Identity) -> None:
+        replace = partial(self._identity.replaced, new, self._job.run, self._job.claim)
+        self._identity = retry(replace, self._ctx.warn, self._job.cfg.cluster.timeout_s)
 
     def progress(self, step: int) -> None:
         """Tell that `step` steps are done. From the first one on MLflow is talked to: its import takes seconds."""
@@ -168,7 +176,7 @@ class Recorder:
     def _written(self, saved: Checkpoint, seconds: float) -> None:
         """A checkpoint is safe; called by the thread that wrote it."""
         if self._job.cfg.mlflow.checkpoints == "all" and not self._saver.is_scored_later:
-            self._upload(saved)
+            self._uploads.checkpoint(saved)
         metrics = {
             "checkpoint/held_s": self._saver.held_s,
             "checkpoint/write_s": seconds,
@@ -181,7 +189,7 @@ class Recorder:
     def _scored(self, scored: Checkpoint) -> None:
         """A checkpoint has got its scores; called by the thread that wrote them."""
         if self._job.cfg.mlflow.checkpoints == "all":
-            self._upload(scored)
+            self._uploads.checkpoint(scored)
 
     def bad_image(self, path: str, reason: str) -> None:
         """Name a broken image that this rank has met."""
@@ -193,7 +201,7 @@ class Recorder:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         """Save what can be saved of a session that ends by an error, and tell MLflow of it."""
-        if error is None or self._ctx.rank != 0:
+        if error is None or self._ctx.rank != 0 or isinstance(error, SupersededError):  # not its to end
             return
         self._tracker.tags(
             {f"pipeline.session_{self._identity.sessions}.error": f"{type(error).__name__}: {error}"[:500]}
@@ -223,13 +231,13 @@ class Recorder:
         with self._ledger.phase("checkpoint"):
             self._saver.finish(cfg.cluster.timeout_s)
             self._heartbeat()
-            retry(lambda: self._identity.end().write(self._job.run), self._ctx.warn, cfg.cluster.timeout_s)
+            self._replace_identity(self._identity.end())
             top = retention.best_of(retention.own(self._job.checkpoints, self._identity.training_id))
         newest = self._saver.newest
         assert newest is not None, "a session ends with a checkpoint"
         chosen = {"last": newest, "best": top}.get(cfg.mlflow.checkpoints)
         if chosen and status != "regroup":
-            self._upload(chosen)
+            self._uploads.checkpoint(chosen)
         if done and cfg.mlflow.log_model:
             self._tracker.model(newest.path, cfg.mlflow.register)
         self._tracker.metrics(state.step, for_mlflow(self._ledger.seconds()))
@@ -280,20 +288,5 @@ class Recorder:
             self._ctx.warn(f"no report is made ({type(e).__name__}: {e}); try again: pipeline report {run}")
 
     def publish(self, folder: Path) -> None:
-        """Have a folder's files logged as artifacts, below its name."""
-        self._log_folder(folder, lambda: self._tracker.folder(folder, folder.name))
-
-    def _upload(self, saved: Checkpoint) -> None:
-        def log() -> None:
-            if not (saved.path / META).exists():  # of an object store only what was written last is here, and whole
-                checkpoint.read(saved.place, use_copy=True)
-                saved.place.download(META, saved.path / META)
-            self._tracker.folder(saved.path, f"{CHECKPOINTS}/{saved.path.name}")
-
-        self._log_folder(saved.place, log)
-
-    def _log_folder(self, source: Path | Storage, log: Callable[[], None]) -> None:
-        try:
-            retry(log, self._ctx.warn, self._job.cfg.cluster.timeout_s)
-        except (OSError, CheckpointError) as e:
-            self._ctx.warn(f"{source} is not uploaded to MLflow: {e}")
+        """Have a folder's files logged as artifacts, below its name; on rank 0 alone."""
+        self._uploads.folder(folder)

@@ -41,7 +41,7 @@ def report(args: argparse.Namespace) -> Outcome:
 
 def runs(args: argparse.Namespace) -> Outcome:
     from pipeline import listing
-    from pipeline.runs import open_storage
+    from pipeline.find import open_storage
 
     storage = open_storage(args.storage)
     found = listing.listed(storage)

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import checkpoint
 from pipeline.checkpoint import Checkpoint
+from pipeline.claim import Claim
 from pipeline.config import Config, ConfigError
 from pipeline.data.index import Index
 from pipeline.failures import CheckpointError
-from pipeline.identity import Identity
+from pipeline.identity import FILE, Identity
 from pipeline.schedule import Schedule
 from pipeline.schema import show
 from pipeline.settings import flatten
@@ -35,6 +36,8 @@ def look(
     *,
     began: float | None = None,
     whole: bool = True,
+    claim: Claim | None = None,
+    saved_step: int = 0,
 ) -> tuple[Identity, Checkpoint | None]:
     """What the storage says: whose run this is, and from which checkpoint it goes on.
 
@@ -44,12 +47,18 @@ def look(
         report: told of what is damaged.
         began: of a training that is new, Unix time; None: now.
         whole: see `checkpoint.read`.
+        claim: of the driver, which has written run.json. saved_step: of a checkpoint that the run is known to have.
 
     Raises:
         ConfigError: there are checkpoints, and none can be used.
-        OSError: the storage does not answer.
+        SupersededError: another driver has the run.
+        OSError: the storage does not answer, or this machine does not see what others have written.
     """
+    if claim is not None:
+        claim.check()
     identity = Identity.read(run, report)
+    if claim is not None and identity is None:
+        raise OSError(f"{run / FILE} is not seen here, which the driver has written")
     try:
         own = identity.training_id if identity else None
         found = checkpoint.newest_valid(run / "checkpoints", report, own, whole=whole)
@@ -57,6 +66,8 @@ def look(
             known = ("training_id", "sessions", "faults")
             kept: dict[str, Any] = {key: found.meta[key] for key in known if key in found.meta} if found else {}
             identity = Identity(**kept, began=began or time.time())
+        if found is None and saved_step > 0:  # to begin anew would write over it
+            raise OSError(f"no checkpoint is seen in {run}, which has one of step {saved_step}")
         if found is None and resume_from is not None:
             found = checkpoint.read(Storage(resume_from), whole=whole)
     except CheckpointError as e:

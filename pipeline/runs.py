@@ -1,9 +1,10 @@
-"""Runs in storage: making one from a configuration, and finding one again.
+"""Runs in storage: making one from a configuration, or opening it again.
 
 STORAGE/NAME/
     index/{train,val}.arrow   where data.train or data.val is no index itself
     checkpoints/step_*/       see `checkpoint`
     run.json                  see `identity`
+    drivers/                  see `claim`
     summary.json              see `summary`
 and, in a directory of the machine where the storage is none itself,
     mlflow/                   what MLflow has not got yet, see `tracking`
@@ -11,33 +12,27 @@ and, in a directory of the machine where the storage is none itself,
 """
 
 import dataclasses
-import difflib
-import re
-import tempfile
 import threading
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from pipeline import checkpoint, mlflow_run, resume
-from pipeline.checkpoint import Checkpoint
+from pipeline import resume
+from pipeline.claim import Claim, SupersededError
 from pipeline.config import Config, ConfigError
 from pipeline.data.build import build_index, fetch_index
 from pipeline.data.find import is_index
 from pipeline.data.index import Index
 from pipeline.data.sampling import steps_per_epoch
-from pipeline.failures import FIRST_LOOK_S, CheckpointError, retry
-from pipeline.identity import FILE, Identity
+from pipeline.failures import FIRST_LOOK_S, retry
+from pipeline.find import find_weights, open_storage
+from pipeline.identity import Identity
 from pipeline.job import Event, Job
 from pipeline.lock import run_lock
 from pipeline.mlflow_store import absolute, tracking_uri
-from pipeline.schema import refuse_credentials
-from pipeline.settings import load
 from pipeline.storage import Storage
 
-MLFLOW_RUN_ID = re.compile(r"[0-9a-f]{32}")
 MAX_NAMED = 20  # refused files that are named one by one
 
 
@@ -48,6 +43,7 @@ def prepare(
     resume_from: str | None = None,
     ending: threading.Event | None = None,
     heartbeat: Callable[[], None] = lambda: None,
+    began: float | None = None,
 ) -> Iterator[Job]:
     """Make or reopen the run that `cfg` names, its folder and indexes, and hold it for this process.
 
@@ -56,6 +52,7 @@ def prepare(
     Args:
         resume_from: path or URI of a checkpoint to begin with, where the run has none.
         ending: see `run_lock`. heartbeat: called between its parts, and while an index is built.
+        began: the command that this is for, Unix time; None: now.
 
     Raises:
         ConfigError: data, a checkpoint or weights that do not fit, or another process that trains the run.
@@ -76,7 +73,8 @@ def prepare(
         retry(run.make, tell, timeout_s)
         run.scratch.mkdir(parents=True, exist_ok=True)
         # What is damaged the workers tell.
-        _, found = retry(lambda: resume.look(run, resume_from, lambda _: None, whole=False), tell, timeout_s)
+        look = partial(resume.look, run, resume_from, lambda _: None, began=began, whole=False)
+        identity, found = retry(look, tell, timeout_s)
     heartbeat()
     if found is not None:
         resume.refuse_settings(found, cfg)
@@ -97,7 +95,23 @@ def prepare(
         steps_per_epoch(len(train), cfg.train.global_batch)
         if found is not None:
             resume.refuse_images(found, cfg, train)
-        yield Job(cfg, run, train_index, val_index, resume_from, owner=uuid.uuid4().hex)
+        with _as_mistake(f"run.storage={storage}: cannot be used", "name another place"):
+            claim = _claimed(run, identity)
+        saved_step = found.step if found is not None and found.place.parent.parent.uri == run.uri else 0
+        yield Job(cfg, run, train_index, val_index, resume_from, claim, saved_step)
+
+
+def _claimed(run: Storage, identity: Identity) -> Claim:
+    """This driver's claim to the run, whose run.json is there from now on."""
+    try:
+        claim = Claim.take(run)
+    except SupersededError:
+        raise ConfigError(
+            f"run.name={run.name}: another command begins to train it just now; wait for its end, or use another name"
+        ) from None
+    if Identity.read(run, lambda _: None) is None:
+        identity.write(run)
+    return claim
 
 
 @contextmanager
@@ -107,23 +121,6 @@ def _as_mistake(what: str, fix: str) -> Iterator[None]:
         yield
     except OSError as e:
         raise ConfigError(f"{what} ({e.strerror or e}); {fix}") from None
-
-
-def open_storage(uri: str) -> Storage:
-    """The storage at a path or URI.
-
-    Raises:
-        ConfigError: a URI that pyarrow does not know, or with a secret in it, which would be logged.
-    """
-    storage = Storage(uri)
-    refuse_credentials("run.storage", uri)
-    try:
-        storage.check()
-    except ValueError as e:
-        raise ConfigError(
-            f"run.storage={uri}: {str(e).splitlines()[0]}; use a directory, s3://... or gs://..."
-        ) from None
-    return storage
 
 
 def _index(
@@ -147,145 +144,3 @@ def _index(
         if not to.local:
             to.parent.upload(file, to.name)
         return to.uri, index
-
-
-def find_run(reference: str, storage: Storage, mlflow_uri: str | None) -> Storage | None:
-    """The folder of a run that is meant by its name, its MLflow run id, a path or a URI."""
-    for run in (storage / reference, Storage(reference)) if "://" not in reference else (Storage(reference),):
-        if {"checkpoints", FILE} & set(run.names()):
-            return run
-    if MLFLOW_RUN_ID.fullmatch(reference):
-        return mlflow_run.find_run(tracking_uri(mlflow_uri, storage), reference)
-    return None
-
-
-def find(reference: str, storage: Storage, mlflow_uri: str | None) -> Checkpoint:
-    """The checkpoint that a user means by a run's name, an MLflow run id, a path or a URI.
-
-    A run stands for its newest valid checkpoint.
-
-    Args:
-        storage: where runs lie.
-        mlflow_uri: the store to look an MLflow run id up in; None is the usual one of `storage`.
-
-    Raises:
-        ConfigError: nothing of that name, or no valid checkpoint in it.
-    """
-    if checkpoint.META in (place := Storage(reference)).sizes():
-        return _read(place)
-    run = find_run(reference, storage, mlflow_uri)
-    if run is not None:
-        return _newest(run)
-    raise no_such_run(reference, storage, mlflow_uri)
-
-
-def find_weights(reference: str, storage: Storage, mlflow_uri: str | None) -> str:
-    """URI of the weight file or the checkpoint that model.weights means.
-
-    Raises:
-        ConfigError: there is neither.
-    """
-    place = Storage(reference)
-    if place.name in place.parent.sizes():
-        return place.uri
-    try:
-        return find(reference, storage, mlflow_uri).place.uri
-    except ConfigError as e:
-        raise ConfigError(f"model.weights={reference}: no such file, and {e}") from None
-
-
-def find_to_resume(
-    reference: str, storage_uri: str | None, mlflow_uri: str | None, report: Callable[[str], None]
-) -> Checkpoint:
-    """As `find`; where the folder of an MLflow run is lost, its newest valid checkpoint among MLflow's artifacts.
-
-    Args:
-        storage_uri: where runs lie, and where the run is to lie again; None: "runs", and where it was.
-        report: told of damaged artifacts.
-    """
-    storage = open_storage(storage_uri or "runs")
-    run = find_run(reference, storage, mlflow_uri)
-    if run is None or not MLFLOW_RUN_ID.fullmatch(reference) or (run / "checkpoints").names():
-        return find(reference, storage, mlflow_uri)
-    place = storage / run.name if storage_uri else run
-    _fetch(place, tracking_uri(mlflow_uri, storage), reference, report)
-    return _newest(place)
-
-
-def _fetch(run: Storage, uri: str, mlflow_id: str, report: Callable[[str], None]) -> None:
-    """Put the newest valid checkpoint that MLflow has into the run's folder; it says which training the run is."""
-    problems: list[str] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for path in mlflow_run.fetch_checkpoints(uri, mlflow_id, Path(folder)):
-            try:
-                found = checkpoint.read(Storage(path))
-            except CheckpointError as e:
-                report(f"of MLflow's artifacts: {e}")
-                problems.append(str(e))
-                continue
-            there = Identity.read(run, report)
-            if there is not None and there.training_id != found.meta["training_id"]:
-                raise ConfigError(f"run.storage={run.parent}: its {run.name} is another training; name another place")
-            place = run / "checkpoints" / path.name
-            place.make()
-            for file in (checkpoint.STATE, checkpoint.CONFIG, checkpoint.META):  # the last makes it one
-                place.upload(found.path / file, file)
-            return
-    why = (
-        problems[0]
-        if problems
-        else "they are there with mlflow.checkpoints=all, or best or last once a session has ended"
-    )
-    raise ConfigError(f"{run} is gone, and MLflow run {mlflow_id} has no valid checkpoint among its artifacts: {why}")
-
-
-def no_such_run(reference: str, storage: Storage, mlflow_uri: str | None) -> ConfigError:
-    """The error, with the nearest name."""
-    known = [name for name in storage.names() if FILE in (storage / name).sizes()]
-    near = difflib.get_close_matches(reference, known, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"runs there: {', '.join(known[-5:]) or 'none'}"
-    looked = f"looked in {storage} ({hint})"
-    if MLFLOW_RUN_ID.fullmatch(reference):
-        looked += f" and in MLflow at {tracking_uri(mlflow_uri, storage)}; another one is named by mlflow.uri"
-    return ConfigError(f"no run, MLflow run id or checkpoint {reference!r}; {looked}")
-
-
-def config_to_resume(found: Checkpoint, overrides: list[str]) -> Config:
-    """The configuration of a checkpoint's run, with overrides; at the place where it lies now.
-
-    Raises:
-        ConfigError: the run has a newer checkpoint, from which it would go on instead.
-    """
-    run = found.place.parent.parent
-    # One change that was allowed is no leave for the next one.
-    cfg = load(found.path / checkpoint.CONFIG, ["data.allow_changed=false", *overrides])
-    here: dict[str, Any] = {"storage": run.parent.uri, "name": run.name, "stop_at_step": None}
-    given = {o.partition("=")[0] for o in overrides}
-    settings = dataclasses.replace(cfg.run, **{k: v for k, v in here.items() if f"run.{k}" not in given})
-    cfg = dataclasses.replace(cfg, run=settings)
-    newest = _newest(run)
-    same_run = (Storage(settings.storage) / (settings.name or "")).uri == run.uri
-    if newest.step != found.step and same_run:
-        raise ConfigError(
-            f"{found.place} is not the newest checkpoint of its run, {newest.place.name} is; "
-            "to branch off from it, give the branch a name: run.name=NAME"
-        )
-    return cfg
-
-
-def _read(place: Storage) -> Checkpoint:
-    try:
-        return checkpoint.read(place)
-    except CheckpointError as e:
-        raise ConfigError(str(e)) from None
-
-
-def _newest(run: Storage) -> Checkpoint:
-    problems: list[str] = []
-    try:
-        found = checkpoint.newest_valid(run / "checkpoints", problems.append)
-    except CheckpointError as e:
-        raise ConfigError(str(e)) from None
-    if found is None:
-        raise ConfigError(f"{run} has no valid checkpoint" + (f": {problems[0]}" if problems else " yet"))
-    return found

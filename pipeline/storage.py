@@ -169,6 +169,12 @@ class Storage:
             self.parent.download(self.name, copy)
         return copy
 
+    def delete(self, name: str) -> None:
+        """Delete a file of the folder, if it exists."""
+        system, path = self._opened
+        with contextlib.suppress(FileNotFoundError):
+            system.delete_file(f"{path}/{name}")
+
     def remove(self) -> None:
         """Delete the folder and all that is in it, if it exists."""
         if self.local:

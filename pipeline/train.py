@@ -173,9 +173,8 @@ def _look(job: Job, ctx: Context) -> tuple[Job, Identity, Checkpoint | None, Dec
     timeout_s = job.cfg.cluster.timeout_s
     if ctx.rank == 0:
         began = ctx.marks[0][1] if ctx.marks else None
-        identity, found = retry(
-            lambda: resume.look(job.run, job.resume_from, ctx.warn, began=began), ctx.warn, timeout_s
-        )
+        look = partial(resume.look, job.run, job.resume_from, ctx.warn, began=began)
+        identity, found = retry(partial(look, claim=job.claim, saved_step=job.saved_step), ctx.warn, timeout_s)
     mine = (found and found.place.uri, identity.precision, hardware_of(ctx.device))
     told = [mine] * ctx.world_size
     if ctx.world_size > 1:

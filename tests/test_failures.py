@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import failures, supervise
+from pipeline.claim import SupersededError
 from pipeline.config import ConfigError
 from pipeline.data.fetch import BadDataError
 from pipeline.failures import (
@@ -18,7 +19,6 @@ from pipeline.failures import (
     NonFiniteError,
     TrainingFailedError,
 )
-from pipeline.identity import SupersededError
 from pipeline.job import Event
 from pipeline.settings import load
 from pipeline.starting import RayStartError

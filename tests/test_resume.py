@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from ranks import context
 
-from pipeline import checkpoint, runs
+from pipeline import checkpoint, find, runs
 from pipeline.config import Config, ConfigError
 from pipeline.data.build import build_index
 from pipeline.job import Event, Job
@@ -99,8 +99,8 @@ def test_leave_for_one_change_is_none_for_the_next(settings: Settings, digits_in
         fit(job, context())
     found = checkpoint.newest_valid(job.checkpoints, pytest.fail)
     assert found is not None
-    assert not runs.config_to_resume(found, []).data.allow_changed
-    assert runs.config_to_resume(found, ["data.allow_changed=true"]).data.allow_changed
+    assert not find.config_to_resume(found, []).data.allow_changed
+    assert find.config_to_resume(found, ["data.allow_changed=true"]).data.allow_changed
 
 
 def test_the_number_of_classes_stays_whatever_is_allowed(settings: Settings, digits: Path, tmp_path: Path) -> None:

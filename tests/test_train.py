@@ -18,10 +18,11 @@ from PIL import Image
 from ranks import context, run_ranks
 
 from pipeline import checkpoint, lock, runs, step, train, weights
+from pipeline.claim import Claim, SupersededError
 from pipeline.config import ConfigError
 from pipeline.evaluate import evaluate
 from pipeline.failures import NonFiniteError
-from pipeline.identity import Identity, SupersededError
+from pipeline.identity import Identity
 from pipeline.job import Event, Job
 from pipeline.predictions import Predictions
 from pipeline.settings import load
@@ -240,18 +241,64 @@ def test_a_checkpoint_of_another_training_is_not_taken(job: Callable[..., Job], 
 
 
 def test_the_later_of_two_drivers_wins(job: Callable[..., Job]) -> None:
-    """On machines that share no lock: the earlier one stops before it writes again."""
-    one = dataclasses.replace(job("run", "checkpoint.every=5"), owner="earlier")
+    """On machines that share no lock: the earlier one stops before it writes again, and ends nothing of the run."""
+    run = job("run").run
+    Identity().write(run)
+    one = dataclasses.replace(job("run", "checkpoint.every=5"), claim=Claim.take(run))
+
+    def watch(event: Event) -> None:
+        if event["kind"] == "step" and event["step"] == 10:
+            Claim.take(run)
+
+    with pytest.raises(SupersededError, match=r"another driver has begun to train .*run; this one ends"):
+        fit(one, dataclasses.replace(context(), emit=watch))
+    assert [name for name in one.checkpoints.names() if name > "step_00000010"] == []
+    left = Identity.read(run, pytest.fail)
+    assert left is not None
+    assert left.open
+    with pytest.raises(SupersededError):
+        fit(one, context())
+    assert Identity.read(run, pytest.fail) == left
+
+
+def test_an_earlier_session_of_the_same_driver_writes_no_more(job: Callable[..., Job]) -> None:
+    one = job("run", "checkpoint.every=5")
 
     def watch(event: Event) -> None:
         if event["kind"] == "step" and event["step"] == 10:
             now = Identity.read(one.run, pytest.fail)
             assert now is not None
-            now.begin("later", 0).write(one.run)
+            now.begin(0).write(one.run)
 
-    with pytest.raises(SupersededError, match=r"session 2 of .*run has begun; session 1 ends"):
+    with pytest.raises(RuntimeError, match=r"session 2 of .*run has begun; session 1 ends"):
         fit(one, dataclasses.replace(context(), emit=watch))
-    assert [name for name in one.checkpoints.names() if name > "step_00000010"] == []
+
+
+@pytest.mark.parametrize("unseen", ["drivers", "run.json", "checkpoints"])
+def test_a_node_that_sees_the_run_late_begins_no_new_training(
+    job: Callable[..., Job], unseen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a network file system shows it: an absent file stays absent for up to a minute."""
+    run = job("run").run
+    Identity().write(run)
+    one = dataclasses.replace(job("run", "run.stop_at_step=4"), claim=Claim.take(run))
+    fit(one, context())
+    away, pauses = tmp_path / "away", list[float]()
+    (tmp_path / "run" / unseen).rename(away)
+
+    def appears(pause: float) -> None:
+        pauses.append(pause)
+        if len(pauses) == 2:
+            away.rename(tmp_path / "run" / unseen)
+
+    events = list[Event]()
+    one = dataclasses.replace(one, saved_step=4, cfg=job("run", "run.stop_at_step=6").cfg)
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.failures.time.sleep", appears)
+        fit(one, context(events=events))
+    (start,) = [event for event in events if event["kind"] == "start"]
+    assert (start["session"], start["step"]) == (2, 4)
+    assert "seen" in next(event["text"] for event in events if event["kind"] == "warning")
 
 
 def test_a_finished_run_trains_no_more(job: Callable[..., Job]) -> None:

@@ -13,7 +13,7 @@ from ranks import context
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline import checkpoint, cli, runs
+from pipeline import checkpoint, cli, find
 from pipeline.config import ConfigError, ModelConfig
 from pipeline.job import Event, Job
 from pipeline.model import ResNet
@@ -169,7 +169,7 @@ def test_a_run_begins_with_anothers_averaged_weights_and_resumes_with_its_own(jo
     first = job("first", "train.ema_decay=0.9")
     fit(first, context(0, 1))
     storage = first.run.parent
-    place = runs.find_weights("first", storage, None)
+    place = find.find_weights("first", storage, None)
     averaged = checkpoint.read(Storage(place)).state()["ema"]
 
     frozen = ["model.freeze=layer4", "train.ema_decay=0.9", "optim.layer_decay=0.7"]
