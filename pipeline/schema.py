@@ -48,16 +48,23 @@ class Section:
 
 
 # scheme://NAME:SECRET@ with any SECRET, also with slashes, as AWS's have; but not host:port/x@y, nor [v6 address].
-_CREDENTIALS = re.compile(r"^[a-z][a-z0-9+.-]*://[^/:@\[]*:(?!\d+/)[^@]+@", re.IGNORECASE)
+# https://TOKEN@ too, though a mere user's name in other schemes. And queries: ?sig=, &account_key=, &X-Amz-Signature=.
+_CREDENTIALS = re.compile(
+    r"""^[a-z][a-z0-9+.-]*://[^/:@\[]*:(?!\d+/)[^@]+@
+    |^https?://[^/?\#@]+@
+    |^[a-z][a-z0-9+.-]*://[^?]*\?(.*&)?([^=&]*[-_])?
+        (sig|signature|sas|secret|password|token|credential|(account|access|secret|api|private)[-_]?key)([-_][^=&]*)?=[^&]""",
+    re.IGNORECASE | re.VERBOSE,
+)
 
 
 def refuse_credentials(key: str, value: Any) -> None:
-    """Raise ConfigError, without the value, where it is a URI with a password in it."""
+    """Raise ConfigError, without the value, where it is a URI with a password, a token or a signature in it."""
     if isinstance(value, str) and _CREDENTIALS.match(value):
         raise ConfigError(
             f"{key}: leave the login out of it, since settings are logged and stored; give it in the environment, as "
-            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
-            "PGPASSWORD"
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD or MLFLOW_TRACKING_TOKEN, AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, AZURE_STORAGE_SAS_TOKEN, or PGPASSWORD"
         )
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from pipeline import cli
 from pipeline.config import ConfigError
+from pipeline.schema import refuse_credentials
 from pipeline.settings import dump, load
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -159,3 +160,36 @@ def test_later_settings_win_and_the_dump_reads_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: p.stem)
 def test_every_config_file_loads(path: Path) -> None:
     assert load(path).data.train
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://key:hush@bucket/runs",
+        "https://hush@host/images",
+        "https://host/a.tar?sp=r&sig=hush",
+        "abfs://box/runs?account_key=hush",
+        "abfs://box/runs?account_name=me&sas_token=hush",
+        "https://host/a.tar?X-Amz-Algorithm=x&X-Amz-Signature=hush",
+        "https://host/a.tar?X-Goog-Credential=hush",
+        "s3://bucket/runs?region=r&secret_key=hush",
+        "gs://bucket/{00..09}.tar?API-Key=hush",
+    ],
+)
+def test_a_secret_in_a_uri_is_refused_and_not_told(uri: str) -> None:
+    """Settings go to MLflow's parameters, checkpoints and logs."""
+    with pytest.raises(ConfigError, match="leave the login out of it") as refused:
+        refuse_credentials("run.storage", uri)
+    assert "hush" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        *("/data/a?sig=b", "/data/x@y:z@", "s3://bucket/runs?region=eu-west-1&endpoint_override=127.0.0.1:9000"),
+        *("http://host:5000/x@y", "http://[::1]:5000", "hdfs://user@name/runs", "postgresql://me@db/mlflow"),
+        *("s3://bucket/runs?region=", "s3://bucket/signature?scheme=http", "gs://bucket/secret=3/runs"),
+    ],
+)
+def test_other_uris_are_not_taken_for_secrets(uri: str) -> None:
+    refuse_credentials("run.storage", uri)
