@@ -17,7 +17,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +28,7 @@ from pipeline.config import Config
 from pipeline.failures import READ_CHECKPOINT_S, CheckpointError, IncompleteError, retry
 from pipeline.provenance import software
 from pipeline.settings import dump, load
-from pipeline.storage import Storage, fsync
+from pipeline.storage import Storage, alone, fsync
 
 FORMAT = 1
 STATE, CONFIG, META = "state.pt", "config.yaml", "meta.json"
@@ -143,13 +144,25 @@ def read(place: Storage, *, whole: bool = True, use_copy: bool = False) -> Check
         if name not in files or sizes[name] != files[name]["size"]:
             raise CheckpointError(f"{place}: {name} is damaged (its size differs from {META})")
     path = place.local or place.parent.scratch / place.name
-    for name in (STATE, CONFIG) if whole else (CONFIG,):
-        file = path / name
-        if not (place.local or (use_copy and file.exists() and _digest(file) == files[name])):
-            place.download(name, file)
-        if _digest(file) != files[name]:
-            raise CheckpointError(f"{place}: {name} is damaged (its SHA-256 differs from {META})")
+    with nullcontext() if place.local else _fetching(path):
+        for name in (STATE, CONFIG) if whole else (CONFIG,):
+            file = path / name
+            if not (place.local or (use_copy and file.exists() and _digest(file) == files[name])):
+                place.download(name, file)
+            if _digest(file) != files[name]:
+                raise CheckpointError(f"{place}: {name} is damaged (its SHA-256 differs from {META})")
     return Checkpoint(place, path, meta)
+
+
+@contextmanager
+def _fetching(path: Path) -> Iterator[None]:
+    """The ranks of a machine one after the other: the first one fetches. Of older copies each restart leaves one."""
+    path.mkdir(parents=True, exist_ok=True)
+    with alone(path.parent):
+        for copy in path.parent.glob("step_*"):
+            if copy.name < path.name:
+                shutil.rmtree(copy, ignore_errors=True)
+        yield
 
 
 def newest_valid(

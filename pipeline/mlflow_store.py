@@ -1,16 +1,13 @@
 """The MLflow store that runs are logged to: its address, and a client of it."""
 
-import contextlib
-import fcntl
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import ConfigError
 from pipeline.environment import SQLITE
 from pipeline.schema import refuse_credentials
-from pipeline.storage import Storage
+from pipeline.storage import Storage, alone
 
 
 def tracking_uri(configured: str | None, storage: Storage) -> str:
@@ -47,26 +44,12 @@ def open_client(uri: str) -> Any:
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # where the JSON of a command goes
     import mlflow
 
-    with _opened_alone(uri):
-        client = mlflow.MlflowClient(uri)
-        if uri.startswith(SQLITE):
-            client.search_experiments(max_results=1)  # makes the tables, where there are none
-    return client
-
-
-@contextlib.contextmanager
-def _opened_alone(uri: str) -> Iterator[None]:
-    """One process at a time on this machine: two that make a SQLite store's tables break it for good (MLflow 3.17)."""
     if not uri.startswith(SQLITE):
-        yield
-        return
-    folder = os.open(Path(uri.removeprefix(SQLITE)).parent, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # not every file system can
-            fcntl.flock(folder, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(folder)
+        return mlflow.MlflowClient(uri)
+    with alone(Path(uri.removeprefix(SQLITE)).parent):  # two that make its tables break it for good (MLflow 3.17)
+        client = mlflow.MlflowClient(uri)
+        client.search_experiments(max_results=1)  # makes them, where there are none
+    return client
 
 
 def is_missing(uri: str) -> bool:

@@ -12,6 +12,7 @@ from pipeline.storage import fsync
 
 Record = dict[str, Any]
 FILE = "spool.jsonl"
+HEAD_BYTES = 2**20
 
 
 class Spool:
@@ -56,11 +57,19 @@ class Spool:
         """The waiting records, oldest first, each with the offset at which it ends."""
         with self._lock:
             self._write()
-            end, waiting = self._sent, []
-            for line in self._read().splitlines(keepends=True):
-                end += len(line)
-                waiting.append((_without(json.loads(line), self._skipped), end))
-        return waiting
+            return self._parsed(self._sent, self._end)
+
+    def head(self, max_bytes: int = HEAD_BYTES) -> list[tuple[Record, int]]:
+        """As `unsent`, but some records alone; for the thread that marks them as sent.
+
+        A step that logs does not wait for it, however long MLflow was away: nobody else takes records away.
+        """
+        with self._lock:
+            self._write()
+            start, end = self._sent, self._end
+        while not (some := self._parsed(start, min(start + max_bytes, end))) and start + max_bytes < end:
+            max_bytes *= 2  # a single record that is larger
+        return some
 
     def skip(self, last_step: dict[str, int]) -> None:
         """Leave out of what waits the metrics that MLflow has already: up to these steps."""
@@ -85,9 +94,14 @@ class Spool:
         self._file.close()
 
     # By the open file, not by its path: a folder that is away for a while does not hurt.
-    def _read(self) -> bytes:
-        """What was not sent yet."""
-        return os.pread(self._file.fileno(), self._end - self._sent, self._sent)
+    def _parsed(self, start: int, end: int) -> list[tuple[Record, int]]:
+        """The whole records between two offsets, each with its end."""
+        records = []
+        for line in os.pread(self._file.fileno(), end - start, start).splitlines(keepends=True):
+            if line.endswith(b"\n"):
+                start += len(line)
+                records.append((_without(json.loads(line), self._skipped), start))
+        return records
 
     def _write(self) -> None:
         """Append what is to be written: all of it, or nothing for now."""

@@ -6,6 +6,7 @@ a package for on this machine. Everything that goes wrong is an OSError.
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
@@ -221,6 +222,18 @@ def scratch_folder() -> Path:
     if stat.S_IMODE(status.st_mode) & 0o077:
         folder.chmod(0o700)
     return folder
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """One process or thread of this machine at a time, by a lock on a folder; none where its file system has no locks."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def fsync(path: Path) -> None:

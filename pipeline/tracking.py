@@ -211,7 +211,7 @@ class Tracker:
                 failures += 1
                 continue
             self._failing, failures = False, 0
-            if self._closing.is_set() and not self._spool.unsent():
+            if self._closing.is_set() and not self._spool.head():
                 return
             self._wake.wait()
 
@@ -221,7 +221,7 @@ class Tracker:
             if self._spool.is_new:  # perhaps that of earlier sessions died with its machine
                 self._spool.skip(run.last_steps())
             self._run = run
-        waiting = self._spool.unsent()
+        waiting = self._spool.head()
         while waiting and not self._abandoned.is_set():
             batch = _leading_metrics(waiting) or waiting[:1]
             try:
@@ -234,7 +234,7 @@ class Tracker:
                 self._on_problem(f"MLflow refused a record of kind {batch[0][0]['kind']}, dropped: {reason(e)}")
             self._failing, self._answered = False, time.monotonic()
             self._spool.mark_sent(batch[-1][1])
-            waiting = waiting[len(batch) :] or self._spool.unsent()
+            waiting = waiting[len(batch) :] or self._spool.head()
 
 
 def sync(

@@ -4,7 +4,9 @@ import errno
 import io
 import os
 import pickle
+import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +190,31 @@ def test_old_ones_are_deleted_everywhere(folder: Storage, save: Callable[[int], 
     assert [name for name in folder.names() if name.startswith("step")] == steps
     copies = steps if folder.local else steps[-1:]
     assert sorted(p.name for p in folder.scratch.glob("step*")) == copies
+
+
+@pytest.mark.parametrize("folder", ["s3"], indirect=True)
+def test_the_ranks_of_a_node_fetch_a_checkpoint_once_and_leave_no_older_ones(
+    save: Callable[[int], Storage], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """ResNet-152's takes 724 MB: a node of eight ranks would fetch 5.8 GB at once, and keep each restart's."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "node"))
+    (tmp_path / "node").mkdir()
+    fetched, download = list[str](), Storage.download
+
+    def counted(self: Storage, name: str, to: Path) -> None:
+        fetched.append(f"{self.name}/{name}")
+        download(self, name, to)
+
+    places = [save(step) for step in (1, 2, 3)]
+    shutil.rmtree(places[0].parent.scratch)
+    monkeypatch.setattr(Storage, "download", counted)
+    for place in places:
+        with ThreadPoolExecutor(4) as ranks:
+            found = list(ranks.map(lambda _: checkpoint.read(place, use_copy=True), range(4)))  # noqa: B023
+        assert [one.state()["step"] for one in found] == [found[0].step] * 4
+    names = [f"step_0000000{step}/{name}" for step in (1, 2, 3) for name in ("state.pt", "config.yaml")]
+    assert fetched == names
+    assert [path.name for path in places[0].parent.scratch.glob("step_*")] == ["step_00000003"]
 
 
 def test_a_store_that_is_away_is_no_reason_to_take_an_older_checkpoint(

@@ -62,6 +62,32 @@ def test_spool_drops_steps_that_were_logged_before(tmp_path: Path) -> None:
     reopened.close()
 
 
+def test_a_long_backlog_is_taken_in_parts_and_keeps_no_step_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow was away for days: the thread that sends must not parse all of it under the lock that a step needs."""
+    spool, parse = Spool(tmp_path, print), json.loads
+    for step in range(1000):
+        spool.append(metric(step))
+    spool.append({"kind": "text", "text": "x" * 10_000, "to": "large"})
+    spool.append(metric(1000))
+
+    def checked(line: bytes) -> object:
+        assert not spool._lock.locked()
+        return parse(line)
+
+    seen = list[dict[str, object]]()
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.spool.json.loads", checked)
+        while head := spool.head(max_bytes=1000):
+            assert len(head) < 20
+            seen += [record for record, _ in head]
+            spool.mark_sent(head[-1][1])
+    assert [record.get("step") for record in seen] == [*range(1000), None, 1000]
+    assert spool.unsent() == []
+    spool.close()
+
+
 def test_spool_leaves_out_what_it_cannot_read(tmp_path: Path) -> None:
     spool = Spool(tmp_path, pytest.fail)
     spool.append(metric(1))
