@@ -151,6 +151,8 @@ def read(place: Storage, *, whole: bool = True, use_copy: bool = False) -> Check
                 place.download(name, file)
             if _digest(file) != files[name]:
                 raise CheckpointError(f"{place}: {name} is damaged (its SHA-256 differs from {META})")
+        if whole and not place.local:
+            place.download(META, path / META)  # a whole copy: MLflow is sent it
     return Checkpoint(place, path, meta)
 
 

@@ -226,7 +226,7 @@ def scratch_folder() -> Path:
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """One process or thread of this machine at a time, by a lock on a folder; none where its file system has no locks."""
+    """One process or thread of this machine at a time, by a lock on a folder; without where there are no locks."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):

@@ -29,7 +29,6 @@ class Uploads:
         def log() -> None:
             if not (saved.path / META).exists():  # of an object store only what was written last is here, and whole
                 checkpoint.read(saved.place, use_copy=True)
-                saved.place.download(META, saved.path / META)
             self._tracker.folder(saved.path, f"{CHECKPOINTS}/{saved.path.name}")
 
         self._hand_over(saved.place, log)

@@ -370,3 +370,10 @@ def test_the_best_checkpoint_is_uploaded_from_an_object_store(
     assert len(client.list_artifacts(summary["mlflow_run_id"], best.path)) == 3
     for folder in (run, run / "checkpoints"):
         shutil.rmtree(folder.scratch)
+    # The next command is given on another node, and all that is left to do is the model.
+    logging = load(None, [*FAST, f"data.train={val}", f"data.val={val}", *words, "mlflow.log_model=true"])
+    fit(Job(logging, run, str(val), str(val)), context(events=events))
+    assert not [event["text"] for event in events if event["kind"] == "warning"]
+    assert len(client.get_run(summary["mlflow_run_id"]).outputs.model_outputs) == 1
+    for folder in (run, run / "checkpoints"):
+        shutil.rmtree(folder.scratch)
