@@ -239,7 +239,8 @@ def found_by(args: argparse.Namespace) -> "Checkpoint":
     """The checkpoint that a command's RUN means."""
     from pipeline import find
 
-    return find.find_checkpoint(args.run, find.open_storage(args.storage), args.mlflow_uri)
+    storage = find.open_storage(args.storage)
+    return find.find_checkpoint(args.run, storage, args.mlflow_uri, lambda text: say(f"warning: {text}"))
 
 
 def drop_stdout() -> None:

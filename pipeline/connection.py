@@ -31,6 +31,7 @@ from pipeline.supervise import kill_descendants
 
 OBJECT_STORE_BYTES = 100 * 2**20  # nothing goes through it but messages
 CONNECT_SECONDS = 10.0
+DISCONNECT_QUIETLY_S = 3.0
 MAX_REASON = 240  # characters; Ray adds its advice
 START_TIMEOUT_S = 600  # for the workers' processes, also where an image has to be pulled first
 QUIET = {"logging_level": "ERROR", "log_to_driver": False}
@@ -95,18 +96,21 @@ def connected(
                 raise (ClusterLostError(str(e)) if again else e) from None
             reason = f"cluster.address={address} cannot be reached: {str(e).splitlines()[0]}"
             raise (ClusterLostError(reason) if again else ConfigError(reason)) from None
-        stack.callback(_disconnect)
+        stack.callback(_disconnect, warn)
         try:
             yield
         except ray.exceptions.RayError as e:
             raise ClusterLostError(f"the Ray cluster is lost: {last_line(e)}") from e
 
 
-def _disconnect() -> None:
+def _disconnect(warn: Callable[[str], None]) -> None:
     """Leave the cluster; a raylet that stands still (a node in swap, SIGSTOP) would be waited for without end."""
     leaving = threading.Thread(target=ray.shutdown, daemon=True)
     leaving.start()
-    leaving.join(DISCONNECT_S)
+    leaving.join(DISCONNECT_QUIETLY_S)
+    if leaving.is_alive():
+        warn(f"Ray does not answer; waiting {DISCONNECT_S:.0f} s for it to end, all else is done")
+        leaving.join(DISCONNECT_S)
 
 
 def last_line(error: BaseException) -> str:

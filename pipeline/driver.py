@@ -59,26 +59,29 @@ class Supervisor:
         self.event({"kind": "warning", "text": text})
 
 
-def mark_failed(job: Job, reason: str, warn: Callable[[str], None]) -> None:
-    """Tell MLflow that a training has ended in failure, from outside it: its workers may be dead."""
+def tell_end(job: Job, error: TrainingFailedError | Interrupted, warn: Callable[[str], None]) -> None:
+    """Write down how a training has ended, in run.json and MLflow, from outside it: its workers may be dead."""
     try:
-        _mark_failed(job, reason)
+        _tell_end(job, error)
     except (OSError, FatalError) as e:
-        warn(f"MLflow is not told: {e}")
+        warn(f"run.json and MLflow are not told: {e}")
 
 
-def _mark_failed(job: Job, reason: str) -> None:
+def _tell_end(job: Job, error: TrainingFailedError | Interrupted) -> None:
     from pipeline.identity import Identity
     from pipeline.tracking import Tracker
 
-    if job.claim is not None:
-        job.claim.check()
     identity = Identity.read(job.run, lambda _: None)
-    if identity is None:
+    has_failed = isinstance(error, TrainingFailedError)
+    # Nothing has begun; or it was stopped between two sessions, of which the first has told of its own end.
+    if identity is None or identity.sessions == 0 or not (has_failed or identity.open):
         return
+    failure = str(error)[:500] if has_failed else ""
+    identity.replaced(identity.end(failure), job.run, job.claim)
     tracker = Tracker.of_run(job.cfg.mlflow, job.run, identity.training_id, lambda _: None)
-    tracker.tags({"pipeline.failure": reason[:500]})
-    tracker.close("FAILED", *MLFLOW_HANDOVER_S)
+    if has_failed:
+        tracker.tags({"pipeline.failure": failure})
+    tracker.close("FAILED" if has_failed else "KILLED", *MLFLOW_HANDOVER_S)
 
 
 def train(supervisor: Supervisor) -> dict[str, Any]:
@@ -100,9 +103,9 @@ def train(supervisor: Supervisor) -> dict[str, Any]:
             marks = (("command", request.began), (first, began), ("Ray and imports", ready), ("run", time.time()))
             try:
                 return controller.run(marks)
-            except TrainingFailedError as e:
+            except (TrainingFailedError, Interrupted) as e:
                 # The storage may be away, or hang; a new driver would not help.
-                telling = threading.Thread(target=mark_failed, args=(job, str(e), supervisor.warn), daemon=True)
+                telling = threading.Thread(target=tell_end, args=(job, e, supervisor.warn), daemon=True)
                 telling.start()
                 telling.join(DRIVER_END_S)
                 raise

@@ -19,6 +19,7 @@ from pipeline.settings import load
 from pipeline.storage import Storage
 
 MLFLOW_RUN_ID = re.compile(r"[0-9a-f]{32}")
+MAX_NAMED = 5  # runs
 
 
 def open_storage(uri: str) -> Storage:
@@ -48,7 +49,9 @@ def find_run(reference: str, storage: Storage, mlflow_uri: str | None) -> Storag
     return None
 
 
-def find_checkpoint(reference: str, storage: Storage, mlflow_uri: str | None) -> Checkpoint:
+def find_checkpoint(
+    reference: str, storage: Storage, mlflow_uri: str | None, report: Callable[[str], None] = lambda _: None
+) -> Checkpoint:
     """The checkpoint that a user means by a run's name, an MLflow run id, a path or a URI.
 
     A run stands for its newest valid checkpoint.
@@ -56,6 +59,7 @@ def find_checkpoint(reference: str, storage: Storage, mlflow_uri: str | None) ->
     Args:
         storage: where runs lie.
         mlflow_uri: the store to look an MLflow run id up in; None is the usual one of `storage`.
+        report: told of newer checkpoints that are damaged.
 
     Raises:
         ConfigError: nothing of that name, or no valid checkpoint in it.
@@ -64,7 +68,7 @@ def find_checkpoint(reference: str, storage: Storage, mlflow_uri: str | None) ->
         return _read(place)
     run = find_run(reference, storage, mlflow_uri)
     if run is not None:
-        return _newest(run)
+        return _newest(run, report)
     raise no_such_run(reference, storage, mlflow_uri)
 
 
@@ -132,7 +136,8 @@ def no_such_run(reference: str, storage: Storage, mlflow_uri: str | None) -> Con
     """The error, with the nearest name."""
     known = [name for name in storage.names() if FILE in (storage / name).sizes()]
     near = difflib.get_close_matches(reference, known, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"runs there: {', '.join(known[-5:]) or 'none'}"
+    more = f" and {len(known) - MAX_NAMED} others" if len(known) > MAX_NAMED else ""
+    hint = f"did you mean {near[0]}?" if near else f"runs there: {', '.join(known[-MAX_NAMED:]) or 'none'}{more}"
     looked = f"looked in {storage} ({hint})"
     if MLFLOW_RUN_ID.fullmatch(reference):
         looked += f" and in MLflow at {tracking_uri(mlflow_uri, storage)}; another one is named by mlflow.uri"
@@ -169,7 +174,7 @@ def _read(place: Storage) -> Checkpoint:
         raise ConfigError(str(e)) from None
 
 
-def _newest(run: Storage) -> Checkpoint:
+def _newest(run: Storage, report: Callable[[str], None] = lambda _: None) -> Checkpoint:
     problems: list[str] = []
     try:
         found = checkpoint.newest_valid(run / "checkpoints", problems.append)
@@ -177,4 +182,6 @@ def _newest(run: Storage) -> Checkpoint:
         raise ConfigError(str(e)) from None
     if found is None:
         raise ConfigError(f"{run} has no valid checkpoint" + (f": {problems[0]}" if problems else " yet"))
+    for problem in problems:
+        report(problem)
     return found

@@ -2,7 +2,8 @@
 
 {"training_id": finds the MLflow run and the run's own checkpoints, "began": the command that began it, Unix time,
  "sessions": so far, "faults": so far, "open": whether a session has not ended,
- "precision": what the last one computed in}
+ "precision": what the last one computed in, "place": path or URI of the folder in which this was written,
+ "failure": why no session is to follow by itself, if so}
 """
 
 import dataclasses
@@ -29,6 +30,8 @@ class Identity:
     open: bool = False
     began: float = field(default_factory=time.time)
     precision: str | None = None
+    place: str = ""
+    failure: str = ""
 
     @classmethod
     def read(cls, run: Storage, report: Callable[[str], None]) -> "Identity | None":
@@ -40,7 +43,8 @@ class Identity:
             precision = content.get("precision")
             if precision not in (*get_args(Precision), None):
                 raise ValueError(precision)
-            return cls(str(content["training_id"]), *numbers, is_open, began, precision)
+            place, failure = (str(content.get(key, "")) for key in ("place", "failure"))
+            return cls(str(content["training_id"]), *numbers, is_open, began, precision, place, failure)
         except FileNotFoundError:
             return None
         except (ValueError, TypeError, KeyError):
@@ -48,7 +52,7 @@ class Identity:
             return None
 
     def write(self, run: Storage) -> None:
-        run.write_bytes(FILE, json.dumps(dataclasses.asdict(self)).encode())
+        run.write_bytes(FILE, json.dumps({**dataclasses.asdict(self), "place": run.uri}).encode())
 
     def replaced(self, new: "Identity", run: Storage, claim: Claim | None) -> "Identity":
         """`new`, written in its place; errors as of `check`."""
@@ -60,10 +64,10 @@ class Identity:
         """With one session more."""
         sessions, faults = self.sessions + 1, self.faults + new_faults
         precision = precision or self.precision
-        return dataclasses.replace(self, sessions=sessions, faults=faults, open=True, precision=precision)
+        return dataclasses.replace(self, sessions=sessions, faults=faults, open=True, precision=precision, failure="")
 
-    def end(self) -> "Identity":
-        return dataclasses.replace(self, open=False)
+    def end(self, failure: str = "") -> "Identity":
+        return dataclasses.replace(self, open=False, failure=failure)
 
     def facts(self) -> dict[str, str | int]:
         """What checkpoints and summaries tell of it."""

@@ -143,4 +143,7 @@ def _predict(
 
 
 def _refuse(path: str, reason: str) -> None:
-    raise ConfigError(f"{path} cannot be decoded ({reason}); mend or remove it")
+    raise ConfigError(
+        f"{path} cannot be decoded ({reason}); mend it, or have what is broken or missing left out by a new index: "
+        "--data FOLDER"
+    )

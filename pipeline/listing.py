@@ -18,8 +18,8 @@ from pipeline.storage import Storage
 
 # training: a live process of a machine that shares the directory holds it. died: a session has not ended, and nobody
 # holds it. open: a session has not ended, and an object store has no locks to tell more. stopped: before its last step.
-# new: it has no checkpoint.
-State = Literal["training", "died", "open", "new", "stopped", "done"]
+# failed: by an error that no new attempt was to follow. new: it has no checkpoint.
+State = Literal["training", "died", "open", "failed", "new", "stopped", "done"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,8 @@ def _look(run: Storage) -> Listed | None:
         state = "training"
     elif identity is not None and identity.open:
         state = "died" if run.local else "open"
+    elif identity is not None and identity.failure:
+        state = "failed"
     else:
         state = "done" if done else "stopped" if meta else "new"
     lost, saved = not meta and bool(problems), _number(meta, "saved_at")

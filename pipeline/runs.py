@@ -14,18 +14,18 @@ and, in a directory of the machine where the storage is none itself,
 import dataclasses
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 from pipeline import resume
-from pipeline.claim import Claim, SupersededError
+from pipeline.claim import FOLDER, Claim, SupersededError
 from pipeline.config import Config, ConfigError
 from pipeline.data.build import build_index, fetch_index
 from pipeline.data.find import is_index
 from pipeline.data.index import Index
 from pipeline.data.sampling import steps_per_epoch
-from pipeline.failures import FIRST_LOOK_S, retry
+from pipeline.failures import FIRST_LOOK_S, any_entry, retry
 from pipeline.find import find_weights, open_storage
 from pipeline.identity import Identity
 from pipeline.job import Event, Job
@@ -96,12 +96,12 @@ def prepare(
         if found is not None:
             resume.refuse_images(found, cfg, train)
         with _as_mistake(f"run.storage={storage}: cannot be used", "name another place"):
-            claim = _claimed(run, identity)
+            claim = _claimed(run, identity, cfg.mlflow.uri)
         saved_step = found.step if found is not None and found.place.parent.parent.uri == run.uri else 0
         yield Job(cfg, run, train_index, val_index, resume_from, claim, saved_step)
 
 
-def _claimed(run: Storage, identity: Identity) -> Claim:
+def _claimed(run: Storage, identity: Identity, mlflow_uri: str | None) -> Claim:
     """This driver's claim to the run, whose run.json is there from now on."""
     try:
         claim = Claim.take(run)
@@ -109,9 +109,29 @@ def _claimed(run: Storage, identity: Identity) -> Claim:
         raise ConfigError(
             f"run.name={run.name}: another command begins to train it just now; wait for its end, or use another name"
         ) from None
-    if Identity.read(run, lambda _: None) is None:
-        identity.write(run)
+    _refuse_copy(run, identity, claim, mlflow_uri)
+    now = Identity.read(run, lambda _: None)
+    if now is None or now.place != run.uri:
+        (now or identity).write(run)
     return claim
+
+
+def _refuse_copy(run: Storage, identity: Identity, claim: Claim, mlflow_uri: str | None) -> None:
+    """Raise ConfigError where the folder was not moved from where run.json was written, but copied.
+
+    A storage that was copied as a whole, MLflow's SQLite file among it, has its own records.
+    """
+    there = Storage(identity.place or run.uri)
+    if tracking_uri(mlflow_uri, there.parent) != tracking_uri(mlflow_uri, run.parent):
+        return
+    with suppress(OSError):  # the place is no more
+        other = Identity.read(there, lambda _: None)
+        is_same_folder = claim.name in (there / FOLDER).names()
+        if other is not None and other.training_id == identity.training_id and not is_same_folder:
+            raise ConfigError(
+                f"run.name={run.name}: {run} is a copy of {there}, and both would log to one run of MLflow; branch off "
+                f"with: pipeline train --resume {run} run.name=NEW; or move {there} away"
+            )
 
 
 @contextmanager
@@ -130,7 +150,13 @@ def _index(
     to = run / "index" / f"{split}.arrow"
     with _as_mistake(f"data.{split}={source}: its index cannot be made or read", "try again, or name another place"):
         if is_index(source):
-            return source, fetch_index(source)
+            index = fetch_index(source)
+            if index.root is not None and index.root.local is not None and not any_entry(index.root.local):
+                raise ConfigError(
+                    f"data.{split}={source}: its images are not there: {index.root} is missing or empty; bring them "
+                    "back, or make an index of where they are now"
+                )
+            return source, index
         index, report = build_index(source, progress=lambda *_: heartbeat())
         refused = report.refused
         for one in refused[:MAX_NAMED]:

@@ -9,7 +9,7 @@ import errno
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from pipeline.config import Config
 from pipeline.failures import backoff
 from pipeline.state import TrainState
 from pipeline.storage import Storage
+
+QUIET_S = 10.0  # to wait for a checkpoint before that is told
 
 
 class Saver:
@@ -122,6 +124,8 @@ class Saver:
         """
         if self._writing is not None:
             try:
+                if not wait([self._writing], min(QUIET_S, timeout_s)).done:
+                    self._report(f"waiting up to {timeout_s:.0f} s for the checkpoint of step {self._step}")
                 self._writing.result(timeout_s)
             except TimeoutError:
                 self._replaced.set()

@@ -202,7 +202,9 @@ class Tracker:
                 self._send_waiting()
             except Exception as e:  # MLflow raises whatever its transport raises; none of it may end a training
                 if not self._failing:
-                    self._on_problem(f"MLflow at {self._target.uri} fails, records wait in {self.spool}: {reason(e)}")
+                    is_ours = str(getattr(e, "filename", None) or "").startswith(str(self._folder))
+                    what = f"{self._folder} cannot be used" if is_ours else f"MLflow at {self._target.uri} fails"
+                    self._on_problem(f"{what}, records wait in {self.spool}: {reason(e)}")
                 self._failing = True
                 if self._closing.is_set():  # somebody waits
                     self._abandoned.wait(RETRY_SECONDS[0])

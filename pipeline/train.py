@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -53,11 +53,11 @@ def fit(job: Job, ctx: Context) -> dict[str, Any]:
     Raises:
         ConfigError: a checkpoint that does not fit. NonFiniteError. BadDataError.
     """
-    with Watchdog(job.cfg.cluster.timeout_s) as watchdog:
-        return _fit(job, ctx, watchdog)
+    with Watchdog(job.cfg.cluster.timeout_s) as watchdog, ExitStack() as stack:
+        return _fit(job, ctx, watchdog, stack)
 
 
-def _fit(job: Job, ctx: Context, watchdog: Watchdog) -> dict[str, Any]:
+def _fit(job: Job, ctx: Context, watchdog: Watchdog, stack: ExitStack) -> dict[str, Any]:
     entered = time.time()
     torch.set_num_threads(ctx.num_threads)
     if ctx.device.type == "cuda":
@@ -75,6 +75,7 @@ def _fit(job: Job, ctx: Context, watchdog: Watchdog) -> dict[str, Any]:
     _begin(state, cfg, index, ctx, resumed, precision)
     ledger = _ledger(ctx, identity, resumed, entered)
     recorder = Recorder(job, ctx, index, identity, resumed, ledger, schedule.num_steps, precision.reason, watchdog.feed)
+    stack.enter_context(recorder)  # from now on MLflow is told of any end
     train_loader, val_loader = _loaders(job, ctx, index, val_index, recorder, state.step, watchdog.feed)
     net = as_trained(state.model, cfg, ctx.world_size, ctx.device, ledger)
     micro_batches = MicroBatches(cfg.train, ctx.device.type == "cuda", ctx.warn)
@@ -108,7 +109,6 @@ def _fit(job: Job, ctx: Context, watchdog: Watchdog) -> dict[str, Any]:
     with (
         closing(train_loader),
         closing(val_loader),
-        recorder,
         closing(Profile(job, ctx, ledger, recorder.publish)) as profile,
         Trace(job, ctx) as trace,
     ):

@@ -193,4 +193,4 @@ def test_a_command_that_comes_second_is_told_so(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(Claim, "take", loses)
     with pytest.raises(ConfigError, match=r"run.name=x: another command begins to train it just now; wait for its end"):
-        runs._claimed(Storage(tmp_path / "x"), Identity())
+        runs._claimed(Storage(tmp_path / "x"), Identity(), None)

@@ -100,6 +100,7 @@ def test_stopped_twice_and_resumed_is_bitwise_the_same(
     training = start([PIPELINE, "train", "--resume", "parts", f"run.storage={storage}"])
     assert training.finish() == 0, training.said
     assert "done at step 60 of 60" in training.said
+    assert "Ray does not answer; waiting 20 s for it to end, all else is done" in training.said
     assert f"mlflow ui --port 5000 --backend-store-uri sqlite:///{storage}/mlflow.db" in training.said
     assert differences(state_of(storage / "whole"), state_of(storage / "parts")) == []
     whole, parts = (loss_series(f"sqlite:///{storage}/mlflow.db", run) for run in ("whole", "parts"))

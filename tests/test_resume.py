@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from commands import Run
 from ranks import context
 
 from pipeline import checkpoint, find, runs
@@ -137,6 +138,30 @@ def test_damaged_checkpoints_are_told_by_the_workers_and_decide_nothing(settings
     assert sum("step_00000002: config.yaml is damaged" in event.get("text", "") for event in events) == 1
 
 
+def test_a_command_tells_of_newer_checkpoints_that_it_does_not_take(
+    settings: Settings, run: Run, tmp_path: Path
+) -> None:
+    """Else `pipeline evaluate` would give an older one's figures as if they were the newest's."""
+    (Path(settings().run.storage, "run", "checkpoints", "step_00000002") / checkpoint.CONFIG).write_text("{}")
+    code, out, err = run("evaluate", "run", "--storage", f"{tmp_path}/runs", "--json")
+    assert code == 0
+    assert "step_00000001" in out
+    assert "warning: skipped a checkpoint: " in err
+    assert "step_00000002: config.yaml is damaged" in err
+
+
+def test_images_that_have_gone_are_told_before_any_worker_starts(
+    settings: Settings, digits: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(digits / "val", tmp_path / "images")
+    build_index(tmp_path / "images")[0].save(tmp_path / "images.arrow")
+    (tmp_path / "images").rename(tmp_path / "away")
+    cfg = settings(f"data.val={tmp_path}/images.arrow", "run.name=new")
+    line = f"data.val={tmp_path}/images.arrow: its images are not there: {tmp_path}/images is missing or empty; bring"
+    with pytest.raises(ConfigError, match=line), runs.prepare(cfg, print):
+        pass
+
+
 def test_where_all_are_damaged_it_is_told_at_once(settings: Settings) -> None:
     cfg = settings()
     for place in Path(cfg.run.storage, "run", "checkpoints").glob("step_*"):
@@ -151,4 +176,22 @@ def test_the_driver_reads_no_state(settings: Settings) -> None:
         os.truncate(place / checkpoint.STATE, 0)
         os.truncate(place / checkpoint.STATE, checkpoint.read_meta(Storage(place))["files"][checkpoint.STATE]["size"])
     with runs.prepare(cfg, print):
+        pass
+
+
+def test_a_run_that_was_copied_does_not_log_to_the_originals_mlflow_run(settings: Settings, tmp_path: Path) -> None:
+    """Each step would have two values there. A whole storage has its own MLflow: that is what `settings` copies."""
+    storage = tmp_path / "runs"
+    with runs.prepare(settings(), print):
+        pass
+    shutil.copytree(storage / "run", storage / "copy")
+    line = f"run.name=copy: {storage}/copy is a copy of {storage}/run, and both would log to one run of MLflow"
+    with pytest.raises(ConfigError, match=line), runs.prepare(settings("run.name=copy"), print):
+        pass
+    link = tmp_path / "link"
+    link.symlink_to(storage)
+    with runs.prepare(settings(f"run.storage={link}"), print):  # the same folder by another path
+        pass
+    (storage / "run").rename(storage / "moved")
+    with runs.prepare(settings("run.name=moved"), print), runs.prepare(settings("run.name=copy"), print):
         pass

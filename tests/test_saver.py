@@ -195,6 +195,18 @@ def test_giving_up_is_told_with_the_reason(
         watched.saver.finish(2)
 
 
+def test_a_long_wait_at_the_end_is_told(
+    tmp_path: Path, cfg: Config, state: TrainState, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.saver.QUIET_S", 0.1)
+    watched = Watched(tmp_path, cfg)
+    watched.save(state, 1)
+    threading.Timer(0.5, gate.set).start()
+    watched.saver.finish(30)
+    assert watched.reports == ["waiting up to 30 s for the checkpoint of step 1"]
+    assert [saved.step for saved in watched.written] == [1]
+
+
 def test_a_vanished_folder_is_waited_for_and_not_made_anew(tmp_path: Path, cfg: Config, state: TrainState) -> None:
     """As where a network file system is away: what is written to its empty mount point would be lost."""
     folder = tmp_path / "mounted"

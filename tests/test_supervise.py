@@ -226,11 +226,11 @@ def test_a_failure_that_mlflow_cannot_be_told_of_stays_that_failure(monkeypatch:
 
     here = SimpleNamespace(run=SimpleNamespace(name="x"))
     monkeypatch.setattr(driver, "connected", lambda *_: nullcontext())
-    monkeypatch.setattr(driver, "_mark_failed", away)
+    monkeypatch.setattr(driver, "_tell_end", away)
     monkeypatch.setattr(launch, "TrainController", Failing)
     monkeypatch.setattr(runs, "prepare", lambda *_: nullcontext(here))
     told = list[str]()
     one = supervisor(load(None, ["data.train=x", "data.val=x"]), told, trained=False)
     with pytest.raises(TrainingFailedError, match="one failure too many"):
         driver.train(one)
-    assert told == ["MLflow is not told: the storage is away"]
+    assert told == ["run.json and MLflow are not told: the storage is away"]

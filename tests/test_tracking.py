@@ -181,6 +181,22 @@ def tracker(uri: str, run_dir: Path, problems: list[str] | None = None) -> Track
     return tracker
 
 
+def test_a_disk_that_fails_is_not_called_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the run's folder is away for a while."""
+    problems, place = list[str](), tmp_path / "run" / "mlflow"
+    one = tracker(tracking_uri(None, Storage(tmp_path)), tmp_path / "run", problems)
+
+    def away(_: object, offset: int) -> None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"{place}/sent.tmp")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Spool, "mark_sent", away)
+        assert one.close("KILLED", 1) > 0
+    assert [problem.partition(":")[0] for problem in problems] == [
+        f"{place} cannot be used, records wait in {place}/spool.jsonl"
+    ]
+
+
 def test_everything_logged_arrives_in_one_run_over_two_sessions(tmp_path: Path) -> None:
     uri = tracking_uri(None, Storage(tmp_path))
     source = tmp_path / "checkpoint"

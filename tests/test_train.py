@@ -17,11 +17,11 @@ from odd_images import as_text, damaged_jpeg, encode, write_odd_folder
 from PIL import Image
 from ranks import context, run_ranks
 
-from pipeline import checkpoint, lock, runs, step, train, weights
+from pipeline import checkpoint, driver, listing, lock, runs, step, train, weights
 from pipeline.claim import Claim, SupersededError
 from pipeline.config import ConfigError
 from pipeline.evaluate import evaluate
-from pipeline.failures import NonFiniteError
+from pipeline.failures import Interrupted, NonFiniteError, TrainingFailedError
 from pipeline.identity import Identity
 from pipeline.job import Event, Job
 from pipeline.predictions import Predictions
@@ -272,6 +272,58 @@ def test_an_earlier_session_of_the_same_driver_writes_no_more(job: Callable[...,
 
     with pytest.raises(RuntimeError, match=r"session 2 of .*run has begun; session 1 ends"):
         fit(one, dataclasses.replace(context(), emit=watch))
+
+
+def mlflow_status(job: Job) -> list[str]:
+    client = mlflow.MlflowClient(f"sqlite:///{job.cfg.run.storage}/mlflow.db")
+    experiments = [one.experiment_id for one in client.search_experiments()]
+    return [run.info.status for run in client.search_runs(experiments)]
+
+
+def test_mlflow_is_told_of_a_session_that_ends_before_its_first_step(
+    job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(train, "as_trained", fails)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        fit(job("run"), context())
+    assert mlflow_status(job("run")) == ["FAILED"]
+
+
+@pytest.mark.parametrize(
+    ("error", "is_open", "status"),
+    [
+        (TrainingFailedError("too many"), True, ["FAILED"]),
+        (Interrupted(), True, ["KILLED"]),  # it waits for room, after its workers were killed
+        (Interrupted(), False, ["KILLED"]),
+    ],
+)
+def test_mlflow_is_told_of_a_run_that_ends_between_sessions(
+    job: Callable[..., Job], error: TrainingFailedError | Interrupted, is_open: bool, status: list[str]
+) -> None:
+    run = job("run").run
+    driver.tell_end(job("run"), error, pytest.fail)
+    Identity().write(run)
+    driver.tell_end(job("run"), error, pytest.fail)  # no session has begun: there is nothing to end
+    assert "mlflow.db" not in run.parent.names()
+    fit(job("run", "run.stop_at_step=2"), context())
+    now = Identity.read(run, pytest.fail)
+    assert now is not None
+    dataclasses.replace(now, open=is_open).write(run)
+    if is_open:  # as killed workers leave it
+        client = mlflow.MlflowClient(f"sqlite:///{run.parent}/mlflow.db")
+        (experiment,) = [one for one in client.search_experiments() if one.name == "pipeline"]
+        (there,) = client.search_runs([experiment.experiment_id])
+        client.update_run(there.info.run_id, status="RUNNING")
+    driver.tell_end(job("run"), error, pytest.fail)
+    assert mlflow_status(job("run")) == status
+    ended = Identity.read(run, pytest.fail)
+    assert ended is not None
+    assert (ended.unended(), ended.failure) == ((), "too many" if status == ["FAILED"] else "")
+    (listed_run,) = listing.listed(run.parent)
+    assert listed_run.state == ("failed" if status == ["FAILED"] else "stopped")
 
 
 @pytest.mark.parametrize("unseen", ["drivers", "run.json", "checkpoints"])

@@ -224,7 +224,7 @@ class Reader:
                 self._away_since = since = self._away_since or now
                 if now + pause > min(begun, since) + self._patience_s or self._closed.is_set():
                     raise StorageAwayError(str(e)) from e
-                self._tell(f"{self._root} does not answer, trying again in {pause} s: {e}")
+                self._tell(f"{self._root} does not answer, trying again for {self._patience_s:g} s: {e}")
                 self._closed.wait(pause)
             else:
                 self._away_since = None
