@@ -158,12 +158,9 @@ def read(place: Storage, *, whole: bool = True, use_copy: bool = False) -> Check
 
 @contextmanager
 def _fetching(path: Path) -> Iterator[None]:
-    """The ranks of a machine one after the other: the first one fetches. Of older copies each restart leaves one."""
+    """The ranks of a machine one after the other: the first one fetches."""
     path.mkdir(parents=True, exist_ok=True)
     with alone(path.parent):
-        for copy in path.parent.glob("step_*"):
-            if copy.name < path.name:
-                shutil.rmtree(copy, ignore_errors=True)
         yield
 
 

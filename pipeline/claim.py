@@ -1,12 +1,13 @@
 """Whose run it is: the driver's that came last.
 
-STORAGE/NAME/drivers/00000003-8f0c...    an empty file, a driver's claim; it deletes those before
+STORAGE/NAME/drivers/00000003-1a2b...-8f0c...    an empty file, a driver's claim; it deletes those before
 
 A claim is written once, by nobody else, and the highest name wins. So drivers that come at once agree on who is later
 without any lock, also on an object store; and one that was cut off finds out before it writes again.
 """
 
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 
 from pipeline.failures import FatalError
@@ -27,21 +28,28 @@ class Claim:
     name: str
 
     @classmethod
-    def take(cls, run: Storage) -> "Claim":
+    def take(cls, run: Storage, command: str = "", *, again: bool = False) -> "Claim":
         """The next one.
 
+        Args:
+            command: the user's, by a name of its own. again: an earlier driver of this command had claimed the run.
+
         Raises:
-            SupersededError: another driver came at the same time, and is the one that goes on.
+            SupersededError: another driver came at the same time, and is the one that goes on; or another command came
+                since this one's earlier driver.
         """
         folder = run / FOLDER
         folder.make()
-        number = int(max(_names(folder), default="0").partition("-")[0]) + 1
-        claim = cls(run, f"{number:08d}-{uuid.uuid4().hex}")
+        number, _, last_command = max(_names(folder), default="0").partition("-")
+        if again and last_command and not last_command.startswith(command):
+            raise SupersededError(f"another command has begun to train {run}; this one ends")
+        claim = cls(run, f"{int(number) + 1:08d}-{command}-{uuid.uuid4().hex}")
         folder.write_bytes(claim.name, b"")
         claim.check()
-        for name in _names(folder):
-            if name < claim.name:
-                folder.delete(name)
+        with suppress(OSError):  # not every login may delete
+            for name in _names(folder):
+                if name < claim.name:
+                    folder.delete(name)
         return claim
 
     def check(self) -> None:

@@ -17,7 +17,6 @@ from pipeline.failures import (
     DRIVER_END_S,
     MLFLOW_HANDOVER_S,
     ClusterLostError,
-    FatalError,
     Interrupted,
     TrainingFailedError,
     backoff,
@@ -59,22 +58,26 @@ class Supervisor:
         self.event({"kind": "warning", "text": text})
 
 
-def tell_end(job: Job, error: TrainingFailedError | Interrupted, warn: Callable[[str], None]) -> None:
-    """Write down how a training has ended, in run.json and MLflow, from outside it: its workers may be dead."""
+def tell_end(job: Job, sessions: int, error: TrainingFailedError | Interrupted, warn: Callable[[str], None]) -> None:
+    """Write down how a training has ended, in run.json and MLflow, from outside it: its workers may be dead.
+
+    Args:
+        sessions: that the run had had before the command; what became of these is not this one's to tell.
+    """
     try:
-        _tell_end(job, error)
-    except (OSError, FatalError) as e:
+        _tell_end(job, sessions, error)
+    except (OSError, RuntimeError, ConfigError) as e:
         warn(f"run.json and MLflow are not told: {e}")
 
 
-def _tell_end(job: Job, error: TrainingFailedError | Interrupted) -> None:
+def _tell_end(job: Job, sessions: int, error: TrainingFailedError | Interrupted) -> None:
     from pipeline.identity import Identity
     from pipeline.tracking import Tracker
 
     identity = Identity.read(job.run, lambda _: None)
     has_failed = isinstance(error, TrainingFailedError)
     # Nothing has begun; or it was stopped between two sessions, of which the first has told of its own end.
-    if identity is None or identity.sessions == 0 or not (has_failed or identity.open):
+    if identity is None or identity.sessions <= sessions or not (has_failed or identity.open):
         return
     failure = str(error)[:500] if has_failed else ""
     identity.replaced(identity.end(failure), job.run, job.claim)
@@ -105,7 +108,8 @@ def train(supervisor: Supervisor) -> dict[str, Any]:
                 return controller.run(marks)
             except (TrainingFailedError, Interrupted) as e:
                 # The storage may be away, or hang; a new driver would not help.
-                telling = threading.Thread(target=tell_end, args=(job, e, supervisor.warn), daemon=True)
+                before = 0 if request.trained else job.sessions
+                telling = threading.Thread(target=tell_end, args=(job, before, e, supervisor.warn), daemon=True)
                 telling.start()
                 telling.join(DRIVER_END_S)
                 raise
@@ -148,7 +152,16 @@ def _opened(supervisor: Supervisor, heartbeat: Callable[[], None]) -> Iterator[t
             try:
                 with contextlib.ExitStack() as tried:
                     job = tried.enter_context(
-                        runs.prepare(request.cfg, supervisor.event, request.resume_from, stop, heartbeat, request.began)
+                        runs.prepare(
+                            request.cfg,
+                            supervisor.event,
+                            request.resume_from,
+                            stop,
+                            heartbeat,
+                            began=request.began,
+                            command=request.command,
+                            again=request.trained,
+                        )
                     )
                     controller = launch.TrainController(
                         job,

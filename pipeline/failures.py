@@ -33,6 +33,7 @@ T = TypeVar("T")
 # Seconds that each is waited for, where it is not cluster.timeout_s.
 FIRST_LOOK_S = 10.0  # a remote storage, at the start: its name may be mistyped
 READ_CHECKPOINT_S = 30.0  # one checkpoint of a storage that answers
+UPLOAD_S = 90.0  # a folder that MLflow is to have; it is safe where it is
 READ_SOURCE_S = 60.0  # images, outside of a training
 LOCK_S = 60.0  # a process that has the run; one that is about to end is waited for as long as a storage
 MLFLOW_END_S = 30.0  # MLflow at a training's end; what is left waits on disk

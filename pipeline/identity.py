@@ -56,6 +56,8 @@ class Identity:
 
     def replaced(self, new: "Identity", run: Storage, claim: Claim | None) -> "Identity":
         """`new`, written in its place; errors as of `check`."""
+        if Identity.read(run, lambda _: None) == dataclasses.replace(new, place=run.uri):  # by a try without an answer
+            return new
         self.check(run, claim)
         new.write(run)
         return new

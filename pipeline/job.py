@@ -32,7 +32,8 @@ class Job:
 
     run: its folder. train_index, val_index: paths or URIs of index files. resume_from: path or URI of a
     checkpoint to begin with where the run has none of its own. claim: the driver's to the run, where there is one.
-    saved_step: of the run's own newest checkpoint, as the driver has seen it; 0: there was none.
+    saved_step: of the run's own newest checkpoint, as the driver has seen it; 0: there was none. sessions: of the run,
+    before this driver's first one.
     """
 
     cfg: Config
@@ -42,6 +43,7 @@ class Job:
     resume_from: str | None = None
     claim: Claim | None = None
     saved_step: int = 0
+    sessions: int = 0
 
     @property
     def checkpoints(self) -> Storage:

@@ -46,7 +46,8 @@ def open_client(uri: str) -> Any:
 
     if not uri.startswith(SQLITE):
         return mlflow.MlflowClient(uri)
-    with alone(Path(uri.removeprefix(SQLITE)).parent):  # two that make its tables break it for good (MLflow 3.17)
+    (folder := Path(uri.removeprefix(SQLITE)).parent).mkdir(parents=True, exist_ok=True)
+    with alone(folder):  # two that make its tables break it for good (MLflow 3.17)
         client = mlflow.MlflowClient(uri)
         client.search_experiments(max_results=1)  # makes them, where there are none
     return client

@@ -16,7 +16,7 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.claim import SupersededError
 from pipeline.data.index import Index
 from pipeline.data.loader import EvalLoader
-from pipeline.failures import MLFLOW_END_S, MLFLOW_HANDOVER_S, retry
+from pipeline.failures import MLFLOW_END_S, MLFLOW_HANDOVER_S, UPLOAD_S, retry
 from pipeline.identity import Identity
 from pipeline.job import Context, Job
 from pipeline.perf import STEP, Ledger, for_mlflow, goodput, summed_up, total
@@ -80,7 +80,7 @@ class Recorder:
         )
         make = partial(Tracker.of_run, cfg.mlflow, run, self._identity.training_id, ctx.warn)
         self._tracker = retry(make, ctx.warn, timeout_s)
-        self._uploads = Uploads(self._tracker, ctx.warn, timeout_s)
+        self._uploads = Uploads(self._tracker, ctx.warn, min(UPLOAD_S, timeout_s))
         if resumed is not None:
             self._tracker.adopt(resumed.meta.get("unsent", []))
         self._tracker.start()
@@ -238,6 +238,7 @@ class Recorder:
         chosen = {"last": newest, "best": top}.get(cfg.mlflow.checkpoints)
         if chosen and status != "regroup":
             self._uploads.checkpoint(chosen)
+        self._heartbeat()
         if done and cfg.mlflow.log_model:
             self._tracker.model(newest.path, cfg.mlflow.register)
         self._tracker.metrics(state.step, for_mlflow(self._ledger.seconds()))

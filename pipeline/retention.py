@@ -42,28 +42,38 @@ def prune(folder: Storage, keep: int, training_id: str | None, valid: int) -> No
     for name in folder.names() if found else []:
         if "step_" <= name < found[-1].place.name and META not in (folder / name).sizes():
             (folder / name).remove()
-    for checkpoint in _old(found, keep, valid):
+    for checkpoint in _old(found, keep, (valid,)):
         checkpoint.place.remove()
     for leftover in folder.scratch.glob(".step_*"):  # of a killed process: only one process writes here at a time
         shutil.rmtree(leftover, ignore_errors=True)
     if not folder.local:  # the newest may be uploaded to MLflow, or be resumed from
-        for copy in sorted(folder.scratch.glob("step_*"))[:-1]:
+        for copy in folder.scratch.glob("step_*"):
+            if copy.name != f"step_{valid:08d}":
+                shutil.rmtree(copy, ignore_errors=True)
+
+
+def make_room(folder: Storage, training_id: str | None, in_use: Collection[int]) -> Checkpoint | None:
+    """Delete the oldest checkpoint of a training, on a disk that is full; never the newest, the best or one in use.
+
+    One that waits for MLflow has a second link, so that to delete it would free nothing.
+
+    Returns:
+        What was deleted, if anything.
+    """
+    for oldest in _old(own(folder, training_id), 1, in_use) if folder.local else []:
+        if (oldest.path / STATE).stat().st_nlink == 1:
+            oldest.place.remove()
+            return None if oldest.place.names() else oldest  # it may be another user's
+    return None
+
+
+def forget_older(found: Checkpoint) -> None:
+    """Delete this machine's copies of older checkpoints of an object store: each restart would leave one."""
+    for copy in [] if found.place.local else found.path.parent.glob("step_*"):
+        if copy.name < found.path.name:
             shutil.rmtree(copy, ignore_errors=True)
 
 
-def make_room(folder: Storage, training_id: str | None, valid: int | None) -> Checkpoint | None:
-    """Delete the oldest checkpoint of a training, on a disk that is full; never the newest, the best or a `valid` one.
-
-    Returns:
-        What was deleted, if there was one.
-    """
-    old = _old(own(folder, training_id), 1, valid) if folder.local else []
-    if not old:
-        return None
-    old[0].place.remove()
-    return old[0]
-
-
-def _old(found: list[Checkpoint], keep: int, valid: int | None) -> list[Checkpoint]:
+def _old(found: list[Checkpoint], keep: int, in_use: Collection[int]) -> list[Checkpoint]:
     top = best_of(found)
-    return [c for c in found[:-keep] if c is not top and c.step != valid]
+    return [c for c in found[:-keep] if c is not top and c.step not in in_use]

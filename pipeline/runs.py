@@ -12,9 +12,11 @@ and, in a directory of the machine where the storage is none itself,
 """
 
 import dataclasses
+import os
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from pipeline.data.build import build_index, fetch_index
 from pipeline.data.find import is_index
 from pipeline.data.index import Index
 from pipeline.data.sampling import steps_per_epoch
-from pipeline.failures import FIRST_LOOK_S, any_entry, retry
+from pipeline.failures import FIRST_LOOK_S, TrainingFailedError, retry
 from pipeline.find import find_weights, open_storage
 from pipeline.identity import Identity
 from pipeline.job import Event, Job
@@ -43,7 +45,10 @@ def prepare(
     resume_from: str | None = None,
     ending: threading.Event | None = None,
     heartbeat: Callable[[], None] = lambda: None,
+    *,
     began: float | None = None,
+    command: str = "",
+    again: bool = False,
 ) -> Iterator[Job]:
     """Make or reopen the run that `cfg` names, its folder and indexes, and hold it for this process.
 
@@ -52,7 +57,7 @@ def prepare(
     Args:
         resume_from: path or URI of a checkpoint to begin with, where the run has none.
         ending: see `run_lock`. heartbeat: called between its parts, and while an index is built.
-        began: the command that this is for, Unix time; None: now.
+        began: the command that this is for, Unix time; None: now. command, again: see `Claim.take`.
 
     Raises:
         ConfigError: data, a checkpoint or weights that do not fit, or another process that trains the run.
@@ -91,29 +96,67 @@ def prepare(
         heartbeat()
         train_index, train = _index("train", train_source, run, watch, heartbeat)
         val_index, val = _index("val", val_source, run, watch, heartbeat)
+        for split, index in (("train", train), ("val", val)):
+            _refuse_missing(split, index, cfg, tell)
         val.with_classes(train.classes)
         steps_per_epoch(len(train), cfg.train.global_batch)
         if found is not None:
             resume.refuse_images(found, cfg, train)
         with _as_mistake(f"run.storage={storage}: cannot be used", "name another place"):
-            claim = _claimed(run, identity, cfg.mlflow.uri)
+            claim = retry(partial(_claim, run, command, again=again), tell, timeout_s)
+            now = _settled(run, identity, claim, cfg.mlflow.uri, began, tell)
         saved_step = found.step if found is not None and found.place.parent.parent.uri == run.uri else 0
-        yield Job(cfg, run, train_index, val_index, resume_from, claim, saved_step)
+        yield Job(cfg, run, train_index, val_index, resume_from, claim, saved_step, now.sessions)
 
 
-def _claimed(run: Storage, identity: Identity, mlflow_uri: str | None) -> Claim:
-    """This driver's claim to the run, whose run.json is there from now on."""
+def _refuse_missing(split: str, index: Index, cfg: Config, tell: Callable[[str], None]) -> None:
+    """Raise ConfigError where the folder of an index's images has gone; on a cluster the workers may have it."""
+    if index.root is None or index.root.local is None:
+        return
     try:
-        claim = Claim.take(run)
-    except SupersededError:
+        with os.scandir(index.root.local) as entries:
+            if next(entries, None) is not None:
+                return
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError:  # a mount that fails is waited for where the images are read
+        return
+    text = f"data.{split}: the index's images are not there: {index.root} is missing or empty"
+    if cfg.cluster.address or os.environ.get("RAY_ADDRESS"):
+        tell(f"{text} on the driver's machine")
+    else:
+        raise ConfigError(f"{text}; bring them back, or make an index of where they are now")
+
+
+def _claim(run: Storage, command: str, *, again: bool) -> Claim:
+    try:
+        return Claim.take(run, command, again=again)
+    except SupersededError as e:
+        if again:
+            raise TrainingFailedError(str(e)) from None
         raise ConfigError(
             f"run.name={run.name}: another command begins to train it just now; wait for its end, or use another name"
         ) from None
-    _refuse_copy(run, identity, claim, mlflow_uri)
-    now = Identity.read(run, lambda _: None)
-    if now is None or now.place != run.uri:
-        (now or identity).write(run)
-    return claim
+
+
+def _settled(
+    run: Storage,
+    looked: Identity,
+    claim: Claim,
+    mlflow_uri: str | None,
+    began: float | None,
+    tell: Callable[[str], None],
+) -> Identity:
+    """What run.json says, now that nobody else writes it; where it says nothing, what was looked up before."""
+    now = Identity.read(run, tell)
+    if now is not None:
+        _refuse_copy(run, now, claim, mlflow_uri)
+    settled = now or looked
+    if settled.sessions == 0:  # an earlier command has trained nothing
+        settled = dataclasses.replace(settled, began=began or time.time())
+    if settled != now or settled.place != run.uri:
+        settled.write(run)
+    return settled
 
 
 def _refuse_copy(run: Storage, identity: Identity, claim: Claim, mlflow_uri: str | None) -> None:
@@ -121,17 +164,21 @@ def _refuse_copy(run: Storage, identity: Identity, claim: Claim, mlflow_uri: str
 
     A storage that was copied as a whole, MLflow's SQLite file among it, has its own records.
     """
-    there = Storage(identity.place or run.uri)
-    if tracking_uri(mlflow_uri, there.parent) != tracking_uri(mlflow_uri, run.parent):
+    if identity.place in ("", run.uri):
         return
-    with suppress(OSError):  # the place is no more
+    there = Storage(identity.place)
+    try:
+        has_own_mlflow = tracking_uri(mlflow_uri, there.parent) != tracking_uri(mlflow_uri, run.parent)
         other = Identity.read(there, lambda _: None)
         is_same_folder = claim.name in (there / FOLDER).names()
-        if other is not None and other.training_id == identity.training_id and not is_same_folder:
-            raise ConfigError(
-                f"run.name={run.name}: {run} is a copy of {there}, and both would log to one run of MLflow; branch off "
-                f"with: pipeline train --resume {run} run.name=NEW; or move {there} away"
-            )
+    except (OSError, ValueError, ConfigError):  # the place is no more, or of no use here
+        return
+    if other is None or other.training_id != identity.training_id or is_same_folder or has_own_mlflow:
+        return
+    raise ConfigError(
+        f"run.name={run.name}: {run} is a copy of {there}, and both would log to one run of MLflow; branch off "
+        f"with: pipeline train --resume {run} run.name=NEW; or move {there} away"
+    )
 
 
 @contextmanager
@@ -150,13 +197,7 @@ def _index(
     to = run / "index" / f"{split}.arrow"
     with _as_mistake(f"data.{split}={source}: its index cannot be made or read", "try again, or name another place"):
         if is_index(source):
-            index = fetch_index(source)
-            if index.root is not None and index.root.local is not None and not any_entry(index.root.local):
-                raise ConfigError(
-                    f"data.{split}={source}: its images are not there: {index.root} is missing or empty; bring them "
-                    "back, or make an index of where they are now"
-                )
-            return source, index
+            return source, fetch_index(source)
         index, report = build_index(source, progress=lambda *_: heartbeat())
         refused = report.refused
         for one in refused[:MAX_NAMED]:

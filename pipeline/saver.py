@@ -123,10 +123,11 @@ class Saver:
             TimeoutError: it could not be done within `timeout_s` seconds.
         """
         if self._writing is not None:
+            quiet_s = min(QUIET_S, timeout_s)
             try:
-                if not wait([self._writing], min(QUIET_S, timeout_s)).done:
+                if not wait([self._writing], quiet_s).done:
                     self._report(f"waiting up to {timeout_s:.0f} s for the checkpoint of step {self._step}")
-                self._writing.result(timeout_s)
+                self._writing.result(timeout_s - quiet_s)
             except TimeoutError:
                 self._replaced.set()
                 raise TimeoutError(
@@ -147,7 +148,7 @@ class Saver:
         saved = self._persist(
             f"checkpoint of step {state['step']}",
             lambda: checkpoint.save(self._folder, state, self._cfg, meta),
-            lambda: retention.make_room(self._folder, training, self.newest.step if self.newest else None),
+            lambda: retention.make_room(self._folder, training, self._steps_in_use()),
         )
         if saved is None:
             return
@@ -193,9 +194,8 @@ class Saver:
                 if self._problem != (problem := str(e)):  # the same again is told at its end
                     self._report(f"the {what} cannot be written, trying again: {problem}")
                 self._problem = problem
-                if e.errno in (errno.ENOSPC, errno.EDQUOT) and self._frees(make_room, what):
-                    continue
-                if self._replaced.wait(pause):
+                freed = e.errno in (errno.ENOSPC, errno.EDQUOT) and self._frees(make_room, what)
+                if self._replaced.wait(0 if freed else pause):
                     self._report(f"the {what} gives way to a newer one, after {tries} tries")
                     return None
             else:
@@ -204,6 +204,9 @@ class Saver:
                     self._report(f"the {what} is written, after {tries} tries that failed")
                 return saved
         raise AssertionError("the pauses never end")
+
+    def _steps_in_use(self) -> set[int]:
+        return {*self._unscored, *([self.newest.step] if self.newest else [])}
 
     def _frees(self, make_room: Callable[[], Checkpoint | None], what: str) -> bool:
         """Whether a checkpoint could be deleted for a new one."""

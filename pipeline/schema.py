@@ -53,7 +53,8 @@ _CREDENTIALS = re.compile(
     r"""^[a-z][a-z0-9+.-]*://[^/:@\[]*:(?!\d+/)[^@]+@
     |^https?://[^/?\#@]+@
     |^[a-z][a-z0-9+.-]*://[^?]*\?(.*&)?([^=&]*[-_])?
-        (sig|signature|sas|secret|password|token|credential|(account|access|secret|api|private)[-_]?key)([-_][^=&]*)?=[^&]""",
+        (sig|signature|sas|secret|password|credential|(account|access|secret|api|private)[-_]?key)([-_][^=&]*)?=[^&]
+    |^[a-z][a-z0-9+.-]*://[^?]*\?(.*&)?((access|auth|bearer|sas|x-amz-security|session)[-_]?)?token=[^&]""",
     re.IGNORECASE | re.VERBOSE,
 )
 

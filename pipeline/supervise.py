@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from multiprocessing import Pipe
@@ -51,6 +52,7 @@ class Request:
 
     budget: of failures, as far as it is used up. faults: since the last session began. again: an earlier driver had
     begun. trained: so had workers, so that the configuration is right. began: the user's command, Unix time.
+    command: a name of its own.
     """
 
     cfg: Config
@@ -60,6 +62,7 @@ class Request:
     again: bool
     trained: bool
     began: float
+    command: str = ""
 
 
 def train(
@@ -119,9 +122,9 @@ def train(
         watch(event)
 
     with _signals() as received:
-        again = False
+        again, command = False, uuid.uuid4().hex
         while True:
-            request = Request(cfg, resume_from, budget, faults, again, begun, began)
+            request = Request(cfg, resume_from, budget, faults, again, begun, began, command)
             end, content = _run_driver(request, environment, note, received)
             if end == "done":
                 return dict(content)

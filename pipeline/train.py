@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline import checkpoint, resume
+from pipeline import checkpoint, resume, retention
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import Config, ConfigError
 from pipeline.data.index import Index, load_index
@@ -185,6 +185,8 @@ def _look(job: Job, ctx: Context) -> tuple[Job, Identity, Checkpoint | None, Dec
             late = min(READ_CHECKPOINT_S, timeout_s)
             read = partial(checkpoint.read, place, use_copy=True)
             found = retry(lambda: retry(read, ctx.warn, late, on=CheckpointError), ctx.warn, timeout_s)
+    if found is not None:
+        retention.forget_older(found)
     kept = told[0][1] if found is None else found.cfg.train.precision
     precision = decide(job.cfg.train.precision, [hardware for _, _, hardware in told], kept)
     return replace(job, cfg=with_precision(job.cfg, precision.precision)), identity, found, precision

@@ -13,6 +13,7 @@ from s3 import s3_storage
 from pipeline import runs
 from pipeline.claim import FOLDER, Claim, SupersededError
 from pipeline.config import ConfigError
+from pipeline.failures import TrainingFailedError
 from pipeline.identity import Identity
 from pipeline.storage import Storage
 
@@ -188,9 +189,32 @@ def test_the_last_claim_is_the_runs(kind: str, request: pytest.FixtureRequest, t
 
 
 def test_a_command_that_comes_second_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def loses(_: Storage) -> Claim:
+    def loses(*_: object, **__: object) -> Claim:
         raise SupersededError("")
 
     monkeypatch.setattr(Claim, "take", loses)
     with pytest.raises(ConfigError, match=r"run.name=x: another command begins to train it just now; wait for its end"):
-        runs._claimed(Storage(tmp_path / "x"), Identity(), None)
+        runs._claim(Storage(tmp_path / "x"), "mine", again=False)
+
+
+def test_a_driver_that_is_started_again_takes_nothing_from_a_later_command(tmp_path: Path) -> None:
+    """A machine that was cut off comes back, and its supervisor starts another driver; the user is elsewhere by now."""
+    run = Storage(tmp_path / "x")
+    Claim.take(run, "first")
+    Claim.take(run, "first", again=True).check()
+    later = Claim.take(run, "second")
+    with pytest.raises(TrainingFailedError, match=r"another command has begun to train .*/x; this one ends"):
+        runs._claim(run, "first", again=True)
+    later.check()
+    Claim.take(run, "third").check()
+
+
+def test_a_login_that_may_not_delete_claims_runs_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError("AccessDenied")
+
+    monkeypatch.setattr(Storage, "delete", refused)
+    first = Claim.take(Storage(tmp_path))
+    Claim.take(Storage(tmp_path)).check()
+    with pytest.raises(SupersededError):
+        first.check()

@@ -174,6 +174,8 @@ def test_every_config_file_loads(path: Path) -> None:
         "https://host/a.tar?X-Goog-Credential=hush",
         "s3://bucket/runs?region=r&secret_key=hush",
         "gs://bucket/{00..09}.tar?API-Key=hush",
+        "https://host/a.tar?token=hush",
+        "https://host/a.tar?X-Amz-Security-Token=hush",
     ],
 )
 def test_a_secret_in_a_uri_is_refused_and_not_told(uri: str) -> None:
@@ -189,6 +191,7 @@ def test_a_secret_in_a_uri_is_refused_and_not_told(uri: str) -> None:
         *("/data/a?sig=b", "/data/x@y:z@", "s3://bucket/runs?region=eu-west-1&endpoint_override=127.0.0.1:9000"),
         *("http://host:5000/x@y", "http://[::1]:5000", "hdfs://user@name/runs", "postgresql://me@db/mlflow"),
         *("s3://bucket/runs?region=", "s3://bucket/signature?scheme=http", "gs://bucket/secret=3/runs"),
+        *("https://host/list?page_token=3", "https://host/list?next-token=1"),
     ],
 )
 def test_other_uris_are_not_taken_for_secrets(uri: str) -> None:

@@ -1,5 +1,6 @@
 """What a resume refuses: by the driver, before Ray is started, and in the same words by the workers."""
 
+import dataclasses
 import os
 import shutil
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from commands import Run
 from ranks import context
 
 from pipeline import checkpoint, find, runs
-from pipeline.config import Config, ConfigError
+from pipeline.config import ClusterConfig, Config, ConfigError
 from pipeline.data.build import build_index
 from pipeline.job import Event, Job
 from pipeline.settings import load
@@ -157,9 +158,12 @@ def test_images_that_have_gone_are_told_before_any_worker_starts(
     build_index(tmp_path / "images")[0].save(tmp_path / "images.arrow")
     (tmp_path / "images").rename(tmp_path / "away")
     cfg = settings(f"data.val={tmp_path}/images.arrow", "run.name=new")
-    line = f"data.val={tmp_path}/images.arrow: its images are not there: {tmp_path}/images is missing or empty; bring"
-    with pytest.raises(ConfigError, match=line), runs.prepare(cfg, print):
+    line = f"data.val: the index's images are not there: {tmp_path}/images is missing or empty"
+    with pytest.raises(ConfigError, match=f"{line}; bring them back"), runs.prepare(cfg, print):
         pass
+    events = list[Event]()
+    with runs.prepare(dataclasses.replace(cfg, cluster=ClusterConfig(address="head:6379")), events.append):
+        assert [event["text"] for event in events] == [f"{line} on the driver's machine"]
 
 
 def test_where_all_are_damaged_it_is_told_at_once(settings: Settings) -> None:

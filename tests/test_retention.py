@@ -1,6 +1,7 @@
 """Which checkpoints stay: never fewer valid ones for what is damaged, foreign or of a later version."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -69,9 +70,9 @@ def test_what_is_known_to_be_valid_stays(save: Callable[..., Path], tmp_path: Pa
         save(step)
     retention.prune(Storage(tmp_path), 2, "t", 1)
     assert steps(tmp_path) == [1, 3, 4]
-    assert retention.make_room(Storage(tmp_path), "t", 3) is not None
+    assert retention.make_room(Storage(tmp_path), "t", {3}) is not None
     assert steps(tmp_path) == [3, 4]
-    assert retention.make_room(Storage(tmp_path), "t", 3) is None
+    assert retention.make_room(Storage(tmp_path), "t", {3}) is None
 
 
 def test_room_is_made_by_the_oldest(save: Callable[..., Path], tmp_path: Path) -> None:
@@ -79,8 +80,25 @@ def test_room_is_made_by_the_oldest(save: Callable[..., Path], tmp_path: Path) -
     save(2, top1=0.1)
     save(3)
     save(4, training_id="another")
-    gone = retention.make_room(Storage(tmp_path), "t", None)
+    gone = retention.make_room(Storage(tmp_path), "t", ())
     assert gone is not None
     assert gone.step == 2
-    assert retention.make_room(Storage(tmp_path), "t", None) is None
+    assert retention.make_room(Storage(tmp_path), "t", ()) is None
     assert steps(tmp_path) == [1, 3, 4]
+
+
+def test_room_is_not_made_by_what_frees_none(
+    save: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that waits for MLflow is linked aside; another user's cannot be deleted."""
+    (tmp_path / "run").mkdir()
+    os.link(save(1) / checkpoint.STATE, tmp_path / "run" / "aside")
+    save(2)
+    save(3)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda *_, **__: None)
+        assert retention.make_room(Storage(tmp_path), "t", ()) is None
+    gone = retention.make_room(Storage(tmp_path), "t", ())
+    assert gone is not None
+    assert (gone.step, steps(tmp_path)) == (2, [1, 3])
+    assert retention.make_room(Storage(tmp_path), "t", ()) is None

@@ -159,7 +159,7 @@ def test_what_was_right_before_is_waited_for_by_a_later_driver(
     """A data mount that comes up after the node; at a first start it is the user's mistake."""
     tries = iter(range(100))
 
-    def prepare(*_: object) -> AbstractContextManager[str]:
+    def prepare(*_: object, **__: object) -> AbstractContextManager[str]:
         if next(tries) < late:
             raise ConfigError("data.train=/mnt/x: no folder or index file")
         return nullcontext("a job")
@@ -224,11 +224,11 @@ def test_a_failure_that_mlflow_cannot_be_told_of_stays_that_failure(monkeypatch:
     def away(*_: object) -> None:
         raise OSError("the storage is away")
 
-    here = SimpleNamespace(run=SimpleNamespace(name="x"))
+    here = SimpleNamespace(run=SimpleNamespace(name="x"), sessions=0)
     monkeypatch.setattr(driver, "connected", lambda *_: nullcontext())
     monkeypatch.setattr(driver, "_tell_end", away)
     monkeypatch.setattr(launch, "TrainController", Failing)
-    monkeypatch.setattr(runs, "prepare", lambda *_: nullcontext(here))
+    monkeypatch.setattr(runs, "prepare", lambda *_, **__: nullcontext(here))
     told = list[str]()
     one = supervisor(load(None, ["data.train=x", "data.val=x"]), told, trained=False)
     with pytest.raises(TrainingFailedError, match="one failure too many"):

@@ -304,9 +304,9 @@ def test_mlflow_is_told_of_a_run_that_ends_between_sessions(
     job: Callable[..., Job], error: TrainingFailedError | Interrupted, is_open: bool, status: list[str]
 ) -> None:
     run = job("run").run
-    driver.tell_end(job("run"), error, pytest.fail)
+    driver.tell_end(job("run"), 0, error, pytest.fail)
     Identity().write(run)
-    driver.tell_end(job("run"), error, pytest.fail)  # no session has begun: there is nothing to end
+    driver.tell_end(job("run"), 0, error, pytest.fail)  # no session has begun: there is nothing to end
     assert "mlflow.db" not in run.parent.names()
     fit(job("run", "run.stop_at_step=2"), context())
     now = Identity.read(run, pytest.fail)
@@ -317,7 +317,9 @@ def test_mlflow_is_told_of_a_run_that_ends_between_sessions(
         (experiment,) = [one for one in client.search_experiments() if one.name == "pipeline"]
         (there,) = client.search_runs([experiment.experiment_id])
         client.update_run(there.info.run_id, status="RUNNING")
-    driver.tell_end(job("run"), error, pytest.fail)
+    driver.tell_end(job("run"), 1, error, pytest.fail)  # the session is an earlier command's
+    assert Identity.read(run, pytest.fail) == dataclasses.replace(now, open=is_open, place=str(run))
+    driver.tell_end(job("run"), 0, error, pytest.fail)
     assert mlflow_status(job("run")) == status
     ended = Identity.read(run, pytest.fail)
     assert ended is not None
