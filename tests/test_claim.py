@@ -13,7 +13,7 @@ from s3 import s3_storage
 from pipeline import runs
 from pipeline.claim import FOLDER, Claim, SupersededError
 from pipeline.config import ConfigError
-from pipeline.failures import TrainingFailedError
+from pipeline.failures import TrainingFailedError, retry
 from pipeline.identity import Identity
 from pipeline.storage import Storage
 
@@ -218,3 +218,24 @@ def test_a_login_that_may_not_delete_claims_runs_all_the_same(tmp_path: Path, mo
     Claim.take(Storage(tmp_path)).check()
     with pytest.raises(SupersededError):
         first.check()
+
+
+def test_a_write_whose_answer_was_lost_is_not_taken_for_another_session(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The object store has it, and the connection broke: it is tried again."""
+    run, before, write = Storage(tmp_path), Identity(), Storage.write_bytes
+    before.write(run)
+    answers = iter([False, True])
+
+    def loses_answer(self: Storage, name: str, content: bytes) -> None:
+        write(self, name, content)
+        if not next(answers):
+            raise OSError("the connection broke")
+
+    monkeypatch.setattr(Storage, "write_bytes", loses_answer)
+    monkeypatch.setattr("pipeline.failures.time.sleep", lambda _: None)
+    new = before.begin(0)
+    assert retry(lambda: before.replaced(new, run, None), lambda _: None, 30) == new
+    with pytest.raises(RuntimeError, match="session 1 of .* has begun; session 0 ends"):
+        before.check(run, None)

@@ -276,11 +276,14 @@ def make_a_run(uri: str, together: Barrier) -> None:
 
 
 def test_processes_that_make_one_store_at_once_do_not_break_it(tmp_path: Path) -> None:
-    """A sweep in a fresh storage: MLflow's own migrations ran into each other, and left half of the tables."""
+    """A sweep in a fresh storage: MLflow's own migrations ran into each other, and left half of the tables.
+
+    The store's folder is not there yet: MLflow makes that, too.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pipeline.mlflow_run", "mlflow.store.tracking.sqlalchemy_store"])
     together = context.Barrier(4)
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    uri = f"sqlite:///{tmp_path}/new/folder/mlflow.db"
     processes = [context.Process(target=make_a_run, args=(uri, together)) for _ in range(4)]
     for process in processes:
         process.start()
