@@ -234,8 +234,9 @@ class Tracker:
                 if not mlflow_refuses(e):
                     raise
                 self._on_problem(f"MLflow refused a record of kind {batch[0][0]['kind']}, dropped: {reason(e)}")
-            self._failing, self._answered = False, time.monotonic()
+            self._answered = time.monotonic()
             self._spool.mark_sent(batch[-1][1])
+            self._failing = False
             waiting = waiting[len(batch) :] or self._spool.head()
 
 

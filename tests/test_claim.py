@@ -237,5 +237,5 @@ def test_a_write_whose_answer_was_lost_is_not_taken_for_another_session(
     monkeypatch.setattr("pipeline.failures.time.sleep", lambda _: None)
     new = before.begin(0)
     assert retry(lambda: before.replaced(new, run, None), lambda _: None, 30) == new
-    with pytest.raises(RuntimeError, match="session 1 of .* has begun; session 0 ends"):
+    with pytest.raises(RuntimeError, match=r"session 1 of .* has begun; session 0 ends"):
         before.check(run, None)

@@ -191,7 +191,7 @@ def test_a_disk_that_fails_is_not_called_mlflow(tmp_path: Path, monkeypatch: pyt
 
     with monkeypatch.context() as patch:
         patch.setattr(Spool, "mark_sent", away)
-        assert one.close("KILLED", 1) > 0
+        assert one.close("KILLED", 3) > 0
     assert [problem.partition(":")[0] for problem in problems] == [
         f"{place} cannot be used, records wait in {place}/spool.jsonl"
     ]
