@@ -40,7 +40,7 @@ def prune(folder: Storage, keep: int, training_id: str | None, valid: int) -> No
     """
     found = own(folder, training_id)
     for name in folder.names() if found else []:
-        if "step_" <= name < found[-1].place.name and META not in (folder / name).sizes():
+        if "step_" <= name < found[-1].place.name and not {META, STATE, CONFIG} <= (folder / name).sizes().keys():
             (folder / name).remove()
     for checkpoint in _old(found, keep, (valid,)):
         checkpoint.place.remove()

@@ -42,11 +42,12 @@ def test_the_newest_and_the_best_stay(save: Callable[..., Path], tmp_path: Path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000002", "step_00000005", "step_00000006"]
 
 
-def test_a_deletion_that_broke_off_is_ended(save: Callable[..., Path], tmp_path: Path) -> None:
-    """A killed process leaves what has no meta.json any more; the newest may be one that is being written."""
+@pytest.mark.parametrize("deleted", [checkpoint.META, checkpoint.STATE, checkpoint.CONFIG])
+def test_a_deletion_that_broke_off_is_ended(save: Callable[..., Path], tmp_path: Path, deleted: str) -> None:
+    """A killed process, or a failing disk, leaves some of its files; the newest may be one that is being written."""
     for step in (1, 2, 3):
         save(step)
-    (tmp_path / "step_00000001" / checkpoint.META).unlink()
+    (tmp_path / "step_00000001" / deleted).unlink()
     shutil.copytree(tmp_path / "step_00000001", tmp_path / "step_00000004")
     retention.prune(Storage(tmp_path), 2, "t", 3)
     assert steps(tmp_path) == [2, 3, 4]
