@@ -171,7 +171,7 @@ def _refuse_copy(run: Storage, identity: Identity, claim: Claim, mlflow_uri: str
         has_own_mlflow = tracking_uri(mlflow_uri, there.parent) != tracking_uri(mlflow_uri, run.parent)
         other = Identity.read(there, lambda _: None)
         is_same_folder = claim.name in (there / FOLDER).names()
-    except (OSError, ValueError, ConfigError):  # the place is no more, or of no use here
+    except (OSError, ValueError):  # the place is no more, or of no use here (ConfigError is a ValueError)
         return
     if other is None or other.training_id != identity.training_id or is_same_folder or has_own_mlflow:
         return

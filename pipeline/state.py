@@ -92,7 +92,7 @@ class TrainState:
     def check_finite(self) -> None:
         """Raise NonFiniteError, naming the first tensor, where what is learned or averaged is NaN or infinite.
 
-        Cheaper than a step: a maximum over each tensor, read at once.
+        By each tensor's norm, which takes as long as the copy that is saved; the largest value takes eight times that.
         """
         named = [(f"model.{name}", t) for name, t in self.model.state_dict().items()]
         named += [(f"ema.{name}", t) for name, t in (self.ema.state_dict() if self.ema else {}).items()]
@@ -103,12 +103,12 @@ class TrainState:
         for name, t in named:
             by_device.setdefault(t.device, []).append((name, t))
         for group in by_device.values():
-            largest = torch._foreach_norm([t for _, t in group], torch.inf)
-            finite = torch.stack([value.float() for value in largest]).isfinite()
-            if not finite.all():
-                name = group[int(finite.logical_not().nonzero()[0])][0]
-                what = f"{name} is not finite after step {self.step}, which is not saved"
-                raise NonFiniteError(f"{what}; checkpoints before it are untouched")
+            norms = torch.stack([norm.float() for norm in torch._foreach_norm([t for _, t in group])])
+            for i in norms.isfinite().logical_not().nonzero().flatten().tolist():
+                name, t = group[i]
+                if not t.isfinite().all():  # else its squares are too large
+                    what = f"{name} is not finite after step {self.step}, which is not saved"
+                    raise NonFiniteError(f"{what}; checkpoints before it are untouched")
 
     def _load_optimizer(self, saved: dict[str, Any]) -> None:
         """torch checks neither whose state it is nor its shapes."""

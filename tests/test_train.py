@@ -217,6 +217,18 @@ def test_a_state_that_is_no_number_is_not_saved(
     assert fit(job("run", *settings), context())["status"] == "done"
 
 
+def test_large_values_are_finite() -> None:
+    """Their squares are not."""
+    state = TrainState.create(load(None, ["data.train=x", "data.val=x", "model.depth=18"]), 2, torch.device("cpu"))
+    with torch.no_grad():
+        state.model.fc.weight[0, 0] = 1e30
+    state.check_finite()
+    with torch.no_grad():
+        state.model.fc.weight[0, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"model\.fc\.weight is not finite"):
+        state.check_finite()
+
+
 @pytest.mark.parametrize("content", [None, "{", '{"sessions": "many"}'])
 def test_a_lost_run_json_is_made_up_from_the_newest_checkpoint(job: Callable[..., Job], content: str | None) -> None:
     one = fit(job("run", "run.stop_at_step=2"), context())
