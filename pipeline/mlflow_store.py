@@ -1,5 +1,6 @@
 """The MLflow store that runs are logged to: its address, and a client of it."""
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ def open_client(uri: str) -> Any:
 
     if not uri.startswith(SQLITE):
         return mlflow.MlflowClient(uri)
+    logging.getLogger("mlflow.store.db").setLevel(logging.WARNING)  # each new database is told of in two lines
     (folder := Path(uri.removeprefix(SQLITE)).parent).mkdir(parents=True, exist_ok=True)
     with alone(folder):  # two that make its tables break it for good (MLflow 3.17)
         client = mlflow.MlflowClient(uri)

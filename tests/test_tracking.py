@@ -275,6 +275,15 @@ def make_a_run(uri: str, together: Barrier) -> None:
     run.send([metric(1, 0.5)])
 
 
+def test_a_new_database_is_made_without_a_word(tmp_path: Path) -> None:
+    code = "import sys; from pipeline.mlflow_store import open_client; open_client(sys.argv[1])"
+    made = subprocess.run(
+        [sys.executable, "-c", code, f"sqlite:///{tmp_path}/mlflow.db"], capture_output=True, text=True, check=True
+    )
+    assert (made.stdout, made.stderr) == ("", "")
+    assert (tmp_path / "mlflow.db").stat().st_size > 0
+
+
 def test_processes_that_make_one_store_at_once_do_not_break_it(tmp_path: Path) -> None:
     """A sweep in a fresh storage: MLflow's own migrations ran into each other, and left half of the tables.
 
