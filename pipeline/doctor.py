@@ -95,7 +95,7 @@ def _try_storage(there: Mapping[str, Node], storage: Storage) -> Check:
     )
     check = judge(first, cluster.on_each_node(first, probes.begin, folder, patience_s=PATIENCE_S))
     if check.ok:
-        answers = cluster.on_each_node(there, probes.write, folder, patience_s=PATIENCE_S)
+        answers = cluster.on_each_node(there, probes.write, folder, *first, patience_s=PATIENCE_S)
         check = judge(there, answers)
     if check.ok:
         files = {name: answer.value for name, answer in answers.items()}
