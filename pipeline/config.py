@@ -257,7 +257,18 @@ class Config:
         single = f"gives some forward pass a single image, which at a size of {size} is one value a channel"
         mend = f"{single}, too few for BatchNorm; raise it or train.micro_batch"
         train.require(smallest > 1 or size > 32, "global_batch", mend)
+        self._require_equal_passes()
         goes = not self.model.recompute or self.model.compile == "none"
         self.model.require(goes, "recompute", "does not go together with model.compile; choose one of them")
         fits = train.steps is not None or self.optim.warmup_epochs <= train.epochs
         self.optim.require(fits, "warmup_epochs", f"longer than train.epochs={train.epochs}")
+
+    def _require_equal_passes(self) -> None:
+        """With model.sync_bn each forward pass waits for one of every other worker."""
+        batch, unit = self.train.global_batch, 2 if self.data.mixes else 1
+        for workers in range(self.cluster.min_workers, self.cluster.max_workers + 1) if self.model.sync_bn else ():
+            shares = {batch // unit // workers * unit, -(-(batch // unit) // workers) * unit}
+            passes = sorted({-(-share // (self.train.micro_batch or share)) for share in shares})
+            mend = f"{workers} workers go through it in {passes[0]} or {passes[-1]} forward passes, and would wait for"
+            mend += " each other for ever with model.sync_bn=true; change it or train.micro_batch"
+            self.train.require(len(passes) == 1, "global_batch", mend)

@@ -78,7 +78,9 @@ def _fit(job: Job, ctx: Context, watchdog: Watchdog, stack: ExitStack) -> dict[s
     stack.enter_context(recorder)  # from now on MLflow is told of any end
     train_loader, val_loader = _loaders(job, ctx, index, val_index, recorder, state.step, watchdog.feed)
     net = as_trained(state.model, cfg, ctx.world_size, ctx.device, ledger)
-    micro_batches = MicroBatches(cfg.train, ctx.device.type == "cuda", ctx.warn)
+    # A rank that tries a size out alone would wait for the others' statistics of BatchNorm.
+    tries = ctx.device.type == "cuda" and not cfg.model.sync_bn
+    micro_batches = MicroBatches(cfg.train, tries, ctx.warn)
     in_parts = InParts(ctx.warn)
     votes = Votes(ctx.world_size, cfg.cluster.timeout_s)
 

@@ -126,6 +126,15 @@ def test_a_single_small_image_in_a_forward_pass_is_refused() -> None:
     load(None, [*DATA, "train.global_batch=2", "cluster.workers=2"])
 
 
+def test_workers_that_would_wait_for_each_others_batch_norm_are_refused() -> None:
+    synced = [*DATA, "model.sync_bn=true", "train.global_batch=10", "train.micro_batch=2"]
+    for workers in ("4", "[2,4]"):
+        with pytest.raises(ConfigError, match="global_batch=10: 4 workers go through it in 1 or 2 forward passes"):
+            load(None, [*synced, f"cluster.workers={workers}"])
+    load(None, [*synced, "cluster.workers=2"])
+    load(None, [*synced, "cluster.workers=4", "train.micro_batch=null"])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
