@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Literal
@@ -60,6 +61,10 @@ class Proxy:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
+            def handle(self) -> None:
+                with suppress(ConnectionError):  # the client was killed
+                    super().handle()
+
             def _forward(self) -> None:
                 proxy.num_calls += 1
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -87,11 +92,8 @@ class Proxy:
                     if name.lower() not in ("content-length", "transfer-encoding", "connection"):
                         self.send_header(name, value)
                 self.send_header("Content-Length", str(len(body)))
-                try:
-                    self.end_headers()
-                    self.wfile.write(body)
-                except ConnectionError:  # the client was killed
-                    self.close_connection = True
+                self.end_headers()
+                self.wfile.write(body)
 
             do_GET = do_POST = do_PATCH = do_PUT = do_DELETE = _forward  # noqa: N815
 
