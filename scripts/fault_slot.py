@@ -94,7 +94,11 @@ def prepare(folder: Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    """How a command has ended. kind: done, told (in a line, before any step), failed, hangs. failures: survived."""
+    """How a command has ended.
+
+    kind: done, told (in a line, before any step), failed, hangs, forgets (a checkpoint that was told as written).
+    failures: survived.
+    """
 
     kind: str
     text: str
@@ -113,9 +117,11 @@ class Slot:
         runs = storage / f"slot{number}" if storage else Storage(case / "runs")
         self.place = Place(case, folder / "data", runs, folder / f"control{number}")
         self._cfg = self.place.config()
+        self._saved_step = 0  # as the user was told last
 
     def reset(self, part: int) -> None:
         """As it is before this part of the run."""
+        self._saved_step = STOP_AT if part else 0
         place = self.place
         for folder in (place.folder, place.control):
             shutil.rmtree(folder, ignore_errors=True)
@@ -175,7 +181,10 @@ class Slot:
             if any(event["kind"] == "start" for event in events):
                 begun, faults = True, ()
             for event in events:
+                if event["kind"] == "start" and event["step"] < self._saved_step:
+                    return Ended("forgets", f"begins at {event['step']}, told of {self._saved_step}", failures)
                 if event["kind"] == "checkpoint":
+                    self._saved_step = max(self._saved_step, event["step"])
                     budget.saved(event["step"])
             if code is None:
                 is_told = not before and any(SLOW in event.get("text", "") for event in events)
