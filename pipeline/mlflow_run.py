@@ -108,8 +108,9 @@ class MlflowRun:
             case "text":
                 client.log_text(self.id, record["text"], record["to"])
             case "folder":
-                client.log_artifacts(self.id, record["source"], record["to"])
-                shutil.rmtree(record["source"])
+                if Path(record["source"]).exists():  # else it was sent by a process that ended just then
+                    client.log_artifacts(self.id, record["source"], record["to"])
+                    shutil.rmtree(record["source"])
             case "model":
                 self.publish(Storage(record["source"]), record.get("register"))
             case "report":

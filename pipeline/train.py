@@ -79,7 +79,7 @@ def _fit(job: Job, ctx: Context, watchdog: Watchdog, stack: ExitStack) -> dict[s
     train_loader, val_loader = _loaders(job, ctx, index, val_index, recorder, state.step, watchdog.feed)
     net = as_trained(state.model, cfg, ctx.world_size, ctx.device, ledger)
     # A rank that tries a size out alone would wait for the others' statistics of BatchNorm.
-    tries = ctx.device.type == "cuda" and not cfg.model.sync_bn
+    tries = ctx.device.type == "cuda" and not (cfg.model.sync_bn and ctx.world_size > 1)
     micro_batches = MicroBatches(cfg.train, tries, ctx.warn)
     in_parts = InParts(ctx.warn)
     votes = Votes(ctx.world_size, cfg.cluster.timeout_s)

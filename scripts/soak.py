@@ -55,6 +55,7 @@ SETTINGS = """run.name=soak model.depth=18 train.global_batch=4 train.precision=
 POLL_S = 0.2
 SAMPLE_S = 4.0
 YOUNG_S = 10.0  # a process of that age still imports
+STALLED_S = 300.0
 END_S = 600.0  # for the last records, once the last step is done
 NUM_CHECKPOINTS = 2  # between two kills: a budget of failures begins anew with each
 EACH_NTH_IS_DRIVER = 10
@@ -166,7 +167,7 @@ class Soak:
 
     def _watch(self, tree: psutil.Process, process: "subprocess.Popen[bytes]", proxy: Proxy) -> None:
         began = time.monotonic()
-        sampled, next_kill, half = began, self._until_kill, began
+        sampled, next_kill, half, rose = began, self._until_kill, began, began
         with self._log.open(encoding="utf-8", errors="replace") as log:
             step = 0
             while process.poll() is None and step < self._num_steps:
@@ -174,7 +175,9 @@ class Soak:
                 now = time.monotonic()
                 for line in log:
                     if found := re.match(r"step (\d+)/", line):
-                        step = int(found[1])
+                        step, rose = int(found[1]), now
+                if now - rose > STALLED_S:
+                    raise TimeoutError(f"no step for {STALLED_S:.0f} s after {step}")
                 if now - half > self._outage_s:
                     half, proxy.mode = now, "down" if proxy.mode == "up" else "up"
                 if self.kills < self._num_kills and step >= next_kill and self._kill(tree):
@@ -188,8 +191,7 @@ class Soak:
                     self.samples.add({**self._processes(tree), **self._folders()})
         self.parts["left alone"] = began, time.monotonic()
         proxy.mode = "up"
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(END_S)
+        process.wait(END_S)
 
     def _kill(self, tree: psutil.Process) -> bool:
         """Kill a process of the training; False where none was there."""
@@ -263,7 +265,7 @@ def main() -> int:
         code = soak.run()
     finally:
         if not args.keep:
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)  # a last process may still be writing
     grown = list[Growth]()
     for part, (start, end) in soak.parts.items():
         grown += growths(soak.samples, part, start, end, soak.kills if part == "killed" else 0)
@@ -271,10 +273,12 @@ def main() -> int:
     print(f"{args.steps:,} steps and {soak.kills} kills in {minutes:.0f} minutes; exit code {code}")
     for g in grown:
         unit = UNITS[g.name.rpartition(": ")[2]]
-        figures = f"{g.first:10.1f} {g.last:10.1f} {g.highest:10.1f} {unit:3}"
-        print(f"{g.part:11} {g.name:36} {figures}{'  grows' if g.grows else ''}")
+        columns = f"{g.first:10.1f} {g.last:10.1f} {g.highest:10.1f} {unit:3}"
+        print(f"{g.part:11} {g.name:36} {columns}{'  grows' if g.grows else ''}")
     if args.out:
-        args.out.write_text(json.dumps({"growth": [asdict(g) for g in grown], "samples": soak.samples.figures}))
+        args.out.write_text(
+            json.dumps({"growth": [asdict(g) for g in grown], "samples": soak.samples.figures}), encoding="utf-8"
+        )
     return int(code != 0 or soak.kills < args.kills or any(g.grows for g in grown))
 
 

@@ -11,6 +11,8 @@ from typing import Any
 # The tests of one machine are no census of a product's users.
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+# A training that a test leaves open would measure the machine for ever, and tell of its deleted store in another test.
+os.environ.setdefault("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "100000")
 # Tests run side by side: threads that spin while they wait would take the cores from each other, and what is trained
 # would tell of neighbours.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -144,6 +144,7 @@ def test_what_is_found_is_left_out_and_known_later(
         file.write_bytes(KILLER)
     settings = [f"data.{name}={tmp_path}/{name}.arrow" for name in ("train", "val")]
     settings += ["data.image_size=16", "data.val_resize=16", "model.depth=18", "train.steps=4", "train.log_every=1"]
+    settings.append("train.precision=fp32")  # oneDNN's bf16 gradients of so small images are not always finite
     settings += [
         f"train.global_batch={BATCH}",
         "optim.warmup_epochs=0",

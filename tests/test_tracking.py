@@ -17,6 +17,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
 from pipeline import tracking
 from pipeline.mlflow_run import MlflowRun, Target, find_run
@@ -267,6 +268,32 @@ def test_a_record_that_mlflow_refuses_is_told_and_does_not_block(tmp_path: Path)
     assert "MLflow refused a record of kind metrics, dropped" in problems[0]
     client = mlflow.MlflowClient(tracking_uri(None, Storage(tmp_path)))
     assert client.get_run(one.run_id).info.status == "FINISHED"
+
+
+def test_a_folder_that_is_gone_or_refused_blocks_nothing_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send = mlflow.MlflowClient.log_artifacts
+
+    def log_artifacts(client: mlflow.MlflowClient, run_id: str, source: str, to: str) -> None:
+        if to == "refused":
+            raise mlflow.MlflowException("too large", error_code=INVALID_PARAMETER_VALUE)
+        send(client, run_id, source, to)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "log_artifacts", log_artifacts)
+    problems: list[str] = []
+    uri = tracking_uri(None, Storage(tmp_path))
+    one = tracker(uri, tmp_path / "run", problems)
+    for name in ("sent", "refused", "good"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+        one.folder(tmp_path / name, name)
+    (sent,) = (tmp_path / "run/mlflow").glob("sent.*/")
+    shutil.rmtree(sent)  # the process ended before it could note that
+    assert one.close("FINISHED", 60) == 0
+    assert ["kind folder, dropped" in problem for problem in problems] == [True]
+    assert [file.path for file in mlflow.MlflowClient(uri).list_artifacts(str(one.run_id))] == ["good"]
+    assert not [path for path in (tmp_path / "run/mlflow").iterdir() if path.is_dir()]
 
 
 def make_a_run(uri: str, together: Barrier) -> None:
