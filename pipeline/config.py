@@ -241,8 +241,7 @@ class Config:
             self.data.require(
                 bool(getattr(self.data, name).strip()), name, "give a folder of class/image files or an index"
             )
-        train, workers = self.train, self.cluster.max_workers
-        unit = 2 if self.data.mixes else 1  # images that stay together on one rank
+        train, workers, unit = self.train, self.cluster.max_workers, self._unit
         for number, why in ((self.data.repeats, "data.repeats copies"), (unit, "pairs for data.mixup or data.cutmix")):
             train.require(
                 train.global_batch % number == 0, "global_batch", f"must be a multiple of {number}, for {why}"
@@ -250,9 +249,7 @@ class Config:
         some = f"gives some of cluster.workers={show(self.cluster.workers)} nothing"
         mend = f"{some}; raise it to {workers * unit} or lower cluster.workers"
         train.require(train.global_batch >= workers * unit, "global_batch", mend)
-        units = train.global_batch // unit
-        shares = {units // workers * unit, -(-units // workers) * unit}
-        smallest = min(n // -(-n // (train.micro_batch or n)) for n in shares)
+        smallest = min(n // self._num_passes(n) for n in self._shares(workers))
         size = self.data.start_size or self.data.image_size
         single = f"gives some forward pass a single image, which at a size of {size} is one value a channel"
         mend = f"{single}, too few for BatchNorm; raise it or train.micro_batch"
@@ -265,10 +262,22 @@ class Config:
 
     def _require_equal_passes(self) -> None:
         """With model.sync_bn each forward pass waits for one of every other worker."""
-        batch, unit = self.train.global_batch, 2 if self.data.mixes else 1
         for workers in range(self.cluster.min_workers, self.cluster.max_workers + 1) if self.model.sync_bn else ():
-            shares = {batch // unit // workers * unit, -(-(batch // unit) // workers) * unit}
-            passes = sorted({-(-share // (self.train.micro_batch or share)) for share in shares})
+            passes = sorted({self._num_passes(share) for share in self._shares(workers)})
             mend = f"{workers} workers go through it in {passes[0]} or {passes[-1]} forward passes, and would wait for"
             mend += " each other for ever with model.sync_bn=true; change it or train.micro_batch"
             self.train.require(len(passes) == 1, "global_batch", mend)
+
+    @property
+    def _unit(self) -> int:
+        """Images that stay together on one rank."""
+        return 2 if self.data.mixes else 1
+
+    def _shares(self, workers: int) -> set[int]:
+        """How many images of a global batch each of so many workers gets."""
+        units = self.train.global_batch // self._unit
+        return {units // workers * self._unit, -(-units // workers) * self._unit}
+
+    def _num_passes(self, share: int) -> int:
+        """In which a worker goes through its share of a batch."""
+        return -(-share // (self.train.micro_batch or share))

@@ -85,7 +85,8 @@ def _clocks(there: Mapping[str, Node]) -> dict[str, tuple[float, float]]:
 
 def _try_storage(there: Mapping[str, Node], storage: Storage) -> Check:
     """One node begins a folder; each reads that and writes a file; the first reads all of these."""
-    folder, first = storage / f".doctor-{uuid.uuid4().hex}", dict(list(there.items())[:1])
+    folder, writer = storage / f".doctor-{uuid.uuid4().hex}", next(iter(there))
+    first = {writer: there[writer]}
     judge = partial(
         findings.of_each,
         "storage",
@@ -95,7 +96,7 @@ def _try_storage(there: Mapping[str, Node], storage: Storage) -> Check:
     )
     check = judge(first, cluster.on_each_node(first, probes.begin, folder, patience_s=PATIENCE_S))
     if check.ok:
-        answers = cluster.on_each_node(there, probes.write, folder, *first, patience_s=PATIENCE_S)
+        answers = cluster.on_each_node(there, probes.write, folder, writer, patience_s=PATIENCE_S)
         check = judge(there, answers)
     if check.ok:
         files = {name: answer.value for name, answer in answers.items()}

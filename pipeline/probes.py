@@ -35,10 +35,10 @@ def begin(folder: Storage) -> None:
     folder.write_bytes("first", b"first")
 
 
-def write(folder: Storage, first: str) -> str:
-    """See what the first node, called so, wrote, and write beside it; the file's name."""
+def write(folder: Storage, first_node: str) -> str:
+    """See what the first node wrote, and write beside it; the file's name."""
     name = uuid.uuid4().hex
-    _expect(folder, "first", first)
+    _expect(folder, "first", first_node)
     folder.write_bytes(name, name.encode())
     return name
 

@@ -233,9 +233,10 @@ class Tracker:
             except Exception as e:
                 if not mlflow_refuses(e):
                     raise
-                self._on_problem(f"MLflow refused a record of kind {batch[0][0]['kind']}, dropped: {reason(e)}")
-                if batch[0][0]["kind"] == "folder":
-                    shutil.rmtree(batch[0][0]["source"], ignore_errors=True)
+                record, _ = batch[0]
+                self._on_problem(f"MLflow refused a record of kind {record['kind']}, dropped: {reason(e)}")
+                if record["kind"] == "folder":
+                    shutil.rmtree(record["source"], ignore_errors=True)
             self._answered = time.monotonic()
             self._spool.mark_sent(batch[-1][1])
             self._failing = False
