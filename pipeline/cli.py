@@ -7,7 +7,6 @@ import argparse
 import json
 import math
 import re
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
@@ -23,7 +22,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     if argv is None:
         environment.restart_interpreter()
-    args = _parse(argv)
+    try:
+        return _run(_parse(argv))
+    finally:
+        commands.drop_unread()
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
         result, lines, code = args.command(args)
     except ConfigError as e:
@@ -36,22 +41,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in [json.dumps(result)] if args.json else lines:
             print(line, flush=True)
     except BrokenPipeError:
-        commands.drop_stdout()
+        return int(code)
     except OSError as e:  # a full disk; a training has ended well all the same
-        commands.drop_stdout()
         commands.say(f"pipeline: the result cannot be written: {e.strerror}")
         return int(code) if args.command is commands.train else FAILED
     return int(code)
 
 
 def _give_up(args: argparse.Namespace, code: int, result: dict[str, str]) -> int:
-    with suppress(OSError):  # nobody reads, of people or programs: the exit code says it
-        print(f"pipeline: {result.get('error', result['status'])}", file=sys.stderr, flush=True)
-    try:
+    commands.say(f"pipeline: {result.get('error', result['status'])}")
+    with suppress(OSError):  # nobody reads: the exit code says it
         if args.json:
             print(json.dumps(result), flush=True)
-    except OSError:
-        commands.drop_stdout()
     return code
 
 

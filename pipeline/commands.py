@@ -7,7 +7,7 @@ import argparse
 import os
 import shutil
 import sys
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -243,14 +243,19 @@ def found_by(args: argparse.Namespace) -> "Checkpoint":
     return find.find_checkpoint(args.run, storage, args.mlflow_uri, lambda text: say(f"warning: {text}"))
 
 
-def drop_stdout() -> None:
-    """The reader has gone; Python would complain once more when it ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def drop_unread() -> None:
+    """Where the reader of stdout or stderr has gone, forget what waits for it: Python would end with 120 for it."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def say(text: str) -> None:
-    """To people, whatever goes to stdout."""
-    print(text, file=sys.stderr, flush=True)
+    """To people, whatever goes to stdout; where nobody reads it, that ends nothing."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _people(args: argparse.Namespace) -> IO[str]:

@@ -6,12 +6,12 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.commands import DONE, FAILED, WRONG, Outcome, drop_stdout, found_by, say
+from pipeline.commands import DONE, FAILED, WRONG, Outcome, found_by, say
 from pipeline.config import ConfigError
 
 NUM_COMPARED = 16  # images that an exported model is compared on
@@ -27,14 +27,12 @@ def predict(args: argparse.Namespace) -> Outcome:
     told: list[dict[str, Any]] = []
     tell = told.append if args.json else _csv(args.top) if args.csv else _print
     code = DONE
-    try:
+    with suppress(BrokenPipeError):  # the reader has had enough, as `head` has
         for one in infer.predict(place, images, args.top, say):
             if "error" in one:
                 code = WRONG
-                print(f"{one['image']}: {one['error']}", file=sys.stderr)
+                say(f"{one['image']}: {one['error']}")
             tell(one)
-    except BrokenPipeError:  # the reader has had enough, as `head` has
-        drop_stdout()
     return {"checkpoint": str(place), "predictions": told}, [], code
 
 

@@ -26,17 +26,28 @@ def test_a_reader_that_has_gone_ends_no_training(view: type[TrainingView] | type
         file.close()
 
 
-@pytest.mark.parametrize("json", [[], ["--json"]])
-def test_an_error_that_nobody_reads_has_its_exit_code(json: list[str]) -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("words", "code", "text"),
+    [
+        (["train", "/none.yaml"], 2, "/none.yaml"),
+        (["train", "/none.yaml", "--json"], 2, "/none.yaml"),
+        (["nonsense"], 2, "invalid choice"),
+        (["config", "configs/digits.yaml"], 0, "global_batch"),
+    ],
+)
+def test_what_nobody_reads_changes_no_exit_code(words: list[str], code: int, text: str, unbuffered: str) -> None:
+    env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    said = subprocess.run(
+        [PIPELINE, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, text=True, cwd=ROOT, env=env
+    )
+    assert said.returncode == code
+    assert text in said.stdout
     read, write = os.pipe()
     os.close(read)
-    words = [PIPELINE, "train", "/none.yaml", *json]
-    done = subprocess.run(words, stdout=write, stderr=write, check=False)
+    done = subprocess.run([PIPELINE, *words], stdout=write, stderr=write, check=False, cwd=ROOT, env=env)
     os.close(write)
-    assert done.returncode == 2
-    said = subprocess.run([*words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, text=True)
-    assert said.returncode == 2
-    assert "/none.yaml" in said.stdout
+    assert done.returncode == code
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
