@@ -1,7 +1,7 @@
 """The MLflow run of a training: finding or making it, and sending it records.
 
-`mlflow_store`, this file and `published` alone import `mlflow`; and `served`, which MLflow runs. The driver uses this
-file too, and starts faster without torch: what imports that is imported late.
+`mlflow_store`, this file, `system_metrics` and `published` alone import `mlflow`; and `served`, which MLflow runs. The
+driver uses this file too, and starts faster without torch: what imports that is imported late.
 """
 
 import shutil
@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.charts import METRICS, History
 from pipeline.environment import SQLITE
-from pipeline.mlflow_store import is_missing, open_client, reason
+from pipeline.mlflow_store import ARTIFACTS, follow_artifacts, is_missing, open_client, reason
 from pipeline.spool import Record
 from pipeline.storage import Storage
 
@@ -57,12 +57,14 @@ class MlflowRun:
         self.id = found or self._create(target)
 
     def _experiment(self, name: str) -> str:
-        experiment = self._client.get_experiment_by_name(name)
-        if experiment is not None:
-            return str(experiment.experiment_id)
         # A SQLite store is a file of ours: keep the artifacts beside it. A server knows its own place.
         database = self._uri.removeprefix(SQLITE)
-        beside = str(Path(database).parent / "mlartifacts") if database != self._uri else None
+        beside = str(Path(database).parent / ARTIFACTS) if database != self._uri else None
+        experiment = self._client.get_experiment_by_name(name)
+        if experiment is not None:
+            if beside is not None:
+                follow_artifacts(Path(database), experiment.artifact_location, beside)
+            return str(experiment.experiment_id)
         try:
             return str(self._client.create_experiment(name, artifact_location=beside))
         except Exception:  # another process may have just made it
@@ -108,7 +110,7 @@ class MlflowRun:
             case "text":
                 client.log_text(self.id, record["text"], record["to"])
             case "folder":
-                if Path(record["source"]).exists():  # else it was sent by a process that ended just then
+                if Path(record["source"]).exists():  # else it was sent, or has given way on a full disk
                     client.log_artifacts(self.id, record["source"], record["to"])
                     shutil.rmtree(record["source"])
             case "model":
@@ -150,9 +152,9 @@ class MlflowRun:
 
     def _monitor_system(self) -> None:
         """Log CPU, memory, disk, network and GPUs of this node from now on."""
-        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+        from pipeline.system_metrics import Monitor
 
-        self._monitor = SystemMetricsMonitor(self.id, resume_logging=True, tracking_uri=self._uri)
+        self._monitor = Monitor(self.id, resume_logging=True, tracking_uri=self._uri)
         self._monitor.start()
 
 

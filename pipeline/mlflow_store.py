@@ -2,6 +2,8 @@
 
 import logging
 import os
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,14 @@ from pipeline.config import ConfigError
 from pipeline.environment import SQLITE
 from pipeline.schema import refuse_credentials
 from pipeline.storage import Storage, alone
+
+ARTIFACTS = "mlartifacts"  # a folder beside a SQLite store
+PLACES = (  # where such a store has paths of artifacts: table, column
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "storage_location"),
+)
 
 
 def tracking_uri(configured: str | None, storage: Storage) -> str:
@@ -53,6 +63,23 @@ def open_client(uri: str) -> Any:
         client = mlflow.MlflowClient(uri)
         client.search_experiments(max_results=1)  # makes them, where there are none
     return client
+
+
+def follow_artifacts(database: Path, old: str, new: str) -> None:
+    """Have a SQLite store look for its artifacts at `new`, where it was moved or copied from elsewhere with them.
+
+    Args:
+        old: where it has them, a path or a URI. Left as it is where it is no folder beside a store.
+    """
+    was = Path(old.removeprefix("file://"))
+    if was.name != ARTIFACTS or not Path(new).is_dir() or (was.is_dir() and was.samefile(new)):
+        return
+    with alone(database.parent), closing(sqlite3.connect(database, timeout=60)) as store, store:
+        for table, column in PLACES:
+            store.execute(
+                f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE {column} = ? OR instr({column}, ?) = 1",
+                (new, len(old) + 1, old, f"{old}/"),
+            )
 
 
 def is_missing(uri: str) -> bool:

@@ -72,7 +72,8 @@ class Recorder:
         self._saver = Saver(
             self._job.checkpoints,
             cfg,
-            guard=lambda: self._identity.check(run, self._job.claim),
+            guard=self._guard,
+            free=lambda: self._tracker.give_way(),
             written=self._written,
             scored=self._scored,
             report=ctx.warn,
@@ -81,8 +82,7 @@ class Recorder:
         make = partial(Tracker.of_run, cfg.mlflow, run, self._identity.training_id, ctx.warn)
         self._tracker = retry(make, ctx.warn, timeout_s)
         self._uploads = Uploads(self._tracker, ctx.warn, min(UPLOAD_S, timeout_s))
-        if resumed is not None:
-            self._tracker.adopt(resumed.meta.get("unsent", []))
+        retry(self._tracker.adopt, ctx.warn, timeout_s)
         self._tracker.start()
         self._tracker.params(flatten(cfg))
         session = self._identity.sessions
@@ -156,7 +156,7 @@ class Recorder:
 
     def _meta(self, state: TrainState, scores: dict[str, float]) -> dict[str, Any]:
         seconds = self._ledger.seconds()
-        meta = {
+        return {
             **self._data,
             "metrics": scores,
             "num_steps": self._num_steps,
@@ -169,9 +169,11 @@ class Recorder:
             "time": time.time(),
             "seconds": seconds,
         }
-        if not self._job.run.local:  # the spool lies on this machine alone
-            meta["unsent"] = self._tracker.unsent()
-        return meta
+
+    def _guard(self) -> None:
+        """Before a checkpoint is written: it must be this session's to write, and what is logged by then be safe."""
+        self._identity.check(self._job.run, self._job.claim)
+        self._tracker.keep()
 
     def _written(self, saved: Checkpoint, seconds: float) -> None:
         """A checkpoint is safe; called by the thread that wrote it."""

@@ -58,7 +58,7 @@ def report(found: Checkpoint, out: Path, data: str | None, mlflow_uri: str | Non
         mistakes = find_mistakes(said, loader)
     facts = Facts(run.name, data or cfg.data.val, found.meta | _whole_time(found, run), cfg, said, mistakes)
     kept, logged, away = _logged(found, run, cfg.mlflow.experiment, mlflow_uri or cfg.mlflow.uri)
-    history = _with_waiting(logged, [*spool.kept(run.scratch / "mlflow"), *found.meta.get("unsent", [])])
+    history = _with_waiting(logged, [*spool.kept(run.scratch / "mlflow"), *spool.kept_in(run)])
     note = _note(away, history, run, cfg.train.log_every)
     try:
         files = write_report(facts, history, out, note)

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ class Saver:
         written: called in the writing thread with each checkpoint and the seconds that it took.
         scored: called in that thread with a checkpoint that has got its scores.
         report: called in that thread with a line for the user.
+        free: called on a full disk where no checkpoint can give way; what it has deleted, if anything.
         newest: the checkpoint that the session goes on from.
 
     Attributes:
@@ -50,10 +52,11 @@ class Saver:
         written: Callable[[Checkpoint, float], None],
         scored: Callable[[Checkpoint], None] = lambda _: None,
         report: Callable[[str], None],
+        free: Callable[[], Path | None] = lambda: None,
         newest: Checkpoint | None = None,
     ):
         self._folder, self._cfg = folder, cfg
-        self._guard, self._written, self._scored, self._report = guard, written, scored, report
+        self._guard, self._written, self._scored, self._report, self._free = guard, written, scored, report, free
         self.newest = newest
         self._step = newest.step if newest and newest.place.parent.uri == folder.uri else None  # of the one saved last
         self._host: dict[str, Any] | None = None
@@ -148,7 +151,7 @@ class Saver:
         saved = self._persist(
             f"checkpoint of step {state['step']}",
             lambda: checkpoint.save(self._folder, state, self._cfg, meta),
-            lambda: retention.make_room(self._folder, training, self._steps_in_use()),
+            lambda: self._make_room(training) or self._free(),
         )
         if saved is None:
             return
@@ -181,7 +184,7 @@ class Saver:
         self._scored(scored)
 
     def _persist(
-        self, what: str, write: Callable[[], Checkpoint], make_room: Callable[[], Checkpoint | None] = lambda: None
+        self, what: str, write: Callable[[], Checkpoint], make_room: Callable[[], Path | None] = lambda: None
     ) -> Checkpoint | None:
         """What `write` makes, tried until the storage takes it; None where a newer checkpoint came first."""
         tries = 0
@@ -205,18 +208,20 @@ class Saver:
                 return saved
         raise AssertionError("the pauses never end")
 
-    def _steps_in_use(self) -> set[int]:
-        return {*self._unscored, *([self.newest.step] if self.newest else [])}
+    def _make_room(self, training: str) -> Path | None:
+        in_use = {*self._unscored, *([self.newest.step] if self.newest else [])}
+        oldest = retention.make_room(self._folder, training, in_use)
+        return None if oldest is None else oldest.path
 
-    def _frees(self, make_room: Callable[[], Checkpoint | None], what: str) -> bool:
-        """Whether a checkpoint could be deleted for a new one."""
+    def _frees(self, make_room: Callable[[], Path | None], what: str) -> bool:
+        """Whether something could be deleted for a new checkpoint."""
         try:
             oldest = make_room()
         except OSError as e:
             self._report(f"the checkpoints in {self._folder} cannot be read: {e}")
             return False
         if oldest is not None:
-            self._report(f"{oldest.place} gives way to the {what}: the disk is full")
+            self._report(f"{oldest} gives way to the {what}: the disk is full")
         return oldest is not None
 
 

@@ -4,14 +4,17 @@ import errno
 import json
 import os
 import threading
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from pipeline.storage import fsync
+from pipeline.storage import Storage, fsync
 
 Record = dict[str, Any]
 FILE = "spool.jsonl"
+BACKLOG = "mlflow-backlog.jsonl"  # in a run on an object store
+OF_ANY_MACHINE = ("params", "tags", "metrics", "text")  # records that need no file
 HEAD_BYTES = 2**20
 
 
@@ -20,6 +23,9 @@ class Spool:
 
     A metric's steps only rise: one at or below the last is dropped, so that steps which are trained again
     after a fault are not logged again (their values are the same: training is deterministic).
+
+    Attributes:
+        id: tells it from the spools that the same training has on other machines.
     """
 
     def __init__(self, folder: Path, on_problem: Callable[[str], None]):
@@ -45,6 +51,10 @@ class Spool:
             self._note_steps(record)
         self._file = self.path.open("ab+", buffering=0)
         self._end = len(sound)  # of what is whole in the file
+        id_path = folder / "id"
+        if not id_path.exists():
+            _replace(id_path, uuid.uuid4().hex.encode())
+        self.id = id_path.read_text(encoding="utf-8")
 
     def append(self, record: Record) -> None:
         with self._lock:
@@ -70,6 +80,24 @@ class Spool:
         while not (some := self._parsed(start, min(start + max_bytes, end))) and start + max_bytes < end:
             max_bytes *= 2  # a single record that is larger
         return some
+
+    def waiting(self) -> bytes:
+        """The lines of the records that wait."""
+        with self._lock:
+            self._write()
+            return os.pread(self._file.fileno(), self._end - self._sent, self._sent) + b"".join(self._unwritten)
+
+    def start_anew(self, records: Iterable[Record]) -> None:
+        """Have these wait, in the place of all that is here."""
+        with self._lock:
+            self._file.truncate(0)
+            self._sent_path.unlink(missing_ok=True)
+            self._unwritten.clear()
+            self._last_step.clear()
+            self._sent = self._end = 0
+            self.is_new = True
+        for record in records:
+            self.append(record)
 
     def skip(self, last_step: dict[str, int]) -> None:
         """Leave out of what waits the metrics that MLflow has already: up to these steps."""
@@ -123,6 +151,44 @@ class Spool:
     def _note_steps(self, record: Record) -> None:
         if record["kind"] == "metrics":
             self._last_step.update(dict.fromkeys(record["values"], record["step"]))
+
+
+class Backlog:
+    """What waits in a spool, kept in its run on an object store, too: the machine of the spool may be lost."""
+
+    def __init__(self, run: Storage, spool: Spool):
+        self._run, self._spool = run, spool
+
+    def save(self) -> None:
+        """Keep what waits now.
+
+        Raises:
+            OSError: the storage does not take it.
+        """
+        header = _line({"kind": "spool", "id": self._spool.id})
+        self._run.write_bytes(BACKLOG, header + self._spool.waiting())
+
+    def adopt(self) -> None:
+        """Where another machine was the last to save, send what waited there, and not what is older and waits here.
+
+        Raises:
+            OSError: the storage does not give it.
+        """
+        records = kept_in(self._run)
+        owner = records[0].get("id") if records else None
+        if owner == self._spool.id:
+            return
+        if owner is not None:
+            self._spool.start_anew(record for record in records if record["kind"] in OF_ANY_MACHINE)
+        self.save()
+
+
+def kept_in(run: Storage) -> list[Record]:
+    """What the run's folder on an object store has of a spool."""
+    try:
+        return _records(run.read_bytes(BACKLOG))[1]
+    except FileNotFoundError:
+        return []
 
 
 def kept(folder: Path) -> list[Record]:

@@ -21,7 +21,7 @@ from pipeline.config import ConfigError, MlflowConfig
 from pipeline.failures import MLFLOW_CALL_S, READ_CHECKPOINT_S, mlflow_refuses, retry
 from pipeline.mlflow_run import SESSION, MlflowRun, ReportError, Target
 from pipeline.mlflow_store import reason, tracking_uri
-from pipeline.spool import Record, Spool
+from pipeline.spool import Backlog, Record, Spool
 from pipeline.storage import Storage
 
 if TYPE_CHECKING:  # the driver uses this module, and does without torch
@@ -44,6 +44,8 @@ class Tracker:
         self._run: MlflowRun | None = None
         self._target, self._folder, self._on_problem = target, folder, on_problem
         self._spool = Spool(folder, on_problem)
+        run = Storage(target.run)
+        self._backlog = None if run.local else Backlog(run, self._spool)
         (folder / TARGET).write_text(json.dumps(asdict(target)), encoding="utf-8")
         self._may_connect = threading.Event()
         self._wake, self._closing, self._abandoned = threading.Event(), threading.Event(), threading.Event()
@@ -84,20 +86,31 @@ class Tracker:
         """The file of what MLflow has not got yet."""
         return self._spool.path
 
-    def unsent(self) -> list[Record]:
-        """What waits and does not need a file of this machine; nothing where the disk does not give it."""
-        try:
-            waiting = self._spool.unsent()
-        except OSError as e:
-            self._on_problem(f"{self.spool} cannot be read: {e}")
-            return []
-        return [record for record, _ in waiting if record["kind"] in ("params", "tags", "metrics", "text")]
+    def adopt(self) -> None:
+        """Send what waited on the machine that had the run before, where that was another one.
 
-    def adopt(self, records: list[Record]) -> None:
-        """Send what waited in a spool that is lost with its machine; nothing where there is a spool."""
-        if self._spool.is_new:
-            for record in records:
-                self._put(record)
+        Raises:
+            OSError: the storage does not tell.
+        """
+        if self._backlog:
+            self._backlog.adopt()
+
+    def keep(self) -> None:
+        """Have what waits outlive this machine, where the run does.
+
+        Raises:
+            OSError: the storage does not take it.
+        """
+        if self._backlog:
+            self._backlog.save()
+
+    def give_way(self) -> Path | None:
+        """Delete the oldest folder that waits, for a disk that is full; what it was, if there is one."""
+        waiting = sorted(self._folder.glob("step_*.*/"), key=lambda aside: aside.suffix)
+        for aside in waiting[:1]:
+            shutil.rmtree(aside)
+            return aside
+        return None
 
     def params(self, values: dict[str, Any]) -> None:
         """Log parameters; MLflow keeps the first value of each for good, and a later one is not sent."""
@@ -220,7 +233,7 @@ class Tracker:
     def _send_waiting(self) -> None:
         if self._run is None:
             run = MlflowRun(self._target)
-            if self._spool.is_new:  # perhaps that of earlier sessions died with its machine
+            if self._spool.is_new or self._backlog:  # perhaps another machine has sent some of it
                 self._spool.skip(run.last_steps())
             self._run = run
         waiting = self._spool.head()

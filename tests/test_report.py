@@ -498,13 +498,13 @@ def test_what_waits_continues_mlflows_curves(
     drawn: dict[str, list[tuple[int, float]]],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """In the spool of this machine; or in the checkpoint, where the run lies on an object store."""
+    """In the spool of this machine; or beside the checkpoints, where the run lies on an object store."""
     run = tmp_path / "copy"
     shutil.copytree(trained["run_dir"], run)
     waiting = [{"kind": "metrics", "time": 0, "step": step, "values": {"train/loss": 9.0, "x": 1}} for step in (5, 6)]
     (run / "mlflow/spool.jsonl").write_text(json.dumps(waiting[1]) + "\n")
-    meta = max(run.glob("checkpoints/step_*/meta.json"))
-    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"unsent": [{"kind": "tags"}, waiting[0]]}))
+    kept = [{"kind": "spool", "id": "another"}, {"kind": "tags"}, waiting[0]]
+    (run / "mlflow-backlog.jsonl").write_text("".join(json.dumps(one) + "\n" for one in kept))
     code, out, _ = report(capsys, run, "--out", tmp_path / "out", "--mlflow-uri", trained["mlflow_uri"], "--json")
     assert (code, json.loads(out)["curves_note"]) == (0, None)
     assert [step for step, _ in drawn["train/loss"]] == [1, 2, 3, 4, 5, 6]

@@ -11,16 +11,18 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+from s3 import s3_storage
 
 from pipeline import tracking
-from pipeline.mlflow_run import MlflowRun, Target, find_run
+from pipeline.mlflow_run import SESSION, MlflowRun, Target, find_run
 from pipeline.mlflow_store import tracking_uri
 from pipeline.spool import Spool
 from pipeline.storage import Storage
@@ -228,6 +230,7 @@ def test_everything_logged_arrives_in_one_run_over_two_sessions(tmp_path: Path) 
     local = client.download_artifacts(one.run_id, "checkpoints/step_1/state.pt", str(tmp_path))
     assert Path(local).read_bytes() == b"weights"
     assert sorted(p.name for p in (tmp_path / "run" / "mlflow").iterdir()) == [
+        "id",
         "sent.json",
         "spool.jsonl",
         "target.json",
@@ -236,6 +239,107 @@ def test_everything_logged_arrives_in_one_run_over_two_sessions(tmp_path: Path) 
     assert found is not None
     assert found.local == tmp_path / "run"
     assert find_run(uri, "0" * 32) is None
+
+
+def log_a_folder(runs: Path, source: Path) -> None:
+    source.mkdir()
+    (source / "state.pt").write_text(source.name)
+    one = tracker(tracking_uri(None, Storage(runs)), runs / "run")
+    one.folder(source, f"checkpoints/{source.name}")
+    assert one.close("KILLED", 60) == 0
+
+
+def test_artifacts_move_with_their_storage(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    # MLflow remembers a run's place as long as the process lives.
+    first = multiprocessing.get_context("spawn").Process(target=log_a_folder, args=(old, tmp_path / "one"))
+    first.start()
+    first.join(120)
+    assert first.exitcode == 0
+    shutil.move(old, new)
+    log_a_folder(new, tmp_path / "two")
+    assert not old.exists()
+    assert sorted(file.read_text() for file in (new / "mlartifacts").rglob("state.pt")) == ["one", "two"]
+    client = mlflow.MlflowClient(tracking_uri(None, Storage(new)))
+    found = client.search_runs([client.get_experiment_by_name("pipeline").experiment_id])
+    (to := tmp_path / "got").mkdir()
+    client.download_artifacts(found[0].info.run_id, "checkpoints", str(to))
+    assert sorted(file.read_text() for file in to.rglob("state.pt")) == ["one", "two"]
+
+
+def test_system_metrics_go_on_after_a_call_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
+    uri = tracking_uri(None, Storage(tmp_path))
+    run = MlflowRun(Target(uri, "new", str(tmp_path / "run"), uuid.uuid4().hex))
+    fails = iter([True, True])
+    ask = mlflow.MlflowClient.get_run
+
+    def get_run(client: mlflow.MlflowClient, run_id: str) -> Any:
+        if (run_id, threading.current_thread().name) == (run.id, "SystemMetricsMonitor") and next(fails, False):
+            raise ConnectionError("away")
+        return ask(client, run_id)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "get_run", get_run)
+    run.send([{"kind": "start", "session": SESSION}])
+    deadline = time.monotonic() + 60
+    while not any(key.startswith("system/") for key in run.last_steps()):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert next(fails, None) is None, "it has failed twice"
+    run.send([{"kind": "end", "status": "FINISHED"}])
+
+
+def test_the_oldest_folder_gives_way_on_a_full_disk_and_blocks_nothing(tmp_path: Path) -> None:
+    one = tracker(uri := tracking_uri(None, Storage(tmp_path)), tmp_path / "run")
+    for name in ("step_00000001", "step_00000002", "profile"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.pt").write_text(name)
+        one.folder(tmp_path / name, f"checkpoints/{name}")
+    gone = one.give_way()
+    assert gone is not None
+    assert gone.stem == "step_00000001"
+    assert one.close("FINISHED", 60) == 0
+    assert one.give_way() is None
+    logged = mlflow.MlflowClient(uri).list_artifacts(str(one.run_id), "checkpoints")
+    assert [Path(one.path).name for one in logged] == ["profile", "step_00000002"]
+
+
+@pytest.mark.parametrize("back", ["with its spool", "as a new machine"])
+def test_a_run_that_moves_between_machines_logs_each_step_once(
+    back: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On an object store each machine has a spool of its own, and MLflow is away all the time."""
+    uri, problems = tracking_uri(None, Storage(tmp_path)), list[str]()
+
+    def session(machine: str, steps: Iterable[int], kept: int, *, away: bool = True) -> None:
+        """Train on a machine that is lost; its last checkpoint comes after step `kept`."""
+        with monkeypatch.context() as patch:
+            if away:
+                patch.setattr(MlflowRun, "__init__", lambda *_: 1 / 0)
+            target = Target(uri, "new", run, "training")
+            one = Tracker(target, tmp_path / machine, problems.append)
+            one.adopt()
+            for step in steps:
+                one.metrics(step, {"loss": 10.0 * step})
+                if step == kept:
+                    one.keep()
+            if away:
+                one.drain(0)
+            else:
+                assert one.close("FINISHED", 60) == 0
+
+    with s3_storage() as bucket:
+        run = (bucket / "run").uri
+        session("A", range(1, 5), kept=3)
+        session("B", range(4, 8), kept=6)
+        if back == "as a new machine":
+            shutil.rmtree(tmp_path / "A")
+        session("A", range(7, 9), kept=8)
+        session("B", range(9, 10), kept=9, away=False)
+    store = mlflow.MlflowClient(uri)
+    found = store.search_runs([store.get_experiment_by_name("new").experiment_id])
+    history = store.get_metric_history(found[0].info.run_id, "loss")
+    assert [(m.step, m.value) for m in history] == [(step, 10.0 * step) for step in range(1, 10)]
 
 
 @pytest.mark.parametrize("harm", ["sent.json", "the folder"])

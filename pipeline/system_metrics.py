@@ -1,0 +1,16 @@
+"""CPU, memory, disk, network and GPUs of a node, logged by MLflow's own monitor, through an MLflow that is away."""
+
+import logging
+
+from mlflow.system_metrics import system_metrics_monitor
+
+
+class Monitor(system_metrics_monitor.SystemMetricsMonitor):  # type: ignore[misc]
+    """Goes on after a call that fails; MLflow's own ends at the first one."""
+
+    def monitor(self) -> None:
+        # The tracker tells the user of an MLflow that is away, once.
+        logging.getLogger(system_metrics_monitor.__name__).setLevel(logging.ERROR)
+        while not self._shutdown_event.is_set():
+            super().monitor()
+            self._shutdown_event.wait(self.sampling_interval)
