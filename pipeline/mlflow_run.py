@@ -43,12 +43,16 @@ class Target:
 class MlflowRun:
     """Connects to the store, and finds or makes the run.
 
+    Args:
+        follow: whether a SQLite store that was moved is told where its artifacts lie now; not by who only reads it,
+            perhaps on another machine, where the same folder has another path.
+
     Raises (here and in `send`):
         Exception: MLflow raises whatever its transport raises.
     """
 
-    def __init__(self, target: Target):
-        self._uri, self._folder = target.uri, target.run
+    def __init__(self, target: Target, *, follow: bool = False):
+        self._uri, self._folder, self._follows = target.uri, target.run, follow
         self._monitor: Any = None
         self._client = open_client(target.uri)
         self.experiment_id = self._experiment(target.experiment)
@@ -62,7 +66,7 @@ class MlflowRun:
         beside = str(Path(database).parent / ARTIFACTS) if database != self._uri else None
         experiment = self._client.get_experiment_by_name(name)
         if experiment is not None:
-            if beside is not None:
+            if beside is not None and self._follows:
                 follow_artifacts(Path(database), experiment.artifact_location, beside)
             return str(experiment.experiment_id)
         try:
@@ -79,8 +83,8 @@ class MlflowRun:
 
     def last_steps(self) -> dict[str, int]:
         """The highest step of each metric."""
-        keys = self._client.get_run(self.id).data.metrics
-        return {key: max(m.step for m in self._client.get_metric_history(self.id, key)) for key in keys}
+        # As MLflow's own monitor of the system does: the history of a week has millions of points.
+        return {m.key: m.step for m in self._client.get_run(self.id).data._metric_objs}
 
     def history(self) -> History:
         """What the report draws."""
@@ -120,7 +124,7 @@ class MlflowRun:
             case "start":
                 client.update_run(self.id, status="RUNNING")
                 client.set_tag(self.id, RUN_TAG, self._folder)  # it may lie elsewhere now
-                if record["session"] == SESSION:
+                if record["session"] == SESSION and self._monitor is None:  # else it is sent once more
                     self._monitor_system()
             case "end":
                 if self._monitor is not None:

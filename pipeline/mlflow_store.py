@@ -69,10 +69,13 @@ def follow_artifacts(database: Path, old: str, new: str) -> None:
     """Have a SQLite store look for its artifacts at `new`, where it was moved or copied from elsewhere with them.
 
     Args:
-        old: where it has them, a path or a URI. Left as it is where it is no folder beside a store.
+        old: where it has them, a path or a URI. Left as it is where it is no folder beside a store, and where it is
+            there and has what the new one lacks.
     """
-    was = Path(old.removeprefix("file://"))
-    if was.name != ARTIFACTS or not Path(new).is_dir() or (was.is_dir() and was.samefile(new)):
+    was, now = Path(old.removeprefix("file://")), Path(new)
+    if was.name != ARTIFACTS or not now.is_dir() or (was.is_dir() and was.samefile(now)):
+        return
+    if was.is_dir() and not {one.name for one in was.iterdir()} <= {one.name for one in now.iterdir()}:
         return
     with alone(database.parent), closing(sqlite3.connect(database, timeout=60)) as store, store:
         for table, column in PLACES:

@@ -82,7 +82,7 @@ class Recorder:
         make = partial(Tracker.of_run, cfg.mlflow, run, self._identity.training_id, ctx.warn)
         self._tracker = retry(make, ctx.warn, timeout_s)
         self._uploads = Uploads(self._tracker, ctx.warn, min(UPLOAD_S, timeout_s))
-        retry(self._tracker.adopt, ctx.warn, timeout_s)
+        retry(partial(self._tracker.adopt, self._identity.sessions), ctx.warn, timeout_s)
         self._tracker.start()
         self._tracker.params(flatten(cfg))
         session = self._identity.sessions

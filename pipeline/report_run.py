@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import checkpoint, mlflow_run, mlflow_store, spool, summary
+from pipeline import backlog, checkpoint, mlflow_run, mlflow_store, spool, summary
 from pipeline.charts import METRICS, History
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import ConfigError
@@ -58,7 +58,7 @@ def report(found: Checkpoint, out: Path, data: str | None, mlflow_uri: str | Non
         mistakes = find_mistakes(said, loader)
     facts = Facts(run.name, data or cfg.data.val, found.meta | _whole_time(found, run), cfg, said, mistakes)
     kept, logged, away = _logged(found, run, cfg.mlflow.experiment, mlflow_uri or cfg.mlflow.uri)
-    history = _with_waiting(logged, [*spool.kept(run.scratch / "mlflow"), *spool.kept_in(run)])
+    history = _with_waiting(logged, [*spool.kept(run.scratch / "mlflow"), *backlog.read(run)])
     note = _note(away, history, run, cfg.train.log_every)
     try:
         files = write_report(facts, history, out, note)

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ class Saver:
         written: called in the writing thread with each checkpoint and the seconds that it took.
         scored: called in that thread with a checkpoint that has got its scores.
         report: called in that thread with a line for the user.
-        free: called on a full disk where no checkpoint can give way; what it has deleted, if anything.
+        free: called on a full disk where no checkpoint can give way; says what did, if anything.
         newest: the checkpoint that the session goes on from.
 
     Attributes:
@@ -52,7 +51,7 @@ class Saver:
         written: Callable[[Checkpoint, float], None],
         scored: Callable[[Checkpoint], None] = lambda _: None,
         report: Callable[[str], None],
-        free: Callable[[], Path | None] = lambda: None,
+        free: Callable[[], str | None] = lambda: None,
         newest: Checkpoint | None = None,
     ):
         self._folder, self._cfg = folder, cfg
@@ -184,7 +183,7 @@ class Saver:
         self._scored(scored)
 
     def _persist(
-        self, what: str, write: Callable[[], Checkpoint], make_room: Callable[[], Path | None] = lambda: None
+        self, what: str, write: Callable[[], Checkpoint], make_room: Callable[[], str | None] = lambda: None
     ) -> Checkpoint | None:
         """What `write` makes, tried until the storage takes it; None where a newer checkpoint came first."""
         tries = 0
@@ -208,12 +207,12 @@ class Saver:
                 return saved
         raise AssertionError("the pauses never end")
 
-    def _make_room(self, training: str) -> Path | None:
+    def _make_room(self, training: str) -> str | None:
         in_use = {*self._unscored, *([self.newest.step] if self.newest else [])}
         oldest = retention.make_room(self._folder, training, in_use)
-        return None if oldest is None else oldest.path
+        return None if oldest is None else str(oldest.place)
 
-    def _frees(self, make_room: Callable[[], Path | None], what: str) -> bool:
+    def _frees(self, make_room: Callable[[], str | None], what: str) -> bool:
         """Whether something could be deleted for a new checkpoint."""
         try:
             oldest = make_room()

@@ -6,15 +6,14 @@ import os
 import threading
 import uuid
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pipeline.storage import Storage, fsync
+from pipeline.storage import fsync
 
 Record = dict[str, Any]
 FILE = "spool.jsonl"
-BACKLOG = "mlflow-backlog.jsonl"  # in a run on an object store
-OF_ANY_MACHINE = ("params", "tags", "metrics", "text")  # records that need no file
 HEAD_BYTES = 2**20
 
 
@@ -39,28 +38,29 @@ class Spool:
         sent = _parse(self._sent_path.read_bytes(), "bytes", "last_step") if self._sent_path.exists() else None
         # Whether nothing was ever sent from here, as far as is known; MLflow may know better.
         self.is_new = sent is None
+        self._num_emptied = 0
         self._sent: int = min((sent or {}).get("bytes", 0), len(content))
         self._last_step: dict[str, int] = (sent or {}).get("last_step", {})
-        lines, records = _records(content[self._sent :])
+        lines, records = parse_lines(content[self._sent :])
         if len(records) < len(lines):
             on_problem(f"{len(lines) - len(records)} unreadable lines of {self.path} are left out")
-        sound = content[: self._sent] + b"".join(map(_line, records))
+        sound = content[: self._sent] + b"".join(map(to_line, records))
         if sound != content:
             _replace(self.path, sound)
         for record in records:
             self._note_steps(record)
         self._file = self.path.open("ab+", buffering=0)
         self._end = len(sound)  # of what is whole in the file
-        id_path = folder / "id"
-        if not id_path.exists():
-            _replace(id_path, uuid.uuid4().hex.encode())
-        self.id = id_path.read_text(encoding="utf-8")
+        self._id_path = folder / "id"
+        if not self._id_path.exists():
+            _replace(self._id_path, uuid.uuid4().hex.encode())
+        self.id = self._id_path.read_text(encoding="utf-8")
 
     def append(self, record: Record) -> None:
         with self._lock:
             record = _without(record, self._last_step)
             self._note_steps(record)
-            self._unwritten.append(_line(record))
+            self._unwritten.append(to_line(record))
             self._write()
 
     def unsent(self) -> list[tuple[Record, int]]:
@@ -82,22 +82,31 @@ class Spool:
         return some
 
     def waiting(self) -> bytes:
-        """The lines of the records that wait."""
-        with self._lock:
-            self._write()
-            return os.pread(self._file.fileno(), self._end - self._sent, self._sent) + b"".join(self._unwritten)
+        """The lines of the records that wait; a step that logs does not wait for it, as of `head`."""
+        with suppress(FileNotFoundError):
+            self._id_path.touch()  # whoever cleans /tmp takes what is old
+        while True:
+            with self._lock:
+                self._write()
+                start, end, unwritten, emptied = self._sent, self._end, b"".join(self._unwritten), self._num_emptied
+            lines = os.pread(self._file.fileno(), end - start, start)
+            with self._lock:
+                if emptied == self._num_emptied:
+                    return lines + unwritten
 
     def start_anew(self, records: Iterable[Record]) -> None:
         """Have these wait, in the place of all that is here."""
         with self._lock:
             self._file.truncate(0)
             self._sent_path.unlink(missing_ok=True)
-            self._unwritten.clear()
             self._last_step.clear()
             self._sent = self._end = 0
+            self._num_emptied += 1
             self.is_new = True
-        for record in records:
-            self.append(record)
+            for record in (records := list(records)):
+                self._note_steps(record)
+            self._unwritten = [to_line(record) for record in records]
+            self._write()
 
     def skip(self, last_step: dict[str, int]) -> None:
         """Leave out of what waits the metrics that MLflow has already: up to these steps."""
@@ -117,6 +126,7 @@ class Spool:
             if all_sent:  # last: a crash before it sends them once more, which changes nothing
                 self._file.truncate(0)
                 self._end = 0
+                self._num_emptied += 1
 
     def close(self) -> None:
         self._file.close()
@@ -153,51 +163,13 @@ class Spool:
             self._last_step.update(dict.fromkeys(record["values"], record["step"]))
 
 
-class Backlog:
-    """What waits in a spool, kept in its run on an object store, too: the machine of the spool may be lost."""
-
-    def __init__(self, run: Storage, spool: Spool):
-        self._run, self._spool = run, spool
-
-    def save(self) -> None:
-        """Keep what waits now.
-
-        Raises:
-            OSError: the storage does not take it.
-        """
-        header = _line({"kind": "spool", "id": self._spool.id})
-        self._run.write_bytes(BACKLOG, header + self._spool.waiting())
-
-    def adopt(self) -> None:
-        """Where another machine was the last to save, send what waited there, and not what is older and waits here.
-
-        Raises:
-            OSError: the storage does not give it.
-        """
-        records = kept_in(self._run)
-        owner = records[0].get("id") if records else None
-        if owner == self._spool.id:
-            return
-        if owner is not None:
-            self._spool.start_anew(record for record in records if record["kind"] in OF_ANY_MACHINE)
-        self.save()
-
-
-def kept_in(run: Storage) -> list[Record]:
-    """What the run's folder on an object store has of a spool."""
-    try:
-        return _records(run.read_bytes(BACKLOG))[1]
-    except FileNotFoundError:
-        return []
-
-
 def kept(folder: Path) -> list[Record]:
     """What a spool's file has now, oldest first, also of what was sent since it was last empty.
 
     Nothing is changed: the spool may be in use.
     """
     try:
-        return _records((folder / FILE).read_bytes())[1]
+        return parse_lines((folder / FILE).read_bytes())[1]
     except FileNotFoundError:
         return []
 
@@ -210,13 +182,13 @@ def _replace(path: Path, content: bytes) -> None:
     temporary.replace(path)
 
 
-def _records(content: bytes) -> tuple[list[bytes], list[Record]]:
+def parse_lines(content: bytes) -> tuple[list[bytes], list[Record]]:
     """The whole lines, and the records of those that are sound."""
     lines = content.rpartition(b"\n")[0].splitlines()  # a killed process may leave half a line
     return lines, [record for line in lines if (record := _parse(line, "kind")) is not None]
 
 
-def _line(record: Record) -> bytes:
+def to_line(record: Record) -> bytes:
     return json.dumps(record).encode() + b"\n"
 
 

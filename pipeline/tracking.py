@@ -8,7 +8,6 @@ therefore costs nothing but time: records wait, for this process, the next one t
 
 import json
 import math
-import os
 import shutil
 import threading
 import time
@@ -17,11 +16,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.backlog import Backlog
 from pipeline.config import ConfigError, MlflowConfig
 from pipeline.failures import MLFLOW_CALL_S, READ_CHECKPOINT_S, mlflow_refuses, retry
-from pipeline.mlflow_run import SESSION, MlflowRun, ReportError, Target
+from pipeline.mlflow_run import REPORT, SESSION, MlflowRun, ReportError, Target
 from pipeline.mlflow_store import reason, tracking_uri
-from pipeline.spool import Backlog, Record, Spool
+from pipeline.spool import Record, Spool
+from pipeline.staging import Staging
 from pipeline.storage import Storage
 
 if TYPE_CHECKING:  # the driver uses this module, and does without torch
@@ -44,8 +45,9 @@ class Tracker:
         self._run: MlflowRun | None = None
         self._target, self._folder, self._on_problem = target, folder, on_problem
         self._spool = Spool(folder, on_problem)
-        run = Storage(target.run)
-        self._backlog = None if run.local else Backlog(run, self._spool)
+        self._backlog: Backlog | None = None
+        self._staging = Staging(folder)
+        self._remove_leftovers()
         (folder / TARGET).write_text(json.dumps(asdict(target)), encoding="utf-8")
         self._may_connect = threading.Event()
         self._wake, self._closing, self._abandoned = threading.Event(), threading.Event(), threading.Event()
@@ -86,13 +88,15 @@ class Tracker:
         """The file of what MLflow has not got yet."""
         return self._spool.path
 
-    def adopt(self) -> None:
-        """Send what waited on the machine that had the run before, where that was another one.
+    def adopt(self, session: int) -> None:
+        """Send what waited on the machine that had the run before, where that was another one; for this session.
 
         Raises:
             OSError: the storage does not tell.
         """
-        if self._backlog:
+        run = Storage(self._target.run)
+        if not run.local:
+            self._backlog = Backlog(run, self._spool, session)
             self._backlog.adopt()
 
     def keep(self) -> None:
@@ -101,16 +105,18 @@ class Tracker:
         Raises:
             OSError: the storage does not take it.
         """
-        if self._backlog:
-            self._backlog.save()
+        if self._backlog is None:
+            return
+        try:
+            lines = self._spool.waiting()
+        except (OSError, ValueError) as e:  # no reason to go without a checkpoint
+            self._on_problem(f"{self.spool} cannot be read: {e}")
+        else:
+            self._backlog.save(lines)
 
-    def give_way(self) -> Path | None:
-        """Delete the oldest folder that waits, for a disk that is full; what it was, if there is one."""
-        waiting = sorted(self._folder.glob("step_*.*/"), key=lambda aside: aside.suffix)
-        for aside in waiting[:1]:
-            shutil.rmtree(aside)
-            return aside
-        return None
+    def give_way(self) -> str | None:
+        """Give up the oldest upload whose files are here alone, for a disk that is full; what it was of, if any."""
+        return self._staging.give_way()
 
     def params(self, values: dict[str, Any]) -> None:
         """Log parameters; MLflow keeps the first value of each for good, and a later one is not sent."""
@@ -134,13 +140,7 @@ class Tracker:
         Raises:
             OSError: that cannot be done.
         """
-        aside = self._folder / f"{source.name}.{time.time_ns()}"
-        try:
-            # Not what a process that was killed has left of a file that it was writing.
-            shutil.copytree(source, aside, copy_function=_link, ignore=shutil.ignore_patterns(".*"))
-        except OSError:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise
+        aside = self._staging.link(source)
         self._put({"kind": "folder", "source": str(aside), "to": to})
 
     def report(self, facts: "Facts") -> None:
@@ -149,13 +149,7 @@ class Tracker:
         Raises:
             OSError: they cannot be written there.
         """
-        aside = self._folder / f"report.{time.time_ns()}"
-        try:
-            aside.mkdir()
-            facts.save(aside)
-        except OSError:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise
+        aside = self._staging.save(REPORT, facts.save)
         self._put({"kind": "report", "source": str(aside)})
 
     def model(self, source: Path, register: str | None) -> None:
@@ -205,6 +199,12 @@ class Tracker:
         self._spool.append(record)
         self._wake.set()
 
+    def _remove_leftovers(self) -> None:
+        try:
+            self._staging.remove_others({str(record.get("source")) for record, _ in self._spool.unsent()})
+        except OSError as e:
+            self._on_problem(f"{self._folder} cannot be read: {e}")
+
     def _send_all(self) -> None:
         """The thread: send what waits, retry what fails, until closed and empty."""
         failures = 0
@@ -232,13 +232,14 @@ class Tracker:
 
     def _send_waiting(self) -> None:
         if self._run is None:
-            run = MlflowRun(self._target)
+            run = MlflowRun(self._target, follow=True)
             if self._spool.is_new or self._backlog:  # perhaps another machine has sent some of it
                 self._spool.skip(run.last_steps())
             self._run = run
         waiting = self._spool.head()
         while waiting and not self._abandoned.is_set():
             batch = _leading_metrics(waiting) or waiting[:1]
+            self._staging.in_use = batch[0][0].get("source")
             try:
                 self._run.send([record for record, _ in batch])
             except ReportError as e:
@@ -250,6 +251,7 @@ class Tracker:
                 self._on_problem(f"MLflow refused a record of kind {record['kind']}, dropped: {reason(e)}")
                 if record["kind"] == "folder":
                     shutil.rmtree(record["source"], ignore_errors=True)
+            self._staging.in_use = None
             self._answered = time.monotonic()
             self._spool.mark_sent(batch[-1][1])
             self._failing = False
@@ -277,13 +279,6 @@ def sync(
     tracker = Tracker(target, folder, report)
     waiting = tracker.drain(patience_s) if ended else tracker.close("KILLED", patience_s)
     return target, tracker.run_id, waiting
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without hard links
-        shutil.copy(source, target)
 
 
 def _leading_metrics(waiting: list[tuple[Record, int]]) -> list[tuple[Record, int]]:

@@ -277,7 +277,7 @@ def test_a_training_ends_with_its_report_in_mlflow(trained: dict[str, Any], tmp_
     wrong = round((1 - trained["top1"]) * 120)
     assert len(pictures) == min(NUM_MISTAKES, wrong)
     left = sorted(p.name for p in (Path(trained["run_dir"]) / "mlflow").iterdir())
-    assert left == ["sent.json", "spool.jsonl", "target.json"], "what was laid aside is gone"
+    assert left == ["id", "sent.json", "spool.jsonl", "target.json"], "what was laid aside is gone"
 
 
 def test_a_report_that_was_logged_is_not_asked_for_twice(trained: dict[str, Any], tmp_path: Path) -> None:
@@ -304,7 +304,7 @@ def test_a_report_that_cannot_be_drawn_is_told_and_what_follows_is_sent(
     assert tracker.close("FINISHED", 60) == 0
     assert problems == ["no report is made: RuntimeError: no ink"]
     assert mlflow.MlflowClient(target.uri).get_run(tracker.run_id).info.status == "FINISHED"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["sent.json", "spool.jsonl", "target.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["id", "sent.json", "spool.jsonl", "target.json"]
 
 
 def test_facts_that_cannot_be_laid_aside_are_told_and_end_nothing(
@@ -504,7 +504,8 @@ def test_what_waits_continues_mlflows_curves(
     waiting = [{"kind": "metrics", "time": 0, "step": step, "values": {"train/loss": 9.0, "x": 1}} for step in (5, 6)]
     (run / "mlflow/spool.jsonl").write_text(json.dumps(waiting[1]) + "\n")
     kept = [{"kind": "spool", "id": "another"}, {"kind": "tags"}, waiting[0]]
-    (run / "mlflow-backlog.jsonl").write_text("".join(json.dumps(one) + "\n" for one in kept))
+    (run / "mlflow-backlog").mkdir()
+    (run / "mlflow-backlog/00000001.jsonl").write_text("".join(json.dumps(one) + "\n" for one in kept))
     code, out, _ = report(capsys, run, "--out", tmp_path / "out", "--mlflow-uri", trained["mlflow_uri"], "--json")
     assert (code, json.loads(out)["curves_note"]) == (0, None)
     assert [step for step, _ in drawn["train/loss"]] == [1, 2, 3, 4, 5, 6]

@@ -1,6 +1,7 @@
 """The spool and the tracker: nothing waits, nothing is lost, nothing twice, in order."""
 
 import errno
+import itertools
 import json
 import multiprocessing
 import os
@@ -144,7 +145,7 @@ def test_a_call_to_mlflow_that_never_ends_does_not_keep_the_training(
 ) -> None:
     hanging, left, beats = threading.Event(), threading.Event(), list[float]()
 
-    def hang(*_: object) -> None:
+    def hang(*_: object, **__: object) -> None:
         hanging.set()
         left.wait(60)
 
@@ -295,9 +296,9 @@ def test_the_oldest_folder_gives_way_on_a_full_disk_and_blocks_nothing(tmp_path:
         (tmp_path / name).mkdir()
         (tmp_path / name / "state.pt").write_text(name)
         one.folder(tmp_path / name, f"checkpoints/{name}")
-    gone = one.give_way()
-    assert gone is not None
-    assert gone.stem == "step_00000001"
+    assert one.give_way() is None, "their files are those of the checkpoints, too: that would free nothing"
+    shutil.rmtree(tmp_path / "step_00000001")
+    assert one.give_way() == "the upload of step_00000001 to MLflow"
     assert one.close("FINISHED", 60) == 0
     assert one.give_way() is None
     logged = mlflow.MlflowClient(uri).list_artifacts(str(one.run_id), "checkpoints")
@@ -311,14 +312,16 @@ def test_a_run_that_moves_between_machines_logs_each_step_once(
     """On an object store each machine has a spool of its own, and MLflow is away all the time."""
     uri, problems = tracking_uri(None, Storage(tmp_path)), list[str]()
 
+    sessions = itertools.count(1)
+
     def session(machine: str, steps: Iterable[int], kept: int, *, away: bool = True) -> None:
         """Train on a machine that is lost; its last checkpoint comes after step `kept`."""
         with monkeypatch.context() as patch:
             if away:
-                patch.setattr(MlflowRun, "__init__", lambda *_: 1 / 0)
+                patch.setattr(MlflowRun, "__init__", lambda *_, **__: 1 / 0)
             target = Target(uri, "new", run, "training")
             one = Tracker(target, tmp_path / machine, problems.append)
-            one.adopt()
+            one.adopt(next(sessions))
             for step in steps:
                 one.metrics(step, {"loss": 10.0 * step})
                 if step == kept:
