@@ -68,6 +68,16 @@ class Checkpoint:
         return loaded
 
 
+def name_of(step: int) -> str:
+    """Of the folder that a step's checkpoint is."""
+    return f"step_{step:08d}"
+
+
+def is_seen(folder: Storage, step: int) -> bool:
+    """Whether this machine sees something of a step's checkpoint."""
+    return name_of(step) in folder.names()
+
+
 def save(folder: Storage, state: dict[str, Any], cfg: Config, meta: dict[str, Any]) -> Checkpoint:
     """Write a checkpoint into `folder`, which must exist.
 
@@ -79,7 +89,7 @@ def save(folder: Storage, state: dict[str, Any], cfg: Config, meta: dict[str, An
     Raises:
         OSError: it could not be written; nothing is left of it, or nothing with a meta.json.
     """
-    name = f"step_{state['step']:08d}"
+    name = name_of(state["step"])
     place, staging = folder / name, folder.scratch / f".{name}.{os.getpid()}"
     if not folder.local:  # a local folder that has vanished, as with its mount, must not be made anew
         folder.scratch.mkdir(parents=True, exist_ok=True)
@@ -211,7 +221,7 @@ def _read_own(place: Storage, training_id: str | None, whole: bool) -> Checkpoin
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as e:
         place.parent.names()  # raises where it is the whole storage that has gone
         raise CheckpointError(f"{place}: cannot be read ({e})") from e
-    if f"step_{found.step:08d}" != place.name:
+    if name_of(found.step) != place.name:
         raise CheckpointError(f"{place}: is of step {found.step}")
     if training_id not in (None, found.meta["training_id"]):
         raise CheckpointError(f"{place}: belongs to another training")

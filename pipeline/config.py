@@ -111,6 +111,10 @@ class ModelConfig(Section):
     # torch.compile's mode, for training; evaluation is not compiled. reduce-overhead uses CUDA graphs.
     compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = "none"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse_credentials("model.weights", self.weights)
+
 
 @dataclass(frozen=True)
 class OptimConfig(Section):

@@ -161,6 +161,7 @@ def _opened(supervisor: Supervisor, heartbeat: Callable[[], None]) -> Iterator[t
                             began=request.began,
                             command=request.command,
                             again=request.trained,
+                            saved_step=request.budget.saved_step,
                         )
                     )
                     controller = launch.TrainController(

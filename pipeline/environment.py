@@ -183,8 +183,12 @@ def _private(variables: Mapping[str, str]) -> str:
     top = next((p for p in (variables.get("TMPDIR"), *TEMPORARY) if p and _usable(p)), tempfile.gettempdir())
     folder = Path(top, f"pipeline-{user_name()}", "home")
     with suppress(OSError):  # someone else was there first
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if folder.stat().st_uid == os.getuid() and _usable(str(folder)):
+        for one in (folder.parent, folder):
+            one.mkdir(mode=0o700, exist_ok=True)
+            if one.is_symlink() or one.stat().st_uid != os.getuid():
+                raise PermissionError(one)
+            one.chmod(0o700)
+        if _usable(str(folder)):
             return str(folder)
     return tempfile.mkdtemp(prefix="pipeline-home-", dir=top)
 

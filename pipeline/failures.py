@@ -140,10 +140,13 @@ class FailureBudget:
 
     Args:
         max_failures: allowed without a newer checkpoint in between; -1 for any number.
+
+    Attributes:
+        saved_step: of the newest checkpoint that the run itself has been told to have; 0: of none.
     """
 
     def __init__(self, max_failures: int):
-        self._max_failures, self.num_failures, self._newest_step = max_failures, 0, -1
+        self._max_failures, self.num_failures, self._newest_step, self.saved_step = max_failures, 0, -1, 0
 
     def started(self, step: int) -> None:
         """Training goes on from a checkpoint of this step."""
@@ -151,6 +154,7 @@ class FailureBudget:
 
     def saved(self, step: int) -> None:
         """There is a checkpoint of this step; it counts if none was as new."""
+        self.saved_step = max(self.saved_step, step)
         if step > self._newest_step:
             self._newest_step, self.num_failures = step, 0
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import get_args
 
-from pipeline.claim import Claim
+from pipeline.claim import Claim, SupersededError
 from pipeline.job import Fault
 from pipeline.precision import Precision
 from pipeline.storage import Storage
@@ -111,6 +111,8 @@ class Identity:
         now = Identity.read(run, lambda _: None)
         if claim is not None:
             claim.check()
+        if now is not None and now.training_id != self.training_id:
+            raise SupersededError(f"another training has begun in {run}; this one ends")
         # A lower number is an earlier driver's, which was just about to write when this one came.
         if now is not None and now.sessions > self.sessions:
             raise RuntimeError(f"session {now.sessions} of {run} has begun; session {self.sessions} ends")

@@ -66,8 +66,10 @@ def look(
             known = ("training_id", "sessions", "faults")
             kept: dict[str, Any] = {key: found.meta[key] for key in known if key in found.meta} if found else {}
             identity = Identity(**kept, began=began or time.time())
-        if found is None and saved_step > 0:  # to begin anew would write over it
-            raise OSError(f"no checkpoint is seen in {run}, which has one of step {saved_step}")
+        seen = found.step if found is not None else 0
+        if seen < saved_step and not checkpoint.is_seen(run / "checkpoints", saved_step):
+            # To begin anew would write over it. One that is damaged is seen, and told of.
+            raise OSError(f"the checkpoint of step {saved_step} is not seen in {run}, which has it")
         if found is None and resume_from is not None:
             found = checkpoint.read(Storage(resume_from), whole=whole)
     except CheckpointError as e:

@@ -49,6 +49,7 @@ def prepare(
     began: float | None = None,
     command: str = "",
     again: bool = False,
+    saved_step: int = 0,
 ) -> Iterator[Job]:
     """Make or reopen the run that `cfg` names, its folder and indexes, and hold it for this process.
 
@@ -58,6 +59,7 @@ def prepare(
         resume_from: path or URI of a checkpoint to begin with, where the run has none.
         ending: see `run_lock`. heartbeat: called between its parts, and while an index is built.
         began: the command that this is for, Unix time; None: now. command, again: see `Claim.take`.
+        saved_step: see `resume.look`.
 
     Raises:
         ConfigError: data, a checkpoint or weights that do not fit, or another process that trains the run.
@@ -78,7 +80,7 @@ def prepare(
         retry(run.make, tell, timeout_s)
         run.scratch.mkdir(parents=True, exist_ok=True)
         # What is damaged the workers tell.
-        look = partial(resume.look, run, resume_from, lambda _: None, began=began, whole=False)
+        look = partial(resume.look, run, resume_from, lambda _: None, began=began, whole=False, saved_step=saved_step)
         identity, found = retry(look, tell, timeout_s)
     heartbeat()
     if found is not None:

@@ -1,5 +1,6 @@
 """Configurations: wrong requests get one line that names key, value and mend; right ones survive a round trip."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -192,6 +193,8 @@ def test_a_secret_in_a_uri_is_refused_and_not_told(uri: str) -> None:
     with pytest.raises(ConfigError, match="leave the login out of it") as refused:
         refuse_credentials("run.storage", uri)
     assert "hush" not in str(refused.value)
+    with pytest.raises(ConfigError, match=r"model\.weights: leave the login out of it"):
+        load(None, [*DATA, f"model.weights={json.dumps(uri)}"])
 
 
 @pytest.mark.parametrize(

@@ -184,6 +184,13 @@ def test_a_driver_that_hung_is_told_as_that(tmp_path: Path) -> None:
     assert supervise._last_line(log) == "it hung, and left its stacks there"
 
 
+def test_a_later_driver_begins_nothing_in_an_empty_mount_point(tmp_path: Path) -> None:
+    cfg = load(None, [f"data.train={tmp_path}/x", f"data.val={tmp_path}/x", f"run.storage={tmp_path}", "run.name=x"])
+    with pytest.raises(ConfigError, match="checkpoint of step 4 is not seen"):
+        runs.prepare(cfg, print, again=True, saved_step=4).__enter__()
+    assert not (tmp_path / "x/run.json").exists()
+
+
 def test_a_storage_that_fails_at_the_start_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))

@@ -340,7 +340,7 @@ def test_mlflow_is_told_of_a_run_that_ends_between_sessions(
     assert listed_run.state == ("failed" if status == ["FAILED"] else "stopped")
 
 
-@pytest.mark.parametrize("unseen", ["drivers", "run.json", "checkpoints"])
+@pytest.mark.parametrize("unseen", ["drivers", "run.json", "checkpoints", "checkpoints/step_00000004"])
 def test_a_node_that_sees_the_run_late_begins_no_new_training(
     job: Callable[..., Job], unseen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
