@@ -107,6 +107,43 @@ def test_spool_leaves_out_what_it_cannot_read(tmp_path: Path) -> None:
     reopened.close()
 
 
+def test_a_spool_that_is_cleaned_up_is_whole_at_any_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a record of a killed process is taken out as the spool is opened; the process may be killed in that, too."""
+    spool = Spool(tmp_path, pytest.fail)
+    spool.append(metric(1))
+    spool.close()
+    with spool.path.open("ab") as f:
+        f.write(b'{"kind": "metr')
+
+    def fails(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", fails)
+        with pytest.raises(OSError, match="Input/output error"):
+            Spool(tmp_path, pytest.fail)
+    reopened = Spool(tmp_path, pytest.fail)
+    assert [r["step"] for r, _ in reopened.unsent()] == [1]
+    reopened.close()
+
+
+def test_a_limited_end_does_not_wait_for_a_long_backlog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a node is drained: MLflow answers, but slowly."""
+    send = MlflowRun.send
+
+    def slow(run: MlflowRun, records: list[dict[str, object]]) -> None:
+        time.sleep(0.5)
+        send(run, records)
+
+    monkeypatch.setattr(MlflowRun, "send", slow)
+    one = tracker(tracking_uri(None, Storage(tmp_path)), tmp_path / "run")
+    for number in range(60):
+        one.tags({str(number): number})
+    began = time.monotonic()
+    assert one.close("KILLED", 60, limit_s=1.0) > 0
+    assert time.monotonic() - began < 20
+
+
 def test_a_disk_that_fails_in_the_middle_of_a_record_tears_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
