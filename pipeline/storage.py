@@ -20,6 +20,8 @@ from urllib.parse import quote, unquote, urlsplit
 
 from pipeline.machine import user_name
 
+PIECE_BYTES = 32 * 2**20
+
 
 class Storage:
     """A folder of a file system or an object store; `/` goes down into it.
@@ -152,7 +154,8 @@ class Storage:
         system, path = self._opened
         to.parent.mkdir(parents=True, exist_ok=True)
         temporary = to.with_name(f".{to.name}.{os.getpid()}")
-        copy_files(f"{path}/{name}", str(temporary), system, LocalFileSystem())
+        # One request for each piece: by pyarrow's own size, 1 MiB, a ResNet-152's checkpoint takes 700, one by one.
+        copy_files(f"{path}/{name}", str(temporary), system, LocalFileSystem(), chunk_size=PIECE_BYTES)
         temporary.replace(to)
 
     def fetch(self) -> Path:
@@ -200,7 +203,8 @@ class Storage:
             with contextlib.suppress(ValueError, ImportError):  # a kind it does not know, or has no package for
                 from fsspec.core import url_to_fs
 
-                system, path = url_to_fs(self.uri)
+                # What others write is to be seen at once: fsspec would keep its listings for as long as the process.
+                system, path = url_to_fs(self.uri, use_listings_cache=False)
                 return PyFileSystem(FSSpecHandler(system)), path
             raise
         return system, path

@@ -78,9 +78,10 @@ def main() -> int:
     with contextlib.ExitStack() as stack:
         place = MEMORY if MEMORY.is_dir() else None
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="faults-", dir=place)))
-        storage = stack.enter_context(s3_storage()) if args.s3 else None
         fault_slot.prepare(folder)
-        slots = [Slot(folder, number, storage) for number in range(WORKERS)]
+        slots = [
+            Slot(folder, number, stack.enter_context(s3_storage()) if args.s3 else None) for number in range(WORKERS)
+        ]
         found = list(_side_by_side([partial(_undisturbed, slot) for slot in slots]))
         operations, undisturbed = found[0]["operations"], found[0]["end"]
         assert all(one["end"] == undisturbed for one in found), "it is not the same twice"
