@@ -179,12 +179,12 @@ class Seam:
             system, path = opened(storage)
             return _Proxy(system, self._of_pyarrow), path
 
-        def copy_files(source: str, to: str, source_system: Any, system: Any) -> None:
+        def copy_files(source: str, to: str, source_system: Any, system: Any, **kwargs: Any) -> None:
             systems = [s.inner if isinstance(s, _Proxy) else s for s in (source_system, system)]
             places = [self._place(path) or ("scratch", path) for path in (source, to)]
             target = next((t for t, _ in places if t == "storage"), places[0][0])
             name = f"fs.copy_files {places[0][1]} -> {places[1][1]}"
-            self.call(target, name, lambda: copy(source, to, *systems))
+            self.call(target, name, lambda: copy(source, to, *systems, **kwargs))
 
         prop = cached_property(proxied)
         prop.__set_name__(Storage, "_opened")
