@@ -1,10 +1,13 @@
 """What MLflow has not got yet of a run on an object store, kept in the run: a spool's machine may be lost."""
 
+from dataclasses import asdict
+
 from pipeline import spool
+from pipeline.mlflow_run import Target
 from pipeline.storage import Storage
 
 FOLDER = "mlflow-backlog"  # in the run
-OF_ANY_MACHINE = ("params", "tags", "metrics", "text")  # kinds of records that need no file
+OF_ANY_MACHINE = ("params", "tags", "metrics", "text", "model")  # kinds of records that need no file of one machine
 
 
 class Backlog:
@@ -13,8 +16,9 @@ class Backlog:
     A file for each session: one that was superseded, and whose write comes late, replaces no later one's.
     """
 
-    def __init__(self, run: Storage, records: spool.Spool, session: int):
+    def __init__(self, run: Storage, records: spool.Spool, target: Target, session: int):
         self._folder, self._spool, self._name = run / FOLDER, records, f"{session:08d}.jsonl"
+        self._header = spool.to_line({"kind": "spool", "id": records.id, "target": asdict(target)})
 
     def save(self, lines: bytes) -> None:
         """Keep what waits now.
@@ -22,7 +26,7 @@ class Backlog:
         Raises:
             OSError: the storage does not take it.
         """
-        self._folder.write_bytes(self._name, spool.to_line({"kind": "spool", "id": self._spool.id}) + lines)
+        self._folder.write_bytes(self._name, self._header + lines)
 
     def adopt(self) -> None:
         """Where another machine was the last to save, send what waited there, and not what is older and waits here.
@@ -35,12 +39,18 @@ class Backlog:
         records = _newest(self._folder)
         if records and records[0].get("id") != self._spool.id:
             theirs = [record for record in records if record["kind"] in OF_ANY_MACHINE]
-            ours = [record for record, _ in self._spool.unsent() if "source" in record]
+            ours = [record for record, _ in self._spool.unsent() if record["kind"] not in OF_ANY_MACHINE]
             self._spool.start_anew([*theirs, *ours])
         self.save(self._spool.waiting())
         for name in self._folder.names():
             if name < self._name:
                 self._folder.delete(name)
+
+
+def target_of(run: Storage) -> Target | None:
+    """Where the run is logged, if its folder says so."""
+    records = _newest(run / FOLDER)
+    return Target(**records[0]["target"]) if records else None
 
 
 def read(run: Storage) -> list[spool.Record]:

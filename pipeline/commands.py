@@ -60,17 +60,16 @@ def config_to_train(args: argparse.Namespace) -> tuple[Config, str, str | None]:
 
 
 def sync(args: argparse.Namespace) -> Outcome:
-    from pipeline import find, tracking
-    from pipeline.identity import Identity
+    from pipeline import find, sync
     from pipeline.lock import run_lock
 
     storage = find.open_storage(args.storage)
     run = find.find_run(args.run, storage, args.mlflow_uri)
     if run is None:
         raise find.no_such_run(args.run, storage, args.mlflow_uri)
+    run.scratch.mkdir(parents=True, exist_ok=True)
     with run_lock(run, say):
-        last = Identity.read(run, say)
-        target, run_id, waiting = tracking.sync(run.scratch / "mlflow", say, ended=last is None or not last.open)
+        target, run_id, waiting = sync.sync(run, say)
     result = {"run": run.uri, "mlflow_uri": target.uri, "mlflow_run_id": run_id, "waiting": waiting}
     if waiting:
         return result, [f"MLflow at {target.uri} is away; {waiting} records of {run} wait"], FAILED

@@ -32,6 +32,12 @@ def tracking_uri(configured: str | None, storage: Storage) -> str:
         return absolute(named)
     if storage.local is None:
         raise ConfigError(f"mlflow.uri=null: run.storage={storage} cannot hold MLflow's database; name a server")
+    return store_beside(storage)
+
+
+def store_beside(storage: Storage) -> str:
+    """The SQLite store of the runs in a directory that names no other."""
+    assert storage.local is not None, "no object store can hold a database"
     return f"{SQLITE}{storage.local / 'mlflow.db'}"
 
 

@@ -79,7 +79,7 @@ class Recorder:
             report=ctx.warn,
             newest=resumed,
         )
-        make = partial(Tracker.of_run, cfg.mlflow, run, self._identity.training_id, ctx.warn)
+        make = partial(Tracker.of_run, cfg.mlflow, run, self._identity.training_id, ctx.warn, self._job.claim)
         self._tracker = retry(make, ctx.warn, timeout_s)
         self._uploads = Uploads(self._tracker, ctx.warn, min(UPLOAD_S, timeout_s))
         retry(partial(self._tracker.adopt, self._identity.sessions), ctx.warn, timeout_s)
@@ -242,7 +242,7 @@ class Recorder:
             self._uploads.checkpoint(chosen)
         self._heartbeat()
         if done and cfg.mlflow.log_model:
-            self._tracker.model(newest.path, cfg.mlflow.register)
+            self._tracker.model(newest.place, cfg.mlflow.register)
         self._tracker.metrics(state.step, for_mlflow(self._ledger.seconds()))
         if done and cfg.mlflow.report and self._said is not None:
             with self._ledger.phase("logging"):

@@ -96,8 +96,8 @@ def prepare(
         with _as_mistake(f"run.storage={storage}: cannot be used", "name another place"):
             stack.enter_context(run_lock(run, tell, ending, cfg.cluster.timeout_s, heartbeat))
         heartbeat()
-        train_index, train = _index("train", train_source, run, watch, heartbeat)
-        val_index, val = _index("val", val_source, run, watch, heartbeat)
+        train = _index("train", train_source, watch, heartbeat)
+        val = _index("val", val_source, watch, heartbeat)
         for split, index in (("train", train), ("val", val)):
             _refuse_missing(split, index, cfg, tell)
         val.with_classes(train.classes)
@@ -107,6 +107,9 @@ def prepare(
         with _as_mistake(f"run.storage={storage}: cannot be used", "name another place"):
             claim = retry(partial(_claim, run, command, again=again), tell, timeout_s)
             now = _settled(run, identity, claim, cfg.mlflow.uri, began, tell)
+            # Not before: they may be of a command that is refused, or comes second.
+            train_index = retry(partial(_stored, "train", train_source, train, run), tell, timeout_s)
+            val_index = retry(partial(_stored, "val", val_source, val, run), tell, timeout_s)
         saved_step = found.step if found is not None and found.place.parent.parent.uri == run.uri else 0
         yield Job(cfg, run, train_index, val_index, resume_from, claim, saved_step, now.sessions)
 
@@ -157,6 +160,7 @@ def _settled(
     if settled.sessions == 0:  # an earlier command has trained nothing
         settled = dataclasses.replace(settled, began=began or time.time())
     if settled != now or settled.place != run.uri:
+        claim.check()
         settled.write(run)
     return settled
 
@@ -192,24 +196,27 @@ def _as_mistake(what: str, fix: str) -> Iterator[None]:
         raise ConfigError(f"{what} ({e.strerror or e}); {fix}") from None
 
 
-def _index(
-    split: str, source: str, run: Storage, watch: Callable[[Event], None], heartbeat: Callable[[], None]
-) -> tuple[str, Index]:
-    """The index of the images in `source`, built anew into the run's folder, or the index file that `source` is."""
-    to = run / "index" / f"{split}.arrow"
+def _index(split: str, source: str, watch: Callable[[Event], None], heartbeat: Callable[[], None]) -> Index:
+    """Of the images in `source`, built anew, or the one that `source` is."""
     with _as_mistake(f"data.{split}={source}: its index cannot be made or read", "try again, or name another place"):
         if is_index(source):
-            return source, fetch_index(source)
+            return fetch_index(source)
         index, report = build_index(source, progress=lambda *_: heartbeat())
-        refused = report.refused
-        for one in refused[:MAX_NAMED]:
-            watch({"kind": "warning", "text": f"left out {one}"})
-        if len(refused) > MAX_NAMED:
-            watch(
-                {"kind": "warning", "text": f"left out {len(refused) - MAX_NAMED} more; pipeline index lists them all"}
-            )
-        file = to.parent.scratch / to.name
-        index.save(file)
-        if not to.local:
-            to.parent.upload(file, to.name)
-        return to.uri, index
+    refused = report.refused
+    for one in refused[:MAX_NAMED]:
+        watch({"kind": "warning", "text": f"left out {one}"})
+    if len(refused) > MAX_NAMED:
+        watch({"kind": "warning", "text": f"left out {len(refused) - MAX_NAMED} more; pipeline index lists them all"})
+    return index
+
+
+def _stored(split: str, source: str, index: Index, run: Storage) -> str:
+    """Where workers find an index: in the run's folder, where it was built anew."""
+    if is_index(source):
+        return source
+    to = run / "index" / f"{split}.arrow"
+    file = to.parent.scratch / to.name
+    index.save(file)
+    if not to.local:
+        to.parent.upload(file, to.name)
+    return to.uri

@@ -3,8 +3,10 @@
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterable
 from pathlib import Path
+
+from pipeline.spool import Record
 
 
 class Staging:
@@ -53,11 +55,22 @@ class Staging:
                 return f"the upload of {staged.stem} to MLflow"
         return None
 
-    def remove_others(self, staged: Collection[str]) -> None:
+    def remove_others(self, waiting: Iterable[Record]) -> None:
         """Delete what a process has left that was killed while it staged or deleted a folder."""
+        staged = {self.placed(record).get("source") for record in waiting}
         for path in self._folder.glob("*.*/"):
             if path.suffix[1:].isdecimal() and str(path) not in staged:
                 shutil.rmtree(path, ignore_errors=True)
+
+    def place_of(self, path: Path) -> str:
+        """As records have a path: in the run's folder, which may be moved while they wait."""
+        run = self._folder.parent
+        return str(path.relative_to(run) if path.is_relative_to(run) else path)
+
+    def placed(self, record: Record) -> Record:
+        """With the path where it is now."""
+        source = record.get("source")
+        return record if source is None or "://" in source else {**record, "source": str(self._folder.parent / source)}
 
 
 def _link(source: str, target: str) -> None:

@@ -6,6 +6,7 @@ therefore costs nothing but time: records wait, for this process, the next one t
 `pipeline sync`.
 """
 
+import errno
 import json
 import math
 import shutil
@@ -17,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.backlog import Backlog
-from pipeline.config import ConfigError, MlflowConfig
+from pipeline.claim import Claim, SupersededError
+from pipeline.config import MlflowConfig
 from pipeline.failures import MLFLOW_CALL_S, READ_CHECKPOINT_S, mlflow_refuses, retry
 from pipeline.mlflow_run import REPORT, SESSION, MlflowRun, ReportError, Target
 from pipeline.mlflow_store import reason, tracking_uri
@@ -30,6 +32,8 @@ if TYPE_CHECKING:  # the driver uses this module, and does without torch
 
 MAX_METRICS = 1000  # in one request, MLflow's limit
 RETRY_SECONDS = (1, 2, 5, 10, 30)
+CHECK_CLAIM_S = 5.0  # another driver takes longer to get to its first step, and to ask MLflow what it has
+FOLDER = "mlflow"  # of the run, on this machine
 TARGET = "target.json"
 
 
@@ -39,15 +43,20 @@ class Tracker:
     Args:
         folder: where the spool lies.
         on_problem: called with a line for the user when MLflow cannot be reached or refuses a record.
+        claim: to the run. A session that has lost it sends nothing more.
     """
 
-    def __init__(self, target: Target, folder: Path, on_problem: Callable[[str], None]):
+    def __init__(self, target: Target, folder: Path, on_problem: Callable[[str], None], claim: Claim | None = None):
         self._run: MlflowRun | None = None
         self._target, self._folder, self._on_problem = target, folder, on_problem
+        self._claim, self._checked = claim, -math.inf
         self._spool = Spool(folder, on_problem)
         self._backlog: Backlog | None = None
         self._staging = Staging(folder)
-        self._remove_leftovers()
+        try:
+            self._staging.remove_others([record for record, _ in self._spool.unsent()])
+        except OSError as e:
+            on_problem(f"{folder} cannot be read: {e}")
         (folder / TARGET).write_text(json.dumps(asdict(target)), encoding="utf-8")
         self._may_connect = threading.Event()
         self._wake, self._closing, self._abandoned = threading.Event(), threading.Event(), threading.Event()
@@ -56,10 +65,17 @@ class Tracker:
         self._thread.start()
 
     @classmethod
-    def of_run(cls, cfg: MlflowConfig, run: Storage, training_id: str, on_problem: Callable[[str], None]) -> "Tracker":
+    def of_run(
+        cls,
+        cfg: MlflowConfig,
+        run: Storage,
+        training_id: str,
+        on_problem: Callable[[str], None],
+        claim: Claim | None = None,
+    ) -> "Tracker":
         """For the training `training_id` in the folder `run`."""
         target = Target(tracking_uri(cfg.uri, run.parent), cfg.experiment, run.uri, training_id)
-        return cls(target, run.scratch / "mlflow", on_problem)
+        return cls(target, run.scratch / FOLDER, on_problem, claim)
 
     def connect(self) -> None:
         """Begin to send. Until then, or until the end, MLflow is not even imported: that takes a core for seconds."""
@@ -96,7 +112,7 @@ class Tracker:
         """
         run = Storage(self._target.run)
         if not run.local:
-            self._backlog = Backlog(run, self._spool, session)
+            self._backlog = Backlog(run, self._spool, self._target, session)
             self._backlog.adopt()
 
     def keep(self) -> None:
@@ -140,8 +156,7 @@ class Tracker:
         Raises:
             OSError: that cannot be done.
         """
-        aside = self._staging.link(source)
-        self._put({"kind": "folder", "source": str(aside), "to": to})
+        self._put({"kind": "folder", "source": self._staging.place_of(self._staging.link(source)), "to": to})
 
     def report(self, facts: "Facts") -> None:
         """Make the report and log it, once all that was logged before has arrived; the facts wait on disk.
@@ -149,12 +164,12 @@ class Tracker:
         Raises:
             OSError: they cannot be written there.
         """
-        aside = self._staging.save(REPORT, facts.save)
-        self._put({"kind": "report", "source": str(aside)})
+        self._put({"kind": "report", "source": self._staging.place_of(self._staging.save(REPORT, facts.save))})
 
-    def model(self, source: Path, register: str | None) -> None:
-        """Log the model of the checkpoint `source` as the run's model, also in the registry where a name is given."""
-        self._put({"kind": "model", "source": str(source), "register": register})
+    def model(self, checkpoint: Storage, register: str | None) -> None:
+        """Log a checkpoint's model as the run's model, also in the registry where a name is given."""
+        source = self._staging.place_of(checkpoint.local) if checkpoint.local else checkpoint.uri
+        self._put({"kind": "model", "source": source, "register": register})
 
     def close(
         self,
@@ -191,6 +206,10 @@ class Tracker:
         self._abandoned.set()
         self._thread.join(1)
         waiting = len(retry(self._spool.unsent, self._on_problem, READ_CHECKPOINT_S))
+        try:
+            self.keep()
+        except OSError as e:
+            self._on_problem(f"{waiting} records for MLflow wait on this machine alone, in {self.spool}: {e}")
         if not self._thread.is_alive():
             self._spool.close()
         return waiting
@@ -198,12 +217,6 @@ class Tracker:
     def _put(self, record: Record) -> None:
         self._spool.append(record)
         self._wake.set()
-
-    def _remove_leftovers(self) -> None:
-        try:
-            self._staging.remove_others({str(record.get("source")) for record, _ in self._spool.unsent()})
-        except OSError as e:
-            self._on_problem(f"{self._folder} cannot be read: {e}")
 
     def _send_all(self) -> None:
         """The thread: send what waits, retry what fails, until closed and empty."""
@@ -213,10 +226,14 @@ class Tracker:
             self._wake.clear()
             try:
                 self._send_waiting()
+            except SupersededError as e:
+                self._on_problem(f"nothing more is sent to MLflow: {e}")
+                return
             except Exception as e:  # MLflow raises whatever its transport raises; none of it may end a training
                 if not self._failing:
-                    is_ours = str(getattr(e, "filename", None) or "").startswith(str(self._folder))
-                    what = f"{self._folder} cannot be used" if is_ours else f"MLflow at {self._target.uri} fails"
+                    file = str(getattr(e, "filename", None) or "")
+                    ours = [place for place in (str(self._folder), self._target.run) if file.startswith(place)]
+                    what = f"{ours[0]} cannot be used" if ours else f"MLflow at {self._target.uri} fails"
                     self._on_problem(f"{what}, records wait in {self.spool}: {reason(e)}")
                 self._failing = True
                 if self._closing.is_set():  # somebody waits
@@ -239,46 +256,33 @@ class Tracker:
         waiting = self._spool.head()
         while waiting and not self._abandoned.is_set():
             batch = _leading_metrics(waiting) or waiting[:1]
-            self._staging.in_use = batch[0][0].get("source")
+            records = [self._staging.placed(record) for record, _ in batch]
+            self._staging.in_use = records[0].get("source")
+            self._check_claim()
             try:
-                self._run.send([record for record, _ in batch])
+                self._run.send(records)
             except ReportError as e:
                 self._on_problem(f"no report is made: {reason(e)}")
             except Exception as e:
                 if not mlflow_refuses(e):
                     raise
-                record, _ = batch[0]
-                self._on_problem(f"MLflow refused a record of kind {record['kind']}, dropped: {reason(e)}")
-                if record["kind"] == "folder":
-                    shutil.rmtree(record["source"], ignore_errors=True)
+                self._on_problem(f"MLflow refused a record of kind {records[0]['kind']}, dropped: {reason(e)}")
+                if records[0]["kind"] == "folder":
+                    shutil.rmtree(records[0]["source"], ignore_errors=True)
             self._staging.in_use = None
             self._answered = time.monotonic()
             self._spool.mark_sent(batch[-1][1])
             self._failing = False
             waiting = waiting[len(batch) :] or self._spool.head()
 
-
-def sync(
-    folder: Path, report: Callable[[str], None], *, ended: bool, patience_s: float = 10.0
-) -> tuple[Target, str | None, int]:
-    """Send what waits in the spool of `folder`.
-
-    Args:
-        ended: whether the last session told of its end; else MLflow is told that it was killed.
-
-    Returns:
-        What it is for, the MLflow run's id, and how many records still wait.
-
-    Raises:
-        ConfigError: there is no spool.
-    """
-    try:
-        target = Target(**json.loads((folder / TARGET).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        raise ConfigError(f"{folder} holds nothing that waits for MLflow") from None
-    tracker = Tracker(target, folder, report)
-    waiting = tracker.drain(patience_s) if ended else tracker.close("KILLED", patience_s)
-    return target, tracker.run_id, waiting
+    def _check_claim(self) -> None:
+        if self._claim is None or time.monotonic() < self._checked + CHECK_CLAIM_S:
+            return
+        try:
+            self._claim.check()
+        except OSError as e:
+            raise OSError(e.errno or errno.EIO, f"whose it is cannot be read: {e}", self._target.run) from None
+        self._checked = time.monotonic()
 
 
 def _leading_metrics(waiting: list[tuple[Record, int]]) -> list[tuple[Record, int]]:

@@ -25,7 +25,7 @@ import torch._dynamo  # likewise: an optimizer imports it, which takes two secon
 from fast_clock import Clock
 from faults import Fault, Seam
 
-from pipeline import checkpoint, driver, launch, tracking
+from pipeline import checkpoint, driver, launch, sync
 from pipeline.config import Config, ConfigError
 from pipeline.failures import FailureBudget, FatalError, attempt_is_repeated, driver_end
 from pipeline.identity import Identity
@@ -171,8 +171,7 @@ def end(place: Place) -> dict[str, Any]:
     """What came of a run, after `pipeline sync` for what still waits for MLflow."""
     tempfile.tempdir = str(place.tmp)
     identity = Identity.read(place.run, print)
-    ended = identity is not None and not identity.open
-    _, _, waiting = tracking.sync(place.run.scratch / "mlflow", print, ended=ended)
+    _, _, waiting = sync.sync(place.run, print)
     newest = checkpoint.newest_valid(place.run / "checkpoints", print)
     assert newest is not None
     digest = hashlib.sha256()
@@ -184,7 +183,7 @@ def end(place: Place) -> dict[str, Any]:
     kept = place.database.parent / "mlartifacts"
     artifacts = [path.relative_to(kept).parts[2:] for path in kept.rglob("*") if path.is_file()]
     return {
-        "run.json has ended": ended,
+        "run.json has ended": identity is not None and not identity.open,
         "waiting": waiting,
         "checkpoints": (place.run / "checkpoints").names(),
         "weights": digest.hexdigest(),

@@ -183,6 +183,16 @@ def test_the_driver_reads_no_state(settings: Settings) -> None:
         pass
 
 
+def test_a_command_that_is_refused_leaves_the_runs_index(settings: Settings, digits: Path) -> None:
+    """Its workers, on whatever machine, begin each attempt with it."""
+    cfg = settings(f"data.train={digits}/val", f"data.val={digits}/val", "run.name=run")
+    with runs.prepare(settings(f"data.train={digits}/train", f"data.val={digits}/val"), print) as job:
+        before = Path(job.train_index).read_bytes()
+    with pytest.raises(ConfigError, match="was trained on other images"), runs.prepare(cfg, print):
+        pass
+    assert Path(job.train_index).read_bytes() == before
+
+
 def test_a_run_that_was_copied_does_not_log_to_the_originals_mlflow_run(settings: Settings, tmp_path: Path) -> None:
     """Each step would have two values there. A whole storage has its own MLflow: that is what `settings` copies."""
     storage = tmp_path / "runs"

@@ -1,0 +1,63 @@
+"""Sending what waits for MLflow without training: `pipeline sync`."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline import backlog
+from pipeline.config import ConfigError
+from pipeline.identity import Identity
+from pipeline.mlflow_run import Target
+from pipeline.mlflow_store import store_beside
+from pipeline.storage import Storage
+from pipeline.tracking import FOLDER, TARGET, Tracker
+
+
+def sync(run: Storage, report: Callable[[str], None], patience_s: float = 10.0) -> tuple[Target, str | None, int]:
+    """Send what waits for MLflow of the run in a folder: on this machine, and of one on an object store there.
+
+    A last session that has not told of its end was killed, which MLflow is told.
+
+    Args:
+        patience_s: how long to go on trying an MLflow that fails.
+
+    Returns:
+        What it is for, the MLflow run's id, and how many records still wait.
+
+    Raises:
+        ConfigError: nothing waits, or on an object store, where the run may be trained from another machine just now.
+        OSError: the storage does not answer.
+    """
+    last = Identity.read(run, report)
+    folder, is_open = run.scratch / FOLDER, last is not None and last.open
+    here = _target(folder / TARGET)
+    there = None if run.local else backlog.target_of(run)
+    if there is not None and here is None and is_open:
+        raise ConfigError(
+            f"the last session of {run} has not told of its end: another machine may train it; where none does, "
+            "train it again, which sends all that waits"
+        )
+    if (target := here or there) is None:
+        raise ConfigError(f"{folder} holds nothing that waits for MLflow")
+    target = _moved(target, run)
+    tracker = Tracker(target, folder, report)
+    if there is not None:
+        tracker.adopt(last.sessions if last is not None else 0)
+    waiting = tracker.close("KILLED", patience_s) if is_open else tracker.drain(patience_s)
+    return target, tracker.run_id, waiting
+
+
+def _target(file: Path) -> Target | None:
+    try:
+        return Target(**json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _moved(target: Target, run: Storage) -> Target:
+    """Where the run is logged now: its storage may have been moved, and a SQLite store with it."""
+    before = Storage(target.run).parent
+    if before.local and run.local and target.uri == store_beside(before):
+        target = dataclasses.replace(target, uri=store_beside(run.parent))
+    return dataclasses.replace(target, run=run.uri)

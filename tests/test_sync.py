@@ -1,0 +1,119 @@
+"""`pipeline sync`: what waits for MLflow goes to the store of its run, wherever both are now."""
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import mlflow
+import pytest
+from s3 import s3_storage
+
+from pipeline.backlog import FOLDER
+from pipeline.claim import Claim
+from pipeline.config import ConfigError
+from pipeline.identity import Identity
+from pipeline.mlflow_run import MlflowRun, Target
+from pipeline.mlflow_store import store_beside, tracking_uri
+from pipeline.storage import Storage
+from pipeline.sync import _moved, sync
+from pipeline.tracking import Tracker
+
+
+def leave_waiting(run: Storage, uri: str, monkeypatch: pytest.MonkeyPatch, *steps: int, folder: Path) -> None:
+    """A session that logs these steps, and a folder, and has no MLflow; it tells of its end if run.json says so."""
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowRun, "__init__", lambda *_, **__: 1 / 0)
+        one = Tracker(Target(uri, "pipeline", run.uri, "id"), run.scratch / "mlflow", lambda _: None)
+        one.adopt(1)
+        one.start()
+        for step in steps:
+            one.metrics(step, {"loss": 10.0 * step})
+        folder.mkdir()
+        (folder / "state.pt").write_text("weights")
+        one.folder(folder, "checkpoints/step_1")
+        shutil.rmtree(folder)
+        assert one.close("KILLED", 0) > 0
+
+
+def logged(uri: str) -> tuple[list[int], list[str]]:
+    """The steps of the only run's loss, and the paths of its artifacts."""
+    client = mlflow.MlflowClient(uri)
+    (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    files = [one.path for one in client.list_artifacts(run.info.run_id, "checkpoints/step_1")]
+    return [m.step for m in client.get_metric_history(run.info.run_id, "loss")], files
+
+
+def test_what_waits_moves_with_its_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store beside the run, the folders that wait, and the address of both."""
+    old, new = Storage(tmp_path / "old"), Storage(tmp_path / "new")
+    leave_waiting(old / "run", tracking_uri(None, old), monkeypatch, 1, 2, folder=tmp_path / "step_1")
+    Identity(training_id="id").begin(0).end().write(old / "run")
+    (tmp_path / "old").rename(tmp_path / "new")
+    target, _, waiting = sync(new / "run", pytest.fail)
+    assert (target.uri, target.run, waiting) == (store_beside(new), str(new / "run"), 0)
+    assert not (tmp_path / "old").exists()
+    assert logged(target.uri) == ([1, 2], ["checkpoints/step_1/state.pt"])
+
+
+def test_what_waits_of_a_lost_machine_is_sent_from_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_scratch: Callable[[str], None]
+) -> None:
+    """But for files, which were there alone."""
+    uri = tracking_uri(None, Storage(tmp_path))
+    with s3_storage() as bucket:
+        run = bucket / "run"
+        tmp_scratch("first")
+        leave_waiting(run, uri, monkeypatch, 1, 2, folder=tmp_path / "step_1")
+        ended = Identity(training_id="id").begin(0)
+        ended.write(run)
+        tmp_scratch("second")
+        with pytest.raises(ConfigError, match="has not told of its end: another machine may train it"):
+            sync(run, pytest.fail)
+        ended.end().write(run)
+        assert sync(run, pytest.fail)[2] == 0
+        assert logged(uri) == ([1, 2], [])
+        assert len((run / FOLDER).names()) == 1
+        tmp_scratch("third")
+        assert sync(run, pytest.fail)[2] == 0, "nothing waits any more"
+        assert logged(uri) == ([1, 2], [])
+
+
+@pytest.fixture
+def tmp_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Makes this another machine: one whose temporary folder is its own."""
+
+    def move(machine: str) -> None:
+        (tmp_path / machine).mkdir()
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path / machine))
+
+    return move
+
+
+def test_a_driver_that_was_superseded_sends_nothing_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its successor trains the same steps, and asks MLflow for the last one as it begins."""
+    monkeypatch.setattr("pipeline.tracking.CHECK_CLAIM_S", 0.0)
+    run, uri, problems = Storage(tmp_path / "run"), tracking_uri(None, Storage(tmp_path)), list[str]()
+    run.make()
+    claim = Claim.take(run)
+    one = Tracker(Target(uri, "pipeline", run.uri, "id"), run.scratch / "mlflow", problems.append, claim)
+    one.metrics(1, {"loss": 1.0})
+    assert one.drain(60) == 0
+    one = Tracker(Target(uri, "pipeline", run.uri, "id"), run.scratch / "mlflow", problems.append, claim)
+    with monkeypatch.context() as patch:
+        patch.setattr(Claim, "check", lambda _: (_ for _ in ()).throw(OSError("away")))
+        one.metrics(2, {"loss": 2.0})
+        assert one.drain(0.5) == 1, "it waits until it is known whose run it is"
+    assert [problem.partition(",")[0] for problem in problems] == [f"{run} cannot be used"]
+    one = Tracker(Target(uri, "pipeline", run.uri, "id"), run.scratch / "mlflow", problems.append, claim)
+    Claim.take(run)
+    one.metrics(3, {"loss": 3.0})
+    assert one.drain(60) == 2
+    assert problems[1:] == [f"nothing more is sent to MLflow: another driver has begun to train {run}; this one ends"]
+    assert [m.step for m in mlflow.MlflowClient(uri).get_metric_history(str(one.run_id), "loss")] == [1]
+
+
+def test_a_moved_run_says_so_to_whom_it_is_for(tmp_path: Path) -> None:
+    """A server's address is no place of ours: it stays."""
+    old = Target("http://mlflow:5000", "pipeline", str(tmp_path / "old/run"), "id")
+    assert _moved(old, Storage(tmp_path / "new/run")) == dataclasses.replace(old, run=str(tmp_path / "new/run"))
