@@ -12,6 +12,7 @@ from pipeline import cluster, findings, probes
 from pipeline.cluster import Node
 from pipeline.config import Config, ConfigError
 from pipeline.findings import Check
+from pipeline.mlflow_store import with_absolute_uri
 from pipeline.provenance import versions
 from pipeline.schema import show
 from pipeline.storage import Storage
@@ -115,7 +116,7 @@ def _try_mlflow(there: Mapping[str, Node], cfg: Config, storage: Storage) -> Che
     """On one node that can have workers: which of them will log is not known."""
     name = next(iter(_workers(there, cfg)[1]), next(iter(there)))
     one = {name: there[name]}
-    answers = cluster.on_each_node(one, probes.log, cfg, storage, patience_s=PATIENCE_S)
+    answers = cluster.on_each_node(one, probes.log, with_absolute_uri(cfg), storage, patience_s=PATIENCE_S)
     where = answers[name].value if name in answers else ""
     good = f"{where} took a metric of the experiment {cfg.mlflow.experiment} from {name}, and deleted it"
     mend = (

@@ -1,5 +1,6 @@
 """The MLflow store that runs are logged to: its address, and a client of it."""
 
+import dataclasses
 import logging
 import os
 import sqlite3
@@ -7,7 +8,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import ConfigError
+from pipeline.config import Config, ConfigError
 from pipeline.environment import SQLITE
 from pipeline.schema import refuse_credentials
 from pipeline.storage import Storage, alone
@@ -45,6 +46,12 @@ def absolute(uri: str) -> str:
     """A store's address that holds in every directory: Ray's workers run in others."""
     file = uri.removeprefix(SQLITE)
     return uri if file == uri or file.startswith("/") else f"{SQLITE}{Path(file).absolute()}"
+
+
+def with_absolute_uri(cfg: Config) -> Config:
+    """A configuration for processes that work in other directories."""
+    uri = cfg.mlflow.uri and absolute(cfg.mlflow.uri)
+    return dataclasses.replace(cfg, mlflow=dataclasses.replace(cfg.mlflow, uri=uri))
 
 
 def open_client(uri: str) -> Any:

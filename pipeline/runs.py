@@ -32,7 +32,7 @@ from pipeline.find import find_weights, open_storage
 from pipeline.identity import Identity
 from pipeline.job import Event, Job
 from pipeline.lock import run_lock
-from pipeline.mlflow_store import absolute, tracking_uri
+from pipeline.mlflow_store import tracking_uri, with_absolute_uri
 from pipeline.storage import Storage
 
 MAX_NAMED = 20  # refused files that are named one by one
@@ -68,8 +68,8 @@ def prepare(
     train_source, val_source = Storage(cfg.data.train).uri, Storage(cfg.data.val).uri
     cache_dir = cfg.data.cache_dir and str(Path(cfg.data.cache_dir).absolute())  # workers run in other directories
     data = dataclasses.replace(cfg.data, train=train_source, val=val_source, cache_dir=cache_dir)
-    mlflow = dataclasses.replace(cfg.mlflow, uri=cfg.mlflow.uri and absolute(cfg.mlflow.uri))
-    cfg = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, storage=storage.uri), data=data, mlflow=mlflow)
+    cfg = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, storage=storage.uri), data=data)
+    cfg = with_absolute_uri(cfg)
     assert cfg.run.name is not None, "the supervisor names it"
     run, timeout_s = storage / cfg.run.name, 0.0 if storage.local else FIRST_LOOK_S
 
