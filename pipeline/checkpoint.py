@@ -78,13 +78,21 @@ def is_seen(folder: Storage, step: int) -> bool:
     return name_of(step) in folder.names()
 
 
-def save(folder: Storage, state: dict[str, Any], cfg: Config, meta: dict[str, Any]) -> Checkpoint:
+def save(
+    folder: Storage,
+    state: dict[str, Any],
+    cfg: Config,
+    meta: dict[str, Any],
+    guard: Callable[[bool], None] = lambda _: None,
+) -> Checkpoint:
     """Write a checkpoint into `folder`, which must exist.
 
     Args:
         state: of `TrainState.state_dict()`; nothing may change it meanwhile.
         meta: what else belongs into meta.json: "fingerprint", "classes", "metrics", and of the training its
             "training_id", "sessions", "faults".
+        guard: raises where the run is not this session's to write any more; called before each change in the folder,
+            with whether it is the one that makes the checkpoint valid.
 
     Raises:
         OSError: it could not be written; nothing is left of it, or nothing with a meta.json.
@@ -104,10 +112,15 @@ def save(folder: Storage, state: dict[str, Any], cfg: Config, meta: dict[str, An
         for file in (STATE, CONFIG, META):
             fsync(staging / file)
         fsync(staging)
-        place.remove()  # a damaged one, or we would have resumed from it
-        if not folder.local:
-            for file in (STATE, CONFIG, META):
+        if folder.local:
+            guard(True)
+            place.remove()  # a damaged one, or we would have resumed from it
+        else:  # nothing is removed: that may wait for long in between, and a later driver have one here
+            guard(False)
+            for file in (STATE, CONFIG):
                 place.upload(staging / file, file)
+            guard(True)
+            place.upload(staging / META, META)
         local = folder.scratch / name
         shutil.rmtree(local, ignore_errors=True)
         staging.rename(local)

@@ -170,10 +170,11 @@ class Recorder:
             "seconds": seconds,
         }
 
-    def _guard(self) -> None:
-        """Before a checkpoint is written: it must be this session's to write, and what is logged by then be safe."""
+    def _guard(self, is_last: bool) -> None:
+        """A checkpoint must be this session's to write; and what is logged by then be safe before it is valid."""
         self._identity.check(self._job.run, self._job.claim)
-        self._tracker.keep()
+        if is_last:
+            self._tracker.keep()
 
     def _written(self, saved: Checkpoint, seconds: float) -> None:
         """A checkpoint is safe; called by the thread that wrote it."""

@@ -29,7 +29,7 @@ class Saver:
 
     Args:
         folder: where they go; it must exist.
-        guard: called just before a checkpoint takes its place; raises if this session is not to write any more.
+        guard: see `checkpoint.save`.
         written: called in the writing thread with each checkpoint and the seconds that it took.
         scored: called in that thread with a checkpoint that has got its scores.
         report: called in that thread with a line for the user.
@@ -47,7 +47,7 @@ class Saver:
         folder: Storage,
         cfg: Config,
         *,
-        guard: Callable[[], None],
+        guard: Callable[[bool], None],
         written: Callable[[Checkpoint, float], None],
         scored: Callable[[Checkpoint], None] = lambda _: None,
         report: Callable[[str], None],
@@ -149,7 +149,7 @@ class Saver:
         began, training = time.monotonic(), meta["training_id"]
         saved = self._persist(
             f"checkpoint of step {state['step']}",
-            lambda: checkpoint.save(self._folder, state, self._cfg, meta),
+            lambda: checkpoint.save(self._folder, state, self._cfg, meta, self._guard),
             lambda: self._make_room(training) or self._free(),
         )
         if saved is None:
@@ -174,8 +174,12 @@ class Saver:
     def _score(self, saved: Checkpoint, scores: dict[str, float]) -> None:
         """Write scores into a checkpoint; where a newer one comes first, that is made up for after it."""
         self._unscored[saved.step] = saved, scores
-        what = f"evaluation of step {saved.step}"
-        if (scored := self._persist(what, lambda: checkpoint.with_scores(saved, scores))) is None:
+
+        def write() -> Checkpoint:
+            self._guard(False)
+            return checkpoint.with_scores(saved, scores)
+
+        if (scored := self._persist(f"evaluation of step {saved.step}", write)) is None:
             return
         del self._unscored[saved.step]
         if self.newest is saved:
@@ -189,7 +193,6 @@ class Saver:
         tries = 0
         for pause in backoff():
             try:
-                self._guard()
                 saved = write()
             except OSError as e:
                 self.num_failed_tries, tries = self.num_failed_tries + 1, tries + 1

@@ -45,7 +45,7 @@ class Watched:
         self.saver = Saver(
             Storage(folder),
             cfg,
-            guard=lambda: None,
+            guard=lambda _: None,
             written=lambda saved, seconds: self.written.append(saved),
             report=self.reports.append,
         )
