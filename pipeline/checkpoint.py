@@ -208,7 +208,8 @@ def newest_valid(
     """
     problems: list[CheckpointError] = []
     unread: OSError | None = None
-    for name in sorted((n for n in folder.names() if n.startswith("step_")), reverse=True):
+    names = folder.names()
+    for name in sorted((n for n in names if n.startswith("step_")), reverse=True):
         try:
             return retry(lambda: _read_own(folder / name, training_id, whole), report, READ_CHECKPOINT_S)  # noqa: B023
         except CheckpointError as e:
@@ -220,6 +221,8 @@ def newest_valid(
         report(f"skipped a checkpoint: {problems[-1]}")
     if unread is not None:
         raise unread
+    if problems and folder.names() != names:  # someone trains the run, and deletes old ones
+        return newest_valid(folder, report, training_id, whole=whole)
     if not all(isinstance(problem, IncompleteError) for problem in problems):
         raise CheckpointError(
             f"none of the {len(problems)} checkpoints in {folder} can be used (the newest: {problems[0]}); "

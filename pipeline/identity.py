@@ -101,7 +101,8 @@ class Identity:
     def check(self, run: Storage, claim: Claim | None) -> None:
         """Make sure that the run is still this session's to write.
 
-        A rank that was cut off from the others may still run when its successor has begun.
+        A rank that was cut off from the others may still run when its successor has begun. What an earlier driver wrote
+        late, as it was just about to when this one came, is put right.
 
         Raises:
             SupersededError: another driver has the run.
@@ -111,8 +112,12 @@ class Identity:
         now = Identity.read(run, lambda _: None)
         if claim is not None:
             claim.check()
-        if now is not None and now.training_id != self.training_id:
+        if now is None:
+            return
+        is_other = now.training_id != self.training_id
+        if is_other and claim is None:
             raise SupersededError(f"another training has begun in {run}; this one ends")
-        # A lower number is an earlier driver's, which was just about to write when this one came.
-        if now is not None and now.sessions > self.sessions:
+        if not is_other and now.sessions > self.sessions:
             raise RuntimeError(f"session {now.sessions} of {run} has begun; session {self.sessions} ends")
+        if claim is not None and (is_other or now.sessions < self.sessions):
+            self.write(run)

@@ -60,9 +60,10 @@ def look(
     if claim is not None and identity is None:
         raise OSError(f"{run / FILE} is not seen here, which the driver has written")
     try:
-        own = identity.training_id if identity else None
+        # One that has trained nothing has no checkpoints: an earlier driver wrote it late, in the place of theirs.
+        own = identity.training_id if identity and identity.sessions else None
         found = checkpoint.newest_valid(run / "checkpoints", report, own, whole=whole)
-        if identity is None:  # a new run, or one whose run.json is lost
+        if identity is None or (found is not None and own is None):  # a new run, or one whose run.json is lost
             known = ("training_id", "sessions", "faults")
             kept: dict[str, Any] = {key: found.meta[key] for key in known if key in found.meta} if found else {}
             identity = Identity(**kept, began=began or time.time())

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from pyarrow.fs import _MockFileSystem
+from interleaving import Turns, in_memory
 from s3 import s3_storage
 
 from pipeline import runs
@@ -20,76 +20,22 @@ from pipeline.storage import Storage
 CALLS = ("names", "write_bytes", "read_bytes", "delete")
 
 
-class Turns:
-    """Threads that make one storage call at a time, in a chosen order.
-
-    Args:
-        choices: which of those that can go on does so, call by call; the first one where none is left.
-    """
-
-    def __init__(self, choices: list[int]):
-        self._choices, self.taken = choices, list[tuple[int, int]]()  # taken: (chosen, of how many)
-        self._condition, self._waiting, self._turn = threading.Condition(), set[int](), -1
-        self._alive: set[int] = set()
-        self._me = threading.local()
-
-    def run(self, works: list[Callable[[], None]]) -> None:
-        threads = [threading.Thread(target=self._work, args=item, name=str(item[0])) for item in enumerate(works)]
-        self._alive = set(range(len(works)))
-        for thread in threads:
-            thread.start()
-        with self._condition:
-            while self._alive:
-                assert self._condition.wait_for(lambda: self._turn < 0 and self._waiting == self._alive, 30)
-                if ready := sorted(self._alive):
-                    chosen = self._choices[len(self.taken)] if len(self.taken) < len(self._choices) else 0
-                    self.taken.append((chosen, len(ready)))
-                    self._turn = ready[chosen]
-                    self._condition.notify_all()
-        for thread in threads:
-            thread.join()
-
-    def before_call(self) -> None:
-        number = getattr(self._me, "number", None)
-        if number is None:  # of the test itself
-            return
-        with self._condition:
-            self._waiting.add(number)
-            self._turn = -1 if self._turn == number else self._turn
-            self._condition.notify_all()
-            assert self._condition.wait_for(lambda: self._turn == number, 30)
-            self._waiting.discard(number)
-
-    def _work(self, number: int, work: Callable[[], None]) -> None:
-        self._me.number = number
-        try:
-            work()
-        finally:
-            with self._condition:
-                self._alive.discard(number)
-                self._turn = -1 if self._turn == number else self._turn
-                self._condition.notify_all()
-
-
 def every_order(monkeypatch: pytest.MonkeyPatch, make: Callable[[], list[Callable[[], None]]]) -> Iterator[None]:
     """Run what `make` returns in each order of its storage calls, and give the caller the end of each."""
-    real = {name: getattr(Storage, name) for name in CALLS}
-    choices: list[int] | None = []
-    while choices is not None:
-        store, turns = _MockFileSystem(), Turns(choices)
-        store.create_dir("run")
-        monkeypatch.setattr(Storage, "_opened", property(lambda self: (store, self.uri.removeprefix("s3://"))))  # noqa: B023
-        for name in CALLS:
+    following: list[int] | None = []
+    while (choices := following) is not None:
+        taken = list[tuple[int, int]]()  # chosen, of how many
 
-            def call(self: Storage, *args: object, _call: Callable[..., object] = real[name]) -> object:
-                turns.before_call()  # noqa: B023
-                return _call(self, *args)
+        def choose(ready: list[int]) -> int:
+            chosen = choices[len(taken)] if len(taken) < len(choices) else 0  # noqa: B023
+            taken.append((chosen, len(ready)))  # noqa: B023
+            return ready[chosen]
 
-            monkeypatch.setattr(Storage, name, call)
-        monkeypatch.setattr(Storage, "make", lambda self: store.create_dir(self._opened[1]))  # noqa: B023
-        turns.run(make())
-        yield
-        choices = _next([chosen for chosen, _ in turns.taken], [number for _, number in turns.taken])
+        with monkeypatch.context() as patch:
+            in_memory(patch, turns := Turns(choose), CALLS)
+            turns.run(make())
+            yield
+        following = _next([chosen for chosen, _ in taken], [number for _, number in taken])
 
 
 def _next(chosen: list[int], numbers: list[int]) -> list[int] | None:
