@@ -69,7 +69,7 @@ class Publisher:
         for known in self._client.search_model_versions(f"name = '{name}' AND run_id = '{self._run_id}'"):
             if known.source == source:
                 return int(known.version)
-        top1 = checkpoint.read(place).top1
+        top1 = checkpoint.read_meta(place)["metrics"].get("top1")
         tags = tags | {CHECKPOINT_TAG: place.name} | ({} if top1 is None else {TOP1_TAG: f"{top1:.6f}"})
         return int(self._client.create_model_version(name, source, self._run_id, tags, model_id=model_id).version)
 

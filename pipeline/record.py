@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import retention
-from pipeline.checkpoint import Checkpoint
+from pipeline.checkpoint import Checkpoint, name_of
 from pipeline.claim import SupersededError
 from pipeline.data.index import Index
 from pipeline.data.loader import EvalLoader
@@ -226,6 +226,7 @@ class Recorder:
             TimeoutError: the last checkpoint could not be written.
         """
         if self._ctx.rank != 0:
+            retention.forget_copies(self._job.checkpoints, name_of(state.step))
             return {}
         cfg, done = self._job.cfg, state.step == self._num_steps and not owes_evaluation
         asked = state.step >= (cfg.run.stop_at_step or self._num_steps) and not owes_evaluation
@@ -251,7 +252,9 @@ class Recorder:
         with self._ledger.phase("logging"):
             limits = MLFLOW_HANDOVER_S if status == "regroup" else (MLFLOW_END_S, math.inf)
             waiting = self._tracker.close("FINISHED" if done else "KILLED", *limits, self._heartbeat)
-        if waiting and status != "regroup":
+        if not waiting:
+            retention.forget_copies(self._job.checkpoints)
+        elif status != "regroup":
             self._ctx.warn(
                 f"MLflow is away; {waiting} records wait in {self._tracker.spool}; "
                 f"to send them: pipeline sync {self._job.run}"

@@ -67,10 +67,14 @@ def make_room(folder: Storage, training_id: str | None, in_use: Collection[int])
     return None
 
 
-def forget_older(found: Checkpoint) -> None:
-    """Delete this machine's copies of older checkpoints of an object store: each restart would leave one."""
-    for copy in [] if found.place.local else found.path.parent.glob("step_*"):
-        if copy.name < found.path.name:
+def forget_copies(folder: Storage, oldest_kept: str | None = None) -> None:
+    """Delete this machine's copies of an object store's checkpoints: each restart and each run would leave one.
+
+    Args:
+        oldest_kept: name of one that stays, as do newer ones.
+    """
+    for copy in [] if folder.local else folder.scratch.glob("step_*"):
+        if oldest_kept is None or copy.name < oldest_kept:
             shutil.rmtree(copy, ignore_errors=True)
 
 

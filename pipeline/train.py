@@ -188,7 +188,7 @@ def _look(job: Job, ctx: Context) -> tuple[Job, Identity, Checkpoint | None, Dec
             read = partial(checkpoint.read, place, use_copy=True)
             found = retry(lambda: retry(read, ctx.warn, late, on=CheckpointError), ctx.warn, timeout_s)
     if found is not None:
-        retention.forget_older(found)
+        retention.forget_copies(found.place.parent, found.place.name)
     kept = told[0][1] if found is None else found.cfg.train.precision
     precision = decide(job.cfg.train.precision, [hardware for _, _, hardware in told], kept)
     return replace(job, cfg=with_precision(job.cfg, precision.precision)), identity, found, precision

@@ -187,6 +187,7 @@ def test_on_s3_killed_stopped_and_resumed_is_the_same(
         training = start([PIPELINE, "train", "--resume", "cloud", f"run.storage={s3}"])
         assert training.finish() == 0, training.said
         training.wait_for(r"session 3: step \d+ of 60, resumed from s3://")
+        assert list((s3 / "cloud" / "checkpoints").scratch.iterdir()) == [], "this machine's copies"
         assert differences(state_of(storage / "whole"), state_of(s3 / "cloud")) == []
         place = str(s3 / "cloud")
         scored = subprocess.run([PIPELINE, "evaluate", place, "--json"], capture_output=True, text=True, check=True)

@@ -212,7 +212,7 @@ def test_the_ranks_of_a_node_fetch_a_checkpoint_once_and_leave_no_older_ones(
         with ThreadPoolExecutor(4) as ranks:
             found = list(ranks.map(lambda _: checkpoint.read(place, use_copy=True), range(4)))  # noqa: B023
         assert [one.state()["step"] for one in found] == [found[0].step] * 4
-        retention.forget_older(found[0])
+        retention.forget_copies(found[0].place.parent, found[0].place.name)
     large = [f"step_0000000{step}/{name}" for step in (1, 2, 3) for name in ("state.pt", "config.yaml")]
     assert [name for name in fetched if "meta.json" not in name] == large
     assert [path.name for path in places[0].parent.scratch.glob("step_*")] == ["step_00000003"]
