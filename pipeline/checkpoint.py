@@ -6,18 +6,18 @@
         meta.json     format, SHA-256 and size of each file, versions, index fingerprint, metrics, ids
 
 In a directory it is written under a temporary name, fsynced, and renamed; in an object store meta.json
-comes last. So a crash leaves something behind that has no meta.json, never half a checkpoint that has one.
+comes last. So a crash leaves something behind that has no meta.json, never half a checkpoint that has one. There, names
+have a part of the SHA-256 (state-3f2a....pt): what a driver uploads late, which has lost the run to a later one,
+replaces nothing of that one's.
 Which one to resume from is found by reading the storage, not by anyone's records.
 """
 
-import errno
 import hashlib
-import io
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +28,7 @@ from pipeline.config import Config
 from pipeline.failures import READ_CHECKPOINT_S, CheckpointError, IncompleteError, retry
 from pipeline.provenance import software
 from pipeline.settings import dump, load
+from pipeline.state_file import write_state
 from pipeline.storage import Storage, alone, fsync
 
 FORMAT = 1
@@ -58,14 +59,34 @@ class Checkpoint:
     @cached_property
     def cfg(self) -> Config:
         """What it was trained with. Read once: that takes half a second."""
-        return load(self.path / CONFIG)
+        return load(self.file(CONFIG))
+
+    def file(self, name: str) -> Path:
+        """STATE or CONFIG; a folder that was copied from an object store has it by its name there."""
+        return self.path / stored_as(name, self.meta["files"], {file.name for file in self.path.iterdir()})
 
     def state(self) -> dict[str, Any]:
         """The saved `TrainState.state_dict()`, on the CPU. Executes no code of the file."""
         import torch
 
-        loaded: dict[str, Any] = torch.load(self.path / STATE, map_location="cpu", weights_only=True, mmap=True)
+        loaded: dict[str, Any] = torch.load(self.file(STATE), map_location="cpu", weights_only=True, mmap=True)
         return loaded
+
+
+def stored_as(name: str, files: dict[str, Any], there: Collection[str]) -> str:
+    """The name by which a folder has one of a checkpoint's files.
+
+    Args:
+        files: of its meta.json. there: names in the folder.
+    """
+    stored = str(files[name].get("stored", name))
+    return stored if stored in there else name
+
+
+def is_whole(meta: dict[str, Any], sizes: dict[str, int]) -> bool:
+    """Whether the files are there with the sizes that meta.json says."""
+    files = meta["files"]
+    return all(sizes.get(stored_as(name, files, sizes)) == files[name]["size"] for name in (STATE, CONFIG))
 
 
 def name_of(step: int) -> str:
@@ -83,7 +104,7 @@ def save(
     state: dict[str, Any],
     cfg: Config,
     meta: dict[str, Any],
-    guard: Callable[[bool], None] = lambda _: None,
+    check: Callable[[], None] = lambda: None,
 ) -> Checkpoint:
     """Write a checkpoint into `folder`, which must exist.
 
@@ -91,11 +112,10 @@ def save(
         state: of `TrainState.state_dict()`; nothing may change it meanwhile.
         meta: what else belongs into meta.json: "fingerprint", "classes", "metrics", and of the training its
             "training_id", "sessions", "faults".
-        guard: raises where the run is not this session's to write any more; called before each change in the folder,
-            with whether it is the one that makes the checkpoint valid.
+        check: raises where the run is not this session's to write any more; called before each change in the folder.
 
     Raises:
-        OSError: it could not be written; nothing is left of it, or nothing with a meta.json.
+        OSError: it could not be written; what is left of it has no meta.json.
     """
     name = name_of(state["step"])
     place, staging = folder / name, folder.scratch / f".{name}.{os.getpid()}"
@@ -103,26 +123,26 @@ def save(
         folder.scratch.mkdir(parents=True, exist_ok=True)
     try:
         staging.mkdir()
-        _write_state(state, staging / STATE)
+        write_state(state, staging / STATE)
         (staging / CONFIG).write_text(dump(cfg), encoding="utf-8")
         files = {file: _digest(staging / file) for file in (STATE, CONFIG)}
+        if not folder.local:
+            for file, digest in files.items():
+                stem, _, suffix = file.rpartition(".")
+                digest["stored"] = f"{stem}-{digest['sha256'][:16]}.{suffix}"
         own = {"format": FORMAT, "step": state["step"], "files": files}
         full_meta = {**own, **meta, **software(), "saved_at": time.time()}
         (staging / META).write_text(json.dumps(full_meta, indent=1), encoding="utf-8")
         for file in (STATE, CONFIG, META):
             fsync(staging / file)
         fsync(staging)
-        if folder.local:
-            guard(True)
-            place.remove()  # a damaged one, or we would have resumed from it
-        else:  # nothing is removed: that may wait for long in between, and a later driver have one here
-            guard(False)
-            for file in (STATE, CONFIG):
-                place.upload(staging / file, file)
-            guard(True)
-            place.upload(staging / META, META)
+        if not folder.local:
+            for file in (STATE, CONFIG, META):
+                check()
+                place.upload(staging / file, files.get(file, {}).get("stored", file))
+        check()
         local = folder.scratch / name
-        shutil.rmtree(local, ignore_errors=True)
+        shutil.rmtree(local, ignore_errors=True)  # a damaged one, or we would have resumed from it
         staging.rename(local)
         fsync(folder.scratch)
     except BaseException:
@@ -161,18 +181,19 @@ def read(place: Storage, *, whole: bool = True, use_copy: bool = False) -> Check
     if meta["format"] != FORMAT:
         raise CheckpointError(f"{place}: has format {meta['format']}, this version reads {FORMAT}")
     sizes, files = place.sizes(), meta["files"]
-    for name in (STATE, CONFIG):
-        if name not in sizes:
-            raise CheckpointError(f"{place}: {name} is missing")
-        if name not in files or sizes[name] != files[name]["size"]:
-            raise CheckpointError(f"{place}: {name} is damaged (its size differs from {META})")
+    names = {name: stored_as(name, files, sizes) for name in (STATE, CONFIG)}
+    for name, stored in names.items():
+        if stored not in sizes:
+            raise CheckpointError(f"{place}: {stored} is missing")
+        if sizes[stored] != files[name]["size"]:
+            raise CheckpointError(f"{place}: {stored} is damaged (its size differs from {META})")
     path = place.local or place.parent.scratch / place.name
     with nullcontext() if place.local else _fetching(path):
         for name in (STATE, CONFIG) if whole else (CONFIG,):
-            file = path / name
-            if not (place.local or (use_copy and file.exists() and _digest(file) == files[name])):
-                place.download(name, file)
-            if _digest(file) != files[name]:
+            file = path / (names[name] if place.local else name)
+            if not (place.local or (use_copy and file.exists() and _is_sound(file, files[name]))):
+                place.download(names[name], file)
+            if not _is_sound(file, files[name]):
                 raise CheckpointError(f"{place}: {name} is damaged (its SHA-256 differs from {META})")
         if whole and not place.local:
             place.download(META, path / META)  # a whole copy: MLflow is sent it
@@ -244,31 +265,6 @@ def _read_own(place: Storage, training_id: str | None, whole: bool) -> Checkpoin
     return found
 
 
-class _StateFile(io.BufferedWriter):
-    """A file for torch to write: an error such as a full disk's is kept, which torch's own complaint hides."""
-
-    def __init__(self, path: Path):
-        super().__init__(io.FileIO(path, "w"))
-        self.error = OSError(errno.EIO, "torch cannot write it", str(path))
-
-    def write(self, content: Any) -> int:
-        try:
-            return super().write(content)
-        except OSError as e:
-            self.error = e
-            raise
-
-
-def _write_state(state: dict[str, Any], path: Path) -> None:
-    import torch
-
-    with _StateFile(path) as f:  # given the path instead, torch holds the GIL for long
-        try:
-            torch.save(state, f)
-        except RuntimeError as e:
-            raise f.error from e
-
-
 def read_meta(place: Storage) -> dict[str, Any]:
     """A checkpoint's meta.json, of which is there and of its type what every checkpoint has.
 
@@ -280,12 +276,17 @@ def read_meta(place: Storage) -> dict[str, Any]:
         meta = json.loads(place.read_bytes(META))
         _ = meta["format"], meta["files"], int(meta["step"]), meta["metrics"].get("top1")
         _ = meta["fingerprint"], meta["classes"], meta["training_id"]
+        _ = [meta["files"][name]["size"] for name in (STATE, CONFIG) if meta["format"] == FORMAT]
     except (FileNotFoundError, NotADirectoryError):
         raise IncompleteError(f"{place}: {META} is missing, it was never complete") from None
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise CheckpointError(f"{place}: no usable {META} ({type(e).__name__}: {e})") from None
     assert isinstance(meta, dict)
     return meta
+
+
+def _is_sound(path: Path, wanted: dict[str, Any]) -> bool:
+    return _digest(path).items() <= wanted.items()
 
 
 def _digest(path: Path) -> dict[str, Any]:

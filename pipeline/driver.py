@@ -81,7 +81,8 @@ def _tell_end(job: Job, sessions: int, error: TrainingFailedError | Interrupted)
         return
     failure = str(error)[:500] if has_failed else ""
     identity.replaced(identity.end(failure), job.run, job.claim)
-    tracker = Tracker.of_run(job.cfg.mlflow, job.run, identity.training_id, lambda _: None)
+    tracker = Tracker.of_run(job.cfg.mlflow, job.run, identity.training_id, lambda _: None, job.claim)
+    tracker.adopt(job.session_name(identity.sessions))
     if has_failed:
         tracker.tags({"pipeline.failure": failure})
     tracker.close("FAILED" if has_failed else "KILLED", *MLFLOW_HANDOVER_S)

@@ -122,7 +122,7 @@ def _fetch(run: Storage, uri: str, mlflow_id: str, report: Callable[[str], None]
             place = run / "checkpoints" / path.name
             place.make()
             for file in (checkpoint.STATE, checkpoint.CONFIG, checkpoint.META):  # the last makes it one
-                place.upload(found.path / file, file)
+                place.upload(found.path / file if file == checkpoint.META else found.file(file), file)
             return
     why = (
         problems[0]
@@ -152,7 +152,7 @@ def config_to_resume(found: Checkpoint, overrides: list[str]) -> Config:
     """
     run = found.place.parent.parent
     # One change that was allowed is no leave for the next one.
-    cfg = load(found.path / checkpoint.CONFIG, ["data.allow_changed=false", *overrides])
+    cfg = load(found.file(checkpoint.CONFIG), ["data.allow_changed=false", *overrides])
     here: dict[str, Any] = {"storage": run.parent.uri, "name": run.name, "stop_at_step": None}
     given = {o.partition("=")[0] for o in overrides}
     settings = dataclasses.replace(cfg.run, **{k: v for k, v in here.items() if f"run.{k}" not in given})

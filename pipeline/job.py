@@ -49,6 +49,10 @@ class Job:
     def checkpoints(self) -> Storage:
         return self.run / "checkpoints"
 
+    def session_name(self, number: int) -> str:
+        """Of a session of this driver; later ones', also of later drivers, are higher."""
+        return f"{self.claim.name if self.claim else ''}-{number:08d}"
+
 
 Marks = tuple[tuple[str, float], ...]  # what has been done, in order, and when (Unix time); the first is the beginning
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipeline import checkpoint, lock
-from pipeline.checkpoint import CONFIG, STATE
 from pipeline.config import ConfigError
 from pipeline.failures import CheckpointError, IncompleteError
 from pipeline.identity import FILE, Identity
@@ -97,7 +96,7 @@ def _newest(folder: Storage, problems: list[str]) -> dict[str, Any]:
         place = folder / name
         try:
             meta, sizes = checkpoint.read_meta(place), place.sizes()
-            if all(sizes.get(file) == meta["files"][file]["size"] for file in (STATE, CONFIG)):
+            if checkpoint.is_whole(meta, sizes):
                 return meta
             problems.append(f"{name} is damaged")
         except IncompleteError:

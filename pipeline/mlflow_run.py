@@ -127,8 +127,7 @@ class MlflowRun:
                 if record["session"] == SESSION and self._monitor is None:  # else it is sent once more
                     self._monitor_system()
             case "end":
-                if self._monitor is not None:
-                    self._monitor.finish()
+                self.stop_monitor()
                 client.set_terminated(self.id, record["status"])
 
     def publish(self, place: Storage, name: str | None) -> int | None:
@@ -153,6 +152,11 @@ class MlflowRun:
             raise ReportError(f"{type(e).__name__}: {e}") from e
         self.log_report(out / name for name in names)
         shutil.rmtree(source)
+
+    def stop_monitor(self) -> None:
+        """Log nothing more of this node."""
+        if self._monitor is not None:
+            self._monitor.finish()
 
     def _monitor_system(self) -> None:
         """Log CPU, memory, disk, network and GPUs of this node from now on."""

@@ -113,7 +113,7 @@ def register(args: argparse.Namespace) -> Outcome:
     run = found.place.parent.parent
     if found.place.parent.name != "checkpoints":
         raise ConfigError(f"{found.place}: lies in no run's folder, which MLflow would be told; name a run")
-    cfg = replace(load(found.path / CONFIG).mlflow, log_model=True, register=args.name)  # which checks the name
+    cfg = replace(load(found.file(CONFIG)).mlflow, log_model=True, register=args.name)  # which checks the name
     target = mlflow_run.Target(
         mlflow_store.tracking_uri(args.mlflow_uri or cfg.uri, run.parent),
         cfg.experiment,

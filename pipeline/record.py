@@ -72,7 +72,8 @@ class Recorder:
         self._saver = Saver(
             self._job.checkpoints,
             cfg,
-            guard=self._guard,
+            check=lambda: self._identity.check(self._job.run, self._job.claim),
+            keep=lambda: self._tracker.keep(),
             free=lambda: self._tracker.give_way(),
             written=self._written,
             scored=self._scored,
@@ -82,7 +83,7 @@ class Recorder:
         make = partial(Tracker.of_run, cfg.mlflow, run, self._identity.training_id, ctx.warn, self._job.claim)
         self._tracker = retry(make, ctx.warn, timeout_s)
         self._uploads = Uploads(self._tracker, ctx.warn, min(UPLOAD_S, timeout_s))
-        retry(partial(self._tracker.adopt, self._identity.sessions), ctx.warn, timeout_s)
+        retry(partial(self._tracker.adopt, self._job.session_name(self._identity.sessions)), ctx.warn, timeout_s)
         self._tracker.start()
         self._tracker.params(flatten(cfg))
         session = self._identity.sessions
@@ -169,12 +170,6 @@ class Recorder:
             "time": time.time(),
             "seconds": seconds,
         }
-
-    def _guard(self, is_last: bool) -> None:
-        """A checkpoint must be this session's to write; and what is logged by then be safe before it is valid."""
-        self._identity.check(self._job.run, self._job.claim)
-        if is_last:
-            self._tracker.keep()
 
     def _written(self, saved: Checkpoint, seconds: float) -> None:
         """A checkpoint is safe; called by the thread that wrote it."""

@@ -22,6 +22,7 @@ from pipeline.report import NUM_MISTAKES, Facts, find_mistakes, write_report
 from pipeline.settings import load
 from pipeline.spool import Record
 from pipeline.storage import Storage
+from pipeline.tracking import FOLDER
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,16 @@ def report(found: Checkpoint, out: Path, data: str | None, mlflow_uri: str | Non
     Raises:
         ConfigError: images that cannot be evaluated, or a folder that cannot be written to.
     """
-    run, cfg = found.place.parent.parent, load(found.path / checkpoint.CONFIG)
+    run, cfg = found.place.parent.parent, load(found.file(checkpoint.CONFIG))
     open_folder(out)
+    waiting = [*spool.kept(run.scratch / FOLDER), *backlog.read(run)]
     quicker = "`pipeline evaluate RUN train.precision=fp32` gives the scores sooner"
     said, index = evaluate_checkpoint(found.place, data, say, fix=quicker)
     with closing(EvalLoader(index, cfg.data, Place.here(), _sound, batch=NUM_MISTAKES)) as loader:
         mistakes = find_mistakes(said, loader)
     facts = Facts(run.name, data or cfg.data.val, found.meta | _whole_time(found, run), cfg, said, mistakes)
     kept, logged, away = _logged(found, run, cfg.mlflow.experiment, mlflow_uri or cfg.mlflow.uri)
-    history = _with_waiting(logged, [*spool.kept(run.scratch / "mlflow"), *backlog.read(run)])
+    history = _with_waiting(logged, waiting)
     note = _note(away, history, run, cfg.train.log_every)
     try:
         files = write_report(facts, history, out, note)

@@ -6,7 +6,7 @@ What is damaged, of another training or of a later version is nobody's to delete
 import shutil
 from collections.abc import Collection
 
-from pipeline.checkpoint import CONFIG, FORMAT, META, STATE, Checkpoint, read_meta
+from pipeline.checkpoint import CONFIG, FORMAT, META, STATE, Checkpoint, is_whole, read_meta
 from pipeline.failures import CheckpointError
 from pipeline.storage import Storage
 
@@ -20,8 +20,7 @@ def own(folder: Storage, training_id: str | None) -> list[Checkpoint]:
                 meta, sizes = read_meta(folder / name), (folder / name).sizes()
             except CheckpointError:  # left to `newest_valid` to report
                 continue
-            whole = all(sizes.get(file) == meta["files"].get(file, {}).get("size") for file in (STATE, CONFIG))
-            if whole and meta["format"] == FORMAT and training_id in (None, meta["training_id"]):
+            if is_whole(meta, sizes) and meta["format"] == FORMAT and training_id in (None, meta["training_id"]):
                 found.append(Checkpoint(folder / name, folder.scratch / name, meta))
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
@@ -39,8 +38,9 @@ def prune(folder: Storage, keep: int, training_id: str | None, valid: int) -> No
         valid: step of one that is known to be valid, and stays.
     """
     found = own(folder, training_id)
+    kinds = {_kind(file) for file in (META, STATE, CONFIG)}
     for name in folder.names() if found else []:
-        if "step_" <= name < found[-1].place.name and not {META, STATE, CONFIG} <= (folder / name).sizes().keys():
+        if "step_" <= name < found[-1].place.name and not kinds <= set(map(_kind, (folder / name).sizes())):
             (folder / name).remove()
     for checkpoint in _old(found, keep, (valid,)):
         checkpoint.place.remove()
@@ -61,7 +61,7 @@ def make_room(folder: Storage, training_id: str | None, in_use: Collection[int])
         What was deleted, if anything.
     """
     for oldest in _old(own(folder, training_id), 1, in_use) if folder.local else []:
-        if (oldest.path / STATE).stat().st_nlink == 1:
+        if oldest.file(STATE).stat().st_nlink == 1:
             oldest.place.remove()
             return None if oldest.place.names() else oldest  # it may be another user's
     return None
@@ -76,6 +76,11 @@ def forget_copies(folder: Storage, oldest_kept: str | None = None) -> None:
     for copy in [] if folder.local else folder.scratch.glob("step_*"):
         if oldest_kept is None or copy.name < oldest_kept:
             shutil.rmtree(copy, ignore_errors=True)
+
+
+def _kind(file: str) -> str:
+    """Its name, without what `checkpoint` adds in an object store."""
+    return file.partition(".")[0].partition("-")[0]
 
 
 def _old(found: list[Checkpoint], keep: int, in_use: Collection[int]) -> list[Checkpoint]:

@@ -6,6 +6,7 @@ STORAGE/NAME/
     run.json                  see `identity`
     drivers/                  see `claim`
     summary.json              see `summary`
+    mlflow-backlog/           of a run on an object store, see `backlog`
 and, in a directory of the machine where the storage is none itself,
     mlflow/                   what MLflow has not got yet, see `tracking`
     lock                      held by the driver that trains the run
@@ -96,22 +97,27 @@ def prepare(
         with _as_mistake(f"run.storage={storage}: cannot be used", "name another place"):
             stack.enter_context(run_lock(run, tell, ending, cfg.cluster.timeout_s, heartbeat))
         heartbeat()
-        train = _index("train", train_source, watch, heartbeat)
-        val = _index("val", val_source, watch, heartbeat)
-        for split, index in (("train", train), ("val", val)):
+        sources, folder = {"train": train_source, "val": val_source}, run / "index"
+        indexes = {split: _index(split, source, watch, heartbeat) for split, source in sources.items()}
+        train, val = indexes["train"], indexes["val"]
+        for split, index in indexes.items():
             _refuse_missing(split, index, cfg, tell)
         val.with_classes(train.classes)
         steps_per_epoch(len(train), cfg.train.global_batch)
         if found is not None:
             resume.refuse_images(found, cfg, train)
         with _as_mistake(f"run.storage={storage}: cannot be used", "name another place"):
-            claim = retry(partial(_claim, run, command, again=again), tell, timeout_s)
-            now = _settled(run, identity, claim, cfg.mlflow.uri, began, tell)
-            # Not before: they may be of a command that is refused, or comes second.
-            train_index = retry(partial(_stored, "train", train_source, train, run), tell, timeout_s)
-            val_index = retry(partial(_stored, "val", val_source, val, run), tell, timeout_s)
+            for split in (built := [split for split, source in sources.items() if not is_index(source)]):
+                indexes[split].save(_new_index(folder, split))
+                stack.callback(_new_index(folder, split).unlink, missing_ok=True)
+            with _as_second(run, again=again):
+                claim = retry(partial(Claim.take, run, command, again=again), tell, timeout_s)
+                now = _settled(run, identity, claim, cfg.mlflow.uri, began, tell)
+                for split in built:  # not before: this command may be refused, or come second
+                    retry(partial(_store, folder, split, claim), tell, timeout_s)
+                    sources[split] = (folder / f"{split}.arrow").uri
         saved_step = found.step if found is not None and found.place.parent.parent.uri == run.uri else 0
-        yield Job(cfg, run, train_index, val_index, resume_from, claim, saved_step, now.sessions)
+        yield Job(cfg, run, sources["train"], sources["val"], resume_from, claim, saved_step, now.sessions)
 
 
 def _refuse_missing(split: str, index: Index, cfg: Config, tell: Callable[[str], None]) -> None:
@@ -133,9 +139,11 @@ def _refuse_missing(split: str, index: Index, cfg: Config, tell: Callable[[str],
         raise ConfigError(f"{text}; bring them back, or make an index of where they are now")
 
 
-def _claim(run: Storage, command: str, *, again: bool) -> Claim:
+@contextmanager
+def _as_second(run: Storage, *, again: bool) -> Iterator[None]:
+    """Who is superseded before a training begins is told so; see `Claim.take` for `again`."""
     try:
-        return Claim.take(run, command, again=again)
+        yield
     except SupersededError as e:
         if again:
             raise TrainingFailedError(str(e)) from None
@@ -210,13 +218,14 @@ def _index(split: str, source: str, watch: Callable[[Event], None], heartbeat: C
     return index
 
 
-def _stored(split: str, source: str, index: Index, run: Storage) -> str:
-    """Where workers find an index: in the run's folder, where it was built anew."""
-    if is_index(source):
-        return source
-    to = run / "index" / f"{split}.arrow"
-    file = to.parent.scratch / to.name
-    index.save(file)
-    if not to.local:
-        to.parent.upload(file, to.name)
-    return to.uri
+def _store(folder: Storage, split: str, claim: Claim) -> None:
+    """Put an index that was built anew where workers look for it."""
+    new, name = _new_index(folder, split), f"{split}.arrow"
+    claim.check()
+    if not folder.local:
+        folder.upload(new, name)
+    new.replace(folder.scratch / name)
+
+
+def _new_index(folder: Storage, split: str) -> Path:
+    return folder.scratch / f"{split}.new.arrow"

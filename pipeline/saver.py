@@ -29,7 +29,8 @@ class Saver:
 
     Args:
         folder: where they go; it must exist.
-        guard: see `checkpoint.save`.
+        check: see `checkpoint.save`. keep: called before a checkpoint or its scores are written; has what is logged so
+            far outlive this machine.
         written: called in the writing thread with each checkpoint and the seconds that it took.
         scored: called in that thread with a checkpoint that has got its scores.
         report: called in that thread with a line for the user.
@@ -47,7 +48,8 @@ class Saver:
         folder: Storage,
         cfg: Config,
         *,
-        guard: Callable[[bool], None],
+        check: Callable[[], None],
+        keep: Callable[[], None] = lambda: None,
         written: Callable[[Checkpoint, float], None],
         scored: Callable[[Checkpoint], None] = lambda _: None,
         report: Callable[[str], None],
@@ -55,7 +57,8 @@ class Saver:
         newest: Checkpoint | None = None,
     ):
         self._folder, self._cfg = folder, cfg
-        self._guard, self._written, self._scored, self._report, self._free = guard, written, scored, report, free
+        self._check, self._keep, self._written, self._scored = check, keep, written, scored
+        self._report, self._free = report, free
         self.newest = newest
         self._step = newest.step if newest and newest.place.parent.uri == folder.uri else None  # of the one saved last
         self._host: dict[str, Any] | None = None
@@ -149,7 +152,7 @@ class Saver:
         began, training = time.monotonic(), meta["training_id"]
         saved = self._persist(
             f"checkpoint of step {state['step']}",
-            lambda: checkpoint.save(self._folder, state, self._cfg, meta, self._guard),
+            lambda: checkpoint.save(self._folder, state, self._cfg, meta, self._check),
             lambda: self._make_room(training) or self._free(),
         )
         if saved is None:
@@ -176,7 +179,7 @@ class Saver:
         self._unscored[saved.step] = saved, scores
 
         def write() -> Checkpoint:
-            self._guard(False)
+            self._check()
             return checkpoint.with_scores(saved, scores)
 
         if (scored := self._persist(f"evaluation of step {saved.step}", write)) is None:
@@ -193,6 +196,7 @@ class Saver:
         tries = 0
         for pause in backoff():
             try:
+                self._keep()
                 saved = write()
             except OSError as e:
                 self.num_failed_tries, tries = self.num_failed_tries + 1, tries + 1

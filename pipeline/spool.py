@@ -1,6 +1,7 @@
 """What MLflow has not got yet, on disk: it outlives the process, and a server that is away."""
 
 import errno
+import fcntl
 import json
 import os
 import threading
@@ -13,7 +14,7 @@ from typing import Any
 from pipeline.storage import fsync
 
 Record = dict[str, Any]
-FILE = "spool.jsonl"
+FILE, ID = "spool.jsonl", "id"
 HEAD_BYTES = 2**20
 
 
@@ -25,6 +26,7 @@ class Spool:
 
     Attributes:
         id: tells it from the spools that the same training has on other machines.
+        staged: the folders that records of its file are of.
     """
 
     def __init__(self, folder: Path, on_problem: Callable[[str], None]):
@@ -49,9 +51,12 @@ class Spool:
             _replace(self.path, sound)
         for record in records:
             self._note_steps(record)
+        self.staged = [record for record in records if "source" in record]
         self._file = self.path.open("ab+", buffering=0)
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self._end = len(sound)  # of what is whole in the file
-        self._id_path = folder / "id"
+        self._id_path = folder / ID
         if not self._id_path.exists():
             _replace(self._id_path, uuid.uuid4().hex.encode())
         self.id = self._id_path.read_text(encoding="utf-8")
@@ -81,18 +86,19 @@ class Spool:
             max_bytes *= 2  # a single record that is larger
         return some
 
-    def waiting(self) -> bytes:
-        """The lines of the records that wait; a step that logs does not wait for it, as of `head`."""
+    def waiting(self) -> tuple[bytes, bool]:
+        """The lines of the records that wait, and whether the disk has all; a step that logs does not wait for it."""
         with suppress(FileNotFoundError):
-            self._id_path.touch()  # whoever cleans /tmp takes what is old
+            os.utime(self._id_path)  # whoever cleans /tmp takes what is old
         while True:
             with self._lock:
                 self._write()
                 start, end, unwritten, emptied = self._sent, self._end, b"".join(self._unwritten), self._num_emptied
             lines = os.pread(self._file.fileno(), end - start, start)
+            os.fsync(self._file.fileno())
             with self._lock:
                 if emptied == self._num_emptied:
-                    return lines + unwritten
+                    return lines + unwritten, not unwritten
 
     def start_anew(self, records: Iterable[Record]) -> None:
         """Have these wait, in the place of all that is here."""
@@ -161,6 +167,25 @@ class Spool:
     def _note_steps(self, record: Record) -> None:
         if record["kind"] == "metrics":
             self._last_step.update(dict.fromkeys(record["values"], record["step"]))
+
+
+def owner(folder: Path) -> str | None:
+    """The id of the spool there."""
+    with suppress(FileNotFoundError):
+        return (folder / ID).read_text(encoding="utf-8")
+    return None
+
+
+def is_in_use(folder: Path) -> bool:
+    """Whether a process of this machine has the spool open."""
+    try:
+        with (folder / FILE).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError as e:
+        return e.errno == errno.EWOULDBLOCK
+    return False
 
 
 def kept(folder: Path) -> list[Record]:

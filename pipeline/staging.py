@@ -46,13 +46,17 @@ class Staging:
         return staged
 
     def give_way(self) -> str | None:
-        """Delete the oldest checkpoint whose files are here alone, for a disk that is full; what that ends, if any."""
-        for staged in sorted(self._folder.glob("step_*.*/"), key=lambda staged: staged.suffix):
-            if str(staged) != self.in_use and all(file.stat().st_nlink == 1 for file in staged.iterdir()):
-                hidden = staged.with_name(f".{staged.name}")  # what is half deleted is not sent
-                staged.rename(hidden)
-                shutil.rmtree(hidden, ignore_errors=True)
-                return f"the upload of {staged.stem} to MLflow"
+        """Delete the oldest checkpoint that is staged, for a disk that is full; what that ends, if any.
+
+        One whose files are here alone if there is one; the checkpoint of another one can be deleted next.
+        """
+        waiting = [staged for staged in self._folder.glob("step_*.*/") if str(staged) != self.in_use]
+        waiting.sort(key=lambda staged: (any(file.stat().st_nlink > 1 for file in staged.iterdir()), staged.suffix))
+        for staged in waiting[:1]:
+            hidden = staged.with_name(f".{staged.name}")  # what is half deleted is not sent
+            staged.rename(hidden)
+            shutil.rmtree(hidden, ignore_errors=True)
+            return f"the upload of {staged.stem} to MLflow"
         return None
 
     def remove_others(self, waiting: Iterable[Record]) -> None:

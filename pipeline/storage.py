@@ -203,8 +203,9 @@ class Storage:
             with contextlib.suppress(ValueError, ImportError):  # a kind it does not know, or has no package for
                 from fsspec.core import url_to_fs
 
+                system, path = url_to_fs(self.uri)
                 # What others write is to be seen at once: fsspec would keep its listings for as long as the process.
-                system, path = url_to_fs(self.uri, use_listings_cache=False)
+                system.dircache.use_listings_cache = False
                 return PyFileSystem(FSSpecHandler(system)), path
             raise
         return system, path

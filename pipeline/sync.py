@@ -5,11 +5,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline import backlog
+from pipeline import backlog, spool
 from pipeline.config import ConfigError
 from pipeline.identity import Identity
 from pipeline.mlflow_run import Target
-from pipeline.mlflow_store import store_beside
+from pipeline.mlflow_store import is_missing, store_beside
 from pipeline.storage import Storage
 from pipeline.tracking import FOLDER, TARGET, Tracker
 
@@ -31,19 +31,19 @@ def sync(run: Storage, report: Callable[[str], None], patience_s: float = 10.0) 
     """
     last = Identity.read(run, report)
     folder, is_open = run.scratch / FOLDER, last is not None and last.open
-    here = _target(folder / TARGET)
-    there = None if run.local else backlog.target_of(run)
-    if there is not None and here is None and is_open:
+    kept = [] if run.local else backlog.read(run)
+    if spool.is_in_use(folder) or (is_open and kept and kept[0]["id"] != spool.owner(folder)):
         raise ConfigError(
-            f"the last session of {run} has not told of its end: another machine may train it; where none does, "
+            f"the last session of {run} has not told of its end: it may be trained just now; where it is not, "
             "train it again, which sends all that waits"
         )
-    if (target := here or there) is None:
+    target = Target(**kept[0]["target"]) if kept else _target(folder / TARGET)
+    if target is None:
         raise ConfigError(f"{folder} holds nothing that waits for MLflow")
     target = _moved(target, run)
     tracker = Tracker(target, folder, report)
-    if there is not None:
-        tracker.adopt(last.sessions if last is not None else 0)
+    if name := None if run.local else backlog.newest_name(run):
+        tracker.adopt(name)
     waiting = tracker.close("KILLED", patience_s) if is_open else tracker.drain(patience_s)
     return target, tracker.run_id, waiting
 
@@ -59,5 +59,7 @@ def _moved(target: Target, run: Storage) -> Target:
     """Where the run is logged now: its storage may have been moved, and a SQLite store with it."""
     before = Storage(target.run).parent
     if before.local and run.local and target.uri == store_beside(before):
-        target = dataclasses.replace(target, uri=store_beside(run.parent))
+        here = store_beside(run.parent)
+        if is_missing(target.uri) or not is_missing(here):  # else the run was moved without the store
+            target = dataclasses.replace(target, uri=here)
     return dataclasses.replace(target, run=run.uri)

@@ -54,7 +54,7 @@ class Tracker:
         self._backlog: Backlog | None = None
         self._staging = Staging(folder)
         try:
-            self._staging.remove_others([record for record, _ in self._spool.unsent()])
+            self._staging.remove_others(self._spool.staged)
         except OSError as e:
             on_problem(f"{folder} cannot be read: {e}")
         (folder / TARGET).write_text(json.dumps(asdict(target)), encoding="utf-8")
@@ -104,8 +104,11 @@ class Tracker:
         """The file of what MLflow has not got yet."""
         return self._spool.path
 
-    def adopt(self, session: int) -> None:
-        """Send what waited on the machine that had the run before, where that was another one; for this session.
+    def adopt(self, session: str) -> None:
+        """Send what waited on the machine that had the run before, where that was another one.
+
+        Args:
+            session: see `Backlog`.
 
         Raises:
             OSError: the storage does not tell.
@@ -121,14 +124,8 @@ class Tracker:
         Raises:
             OSError: the storage does not take it.
         """
-        if self._backlog is None:
-            return
-        try:
-            lines = self._spool.waiting()
-        except (OSError, ValueError) as e:  # no reason to go without a checkpoint
-            self._on_problem(f"{self.spool} cannot be read: {e}")
-        else:
-            self._backlog.save(lines)
+        if self._backlog is not None:
+            self._backlog.save()
 
     def give_way(self) -> str | None:
         """Give up the oldest upload whose files are here alone, for a disk that is full; what it was of, if any."""
@@ -228,6 +225,8 @@ class Tracker:
                 self._send_waiting()
             except SupersededError as e:
                 self._on_problem(f"nothing more is sent to MLflow: {e}")
+                if self._run is not None:
+                    self._run.stop_monitor()
                 return
             except Exception as e:  # MLflow raises whatever its transport raises; none of it may end a training
                 if not self._failing:

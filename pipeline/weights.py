@@ -37,7 +37,7 @@ def load_model(place: Storage, overrides: Sequence[str] = ()) -> tuple[ResNet, C
         CheckpointError: the checkpoint is damaged. ConfigError: overrides that make another network.
     """
     found = checkpoint.read(place, use_copy=True)
-    cfg, classes = load(found.path / checkpoint.CONFIG, overrides), tuple(found.meta["classes"])
+    cfg, classes = load(found.file(checkpoint.CONFIG), overrides), tuple(found.meta["classes"])
     model = ResNet(cfg.model, len(classes)).to(memory_format=torch.channels_last)
     saved = found.state()
     try:

@@ -42,7 +42,7 @@ def checkpoint(folder: Path, num_threads: int, rounds: int) -> dict[str, Any]:
     state = TrainState.create(cfg, 1000, CPU)
     wrote: list[float] = []
     saver = Saver(
-        Storage(folder), cfg, guard=lambda _: None, written=lambda _, seconds: wrote.append(seconds), report=print
+        Storage(folder), cfg, check=lambda: None, written=lambda _, seconds: wrote.append(seconds), report=print
     )
     held, plain = list[float](), list[float]()
     for state.step in range(rounds + 1):

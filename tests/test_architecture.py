@@ -13,10 +13,10 @@ ORDER = """__init__ machine clock schema environment config failures settings we
     data data.sampling data.draws data.index data.request
     data.rows data.find data.shards data.parquet data.scan data.build data.cache data.groups data.read data.fetch
     data.pack data.augment data.dali data.mix data.loader data.isolate data.verify
-    provenance precision schedule model optim state losses step predictions memory evaluate checkpoint weights export
-    retention served saver spool staging perf summary network figures charts report published mlflow_store
-    system_metrics mlflow_run backlog claim tracking uploads job killers identity resume sync record votes watchdog
-    trace profile train channel lock find runs listing
+    provenance precision schedule model optim state losses step predictions memory evaluate state_file checkpoint
+    weights export retention served saver spool staging perf summary network figures charts report published
+    mlflow_store system_metrics mlflow_run backlog claim tracking uploads job killers identity resume sync record votes
+    watchdog trace profile train channel lock find runs listing
     infer report_run preview contestants bench assumptions outages scaling plan plan_view oom supervise starting cluster
     connection affinity worker gauges trainer launch driver probes findings doctor speed scale
     submission jobs console commands bench_commands model_commands report_commands cli""".split()  # noqa: SIM905

@@ -134,13 +134,10 @@ def test_the_last_claim_is_the_runs(kind: str, request: pytest.FixtureRequest, t
         second.check()
 
 
-def test_a_command_that_comes_second_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def loses(*_: object, **__: object) -> Claim:
+def test_a_command_that_comes_second_is_told_so(tmp_path: Path) -> None:
+    line = r"run.name=x: another command begins to train it just now; wait for its end"
+    with pytest.raises(ConfigError, match=line), runs._as_second(Storage(tmp_path / "x"), again=False):
         raise SupersededError("")
-
-    monkeypatch.setattr(Claim, "take", loses)
-    with pytest.raises(ConfigError, match=r"run.name=x: another command begins to train it just now; wait for its end"):
-        runs._claim(Storage(tmp_path / "x"), "mine", again=False)
 
 
 def test_a_driver_that_is_started_again_takes_nothing_from_a_later_command(tmp_path: Path) -> None:
@@ -149,8 +146,9 @@ def test_a_driver_that_is_started_again_takes_nothing_from_a_later_command(tmp_p
     Claim.take(run, "first")
     Claim.take(run, "first", again=True).check()
     later = Claim.take(run, "second")
-    with pytest.raises(TrainingFailedError, match=r"another command has begun to train .*/x; this one ends"):
-        runs._claim(run, "first", again=True)
+    line = r"another command has begun to train .*/x; this one ends"
+    with pytest.raises(TrainingFailedError, match=line), runs._as_second(run, again=True):
+        Claim.take(run, "first", again=True)
     later.check()
     Claim.take(run, "third").check()
 

@@ -503,7 +503,7 @@ def test_what_waits_continues_mlflows_curves(
     shutil.copytree(trained["run_dir"], run)
     waiting = [{"kind": "metrics", "time": 0, "step": step, "values": {"train/loss": 9.0, "x": 1}} for step in (5, 6)]
     (run / "mlflow/spool.jsonl").write_text(json.dumps(waiting[1]) + "\n")
-    kept = [{"kind": "spool", "id": "another"}, {"kind": "tags"}, waiting[0]]
+    kept = [{"kind": "spool", "id": "another", "target": {}}, {"kind": "tags"}, waiting[0]]
     (run / "mlflow-backlog").mkdir()
     (run / "mlflow-backlog/00000001.jsonl").write_text("".join(json.dumps(one) + "\n" for one in kept))
     code, out, _ = report(capsys, run, "--out", tmp_path / "out", "--mlflow-uri", trained["mlflow_uri"], "--json")

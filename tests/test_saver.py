@@ -45,7 +45,7 @@ class Watched:
         self.saver = Saver(
             Storage(folder),
             cfg,
-            guard=lambda _: None,
+            check=lambda: None,
             written=lambda saved, seconds: self.written.append(saved),
             report=self.reports.append,
         )

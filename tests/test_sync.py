@@ -9,12 +9,13 @@ import mlflow
 import pytest
 from s3 import s3_storage
 
-from pipeline.backlog import FOLDER
+from pipeline.backlog import FOLDER, Backlog
 from pipeline.claim import Claim
 from pipeline.config import ConfigError
 from pipeline.identity import Identity
 from pipeline.mlflow_run import MlflowRun, Target
 from pipeline.mlflow_store import store_beside, tracking_uri
+from pipeline.spool import Spool
 from pipeline.storage import Storage
 from pipeline.sync import _moved, sync
 from pipeline.tracking import Tracker
@@ -25,7 +26,7 @@ def leave_waiting(run: Storage, uri: str, monkeypatch: pytest.MonkeyPatch, *step
     with monkeypatch.context() as patch:
         patch.setattr(MlflowRun, "__init__", lambda *_, **__: 1 / 0)
         one = Tracker(Target(uri, "pipeline", run.uri, "id"), run.scratch / "mlflow", lambda _: None)
-        one.adopt(1)
+        one.adopt("-00000001")
         one.start()
         for step in steps:
             one.metrics(step, {"loss": 10.0 * step})
@@ -68,12 +69,20 @@ def test_what_waits_of_a_lost_machine_is_sent_from_another(
         ended = Identity(training_id="id").begin(0)
         ended.write(run)
         tmp_scratch("second")
-        with pytest.raises(ConfigError, match="has not told of its end: another machine may train it"):
+        with pytest.raises(ConfigError, match="has not told of its end: it may be trained just now"):
             sync(run, pytest.fail)
         ended.end().write(run)
         assert sync(run, pytest.fail)[2] == 0
         assert logged(uri) == ([1, 2], [])
+        client = mlflow.MlflowClient(uri)
+        (found,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
+        assert found.info.status == "KILLED", "its start and its end have arrived"
         assert len((run / FOLDER).names()) == 1
+        tmp_scratch("first")
+        with monkeypatch.context() as patch:
+            patch.setattr(Identity, "read", lambda *_: ended)
+            with pytest.raises(ConfigError, match="it may be trained just now"):
+                sync(run, pytest.fail)  # its spool is not the newest any more
         tmp_scratch("third")
         assert sync(run, pytest.fail)[2] == 0, "nothing waits any more"
         assert logged(uri) == ([1, 2], [])
@@ -84,10 +93,59 @@ def tmp_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[st
     """Makes this another machine: one whose temporary folder is its own."""
 
     def move(machine: str) -> None:
-        (tmp_path / machine).mkdir()
+        (tmp_path / machine).mkdir(exist_ok=True)
         monkeypatch.setattr("tempfile.tempdir", str(tmp_path / machine))
 
     return move
+
+
+def test_what_a_full_disk_kept_from_the_spool_is_in_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_scratch: Callable[[str], None]
+) -> None:
+    """The same machine comes back, and its spool's file has less."""
+    uri, full = tracking_uri(None, Storage(tmp_path)), [b""]
+    with s3_storage() as bucket:
+        tmp_scratch("machine")
+        run, problems = bucket / "run", list[str]()
+        with monkeypatch.context() as patch:
+            patch.setattr(MlflowRun, "__init__", lambda *_, **__: 1 / 0)
+            one = Tracker(Target(uri, "pipeline", run.uri, "id"), run.scratch / "mlflow", problems.append)
+            one.adopt("-00000001")
+            one.metrics(1, {"loss": 10.0})
+            patch.setattr(one._spool, "_write", full.clear)
+            one.metrics(2, {"loss": 20.0})
+            one.keep()
+            one.drain(0)
+        one = Tracker(Target(uri, "pipeline", run.uri, "id"), run.scratch / "mlflow", problems.append)
+        one.adopt("-00000002")
+        one.metrics(3, {"loss": 30.0})
+        assert one.drain(60) == 0
+        assert logged(uri)[0] == [1, 2, 3]
+
+
+def test_a_login_that_may_not_delete_keeps_its_backlog_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError("AccessDenied")
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(Storage, "delete", refused)
+    with s3_storage() as bucket:
+        for session in ("-00000001", "-00000002"):
+            spool = Spool(tmp_path / session, pytest.fail)
+            Backlog(bucket / "run", spool, Target("", "", "", ""), session).adopt()
+            spool.close()
+        assert (bucket / "run" / FOLDER).names() == ["-00000001", "-00000002"]
+
+
+def test_a_run_that_was_moved_alone_is_logged_where_it_was(tmp_path: Path) -> None:
+    old, new = Storage(tmp_path / "old"), Storage(tmp_path / "new")
+    one = Target(store_beside(old), "pipeline", str(old / "run"), "id")
+    assert _moved(one, new / "run").uri == store_beside(new), "the store went with it"
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/mlflow.db").touch()
+    assert _moved(one, new / "run").uri == store_beside(old)
 
 
 def test_a_driver_that_was_superseded_sends_nothing_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,9 +165,11 @@ def test_a_driver_that_was_superseded_sends_nothing_more(tmp_path: Path, monkeyp
     assert [problem.partition(",")[0] for problem in problems] == [f"{run} cannot be used"]
     one = Tracker(Target(uri, "pipeline", run.uri, "id"), run.scratch / "mlflow", problems.append, claim)
     Claim.take(run)
+    monkeypatch.setattr(MlflowRun, "stop_monitor", lambda _: problems.append("nor of this node's CPU"))
     one.metrics(3, {"loss": 3.0})
     assert one.drain(60) == 2
-    assert problems[1:] == [f"nothing more is sent to MLflow: another driver has begun to train {run}; this one ends"]
+    nothing = f"nothing more is sent to MLflow: another driver has begun to train {run}; this one ends"
+    assert problems[1:] == [nothing, "nor of this node's CPU"]
     assert [m.step for m in mlflow.MlflowClient(uri).get_metric_history(str(one.run_id), "loss")] == [1]
 
 

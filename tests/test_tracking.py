@@ -333,13 +333,13 @@ def test_the_oldest_folder_gives_way_on_a_full_disk_and_blocks_nothing(tmp_path:
         (tmp_path / name).mkdir()
         (tmp_path / name / "state.pt").write_text(name)
         one.folder(tmp_path / name, f"checkpoints/{name}")
-    assert one.give_way() is None, "their files are those of the checkpoints, too: that would free nothing"
-    shutil.rmtree(tmp_path / "step_00000001")
-    assert one.give_way() == "the upload of step_00000001 to MLflow"
-    assert one.close("FINISHED", 60) == 0
+    shutil.rmtree(tmp_path / "step_00000002")
+    assert one.give_way() == "the upload of step_00000002 to MLflow", "whose files are here alone"
+    assert one.give_way() == "the upload of step_00000001 to MLflow", "whose checkpoint can be deleted next"
     assert one.give_way() is None
+    assert one.close("FINISHED", 60) == 0
     logged = mlflow.MlflowClient(uri).list_artifacts(str(one.run_id), "checkpoints")
-    assert [Path(one.path).name for one in logged] == ["profile", "step_00000002"]
+    assert [Path(one.path).name for one in logged] == ["profile"]
 
 
 @pytest.mark.parametrize("back", ["with its spool", "as a new machine"])
@@ -358,7 +358,7 @@ def test_a_run_that_moves_between_machines_logs_each_step_once(
                 patch.setattr(MlflowRun, "__init__", lambda *_, **__: 1 / 0)
             target = Target(uri, "new", run, "training")
             one = Tracker(target, tmp_path / machine, problems.append)
-            one.adopt(next(sessions))
+            one.adopt(f"{next(sessions):08d}")
             for step in steps:
                 one.metrics(step, {"loss": 10.0 * step})
                 if step == kept:

@@ -14,7 +14,7 @@ from interleaving import Turns, in_memory
 
 from pipeline import checkpoint, resume, retention, runs
 from pipeline.checkpoint import newest_valid
-from pipeline.claim import FOLDER, SupersededError
+from pipeline.claim import FOLDER, Claim, SupersededError
 from pipeline.config import ConfigError
 from pipeline.failures import TrainingFailedError
 from pipeline.identity import Identity
@@ -91,16 +91,18 @@ class World:
         """What `runs.prepare`, `fit` and `Recorder` do, in their order."""
         run, folder = self._run, self._run / "checkpoints"
         looked, found = resume.look(run, None, quiet, whole=False)
-        claim = runs._claim(run, name, again=again)
-        runs._settled(run, looked, claim, None, None, quiet)
+        with runs._as_second(run, again=again):
+            claim = Claim.take(run, name, again=again)
+            runs._settled(run, looked, claim, None, None, quiet)
         saved_step = found.step if found else 0
         identity, found = resume.look(run, None, quiet, claim=claim, saved_step=saved_step)
         identity = identity.replaced(identity.begin(0), run, claim)
         assert found is None or found.state()["weights"].tolist() == [found.step] * 3
         for step in range(found.step + 1 if found else 1, LAST_STEP + 1):
-            state = {"step": step, "weights": torch.full((3,), step)}
+            # On GPUs not the same bits, even with as many workers.
+            state = {"step": step, "weights": torch.full((3,), step), "session": claim.name}
             meta: dict[str, Any] = {"fingerprint": "", "classes": [], "metrics": {}, **identity.facts()}
-            saved = checkpoint.save(folder, state, CFG, meta, lambda _: identity.check(run, claim))
+            saved = checkpoint.save(folder, state, CFG, meta, lambda: identity.check(run, claim))
             self._told = max(self._told, saved.step)
             retention.prune(folder, KEEP, identity.training_id, saved.step)
         identity.replaced(identity.end(), run, claim)
