@@ -106,10 +106,16 @@ def _variable(text: str) -> str:
     return text
 
 
+class _Parser(argparse.ArgumentParser):
+    """Ends with its own exit code also where nobody reads what it says, as argparse itself does in later versions."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        with suppress(OSError):
+            super()._print_message(message, file)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="pipeline", description="Exact, fault-tolerant training of image classifiers."
-    )
+    parser = _Parser(prog="pipeline", description="Exact, fault-tolerant training of image classifiers.")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, function: Any, text: str, to: Any = subparsers) -> argparse.ArgumentParser:

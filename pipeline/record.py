@@ -199,7 +199,10 @@ class Recorder:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         """Save what can be saved of a session that ends by an error, and tell MLflow of it."""
-        if error is None or self._ctx.rank != 0 or isinstance(error, SupersededError):  # not its to end
+        if error is None or self._ctx.rank != 0:
+            return
+        if isinstance(error, SupersededError):  # not its to end
+            self._tracker.abandon()
             return
         self._tracker.tags(
             {f"pipeline.session_{self._identity.sessions}.error": f"{type(error).__name__}: {error}"[:500]}

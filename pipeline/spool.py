@@ -169,6 +169,17 @@ class Spool:
             self._last_step.update(dict.fromkeys(record["values"], record["step"]))
 
 
+def leading_metrics(waiting: list[tuple[Record, int]], max_values: int) -> list[tuple[Record, int]]:
+    """The metrics records at the head of the queue that have so many values."""
+    batch, size = [], 0
+    for record, end in waiting:
+        size += len(record.get("values", ()))
+        if record["kind"] != "metrics" or size > max_values:
+            break
+        batch.append((record, end))
+    return batch
+
+
 def owner(folder: Path) -> str | None:
     """The id of the spool there."""
     with suppress(FileNotFoundError):

@@ -23,7 +23,7 @@ from pipeline.config import MlflowConfig
 from pipeline.failures import MLFLOW_CALL_S, READ_CHECKPOINT_S, mlflow_refuses, retry
 from pipeline.mlflow_run import REPORT, SESSION, MlflowRun, ReportError, Target
 from pipeline.mlflow_store import reason, tracking_uri
-from pipeline.spool import Record, Spool
+from pipeline.spool import Record, Spool, leading_metrics
 from pipeline.staging import Staging
 from pipeline.storage import Storage
 
@@ -211,6 +211,20 @@ class Tracker:
             self._spool.close()
         return waiting
 
+    def abandon(self) -> None:
+        """Send nothing more: the run is another driver's."""
+        self._abandoned.set()
+        self._may_connect.set()
+        self._wake.set()
+        self._thread.join(1)
+        self._stop_monitor()
+        if not self._thread.is_alive():
+            self._spool.close()
+
+    def _stop_monitor(self) -> None:
+        if self._run is not None:
+            self._run.stop_monitor()
+
     def _put(self, record: Record) -> None:
         self._spool.append(record)
         self._wake.set()
@@ -225,8 +239,7 @@ class Tracker:
                 self._send_waiting()
             except SupersededError as e:
                 self._on_problem(f"nothing more is sent to MLflow: {e}")
-                if self._run is not None:
-                    self._run.stop_monitor()
+                self._stop_monitor()
                 return
             except Exception as e:  # MLflow raises whatever its transport raises; none of it may end a training
                 if not self._failing:
@@ -254,7 +267,7 @@ class Tracker:
             self._run = run
         waiting = self._spool.head()
         while waiting and not self._abandoned.is_set():
-            batch = _leading_metrics(waiting) or waiting[:1]
+            batch = leading_metrics(waiting, MAX_METRICS) or waiting[:1]
             records = [self._staging.placed(record) for record, _ in batch]
             self._staging.in_use = records[0].get("source")
             self._check_claim()
@@ -282,14 +295,3 @@ class Tracker:
         except OSError as e:
             raise OSError(e.errno or errno.EIO, f"whose it is cannot be read: {e}", self._target.run) from None
         self._checked = time.monotonic()
-
-
-def _leading_metrics(waiting: list[tuple[Record, int]]) -> list[tuple[Record, int]]:
-    """The metrics records at the head of the queue that fit one request."""
-    batch, size = [], 0
-    for record, end in waiting:
-        size += len(record.get("values", ()))
-        if record["kind"] != "metrics" or size > MAX_METRICS:
-            break
-        batch.append((record, end))
-    return batch
