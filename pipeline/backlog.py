@@ -41,7 +41,7 @@ class Backlog:
         Raises:
             OSError: the storage does not give it.
         """
-        records = read(self._folder.parent)
+        _, records = read(self._folder.parent)
         if records and records[0]["id"] != self._spool.id:
             theirs = [record for record in records[1:] if record["kind"] not in HERE_ALONE]
             ours = [record for record, _ in self._spool.unsent() if record["kind"] in HERE_ALONE]
@@ -53,12 +53,10 @@ class Backlog:
                     self._folder.delete(name)
 
 
-def newest_name(run: Storage) -> str | None:
-    """Of the last session's file."""
-    return max((run / FOLDER).names(), default=None)
+def read(run: Storage) -> tuple[str, list[spool.Record]]:
+    """What the run's folder on an object store has of a spool: the last session's name, if any, and the records.
 
-
-def read(run: Storage) -> list[spool.Record]:
-    """What the run's folder on an object store has of a spool; first whose it is, and what for."""
-    name = newest_name(run)
-    return spool.parse_lines((run / FOLDER).read_bytes(name))[1] if name else []
+    The first one says whose it is, and what for.
+    """
+    name = max((run / FOLDER).names(), default="")
+    return name, spool.parse_lines((run / FOLDER).read_bytes(name))[1] if name else []

@@ -18,7 +18,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -161,8 +161,9 @@ def with_scores(found: Checkpoint, metrics: dict[str, Any]) -> Checkpoint:
     meta = {**found.meta, "metrics": metrics, "best_top1": best}
     content = json.dumps(meta, indent=1).encode()
     found.place.write_bytes(META, content)
-    if not found.place.local:  # what MLflow is sent
-        Storage(found.path).write_bytes(META, content)
+    if not found.place.local:  # what MLflow is sent, where it is still here
+        with suppress(FileNotFoundError):
+            Storage(found.path).write_bytes(META, content)
     return Checkpoint(found.place, found.path, meta)
 
 

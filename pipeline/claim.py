@@ -52,6 +52,12 @@ class Claim:
                     folder.delete(name)
         return claim
 
+    @classmethod
+    def last(cls, run: Storage) -> "Claim | None":
+        """The one that the run has; for who only looks whether another comes."""
+        names = _names(run / FOLDER)
+        return cls(run, max(names)) if names else None
+
     def check(self) -> None:
         """Make sure that this is still the last claim; to be called before anything of the run is written.
 

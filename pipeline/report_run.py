@@ -53,7 +53,7 @@ def report(found: Checkpoint, out: Path, data: str | None, mlflow_uri: str | Non
     """
     run, cfg = found.place.parent.parent, load(found.file(checkpoint.CONFIG))
     open_folder(out)
-    waiting = [*spool.kept(run.scratch / FOLDER), *backlog.read(run)]
+    waiting = [*spool.kept(run.scratch / FOLDER), *backlog.read(run)[1]]
     quicker = "`pipeline evaluate RUN train.precision=fp32` gives the scores sooner"
     said, index = evaluate_checkpoint(found.place, data, say, fix=quicker)
     with closing(EvalLoader(index, cfg.data, Place.here(), _sound, batch=NUM_MISTAKES)) as loader:

@@ -4,11 +4,11 @@ What is damaged, of another training or of a later version is nobody's to delete
 """
 
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
-from pipeline.checkpoint import CONFIG, FORMAT, META, STATE, Checkpoint, is_whole, read_meta
+from pipeline.checkpoint import CONFIG, FORMAT, META, STATE, Checkpoint, is_whole, name_of, read_meta
 from pipeline.failures import CheckpointError
-from pipeline.storage import Storage
+from pipeline.storage import Storage, alone
 
 
 def own(folder: Storage, training_id: str | None) -> list[Checkpoint]:
@@ -20,7 +20,7 @@ def own(folder: Storage, training_id: str | None) -> list[Checkpoint]:
                 meta, sizes = read_meta(folder / name), (folder / name).sizes()
             except CheckpointError:  # left to `newest_valid` to report
                 continue
-            if is_whole(meta, sizes) and meta["format"] == FORMAT and training_id in (None, meta["training_id"]):
+            if meta["format"] == FORMAT and is_whole(meta, sizes) and training_id in (None, meta["training_id"]):
                 found.append(Checkpoint(folder / name, folder.scratch / name, meta))
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
@@ -46,10 +46,7 @@ def prune(folder: Storage, keep: int, training_id: str | None, valid: int) -> No
         checkpoint.place.remove()
     for leftover in folder.scratch.glob(".step_*"):  # of a killed process: only one process writes here at a time
         shutil.rmtree(leftover, ignore_errors=True)
-    if not folder.local:  # the newest may be uploaded to MLflow, or be resumed from
-        for copy in folder.scratch.glob("step_*"):
-            if copy.name != f"step_{valid:08d}":
-                shutil.rmtree(copy, ignore_errors=True)
+    _forget(folder, lambda name: name != name_of(valid))  # that may be uploaded to MLflow, or be resumed from
 
 
 def make_room(folder: Storage, training_id: str | None, in_use: Collection[int]) -> Checkpoint | None:
@@ -73,9 +70,17 @@ def forget_copies(folder: Storage, oldest_kept: str | None = None) -> None:
     Args:
         oldest_kept: name of one that stays, as do newer ones.
     """
-    for copy in [] if folder.local else folder.scratch.glob("step_*"):
-        if oldest_kept is None or copy.name < oldest_kept:
-            shutil.rmtree(copy, ignore_errors=True)
+    _forget(folder, lambda name: oldest_kept is None or name < oldest_kept)
+
+
+def _forget(folder: Storage, is_old: Callable[[str], bool]) -> None:
+    """Delete copies, but for now not where another process just fetches one, such as `pipeline evaluate`."""
+    if folder.local or not folder.scratch.is_dir():
+        return
+    with alone(folder.scratch, wait=False) as is_alone:
+        for copy in folder.scratch.glob("step_*") if is_alone else ():
+            if is_old(copy.name):
+                shutil.rmtree(copy, ignore_errors=True)
 
 
 def _kind(file: str) -> str:

@@ -16,8 +16,9 @@ import dataclasses
 import os
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -107,14 +108,12 @@ def prepare(
         if found is not None:
             resume.refuse_images(found, cfg, train)
         with _as_mistake(f"run.storage={storage}: cannot be used", "name another place"):
-            for split in (built := [split for split, source in sources.items() if not is_index(source)]):
-                indexes[split].save(_new_index(folder, split))
-                stack.callback(_new_index(folder, split).unlink, missing_ok=True)
-            with _as_second(run, again=again):
+            built = {split: index for split, index in indexes.items() if not is_index(sources[split])}
+            with _as_second(run, again=again), _saved(built, folder.scratch) as files:
                 claim = retry(partial(Claim.take, run, command, again=again), tell, timeout_s)
                 now = _settled(run, identity, claim, cfg.mlflow.uri, began, tell)
-                for split in built:  # not before: this command may be refused, or come second
-                    retry(partial(_store, folder, split, claim), tell, timeout_s)
+                for split, file in files.items():  # not before: this command may be refused, or come second
+                    retry(partial(_store, file, folder, f"{split}.arrow", claim), tell, timeout_s)
                     sources[split] = (folder / f"{split}.arrow").uri
         saved_step = found.step if found is not None and found.place.parent.parent.uri == run.uri else 0
         yield Job(cfg, run, sources["train"], sources["val"], resume_from, claim, saved_step, now.sessions)
@@ -218,14 +217,23 @@ def _index(split: str, source: str, watch: Callable[[Event], None], heartbeat: C
     return index
 
 
-def _store(folder: Storage, split: str, claim: Claim) -> None:
-    """Put an index that was built anew where workers look for it."""
-    new, name = _new_index(folder, split), f"{split}.arrow"
+@contextmanager
+def _saved(indexes: dict[str, Index], folder: Path) -> Iterator[dict[str, Path]]:
+    """Files of indexes that were built anew, which nobody else reads; what is left of them in the end is deleted."""
+    files = {split: folder / f".{split}.{uuid.uuid4().hex}.arrow" for split in indexes}
+    try:
+        for split, file in files.items():
+            indexes[split].save(file)
+        yield files
+    finally:
+        for file in files.values():
+            with suppress(OSError):
+                file.unlink(missing_ok=True)
+
+
+def _store(file: Path, folder: Storage, name: str, claim: Claim) -> None:
+    """Put an index where workers look for it."""
     claim.check()
     if not folder.local:
-        folder.upload(new, name)
-    new.replace(folder.scratch / name)
-
-
-def _new_index(folder: Storage, split: str) -> Path:
-    return folder.scratch / f"{split}.new.arrow"
+        folder.upload(file, name)
+    file.replace(folder.scratch / name)

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -16,6 +17,7 @@ from pipeline.storage import fsync
 Record = dict[str, Any]
 FILE, ID = "spool.jsonl", "id"
 HEAD_BYTES = 2**20
+LOCK_WAIT_S = 30.0
 
 
 class Spool:
@@ -53,13 +55,28 @@ class Spool:
             self._note_steps(record)
         self.staged = [record for record in records if "source" in record]
         self._file = self.path.open("ab+", buffering=0)
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._lock_file()
         self._end = len(sound)  # of what is whole in the file
         self._id_path = folder / ID
         if not self._id_path.exists():
             _replace(self._id_path, uuid.uuid4().hex.encode())
         self.id = self._id_path.read_text(encoding="utf-8")
+
+    def _lock_file(self) -> None:
+        """Wait for `pipeline sync`, or a process that ends; not for ever, as one may hang."""
+        deadline = time.monotonic() + LOCK_WAIT_S
+        while True:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as e:
+                if e.errno != errno.EWOULDBLOCK:  # a file system without locks
+                    return
+            else:
+                return
+            if time.monotonic() > deadline:
+                self._on_problem(f"{self.path} is used by another process, too; its records may be sent twice")
+                return
+            time.sleep(0.2)
 
     def append(self, record: Record) -> None:
         with self._lock:
@@ -191,7 +208,7 @@ def is_in_use(folder: Path) -> bool:
     """Whether a process of this machine has the spool open."""
     try:
         with (folder / FILE).open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # NFS has an exclusive one for writers alone
     except FileNotFoundError:
         return False
     except OSError as e:

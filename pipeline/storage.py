@@ -230,13 +230,19 @@ def scratch_folder() -> Path:
 
 
 @contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """One process or thread of this machine at a time, by a lock on a folder; without where there are no locks."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def alone(folder: Path, *, wait: bool = True) -> Iterator[bool]:
+    """One process or thread of this machine at a time, by a lock on a folder; without where there are no locks.
+
+    Yields:
+        Whether it is so; never False where it may wait.
+    """
+    descriptor, is_alone = os.open(folder, os.O_RDONLY), True
     try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as e:
+            is_alone = e.errno != errno.EWOULDBLOCK
+        yield is_alone
     finally:
         os.close(descriptor)
 

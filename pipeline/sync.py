@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline import backlog, spool
+from pipeline.claim import Claim
 from pipeline.config import ConfigError
 from pipeline.identity import Identity
 from pipeline.mlflow_run import Target
@@ -29,9 +30,9 @@ def sync(run: Storage, report: Callable[[str], None], patience_s: float = 10.0) 
         ConfigError: nothing waits, or on an object store, where the run may be trained from another machine just now.
         OSError: the storage does not answer.
     """
-    last = Identity.read(run, report)
+    claim, last = Claim.last(run), Identity.read(run, report)
     folder, is_open = run.scratch / FOLDER, last is not None and last.open
-    kept = [] if run.local else backlog.read(run)
+    name, kept = ("", []) if run.local else backlog.read(run)
     if spool.is_in_use(folder) or (is_open and kept and kept[0]["id"] != spool.owner(folder)):
         raise ConfigError(
             f"the last session of {run} has not told of its end: it may be trained just now; where it is not, "
@@ -41,8 +42,8 @@ def sync(run: Storage, report: Callable[[str], None], patience_s: float = 10.0) 
     if target is None:
         raise ConfigError(f"{folder} holds nothing that waits for MLflow")
     target = _moved(target, run)
-    tracker = Tracker(target, folder, report)
-    if name := None if run.local else backlog.newest_name(run):
+    tracker = Tracker(target, folder, report, claim)  # a training that begins now sends what is left
+    if name:
         tracker.adopt(name)
     waiting = tracker.close("KILLED", patience_s) if is_open else tracker.drain(patience_s)
     return target, tracker.run_id, waiting

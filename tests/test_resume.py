@@ -191,6 +191,15 @@ def test_a_command_that_is_refused_leaves_the_runs_index(settings: Settings, dig
     with pytest.raises(ConfigError, match="was trained on other images"), runs.prepare(cfg, print):
         pass
     assert Path(job.train_index).read_bytes() == before
+    assert sorted(path.name for path in Path(job.train_index).parent.iterdir()) == ["train.arrow", "val.arrow"]
+
+
+def test_an_open_run_has_nothing_left_to_do_in_its_storage(settings: Settings, digits: Path) -> None:
+    """Which may be away in the end: that would hide how the training has ended."""
+    with runs.prepare(settings(f"data.train={digits}/train", f"data.val={digits}/val"), print) as job:
+        index = Path(job.train_index).parent
+        assert sorted(path.name for path in index.iterdir()) == ["train.arrow", "val.arrow"]
+        index.parent.rename(index.parent.with_name("away"))
 
 
 def test_a_run_that_was_copied_does_not_log_to_the_originals_mlflow_run(settings: Settings, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_what_cannot_be_used_takes_no_place(save: Callable[..., Path], tmp_path:
         save(step)
     save(7, training_id="another", top1=1.0)
     (save(8) / checkpoint.STATE).write_bytes(b"cut off")
-    change_meta(save(9), format=checkpoint.FORMAT + 1)
+    change_meta(save(9), format=checkpoint.FORMAT + 1, files={"weights.bin": {}})
     retention.prune(Storage(tmp_path), 2, "t", 3)
     assert steps(tmp_path) == [2, 3, 7, 8, 9]
     assert retention.best_of(retention.own(Storage(tmp_path), "t")) is None

@@ -19,7 +19,7 @@ from pipeline import checkpoint, retention
 from pipeline.failures import CheckpointError, retry
 from pipeline.settings import load
 from pipeline.state import TrainState
-from pipeline.storage import Storage, fsync
+from pipeline.storage import Storage, alone, fsync
 
 TREE = {"a b/%20#?&é.txt": b"odd", "a b/c/empty": b"", "x.tar": bytes(range(256)) * 100}
 META: dict[str, Any] = {"training_id": "t", "fingerprint": "f", "classes": ["a", "b"], "metrics": {}}
@@ -214,6 +214,9 @@ def test_the_ranks_of_a_node_fetch_a_checkpoint_once_and_leave_no_older_ones(
             found = list(ranks.map(lambda _: checkpoint.read(place, use_copy=True), range(4)))  # noqa: B023
         assert [one.state()["step"] for one in found] == [found[0].step] * 4
         retention.forget_copies(found[0].place.parent, found[0].place.name)
+    with alone(places[0].parent.scratch):  # another process fetches one
+        retention.forget_copies(places[0].parent)
+    assert [path.name for path in places[0].parent.scratch.glob("step_*")] == ["step_00000003"]
     large = [f"step_0000000{step}/{name}" for step in (1, 2, 3) for name in ("state-", "config-")]
     assert [name.partition("-")[0] + "-" for name in fetched if "meta.json" not in name] == large
     assert [path.name for path in places[0].parent.scratch.glob("step_*")] == ["step_00000003"]

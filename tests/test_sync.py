@@ -148,6 +148,23 @@ def test_a_run_that_was_moved_alone_is_logged_where_it_was(tmp_path: Path) -> No
     assert _moved(one, new / "run").uri == store_beside(old)
 
 
+def test_a_training_that_begins_meanwhile_sends_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.tracking.CHECK_CLAIM_S", 0.0)
+    run, send, problems = Storage(tmp_path / "run"), MlflowRun.send, list[str]()
+    run.make()
+    Claim.take(run)
+    leave_waiting(run, tracking_uri(None, Storage(tmp_path)), monkeypatch, 1, 2, folder=tmp_path / "step_1")
+    Identity(training_id="id").begin(0).end().write(run)
+
+    def begins(self: MlflowRun, records: list[dict[str, object]]) -> None:
+        send(self, records)
+        Claim.take(run)
+
+    monkeypatch.setattr(MlflowRun, "send", begins)
+    assert sync(run, problems.append)[2] > 0
+    assert problems == [f"nothing more is sent to MLflow: another driver has begun to train {run}; this one ends"]
+
+
 def test_a_driver_that_was_superseded_sends_nothing_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its successor trains the same steps, and asks MLflow for the last one as it begins."""
     monkeypatch.setattr("pipeline.tracking.CHECK_CLAIM_S", 0.0)
