@@ -92,7 +92,11 @@ class Cluster:
         self.nodes: list[Node] = []
         options = ["--head", "--node-ip-address=127.0.0.1", f"--port={port}", *dashboard]
         self.head = Node(*options, num_cpus=head_cpus, env=env)
-        self.head.wait_until_up()
+        try:
+            self.head.wait_until_up()
+        except BaseException:
+            self.head.stop()
+            raise
 
     def add(self, num_cpus: int = 1) -> Node:
         node = Node(f"--address={self.address}", "--node-ip-address=127.0.0.1", num_cpus=num_cpus)
