@@ -74,7 +74,7 @@ class Spool:
             else:
                 return
             if time.monotonic() > deadline:
-                self._on_problem(f"{self.path} is used by another process, too; its records may be sent twice")
+                self._on_problem(f"{self.path} is used by another process, too; its records may be lost, or sent twice")
                 return
             time.sleep(0.2)
 

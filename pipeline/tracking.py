@@ -128,7 +128,7 @@ class Tracker:
             self._backlog.save()
 
     def give_way(self) -> str | None:
-        """Give up the oldest upload whose files are here alone, for a disk that is full; what it was of, if any."""
+        """Give up an upload that waits, for a disk that is full, see `Staging.give_way`; what it was of, if any."""
         return self._staging.give_way()
 
     def params(self, values: dict[str, Any]) -> None:
