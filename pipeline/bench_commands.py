@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.commands import DONE, FAILED, Outcome, say
 from pipeline.config import ConfigError
 from pipeline.settings import load
+from pipeline.storage import make_folder
 
 
 def loader(args: argparse.Namespace) -> Outcome:
@@ -70,7 +71,7 @@ def _measuring(args: argparse.Namespace) -> Any:
     from pipeline.console import WorkView
 
     if args.out:
-        figures.open_folder(args.out)
+        make_folder(args.out)
     return WorkView(sys.stderr)
 
 

@@ -10,6 +10,8 @@ from typing import Any, Literal
 from pipeline.schema import ConfigError as ConfigError
 from pipeline.schema import Section, num, refuse_credentials, show
 
+Precision = Literal["bf16", "fp16", "fp32"]  # what can be computed in
+
 
 @dataclass(frozen=True)
 class RunConfig(Section):
@@ -150,7 +152,7 @@ class TrainConfig(Section):
     global_batch: int = num(256, low=1)  # images per optimizer step over all workers
     micro_batch: int | None = num(None, low=1)  # images per forward pass of a worker; null: its whole share
     # auto: bf16, or fp16 on a GPU before that, where all workers have it in hardware, else fp32; a resume keeps it.
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    precision: Literal["auto", Precision] = "auto"
     loss: Literal["cross_entropy", "bce"] = "cross_entropy"  # bce: each class on its own, mean over the classes
     bce_threshold: float | None = num(None, low=0, high=0.9999)  # shares above it count as 1; null: as they are
     label_smoothing: float = num(0.0, low=0, high=0.9999)

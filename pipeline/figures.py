@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from pipeline.config import ClusterConfig, Config, ConfigError
+from pipeline.config import ClusterConfig, Config
 from pipeline.data.sampling import FloatArray
 from pipeline.machine import cpu_count
 from pipeline.provenance import cpu_model
@@ -71,18 +71,6 @@ def about(cfg: Config) -> dict[str, Any]:
 def title(result: dict[str, Any]) -> str:
     """Of a result that has what `about` says."""
     return f"ResNet-{result['depth']}, {result['image_size']} pixels, {result['precision']}"
-
-
-def open_folder(out: Path) -> None:
-    """Make the folder for a result, before anything is measured.
-
-    Raises:
-        ConfigError: it cannot be made.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise ConfigError(f"--out {out}: {e.strerror or e}; name another directory") from None
 
 
 def plot(

@@ -16,7 +16,7 @@ from typing import get_args
 
 from pipeline.claim import Claim, SupersededError
 from pipeline.job import Fault
-from pipeline.precision import Precision
+from pipeline.config import Precision
 from pipeline.storage import Storage
 
 FILE = "run.json"

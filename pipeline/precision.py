@@ -9,12 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-from pipeline.config import Config
+from pipeline.config import Config, Precision
 
 if TYPE_CHECKING:  # the driver uses this module, and starts faster without torch
     import torch
 
-Precision = Literal["bf16", "fp16", "fp32"]
 # What oneDNN can be held to by ONEDNN_MAX_CPU_ISA on x86; each includes those before it.
 ISAS = (
     *("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"),

@@ -153,7 +153,13 @@ class Recorder:
     ) -> None:
         """Have a checkpoint written, with the scores if they are of this very step: see `Saver.save`."""
         if self._ctx.rank == 0:
-            self._saver.save(state, partial(self._meta, state, scores or {}), now=now, is_scored_later=is_scored_later)
+            self._saver.save(
+                state.step,
+                state.finite_state_dict,
+                partial(self._meta, state, scores or {}),
+                now=now,
+                is_scored_later=is_scored_later,
+            )
 
     def _meta(self, state: TrainState, scores: dict[str, float]) -> dict[str, Any]:
         seconds = self._ledger.seconds()

@@ -15,13 +15,12 @@ from pipeline.charts import METRICS, History
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import ConfigError
 from pipeline.data.loader import EvalLoader, Place
-from pipeline.figures import open_folder
 from pipeline.infer import evaluate_checkpoint
 from pipeline.mlflow_run import MlflowRun, Target
 from pipeline.report import NUM_MISTAKES, Facts, find_mistakes, write_report
 from pipeline.settings import load
 from pipeline.spool import Record
-from pipeline.storage import Storage
+from pipeline.storage import Storage, make_folder
 from pipeline.tracking import FOLDER
 
 
@@ -52,7 +51,7 @@ def report(found: Checkpoint, out: Path, data: str | None, mlflow_uri: str | Non
         ConfigError: images that cannot be evaluated, or a folder that cannot be written to.
     """
     run, cfg = found.place.parent.parent, load(found.file(checkpoint.CONFIG))
-    open_folder(out)
+    make_folder(out)
     waiting = [*spool.kept(run.scratch / FOLDER), *backlog.read(run)[1]]
     quicker = "`pipeline evaluate RUN train.precision=fp32` gives the scores sooner"
     said, index = evaluate_checkpoint(found.place, data, say, fix=quicker)

@@ -6,7 +6,7 @@ two a checkpoint may be damaged, and later sessions go on from later ones.
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline import checkpoint
 from pipeline.checkpoint import Checkpoint
@@ -15,13 +15,9 @@ from pipeline.config import Config, ConfigError
 from pipeline.data.index import Index
 from pipeline.failures import CheckpointError
 from pipeline.identity import FILE, Identity
-from pipeline.schedule import Schedule
 from pipeline.schema import show
 from pipeline.settings import flatten
 from pipeline.storage import Storage
-
-if TYPE_CHECKING:  # the driver uses this module, and starts faster without torch
-    from pipeline.state import TrainState
 
 # With the step they say which images come next.
 STREAM_KEYS = ("run.seed", "train.global_batch", "data.shuffle_block", "data.shuffle_window", "data.repeats")
@@ -92,8 +88,8 @@ def refuse_settings(found: Checkpoint, cfg: Config) -> None:
             )
 
 
-def refuse_images(found: Checkpoint, cfg: Config, index: Index) -> None:
-    """Raise ConfigError where the images are others than the checkpoint's, or too few for its step."""
+def refuse_images(found: Checkpoint, cfg: Config, index: Index, num_steps: int) -> None:
+    """Raise ConfigError where the images are others than the checkpoint's, or `num_steps` are less than its step."""
     if found.meta["fingerprint"] != index.fingerprint and not cfg.data.allow_changed:
         raise ConfigError(
             f"{found.place} was trained on other images than data.train={cfg.data.train} holds now "
@@ -106,20 +102,8 @@ def refuse_images(found: Checkpoint, cfg: Config, index: Index) -> None:
             f"{len(found.meta['classes'])}; bring them back, or give a new run.name the weights: "
             f"model.weights={found.place}"
         )
-    num_steps = Schedule.create(cfg, len(index)).num_steps
     if found.step > num_steps:
         raise ConfigError(
             f"{found.place} is at step {found.step}, and this configuration ends at step {num_steps}; "
             "raise train.epochs or train.steps, or use another run.name"
         )
-
-
-def restore(state: "TrainState", found: Checkpoint, cfg: Config, index: Index) -> None:
-    """Load a checkpoint into `state`; raises ConfigError where `refuse_settings` or `refuse_images` does, too."""
-    refuse_settings(found, cfg)
-    refuse_images(found, cfg, index)
-    try:
-        state.load_state_dict(found.state())
-        state.best_top1 = max(state.best_top1, found.top1 or -1.0)  # it may have been evaluated after it was saved
-    except ValueError as e:
-        raise ConfigError(f"{found.place} does not fit this configuration: {e}; use another run.name") from None

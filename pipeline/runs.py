@@ -28,12 +28,12 @@ from pipeline.config import Config, ConfigError
 from pipeline.data.build import build_index, fetch_index
 from pipeline.data.find import is_index
 from pipeline.data.index import Index
-from pipeline.data.sampling import steps_per_epoch
 from pipeline.failures import FIRST_LOOK_S, TrainingFailedError, retry
 from pipeline.find import find_weights, open_storage
 from pipeline.identity import Identity
 from pipeline.job import Event, Job
 from pipeline.lock import run_lock
+from pipeline.schedule import Schedule
 from pipeline.mlflow_store import tracking_uri, with_absolute_uri
 from pipeline.storage import Storage
 
@@ -104,9 +104,9 @@ def prepare(
         for split, index in indexes.items():
             _refuse_missing(split, index, cfg, tell)
         val.with_classes(train.classes)
-        steps_per_epoch(len(train), cfg.train.global_batch)
+        num_steps = Schedule.create(cfg, len(train)).num_steps
         if found is not None:
-            resume.refuse_images(found, cfg, train)
+            resume.refuse_images(found, cfg, train, num_steps)
         with _as_mistake(f"run.storage={storage}: cannot be used", "name another place"):
             built = {split: index for split, index in indexes.items() if not is_index(sources[split])}
             with _as_second(run, again=again), _saved(built, folder.scratch) as files:

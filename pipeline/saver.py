@@ -18,7 +18,6 @@ from pipeline import checkpoint, retention
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import Config
 from pipeline.failures import backoff
-from pipeline.state import TrainState
 from pipeline.storage import Storage
 
 QUIET_S = 10.0  # to wait for a checkpoint before that is told
@@ -83,19 +82,25 @@ class Saver:
         return self._is_postponed and not self.busy
 
     def save(
-        self, state: TrainState, meta: Callable[[], dict[str, Any]], *, now: bool, is_scored_later: bool = False
+        self,
+        step: int,
+        state_dict: Callable[[], dict[str, Any]],
+        meta: Callable[[], dict[str, Any]],
+        *,
+        now: bool,
+        is_scored_later: bool = False,
     ) -> None:
-        """Copy the state and have it written, unless its step's checkpoint has been.
+        """Copy the state of `step` and have it written, unless its checkpoint has been.
 
         Args:
+            state_dict: called for the state, of which a copy is made at once; what it raises is raised.
             meta: called for what else belongs into meta.json, see `checkpoint.save`.
             now: wait for one that is being written, unless that does not succeed; else this one is postponed.
 
         Raises:
             TimeoutError: one is being written for longer than cluster.timeout_s: the storage hangs.
-            NonFiniteError: the state has become useless: every resume would begin with it.
         """
-        if self.has(state.step):
+        if self.has(step):
             return
         if self.busy and time.monotonic() > self._begun + self._timeout_s:  # a new process may do better
             raise TimeoutError(f"the checkpoint of step {self._step} is being written for {self._timeout_s:.0f} s now")
@@ -104,10 +109,10 @@ class Saver:
             self._is_postponed = True
             return
         began = time.monotonic()
-        state.check_finite()
+        state = state_dict()
         self._settle()
-        self._step, self.is_scored_later, self._is_postponed = state.step, is_scored_later, False
-        self._host = to_host(state.state_dict(), self._host)
+        self._step, self.is_scored_later, self._is_postponed = step, is_scored_later, False
+        self._host = to_host(state, self._host)
         self._writing, self._begun = self._thread.submit(self._write, self._host, meta()), time.monotonic()
         self.held_s = self._begun - began
 

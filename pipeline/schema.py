@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from dataclasses import field, fields
 from typing import Any
 
-
-class ConfigError(ValueError):
-    """A request that cannot be carried out as it stands; its text is one line for the user."""
+from pipeline.errors import ConfigError
 
 
 def num(default: Any, *, low: float = -math.inf, above: float = -math.inf, high: float = math.inf) -> Any:

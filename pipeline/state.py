@@ -14,6 +14,7 @@ from pipeline.config import Config, ConfigError
 from pipeline.failures import NonFiniteError
 from pipeline.model import ResNet
 from pipeline.optim import make_optimizer
+from pipeline.state_dict import load_weights
 
 
 @dataclass
@@ -74,6 +75,11 @@ class TrainState:
             "scaler": self.scaler.state_dict(),
         }
 
+    def finite_state_dict(self) -> dict[str, Any]:
+        """`state_dict`, to be saved; raises NonFiniteError where it is useless: every resume would begin with it."""
+        self.check_finite()
+        return self.state_dict()
+
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Take over a saved state.
 
@@ -128,31 +134,6 @@ class TrainState:
         self.optimizer.load_state_dict({k: v for k, v in saved.items() if k != "kind"})
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)  # torch takes the saved ones, and the configuration's would have no effect
-
-
-def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Load a state dict whose names and shapes must be the model's.
-
-    Raises:
-        ValueError: naming the first difference.
-    """
-    check_weights(model, weights)
-    model.load_state_dict(weights)
-
-
-def check_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Raise ValueError, naming the first difference, where a state dict's names or shapes are not the model's."""
-    own = model.state_dict()
-    for name in sorted(own.keys() | weights.keys()):
-        mine, theirs = own.get(name), weights.get(name)
-        if mine is None or theirs is None:
-            raise ValueError(
-                f"{name} is only in the {'model' if theirs is None else 'saved weights'}; the networks differ"
-            )
-        if mine.shape != theirs.shape:
-            raise ValueError(
-                f"{name} is {tuple(theirs.shape)} in the saved weights and {tuple(mine.shape)} in the model"
-            )
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:

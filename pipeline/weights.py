@@ -13,7 +13,7 @@ from pipeline.config import Config, ConfigError, ModelConfig
 from pipeline.failures import CheckpointError
 from pipeline.model import ResNet
 from pipeline.settings import load
-from pipeline.state import check_weights, load_weights
+from pipeline.state_dict import check_weights, load_weights
 from pipeline.storage import Storage
 
 # Where training programs put the weights in what they save, averaged ones first.

@@ -47,7 +47,7 @@ def checkpoint(folder: Path, num_threads: int, rounds: int) -> dict[str, Any]:
     held, plain = list[float](), list[float]()
     for state.step in range(rounds + 1):
         began = time.perf_counter()
-        saver.save(state, lambda: META, now=True)
+        saver.save(state.step, state.finite_state_dict, lambda: META, now=True)
         held.append(time.perf_counter() - began)
         while saver.busy:
             time.sleep(0.01)

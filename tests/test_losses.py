@@ -5,7 +5,7 @@ import torch
 from timm.loss import BinaryCrossEntropy
 
 from pipeline.config import TrainConfig
-from pipeline.losses import loss_sum
+from pipeline.step import loss_sum
 
 CLASSES, IMAGES = 7, 5
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from pipeline.config import ModelConfig
 from pipeline.model import ARCHITECTURES, PARTS, PIXEL_MEAN, PIXEL_STD, ResNet, drop_rates
 from pipeline.scaling import count_network
-from pipeline.state import load_weights
+from pipeline.state_dict import load_weights
 
 # torchvision's model pages; 152 also by the layer sizes of the paper's table 1.
 PARAMETERS = {18: 11_689_512, 34: 21_797_672, 50: 25_557_032, 101: 44_549_160, 152: 60_192_808}

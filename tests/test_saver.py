@@ -52,7 +52,7 @@ class Watched:
 
     def save(self, state: TrainState, step: int) -> None:
         state.step = step
-        self.saver.save(state, lambda: META, now=True)
+        self.saver.save(state.step, state.finite_state_dict, lambda: META, now=True)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from pipeline import cli, figures, scale, speed
 from pipeline.config import ConfigError
 from pipeline.data.loader import Place
 from pipeline.settings import load
+from pipeline.storage import make_folder
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["model.depth=18", "train.global_batch=16", "cluster.workers=2"]
@@ -108,7 +109,7 @@ def test_more_threads_than_cores_are_refused() -> None:
 def test_a_place_for_figures_that_cannot_be_made_is_told_before(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"--out .*file/x: Not a directory; name another directory"):
-        figures.open_folder(tmp_path / "file/x")
+        make_folder(tmp_path / "file/x")
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> Any:

@@ -1,0 +1,5 @@
+"""The error of a request that cannot be carried out as it stands: its text is one line for the user."""
+
+
+class ConfigError(ValueError):
+    """A request that cannot be carried out as it stands; its text is one line for the user."""
