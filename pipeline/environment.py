@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from pipeline.errors import ConfigError
 from pipeline.machine import user_name
-from pipeline.schema import ConfigError
 
 # Left over from torchrun, an MPI or a batch system's wrapper. Ray Train sets those that count, but only some of them;
 # TORCHELASTIC_USE_AGENT_STORE alone has every worker wait for a store that nobody serves.

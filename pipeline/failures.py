@@ -26,7 +26,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from pipeline.config import ConfigError
+from pipeline.errors import ConfigError
 
 T = TypeVar("T")
 

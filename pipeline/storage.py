@@ -195,7 +195,7 @@ class Storage:
         from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 
         if self.uri.startswith(("http://", "https://")):
-            from pipeline.web import web_folder
+            from pipeline.http_storage import web_folder
 
             return web_folder(self.uri)
         try:

@@ -28,7 +28,15 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).parent.parent
-RUN = "import sys; from pipeline.cli import main; sys.argv[0] = 'pipeline'; sys.exit(main())"
+RUN = """
+import sys
+try:
+    from pipeline.cli.app import main
+except ImportError:  # an older version
+    from pipeline.cli import main
+sys.argv[0] = "pipeline"
+sys.exit(main())
+"""
 DEMO = ["train.log_every=1", "cluster.workers=2", "train.precision=fp32"]
 SMALL = ["model.depth=18", "data.image_size=64", "data.val_resize=64", "train.global_batch=32", "cluster.workers=1"]
 SMALL += ["train.precision=fp32", "train.log_every=5", "train.eval_every=1000"]

@@ -25,10 +25,10 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from pipeline.config import DataConfig
-from pipeline.data.build import build_index
+from pipeline.config.schema import DataConfig
 from pipeline.data.index import load_index
-from pipeline.data.loader import Place, TrainLoader
+from pipeline.data.indexing.build import build_index
+from pipeline.data.loading.loader import Place, TrainLoader
 
 NUM_IMAGES, NUM_CLASSES, SIDES = 256, 4, (64, 1200)  # pixels
 GLOBAL_BATCH, SAMPLE_EVERY, SETTLED = 4, 100, 500  # images; batches

@@ -154,9 +154,9 @@ def write_index(file: str, num_rows: int, started: float) -> None:
 def ids_of_ours(file: str, kind: dict[str, int], started: float) -> dict[str, float]:
     import torch
 
-    from pipeline.config import DataConfig
+    from pipeline.config.schema import DataConfig
     from pipeline.data.index import load_index
-    from pipeline.data.loader import Place, TrainLoader
+    from pipeline.data.loading.loader import Place, TrainLoader
 
     imported, before = time.time(), _memory()
     cfg = DataConfig(train=file, val=file, shuffle_block=kind.get("block"))

@@ -31,9 +31,9 @@ from peer import LABEL_SMOOTHING, LR, Peer
 from peers_report import AIMS, CEILING, FIT, OURS, fastest, steps_per_s, summarise, table
 from turns import Program, Running, race
 
-from pipeline.figures import machine
+from pipeline.bench.common import machine
 from pipeline.machine import cpu_count
-from pipeline.precision import decide, emulation, hardware_of
+from pipeline.training.precision import decide, emulation, hardware_of
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "imagenet" / "resnet152.yaml"  # the plain recipe; the depth is set

@@ -23,12 +23,12 @@ from typing import Any
 import make_digits
 import torch
 
-from pipeline.job import Context, Event, Job
-from pipeline.saver import Saver
-from pipeline.settings import load
-from pipeline.state import TrainState
+from pipeline.config.loading import load
+from pipeline.runs.async_checkpointer import Saver
+from pipeline.runs.spec import Context, Event, Job
 from pipeline.storage import Storage
-from pipeline.train import fit
+from pipeline.training.loop import fit
+from pipeline.training.state import TrainState
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -111,7 +111,7 @@ def mlflow(folder: Path, rounds: int) -> dict[str, Any]:
 
 
 def _index(digits: Path) -> Path:
-    from pipeline.data.build import build_index
+    from pipeline.data.indexing.build import build_index
 
     build_index(digits / "train")[0].save(digits / "train.arrow")
     return digits / "train.arrow"

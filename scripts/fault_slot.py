@@ -26,13 +26,13 @@ from faults import HANGS, Fault
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from small_run import STOP_AT, Place
 
-from pipeline.checkpoint import STATE
-from pipeline.data.build import build_index
+from pipeline.data.indexing.build import build_index
 from pipeline.failures import DriverEnd, FailureBudget, driver_is_replaced
-from pipeline.job import Event
-from pipeline.job import Fault as Failure
-from pipeline.provenance import software
+from pipeline.runs.checkpoint import STATE
+from pipeline.runs.spec import Event
+from pipeline.runs.spec import Fault as Failure
 from pipeline.storage import Storage
+from pipeline.versions import software
 
 PARTS = (0, 1)
 NUM_IMAGES = {"train": 4, "val": 2}  # of each digit

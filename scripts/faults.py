@@ -27,8 +27,8 @@ import requests
 import torch
 from fast_clock import Clock
 
-from pipeline import mlflow_run, mlflow_store
 from pipeline.storage import Storage
+from pipeline.tracking import mlflow_run, mlflow_store
 
 BEFORE, ONCE, AFTER, MINUTE, HANGS, LOST = KINDS = (
     "dies-before",

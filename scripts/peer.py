@@ -163,10 +163,10 @@ def _train(peer: Peer, model: nn.Module, optimizer: Any, loader: Iterable[tuple[
 
 
 def ceiling_steps(peer: Peer, rank: int) -> Iterator[None]:
-    from pipeline.data.loader import Batch
-    from pipeline.settings import load
-    from pipeline.state import TrainState
-    from pipeline.step import train_step
+    from pipeline.config.loading import load
+    from pipeline.data.loading.loader import Batch
+    from pipeline.training.state import TrainState
+    from pipeline.training.step import train_step
 
     cfg, share, classes = load(Path(peer.config), peer.overrides), peer.batch // peer.ranks, _num_classes(peer)
     state = TrainState.create(cfg, classes, CPU)
@@ -186,20 +186,20 @@ def _num_classes(peer: Peer) -> int:
 
 
 def fit(peer: Peer, rank: int) -> None:
-    from pipeline import runs, train
-    from pipeline.job import Context, Job
-    from pipeline.settings import load
-    from pipeline.tracking import Tracker
+    from pipeline.config.loading import load
+    from pipeline.runs.spec import Context, Job
+    from pipeline.tracking.mlflow_logger import Tracker
+    from pipeline.training import loop, open_run
 
     with mock.patch.object(Tracker, "_send_all"):
         context = Context(rank, peer.ranks, CPU, peer.threads, lambda event: None)
         cfg = load(Path(peer.config), peer.overrides)
-        with runs.prepare(cfg, lambda event: None) if rank == 0 else nullcontext() as job:
+        with open_run.prepare(cfg, lambda event: None) if rank == 0 else nullcontext() as job:
             jobs: list[Job | None] = [job]
             if peer.ranks > 1:
                 dist.broadcast_object_list(jobs, src=0)
             assert jobs[0] is not None
-            train.fit(jobs[0], context)
+            loop.fit(jobs[0], context)
 
 
 if __name__ == "__main__":

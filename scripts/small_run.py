@@ -25,18 +25,20 @@ import torch._dynamo  # likewise: an optimizer imports it, which takes two secon
 from fast_clock import Clock
 from faults import Fault, Seam
 
-from pipeline import checkpoint, driver, launch, sync
-from pipeline.config import Config, ConfigError
+from pipeline.cluster import controller, driver
+from pipeline.cluster.supervisor import Request
+from pipeline.config.loading import load
+from pipeline.config.schema import Config
+from pipeline.errors import ConfigError
 from pipeline.failures import FailureBudget, FatalError, attempt_is_repeated, driver_end
-from pipeline.identity import Identity
-from pipeline.job import Context, Event, Job
-from pipeline.job import Fault as Failure
-from pipeline.saver import Saver
-from pipeline.settings import load
-from pipeline.state import TrainState
+from pipeline.runs import checkpoint
+from pipeline.runs.async_checkpointer import Saver
+from pipeline.runs.manifest import Identity
+from pipeline.runs.spec import Context, Event, Job
+from pipeline.runs.spec import Fault as Failure
 from pipeline.storage import Storage
-from pipeline.supervise import Request
-from pipeline.train import fit
+from pipeline.tracking import sync
+from pipeline.training.loop import fit
 
 ROOT = Path(__file__).parent.parent
 NAME = "small"
@@ -145,7 +147,7 @@ def _opened(request: Request, watch: Callable[[Event], None]) -> Iterator[Job]:
         watch({"kind": "warning", "text": text})
 
     supervisor: Any = SimpleNamespace(request=request, wants_stop=threading.Event(), warn=warn, event=watch)
-    launch.TrainController = lambda *_, **__: None  # type: ignore[assignment, misc]
+    controller.TrainController = lambda *_, **__: None  # type: ignore[assignment, misc]
     with contextlib.ExitStack() as stack:
         with driver._watched(supervisor) as heartbeat:
             job, _ = stack.enter_context(driver._opened(supervisor, heartbeat))
@@ -156,8 +158,8 @@ def _settle_saves(clock: Clock) -> None:
     """Have each save wait until it is done: how fast a disk is must not choose the steps that are saved."""
     save = Saver.save
 
-    def settled(saver: Saver, state: TrainState, meta: Callable[[], dict[str, Any]], **options: bool) -> None:
-        save(saver, state, meta, **options)
+    def settled(saver: Saver, *state: Any, **options: Any) -> None:
+        save(saver, *state, **options)
         began = clock.real_monotonic()
         while saver._writing and not saver._writing.done():
             if clock.since is not None and clock.real_monotonic() - began > SAVE_BOUND_S:

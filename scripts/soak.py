@@ -28,7 +28,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parent.parent / "tests"))
+sys.path.append(str(Path(__file__).parent.parent / "tests" / "support"))
 
 import make_digits
 import psutil
@@ -135,7 +135,7 @@ class Soak:
     def run(self) -> int:
         """Train to the end; the command's exit code."""
         make_digits.write(self._folder / "digits")
-        site = write_site(self._folder / "site", {"pipeline.model": TINY})
+        site = write_site(self._folder / "site", {"pipeline.models.resnet": TINY})
         (self._folder / "tmp").mkdir()
         port = free_port()
         with MlflowServer(self._folder, port) as server, Proxy(port, free_port()) as proxy:

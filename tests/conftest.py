@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,19 +16,17 @@ os.environ.setdefault("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "100000")
 # would tell of neighbours.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import make_digits
 import pytest
 from commands import ROOT, Run, Start, trainings
 from ranks import context
 
-from pipeline import cli
-from pipeline.data.build import build_index
-from pipeline.job import Job
-from pipeline.settings import load
+from pipeline.cli import app
+from pipeline.config.loading import load
+from pipeline.data.indexing.build import build_index
+from pipeline.runs.spec import Job
 from pipeline.storage import Storage
-from pipeline.train import fit
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
-import make_digits
+from pipeline.training.loop import fit
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +100,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
     def run_cli(*args: object) -> tuple[int, str, str]:
         capsys.readouterr()
-        code = cli.main([str(a) for a in args])
+        code = app.main([str(a) for a in args])
         out, err = capsys.readouterr()
         return code, out, err
 

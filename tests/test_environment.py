@@ -11,8 +11,8 @@ import pytest
 from commands import PIPELINE, ROOT
 
 from pipeline import environment
-from pipeline.config import ConfigError
 from pipeline.environment import driver_environment
+from pipeline.errors import ConfigError
 
 LONG = "x" * 100
 
@@ -230,7 +230,7 @@ def test_workers_that_lost_nccl_do_not_go_on(given: str | None, expected: str) -
     pair = {} if given is None else {"TORCH_NCCL_ASYNC_ERROR_HANDLING": given}
     environ = {name: value for name, value in os.environ.items() if not name.startswith("TORCH_NCCL")}
     code = (
-        "import os; from ray.train.torch import config; from pipeline.trainer import _prepare; "
+        "import os; from ray.train.torch import config; from pipeline.cluster.trainer import _prepare; "
         "config._set_torch_distributed_env_vars = lambda: None; "
         "_prepare('127.0.0.1', 1); "
         "config.dist.init_process_group = lambda **_: print(os.environ['TORCH_NCCL_ASYNC_ERROR_HANDLING']); "

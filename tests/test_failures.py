@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import failures, supervise
-from pipeline.claim import SupersededError
-from pipeline.config import ConfigError
-from pipeline.data.fetch import BadDataError
+from pipeline import failures
+from pipeline.cluster import supervisor
+from pipeline.cluster.ray_start import RayStartError
+from pipeline.config.loading import load
+from pipeline.data.loading.fetch import BadDataError
+from pipeline.errors import ConfigError
 from pipeline.failures import (
     ClusterLostError,
     DamagedError,
@@ -19,9 +21,8 @@ from pipeline.failures import (
     NonFiniteError,
     TrainingFailedError,
 )
-from pipeline.job import Event
-from pipeline.settings import load
-from pipeline.starting import RayStartError
+from pipeline.runs.claim import SupersededError
+from pipeline.runs.spec import Event
 
 
 def test_only_a_newer_checkpoint_gives_back_the_budget() -> None:
@@ -51,18 +52,18 @@ def test_driver_and_supervisor_count_as_one(monkeypatch: pytest.MonkeyPatch) -> 
     """Each driver has a worker's failure, then is lost: with max_failures=3 the fourth is one too many."""
     left = list[int]()
 
-    def run(request: supervise.Request, _: object, note: object, __: object) -> tuple[str, object]:
+    def run(request: supervisor.Request, _: object, note: object, __: object) -> tuple[str, object]:
         assert callable(note)
         note({"kind": "start", "device": "cpu", "step": 0})
         left.append(request.budget.num_failures)
         note({"kind": "fault", "text": "worker 0 failed"})
         return "lost", "the driver was killed"
 
-    monkeypatch.setattr(supervise, "_run_driver", run)
+    monkeypatch.setattr(supervisor, "_run_driver", run)
     monkeypatch.setattr(failures, "PAUSES_BEFORE_ATTEMPT_S", (0,))
     events = list[Event]()
     with pytest.raises(TrainingFailedError, match="the driver was killed"):
-        supervise.train(load(None, ["data.train=x", "data.val=x"]), "x", None, events.append)
+        supervisor.train(load(None, ["data.train=x", "data.val=x"]), "x", None, events.append)
     assert left == [0, 2]
     assert [event["kind"] for event in events].count("fault") == 3
 

@@ -15,11 +15,11 @@ import torch
 from s3 import s3_storage
 from web import web_server
 
-from pipeline import checkpoint, retention
+from pipeline.config.loading import load
 from pipeline.failures import CheckpointError, retry
-from pipeline.settings import load
-from pipeline.state import TrainState
+from pipeline.runs import checkpoint, retention
 from pipeline.storage import Storage, alone, fsync
+from pipeline.training.state import TrainState
 
 TREE = {"a b/%20#?&é.txt": b"odd", "a b/c/empty": b"", "x.tar": bytes(range(256)) * 100}
 META: dict[str, Any] = {"training_id": "t", "fingerprint": "f", "classes": ["a", "b"], "metrics": {}}
@@ -113,7 +113,7 @@ def test_a_large_file_of_a_web_server_that_sends_only_whole_ones_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each part of it would be a download of all."""
-    monkeypatch.setattr("pipeline.web.MAX_WHOLE", 100)
+    monkeypatch.setattr("pipeline.http_storage.MAX_WHOLE", 100)
     (tmp_path / "x.tar").write_bytes(b"x" * 101)
     with web_server(tmp_path) as server:
         server.sends_parts = False

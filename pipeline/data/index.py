@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from pipeline.config import ConfigError
+from pipeline.errors import ConfigError
 from pipeline.storage import Storage
 
 FORMAT = 2

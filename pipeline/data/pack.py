@@ -18,12 +18,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipeline.config import ConfigError, DataConfig
-from pipeline.data.build import CLASSES_FILE, Progress
+from pipeline.config.schema import DataConfig
 from pipeline.data.index import Index
-from pipeline.data.read import Reader
-from pipeline.data.rows import DECODABLE
-from pipeline.data.sampling import permute
+from pipeline.data.indexing.build import CLASSES_FILE, Progress
+from pipeline.data.indexing.rows import DECODABLE
+from pipeline.data.loading.read import Reader
+from pipeline.data.stream import permute
+from pipeline.errors import ConfigError
 from pipeline.storage import fsync
 
 CHUNK = 256  # images in memory, twice

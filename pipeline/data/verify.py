@@ -5,11 +5,12 @@ from contextlib import closing
 
 import numpy as np
 
-from pipeline.config import ConfigError, DataConfig
-from pipeline.data.build import Progress, Refused, Report, without
+from pipeline.config.schema import DataConfig
+from pipeline.data.batch_spec import Request
 from pipeline.data.index import Index
-from pipeline.data.loader import EvalLoader, Place
-from pipeline.data.request import Request
+from pipeline.data.indexing.build import Progress, Refused, Report, without
+from pipeline.data.loading.loader import EvalLoader, Place
+from pipeline.errors import ConfigError
 
 BATCH = 128
 

@@ -1,0 +1,268 @@
+"""A configuration's images/s, hours, goodput and cost on a number of GPUs, on paper.
+
+A model small enough to check by hand: a step is the slowest rank's arithmetic and what of the all-reduce does not hide
+behind it, unless images cannot be read or decoded so fast; a run is its steps, and what failures cost.
+docs/performance.md says how far to trust it.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.bench.planning import failure_model
+from pipeline.bench.planning.assumptions import Assumptions
+from pipeline.config.schema import Config, ModelConfig
+from pipeline.errors import ConfigError
+from pipeline.models.resnet import ResNet
+
+RESNET50_MACS, RESNET50_ELEMENTS = 4.089e9, 11.11e6  # an image of 224 pixels, forward
+
+
+@dataclass(frozen=True)
+class Network:
+    """macs: multiply-adds of one image, forward. elements: that its convolutions write. layers: kernels, about."""
+
+    parameters: int
+    macs: float
+    elements: float
+    layers: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a prediction is of. batch_per_gpu: weak scaling; None keeps the recipe's global batch. rate: images/s of
+    one GPU alone, where it is known."""
+
+    cfg: Config
+    a: Assumptions
+    net: Network
+    images: int
+    batch_per_gpu: int | None = None
+    rate: float | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prediction for one number of GPUs. step_s is the largest of the three after it; `parts` add up to work_s."""
+
+    gpus: int
+    global_batch: int
+    step_s: float
+    work_s: float
+    read_s: float
+    decode_s: float
+    parts: dict[str, float]
+    images_per_s: float
+    efficiency: float
+    goodput: float
+    hours: float
+    cost: float
+    bound: str
+
+
+def count_network(model: ModelConfig, image_size: int, num_classes: int = 1000) -> Network:
+    """Count our own model on torch's meta device, which computes shapes alone."""
+    written, layers = 0, 0
+
+    def count(module: torch.nn.Module, _: Any, out: torch.Tensor) -> None:
+        nonlocal written, layers
+        written += out.numel() if isinstance(module, torch.nn.Conv2d) else 0
+        layers += 1
+
+    with torch.device("meta"):
+        net = ResNet(model, num_classes).eval()  # BatchNorm refuses a single value a channel in training
+        for module in net.modules():
+            if not list(module.children()):
+                module.register_forward_hook(count)
+        with FlopCounterMode(display=False) as counter:
+            net(torch.empty(1, 3, image_size, image_size))
+    parameters = sum(p.numel() for p in net.parameters())
+    return Network(parameters, counter.get_total_flops() / 2, written, layers)
+
+
+def card_rate(net: Network, precision: str, a: Assumptions) -> float:
+    """Images/s of one GPU alone, at a large batch: the published A100's, in proportion to memory bandwidth.
+
+    ResNets write and read much for little arithmetic. By bandwidth alone a T4 would keep 0.36 of a V100's speed in AMP
+    inference (published: 0.35), and a V100 0.44 of an A100's in training (published: 0.49); by their peaks 0.52 and
+    0.40. Other depths and sizes cost the mean of their multiply-adds' and their written elements' ratios.
+    """
+    work = (net.macs / RESNET50_MACS + net.elements / RESNET50_ELEMENTS) / 2
+    by_memory = a.resnet50_images_s * a.memory_gb_s / a.resnet50_memory_gb_s / work
+    by_peak = a.peak_share * a.peak_tflops * 1e12 / (6 * net.macs)  # backward costs twice the forward pass
+    return min(by_memory, by_peak) * (a.fp32_speed if precision == "fp32" else 1)
+
+
+def compute_s(batch: float, rate: float, floor_s: float) -> float:
+    """A pass over `batch` images: arithmetic and launching kernels hide each other, but not quite.
+
+    The root of the sum of squares meets NVIDIA's published latencies (V100, AMP, ResNet-50) within 7% from batch 1 to
+    256. Half the rate is attained at a batch of floor_s * rate / sqrt(3).
+    """
+    return math.hypot(batch / rate, floor_s)
+
+
+def expected_max(num_ranks: int) -> float:
+    """Of so many standard normal numbers, about (Blom 1958): 0 for one, 3.2 for 1,024."""
+    return NormalDist().inv_cdf((num_ranks - 0.375) / (num_ranks + 0.25))
+
+
+def all_reduce_s(num_ranks: int, num_bytes: float, a: Assumptions) -> float:
+    """A ring inside each node and one between them; each sends 2 (n - 1) / n of the bytes."""
+    inside = min(num_ranks, int(a.gpus_per_node))
+    nodes = -(-num_ranks // int(a.gpus_per_node))
+    seconds = 2 * (inside - 1) / inside * num_bytes / (a.link_gb_s * a.link_share * 1e9)
+    seconds += 2 * (nodes - 1) / nodes * num_bytes / (a.network_gb_s * a.link_share * 1e9)
+    hops = 2 * (inside - 1) + 2 * math.ceil(math.log2(nodes))
+    return seconds + num_buckets(num_bytes, a) * hops * a.latency_us * 1e-6
+
+
+def num_buckets(num_bytes: float, a: Assumptions) -> int:
+    return math.ceil(num_bytes / (a.bucket_mb * 1e6))
+
+
+def exposed_s(all_reduce: float, buckets: int, backward_s: float, a: Assumptions) -> float:
+    """What of an all-reduce steps wait for: the last bucket, and what the backward pass before it is too short for."""
+    last = all_reduce / buckets
+    return last + max(0.0, all_reduce - last - a.overlap * backward_s * (buckets - 1) / buckets)
+
+
+def batches(case: Case, gpus: int) -> tuple[int, int]:
+    """The global batch, and the largest share of it.
+
+    Raises:
+        ConfigError: fewer images than GPUs.
+    """
+    unit = 2 if case.cfg.data.mixes else 1
+    if case.batch_per_gpu and case.batch_per_gpu % unit:
+        raise ConfigError(f"--batch-per-gpu {case.batch_per_gpu}: must be even, for pairs of data.mixup or data.cutmix")
+    total = case.batch_per_gpu * gpus if case.batch_per_gpu else case.cfg.train.global_batch
+    if total < gpus * unit:
+        raise ConfigError(
+            f"--gpus {gpus}: train.global_batch={total} gives some of them nothing; ask for at most {total // unit}, "
+            "or give --batch-per-gpu"
+        )
+    return total, -(-total // unit // gpus) * unit
+
+
+def predict(case: Case, gpus: int) -> Row:
+    """The row of a number of GPUs."""
+    cfg, a = case.cfg, case.a
+    total, share = batches(case, gpus)
+    rate = case.rate or card_rate(case.net, cfg.train.precision, a)
+    passes = -(-share // (cfg.train.micro_batch or share))
+    plain, one = share / rate, compute_s(share / passes, rate, case.net.layers * a.launch_us * 1e-6)
+    per_node = int(a.gpus_per_node)
+    crowd = (min(gpus, per_node) - 1) / max(per_node - 1, 1)
+    crowded = passes * one / (1 - (1 - a.full_node) * crowd)
+    num_bytes = case.net.parameters * a.grad_bytes
+    backward = crowded / passes * 2 / 3
+    reduced = all_reduce_s(gpus, num_bytes, a)
+    parts = {
+        "arithmetic": plain,
+        "launching kernels": passes * one - plain,
+        "full nodes": crowded - passes * one,
+        "stragglers": crowded * a.jitter * expected_max(gpus),
+        "network": exposed_s(reduced, num_buckets(num_bytes, a), backward, a),
+    }
+    nodes = -(-gpus // per_node)
+    times = {
+        "work": sum(parts.values()),
+        "reading": total * a.image_kb * 1e3 / (min(nodes * a.node_read_gb_s, a.storage_gb_s) * 1e9),
+        "decoding": share / (a.cores_per_gpu * a.decode_per_core + a.decode_per_gpu),
+    }
+    slowest = max(times, key=lambda name: times[name])
+    step_s = times[slowest]
+    alone = 1.0 if gpus == 1 else predict(case, 1).images_per_s
+    speed = total / step_s
+    work_s = num_steps(case, gpus) * step_s + num_evaluations(case, gpus) * a.val_images / (3 * speed)
+    kept = failure_model.goodput(interval_s(case, gpus, step_s, cfg.checkpoint.every), failures(case, gpus))
+    hours = (a.start_s + work_s / kept) / 3600 if kept else math.inf
+    return Row(
+        gpus=gpus,
+        global_batch=total,
+        step_s=step_s,
+        work_s=times["work"],
+        read_s=times["reading"],
+        decode_s=times["decoding"],
+        parts=parts,
+        images_per_s=speed,
+        efficiency=1.0 if gpus == 1 else speed / (gpus * alone),
+        goodput=kept,
+        hours=hours,
+        cost=hours * gpus * a.price_per_gpu_hour,
+        bound=max(parts, key=lambda name: parts[name]) if slowest == "work" else slowest,
+    )
+
+
+def num_steps(case: Case, gpus: int) -> int:
+    total, _ = batches(case, gpus)
+    if case.images < total:
+        mend = "--batch-per-gpu" if case.batch_per_gpu else "train.global_batch"
+        raise ConfigError(
+            f"--gpus {gpus}: a global batch of {total} is more than the {case.images} images; lower {mend}"
+        )
+    return case.cfg.train.steps or case.cfg.train.epochs * (case.images // total)
+
+
+def num_evaluations(case: Case, gpus: int) -> int:
+    total, _ = batches(case, gpus)
+    return math.ceil(num_steps(case, gpus) / (case.images // total) / case.cfg.train.eval_every)
+
+
+def failures(case: Case, gpus: int) -> failure_model.Outages:
+    """The state is weights, the optimizer's copies, and averages, 4 bytes each."""
+    optim = case.cfg.optim
+    moments = 2 if optim.name in ("adamw", "lamb") else int(optim.momentum > 0)
+    copies = 1 + moments + int(case.cfg.train.ema_decay is not None)
+    state_gb = case.net.parameters * 4 * copies / 1e9
+    mtbf = case.a.gpu_mtbf_h * 3600 / gpus
+    return failure_model.Outages(mtbf, case.a.restart_s, state_gb / case.a.hold_gb_s, state_gb / case.a.write_gb_s)
+
+
+def interval_s(case: Case, gpus: int, step_s: float, every: int) -> float:
+    """Between two checkpoints: one that is due while another is being written is postponed."""
+    return max(min(every, num_steps(case, gpus)) * step_s, failures(case, gpus).write)
+
+
+def best_every(case: Case, row: Row) -> int:
+    """The checkpoint.every that loses least, to two digits, since the optimum is flat."""
+    steps = failure_model.best_interval(failures(case, row.gpus)) / row.step_s
+    rounded = float(f"{max(1.0, steps):.2g}")
+    return min(math.ceil(rounded), num_steps(case, row.gpus))
+
+
+def checkpoints(case: Case, row: Row) -> dict[str, Any]:
+    """The configured interval beside the best, by the closed form and by simulation."""
+    o = failures(case, row.gpus)
+    work = num_steps(case, row.gpus) * row.step_s
+
+    def judged(every: int) -> dict[str, Any]:
+        interval = interval_s(case, row.gpus, row.step_s, every)
+        runs = failure_model.simulate(work, interval, o)
+        return {
+            "every": every,
+            "interval_s": interval,
+            "goodput": failure_model.goodput(interval, o),
+            "simulated": None if runs is None else _spread(runs),
+        }
+
+    return {
+        **asdict(o),
+        "young_s": failure_model.young(o.hold, o.mtbf),
+        "daly_s": failure_model.daly(o.hold, o.mtbf),
+        "failures": row.hours * 3600 / o.mtbf if row.goodput else None,
+        "configured": judged(case.cfg.checkpoint.every),
+        "best": judged(best_every(case, row)),
+    }
+
+
+def _spread(values: failure_model.FloatArray) -> dict[str, float]:
+    low, high = np.percentile(values, [5, 95]).tolist()
+    error = float(values.std() / math.sqrt(len(values)))
+    return {"mean": float(values.mean()), "error": error, "low": low, "high": high}

@@ -1,0 +1,204 @@
+"""What people see: a progress bar on a terminal, plain lines elsewhere."""
+
+import time
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import IO, Any, Self
+
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pipeline.runs.spec import Event
+
+LINE_EVERY_S = 5.0  # where there is no bar
+
+
+class _Console(RichConsole):
+    def on_broken_pipe(self) -> None:
+        """Nobody reads any more: no reason to end what is under way, as rich's own does."""
+        self.quiet = True
+
+
+class _View:
+    """A bar, where `file` is a terminal, and lines. To be used as a context."""
+
+    def __init__(self, file: IO[str]):
+        self._console = _Console(file=file, highlight=False, soft_wrap=True)
+        self._task: Any = None
+        self._began = time.monotonic()
+        self._bar: Progress | None = None
+        if self._console.is_terminal:
+            text = TextColumn("{task.description}", markup=False)
+            columns = BarColumn(bar_width=30), MofNCompleteColumn(), text, TimeRemainingColumn()
+            self._bar = Progress(*columns, console=self._console)
+
+    def __enter__(self) -> Self:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def say(self, text: str) -> None:
+        try:
+            self._console.print(text, markup=False)
+        except OSError:  # nobody reads any more (a closed pipe or terminal): no reason to end what is under way
+            self._console.quiet = True
+
+
+class WorkView(_View):
+    """Shows how far some work is: call it with what is done, of how much, and words."""
+
+    def __init__(self, file: IO[str]):
+        super().__init__(file)
+        self._told = self._began
+
+    def __call__(self, done: int, total: int, text: str) -> None:
+        if self._bar:
+            self._task = self._bar.add_task("") if self._task is None else self._task
+            self._bar.update(self._task, completed=done, total=total, description=text)
+        elif time.monotonic() - self._told >= LINE_EVERY_S:
+            self._told = time.monotonic()
+            self.say(f"{done} of {total}: {text}")
+
+
+class TrainingView(_View):
+    """Shows the events of a training: call it with each."""
+
+    def __init__(self, file: IO[str]):
+        super().__init__(file)
+        self._rate, self._num_steps, self._global_batch = 0.0, 0, 0
+        self._saved = False  # there is a checkpoint, as far as is known
+        self.run: str | None = None  # its name
+
+    def __call__(self, event: Event) -> None:
+        match event["kind"]:
+            case "run":
+                self.run = event["name"]
+                self.say(f"run {event['name']} in {event['place']}")
+            case "start":
+                self._start(event)
+            case "step":
+                self._step(event)
+            case "evaluation":
+                count = int(event["count"])
+                self.say(
+                    f"step {event['step']}: val top-1 {event['top1']:.4f}, top-5 {event['top5']:.4f}, "
+                    f"loss {event['loss']:.4f} on {count} images"
+                )
+            case "checkpoint":
+                self._saved = True
+                if self._bar is None:
+                    self.say(f"step {event['step']}: saved {event['path']}")
+            case "stopping":
+                how = "saving a checkpoint at the next step" if self._num_steps else "ending, as no step is done"
+                self.say(f"{event['signal']}: {how}; once more to stop at once")
+            case "regroup":
+                self.say(f"{event['text']}: saving a checkpoint, then going on with the workers there are")
+            case "fault":
+                how = "going on from the newest checkpoint" if self._saved else "starting again"
+                self.say(f"fault: {event['text']}; {how}")
+            case "note" | "search":
+                self.say(event["text"])
+            case "warning" | "killer":
+                self.say(f"warning: {event['text']}")
+
+    def _start(self, event: Event) -> None:
+        self._num_steps, self._global_batch = event["num_steps"], event["global_batch"]
+        self._saved = self._saved or bool(event["resumed_from"])
+        where = f"resumed from {event['resumed_from']}" if event["resumed_from"] else "from the start"
+        self.say(
+            f"session {event['session']}: step {event['step']} of {self._num_steps}, {where}; "
+            f"{event['world_size']} workers x {event['num_threads']} threads on {event['device']} "
+            f"in {event['precision']} ({event['precision_reason']}), "
+            f"ready {_recovery(event) or f'after {time.monotonic() - self._began:.1f} s'}"
+        )
+        self.say("  " + ", ".join(f"{name} {s:.1f} s" for name, s in event["startup"].items()))
+        if self._bar and self._task is None:
+            self._task = self._bar.add_task("", total=self._num_steps, completed=event["step"])
+
+    def _step(self, event: Event) -> None:
+        rate = event["perf/images_per_s"]
+        self._rate = rate if not self._rate else 0.7 * self._rate + 0.3 * rate
+        text = f"loss {event['train/loss']:.4f}  {rate:.0f} images/s"
+        if self._bar:
+            self._bar.update(self._task, completed=event["step"], description=text)
+            return
+        left = (self._num_steps - event["step"]) * self._global_batch / self._rate
+        self.say(
+            f"step {event['step']}/{self._num_steps}  epoch {event['train/epoch']:.2f}  lr {event['train/lr']:.2e}  "
+            f"{text}  {timedelta(seconds=round(left))} left"
+        )
+
+
+def _recovery(event: Event) -> str:
+    if "lost_steps" not in event:
+        return ""
+    return f"{event['recovery_s']:.0f} s after the fault, {event['lost_steps']} steps to do again"
+
+
+def summary_lines(summary: dict[str, Any]) -> list[str]:
+    """The end of a training, for people."""
+    uri, run_id = summary["mlflow_uri"], summary["mlflow_run_id"]
+    place = f"#/experiments/{summary['mlflow_experiment_id']}/runs/{run_id}"
+    spent = sorted(summary["seconds"].items(), key=lambda item: -item[1])
+    seconds = ", ".join(f"{name} {s:.0f} s" for name, s in spent if s >= 0.5)
+    lines = [
+        f"{summary['status']} at step {summary['step']} of {summary['num_steps']}",
+        f"  top-1       {_figure(summary['top1'])}   top-5 {_figure(summary['top5'])}",
+        f"  speed       {_figure(summary['images_per_s'], '.1f')} images/s",
+        f"  time        {seconds}",
+        f"  goodput     {summary['goodput']:.1%} of all time, in all sessions, computed steps that count",
+        f"  checkpoint  {summary['checkpoint']}",
+        f"  MLflow run  {run_id or 'not reached'}",
+    ]
+    if run_id is None:
+        lines.append(f"  to send it  pipeline sync {summary['run_dir']}")
+    elif uri.startswith("sqlite:"):
+        lines.append(f"  look at it  mlflow ui --port 5000 --backend-store-uri {uri}")
+        lines.append(f"              then open http://127.0.0.1:5000/{place}")
+    else:
+        lines.append(f"  look at it  {uri.rstrip('/')}/{place}")
+    if summary["status"] == "interrupted":
+        lines.append(f"  go on with  pipeline train --resume {summary['run_dir']}")
+    return lines
+
+
+def report_lines(head: Mapping[str, Any], worst: Sequence[Mapping[str, Any]], num_classes: int) -> list[str]:
+    """A report's figures, in at most 80 columns.
+
+    Args:
+        head: of `Facts.headline`.
+        worst: of the classes with the lowest recall, {"class", "images", "recall", "precision", "taken_for"}.
+    """
+    top = [f"top-1 {head['top1']:.4f}", f"top-5 {head['top5']:.4f}", f"loss {head['loss']:.4f}"]
+    of = "" if head["num_steps"] is None else f" of {head['num_steps']}"
+    goodput = _figure(head["goodput"], ".1%")
+    lines = [
+        "  ".join([*top, f"calibration error {head['ece']:.4f}"]),
+        f"on {int(head['count'])} images, after step {head['step']}{of}",
+        f"{_figure(head['images_per_s'], '.1f')} images/s, goodput {goodput}, "
+        f"sessions {_figure(head['sessions'], 'd')}, faults {_figure(head['faults'], 'd')}",
+        "",
+        f"{f'worst of {num_classes} classes':26}  images  accuracy  precision  taken for",
+    ]
+    for one in worst:
+        figures = f"{one['images']:6}  {_figure(one['recall'], '8.4f'):>8}  {_figure(one['precision'], '9.4f'):>9}"
+        lines.append(f"{_cell(one['class'], 26)}  {figures}  {_cell(one['taken_for'] or '-', 21)}".rstrip())
+    whole = sum(head["seconds"].values())
+    lines += ["", f"{'time ' + head['counted']:29} seconds  share"]
+    lines += [f"{name:25}  {s:10.1f}  {s / whole:5.1%}" for name, s in head["seconds"].items() if s >= 0.05]
+    return lines
+
+
+def _cell(text: str, width: int) -> str:
+    """A name that anyone may have chosen, in so many columns of a terminal."""
+    safe = "".join(c if c.isprintable() else "?" for c in text)
+    return set_cell_size(safe if cell_len(safe) <= width else set_cell_size(safe, width - 1).rstrip() + "…", width)
+
+
+def _figure(value: float | None, form: str = ".4f") -> str:
+    return "-" if value is None else format(value, form)

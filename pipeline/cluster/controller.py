@@ -1,0 +1,245 @@
+"""Runs `fit` on the workers of a Ray cluster, and watches over them.
+
+A training is a chain of sessions. For each one the driver sees how many workers there is room for, and has
+Ray Train place them, set up torch's process group and run them. They find the newest valid checkpoint in the
+run's folder themselves. A session ends at the last step, or by a fault, or, with a checkpoint, when a node
+that a worker runs on is drained and when there is room for more workers: the next one goes on from there.
+
+Ray's own restarts and resizing are not used: they go by what the autoscaler last knew of the cluster, which
+can be minutes old, and resizing stops workers without a checkpoint. Nor are checkpoints handed to
+`ray.train.report`: it is a barrier over all ranks, its record of checkpoints is written in place, and a
+restart fails if a checkpoint in that record was pruned or damaged.
+"""
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+from pipeline.cluster import ray_cluster
+from pipeline.cluster.channel import EventChannel
+from pipeline.cluster.connection import last_line
+from pipeline.cluster.prometheus import Gauges
+from pipeline.cluster.trainer import TorchConfig, Trainer
+from pipeline.cluster.worker import train_on_worker
+from pipeline.errors import ConfigError
+from pipeline.failures import FailureBudget, Interrupted, TrainingFailedError, attempt_is_repeated
+from pipeline.runs.spec import Event, Fault, Job, Marks
+
+POLL_SECONDS = 0.5
+CLUSTER_POLL_SECONDS = 2.0
+FINISH_SECONDS = 5.0  # for what the workers of a session had still to say; a host that is cut off says nothing
+WAITING_SECONDS = 60.0  # without room for workers, before it is told what they wait for
+
+
+class TrainController:
+    """Runs the sessions of a training, one group of workers after the other, on the cluster that is connected to.
+
+    Args:
+        watch: called with each event in turn, in the thread that calls `run`.
+        wants_stop: set from outside to have a checkpoint saved and the training end as "interrupted".
+        budget: of failures, as far as it is used up.
+        faults: what ended earlier drivers since the last session began.
+        restarted: an earlier driver had begun.
+
+    Raises:
+        ConfigError: the cluster does not fit the configuration.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        watch: Callable[[Event], None],
+        wants_stop: threading.Event,
+        budget: FailureBudget,
+        *,
+        faults: tuple[Fault, ...],
+        restarted: bool,
+    ):
+        self._job, self._settings, self._watch, self._wants_stop = job, job.cfg.cluster, watch, wants_stop
+        self._faults, self._restarted = faults, restarted
+        self._gauges = Gauges(job.run.name)
+        self._size = ray_cluster.size_of_worker(self._settings)
+        self._channel = EventChannel(ray.util.get_node_ip_address(), self._settings.timeout_s)
+        self._budget = budget
+        self._deaths: tuple[int, ...] = ()  # steps at which workers' processes died, no checkpoint being newer
+        self._attempt = 0
+        self._has_trained, self._saved_step = restarted, job.saved_step  # at any time
+        self._trains = False  # in this session
+        self._started: float | None = None  # when this session's workers began to train, as long as it is to go on
+
+    def run(self, marks: Marks) -> dict[str, Any]:
+        """Run sessions until the training is done or stopped.
+
+        Args:
+            marks: of the start so far.
+
+        Returns:
+            The summary that rank 0's `fit` returns.
+
+        Raises:
+            ConfigError: a checkpoint does not fit the configuration.
+            TrainingFailedError: the workers failed more often than cluster.max_failures allows, or for good.
+            ray.exceptions.RayError: the cluster is lost.
+            Interrupted: it was to stop while no session ran.
+        """
+        with closing(self._channel):
+            return self._run_sessions(marks)
+
+    def _run_sessions(self, marks: Marks) -> dict[str, Any]:
+        while True:
+            if self._wants_stop.is_set():
+                raise Interrupted
+            with self._wait_for_room() as place:
+                self._attempt, self._trains, self._started = self._attempt + 1, False, None
+                outcome = self._run_session(place, marks)
+            marks, self._restarted = (("end of the last session", time.time()),), True
+            if self._channel.fatal is not None and not attempt_is_repeated(self._channel.fatal[0], self._has_trained):
+                kind, text = self._channel.fatal
+                raise ConfigError(text) if kind == ConfigError.__name__ else TrainingFailedError(text)
+            if isinstance(outcome, ray.train.TrainingFailedError):
+                self._note_fault(outcome)
+                self._wants_stop.wait(self._budget.pause_s)
+            elif isinstance(outcome, BaseException):
+                raise outcome
+            elif outcome["status"] != "regroup":
+                return dict(outcome)
+
+    def _wait_for_room(self) -> ray_cluster.Place:
+        """Room for as many workers as there is, once that is enough."""
+        settings, since = self._settings, time.monotonic()
+        while True:
+            self._gauges.export()
+            if self._wants_stop.is_set():
+                raise Interrupted
+            if place := ray_cluster.reserve(self._size, settings.min_workers, settings.max_workers):
+                return place
+            self._wants_stop.wait(CLUSTER_POLL_SECONDS)
+            if time.monotonic() - since > WAITING_SECONDS:
+                since = time.monotonic()
+                self._tell({"kind": "warning", "text": ray_cluster.why_waiting(settings, self._size)})
+
+    def _run_session(self, place: ray_cluster.Place, marks: Marks) -> Any:
+        """Train until rank 0's `fit` returns.
+
+        Returns:
+            Its summary, or the exception that ended it.
+        """
+        config = {
+            "job": dataclasses.replace(self._job, saved_step=self._saved_step),
+            "channel": {"address": self._channel.address, "key": self._channel.key},
+            "attempt": self._attempt,
+            "faults": self._faults,
+            "marks": marks,
+            "restarted": self._restarted,
+            "deaths": self._deaths if len(self._deaths) > 1 else (),
+            "num_threads": int(self._size["CPU"]),
+        }
+        outcome: list[Any] = []
+        self._channel.begin(self._attempt)
+        fitting = threading.Thread(target=self._fit, args=(place, config, outcome), daemon=True)
+        fitting.start()
+        looked = time.monotonic()
+        another: ray_cluster.Place | None = None
+        with ExitStack() as wishes:
+            while not outcome:
+                self._pass_on(self._channel.take_events(POLL_SECONDS))
+                if self._wants_stop.is_set():
+                    if not self._trains:  # there is nothing to save
+                        raise Interrupted
+                    self._channel.request_stop("interrupted")
+                if time.monotonic() - looked > CLUSTER_POLL_SECONDS:
+                    looked = time.monotonic()
+                    self._gauges.export()
+                    if self._started is None:
+                        continue
+                    if another is None and place.num_workers < self._settings.max_workers:
+                        another = wishes.enter_context(ray_cluster.Place(self._size, 1))
+                    self._look_at_cluster(self._started, another)
+        self._channel.finish(FINISH_SECONDS)
+        self._pass_on(self._channel.take_events(0))
+        return outcome[0]
+
+    def _pass_on(self, events: list[Event]) -> None:
+        for event in events:
+            if event["kind"] == "start":
+                self._trains, self._started, self._faults = True, time.monotonic(), ()
+                self._has_trained = True
+                self._budget.started(event["step"])
+            elif event["kind"] == "checkpoint":
+                self._budget.saved(event["step"])
+                self._saved_step = event["step"]
+                if event["step"] > max(self._deaths, default=0):
+                    self._deaths = ()
+            elif event["kind"] == "search":  # once for these deaths
+                self._deaths = ()
+            elif event["kind"] == "killer":  # without that image it goes another way
+                self._budget.forgive()
+            self._tell(event)
+
+    def _tell(self, event: Event) -> None:
+        self._gauges.event(event)
+        self._watch(event)
+
+    def _note_fault(self, error: "ray.train.TrainingFailedError") -> None:
+        cause = getattr(error, "controller_failure", None)
+        if isinstance(cause, ImportError) and not self._has_trained:  # else it may be that of one new node
+            raise TrainingFailedError(f"a worker cannot start: {last_line(cause)}")
+        failures = getattr(error, "worker_failures", {})
+        dead = {rank: e for rank, e in failures.items() if isinstance(e, WorkerHealthCheckFailedError)}
+        self._deaths = (*self._deaths, self._channel.step) if dead and self._trains else ()  # those in a row
+        failures = dead or failures  # the others have but lost these
+        workers = [f"worker {rank} failed: {last_line(e)}" for rank, e in sorted(failures.items())]
+        text = "; ".join(workers) or last_line(error)
+        if self._budget.failed():
+            raise TrainingFailedError(f"{text}; this is one failure too many without a checkpoint in between")
+        self._faults = (*self._faults, Fault(text, self._channel.step, time.time()))
+        self._tell({"kind": "fault", "text": text})
+
+    def _look_at_cluster(self, started: float, another: ray_cluster.Place | None) -> None:
+        """End the session where its nodes are to go, or one more worker has its place."""
+        why, ready = "", time.monotonic() - started > self._settings.grow_after_s
+        if ray_cluster.draining() & self._channel.nodes:
+            why = "a node that workers run on is drained"
+        elif ready and another is not None and another.granted():
+            why = "there is room for more workers"
+        if why:
+            self._started = None  # it is about to end; look no more
+            self._tell({"kind": "regroup", "text": why})
+            self._channel.request_stop("regroup")
+
+    def _fit(self, place: ray_cluster.Place, config: dict[str, Any], outcome: list[Any]) -> None:
+        """Fit in a thread, so that the driver's main thread can watch."""
+        try:
+            with TemporaryDirectory(prefix="pipeline-ray-") as unused:
+                outcome.append(self._trainer(place, config, unused).fit().return_value)
+        except BaseException as e:  # told apart by the main thread
+            outcome.append(e)
+        finally:
+            self._channel.wake()
+
+    def _trainer(self, place: ray_cluster.Place, config: dict[str, Any], storage: str) -> Trainer:
+        return Trainer(
+            train_on_worker,
+            group=place.group,
+            ended=self._channel.ended,
+            train_loop_config=config,
+            backend_config=TorchConfig("nccl" if self._size["GPU"] else "gloo", self._settings.timeout_s),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=place.num_workers, use_gpu=self._size["GPU"] > 0, resources_per_worker=self._size
+            ),
+            run_config=ray.train.RunConfig(
+                name="ray",
+                storage_path=storage,  # Ray wants one, and nothing is put there
+                failure_config=ray.train.FailureConfig(
+                    max_failures=0, controller_failure_limit=0, max_preemption_failures=0
+                ),
+            ),
+        )

@@ -1,0 +1,217 @@
+"""The driver's process: prepares a run and trains it on Ray, for the supervisor at the other end of a pipe.
+
+python -m pipeline.cluster.driver FILE_DESCRIPTOR
+"""
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
+
+from pipeline.cluster.connection import connected
+from pipeline.cluster.supervisor import Request
+from pipeline.errors import ConfigError
+from pipeline.failures import (
+    DRIVER_END_S,
+    MLFLOW_HANDOVER_S,
+    ClusterLostError,
+    Interrupted,
+    TrainingFailedError,
+    backoff,
+    driver_end,
+)
+from pipeline.runs.spec import Event, Job
+from pipeline.training.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from pipeline.cluster.controller import TrainController
+
+
+SLOW_S = 60.0  # to open a run, before that is told
+
+
+class Supervisor:
+    """The other end. Where it has died, nobody listens, and the training is to stop."""
+
+    def __init__(self, connection: Connection):
+        self._connection = connection
+        self.request: Request = connection.recv()
+        self.wants_stop = threading.Event()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        with contextlib.suppress(EOFError, OSError):
+            self._connection.recv()  # it has but one thing to say
+        self.wants_stop.set()
+
+    def tell(self, kind: str, content: Any) -> None:
+        with contextlib.suppress(OSError):
+            self._connection.send((kind, content))
+
+    def event(self, event: Event) -> None:
+        self.tell("event", event)
+
+    def warn(self, text: str) -> None:
+        self.event({"kind": "warning", "text": text})
+
+
+def tell_end(job: Job, sessions: int, error: TrainingFailedError | Interrupted, warn: Callable[[str], None]) -> None:
+    """Write down how a training has ended, in run.json and MLflow, from outside it: its workers may be dead.
+
+    Args:
+        sessions: that the run had had before the command; what became of these is not this one's to tell.
+    """
+    try:
+        _tell_end(job, sessions, error)
+    except (OSError, RuntimeError, ConfigError) as e:
+        warn(f"run.json and MLflow are not told: {e}")
+
+
+def _tell_end(job: Job, sessions: int, error: TrainingFailedError | Interrupted) -> None:
+    from pipeline.runs.manifest import Identity
+    from pipeline.tracking.mlflow_logger import Tracker
+
+    identity = Identity.read(job.run, lambda _: None)
+    has_failed = isinstance(error, TrainingFailedError)
+    # Nothing has begun; or it was stopped between two sessions, of which the first has told of its own end.
+    if identity is None or identity.sessions <= sessions or not (has_failed or identity.open):
+        return
+    failure = str(error)[:500] if has_failed else ""
+    identity.replaced(identity.end(failure), job.run, job.claim)
+    tracker = Tracker.of_run(job.cfg.mlflow, job.run, identity.training_id, lambda _: None, job.claim)
+    tracker.adopt(job.session_name(identity.sessions))
+    if has_failed:
+        tracker.tags({"pipeline.failure": failure})
+    tracker.close("FAILED" if has_failed else "KILLED", *MLFLOW_HANDOVER_S)
+
+
+def train(supervisor: Supervisor) -> dict[str, Any]:
+    """Open the run and train it.
+
+    Ray's processes take seconds to start, and so do the imports here: both go on at the same time. To connect to Ray
+    imports too, and where two threads import the same modules, one may see half of one: so that comes after.
+    """
+    request, began = supervisor.request, time.time()
+    imports = threading.Thread(target=_import, daemon=True)
+    imports.start()
+    with connected(request.cfg.cluster, request.again, supervisor.wants_stop, supervisor.warn, imports.join):
+        ready = time.time()
+        with contextlib.ExitStack() as stack:
+            with _watched(supervisor) as heartbeat:
+                job, controller = stack.enter_context(_opened(supervisor, heartbeat))
+            supervisor.event({"kind": "run", "name": job.run.name, "place": str(job.run)})
+            first = "earlier driver" if request.again else "driver"
+            marks = (("command", request.began), (first, began), ("Ray and imports", ready), ("run", time.time()))
+            try:
+                return controller.run(marks)
+            except (TrainingFailedError, Interrupted) as e:
+                # The storage may be away, or hang; a new driver would not help.
+                before = 0 if request.trained else job.sessions
+                telling = threading.Thread(target=tell_end, args=(job, before, e, supervisor.warn), daemon=True)
+                telling.start()
+                telling.join(DRIVER_END_S)
+                raise
+
+
+@contextlib.contextmanager
+def _watched(supervisor: Supervisor) -> Iterator[Callable[[], None]]:
+    """Tell of what takes long, as a mount may hang; end this process for it where training has begun.
+
+    Before that its user is there, and to list millions of images may take longer than cluster.timeout_s.
+    """
+    request = supervisor.request
+    where = f"run.storage={request.cfg.run.storage} and data.train={request.cfg.data.train}"
+    told = threading.Timer(SLOW_S, supervisor.warn, (f"still opening {where}; where a mount hangs, stop it twice",))
+    told.daemon = True
+    told.start()
+    try:
+        if not request.trained:
+            yield lambda: None
+            return
+        with Watchdog(request.cfg.cluster.timeout_s) as watchdog:
+            yield watchdog.feed
+    finally:
+        told.cancel()
+
+
+@contextlib.contextmanager
+def _opened(supervisor: Supervisor, heartbeat: Callable[[], None]) -> Iterator[tuple[Job, "TrainController"]]:
+    """The run, and what trains it on the cluster.
+
+    What is refused to a training that has begun was right before: a mount or a node that comes late is waited for.
+    """
+    from pipeline.cluster.controller import TrainController
+    from pipeline.training import open_run
+
+    request, stop = supervisor.request, supervisor.wants_stop
+    deadline, told = time.monotonic() + request.cfg.cluster.timeout_s, ""
+    with contextlib.ExitStack() as stack:
+        for pause in backoff():
+            heartbeat()
+            try:
+                with contextlib.ExitStack() as tried:
+                    job = tried.enter_context(
+                        open_run.prepare(
+                            request.cfg,
+                            supervisor.event,
+                            request.resume_from,
+                            stop,
+                            heartbeat,
+                            began=request.began,
+                            command=request.command,
+                            again=request.trained,
+                            saved_step=request.budget.saved_step,
+                        )
+                    )
+                    controller = TrainController(
+                        job,
+                        supervisor.event,
+                        stop,
+                        request.budget,
+                        faults=request.faults,
+                        restarted=request.again,
+                    )
+                    stack.enter_context(tried.pop_all())
+                break
+            except ConfigError as e:
+                if not request.trained:
+                    raise
+                if time.monotonic() + pause > deadline:
+                    raise ClusterLostError(str(e)) from None
+                if told != str(e):
+                    supervisor.warn(f"{e}; it was right before, trying again")
+                told = str(e)
+            if stop.wait(pause):
+                raise Interrupted
+        yield job, controller
+
+
+def _import() -> None:
+    with contextlib.suppress(Exception):  # told where it is imported again
+        from pipeline.cluster import controller  # noqa: F401
+        from pipeline.training import open_run  # noqa: F401
+
+
+def main() -> None:
+    supervisor = Supervisor(Connection(int(sys.argv[1])))
+    try:
+        summary = train(supervisor)
+    except BaseException as e:
+        end = driver_end(e)
+        if end is not None:
+            supervisor.tell(end, _in_a_line(e) if end == "broken" else str(e))
+        if end in (None, "broken"):
+            raise  # the log has it all
+    else:
+        supervisor.tell("done", summary)
+
+
+def _in_a_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+if __name__ == "__main__":
+    main()

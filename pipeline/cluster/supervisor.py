@@ -1,0 +1,270 @@
+"""The process that the user starts: it keeps a driver running, and shows what happens.
+
+The driver is a process of its own, since Ray ends its process when it loses its cluster. When it dies, a new
+one goes on from the newest checkpoint. When this process dies, the driver saves a checkpoint and ends.
+"""
+
+import ctypes
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pipeline import clock
+from pipeline.cluster.oom import OutOfMemoryKills, require_memory
+from pipeline.config.schema import Config
+from pipeline.environment import driver_environment
+from pipeline.errors import ConfigError
+from pipeline.failures import (
+    DRIVER_END_S,
+    DriverEnd,
+    FailureBudget,
+    Interrupted,
+    TrainingFailedError,
+    driver_is_replaced,
+)
+from pipeline.runs.spec import Event, Fault
+
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+POLL_SECONDS = 0.5
+# A thread that waits for another one spins, which costs nothing where each has its core. Beside others that compute, it
+# takes the core from the one that it waits for. Giving it up at once costs a fifth where nobody else wants it.
+BUSY = "other programs compute on these cores: threads give them up while they wait; OMP_WAIT_POLICY=ACTIVE keeps them"
+MAX_REASON = 240  # characters
+FROM_OUTSIDE = (signal.SIGKILL, *ENDING_SIGNALS)  # a process does not do that to itself
+PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a driver is to do.
+
+    budget: of failures, as far as it is used up. faults: since the last session began. again: an earlier driver had
+    begun. trained: so had workers, so that the configuration is right. began: the user's command, Unix time.
+    command: a name of its own.
+    """
+
+    cfg: Config
+    resume_from: str | None
+    budget: FailureBudget
+    faults: tuple[Fault, ...]
+    again: bool
+    trained: bool
+    began: float
+    command: str = ""
+
+
+def train(
+    cfg: Config, label: str, resume_from: str | None, watch: Callable[[Event], None], *, began: float | None = None
+) -> dict[str, Any]:
+    """Run a training and wait for its end.
+
+    SIGINT, SIGTERM or SIGHUP once: checkpoint, then return a summary with status "interrupted".
+
+    Args:
+        label: what a run without a name is called, before the time.
+        resume_from: path or URI of a checkpoint to begin with, where the run has none.
+        watch: called with each event in turn, in this thread.
+        began: the user's command, Unix time; None: now.
+
+    Returns:
+        The summary that rank 0's `fit` returns.
+
+    Raises:
+        ConfigError: the data, the cluster or a checkpoint does not fit the configuration.
+        TrainingFailedError: it failed more often than cluster.max_failures allows, or for good.
+        Interrupted: a second signal came, or a first one while no session ran.
+    """
+    name = cfg.run.name or f"{label}-{time.strftime('%Y%m%d-%H%M%S')}"
+    cfg = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, name=name))
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # Ray's processes stay findable when a driver dies
+    budget, step, began = FailureBudget(cfg.cluster.max_failures), 0, began or time.time()
+    joins = bool(cfg.cluster.address or os.environ.get("RAY_ADDRESS"))
+    if not joins:
+        require_memory(cfg.cluster.min_workers)
+    environment, notes = driver_environment(os.environ, starts_ray=not joins)
+    for text in notes:
+        watch({"kind": "warning", "text": text})
+    if not joins and clock.NEIGHBOURS.crowd() and "OMP_WAIT_POLICY" not in environment:
+        environment["OMP_WAIT_POLICY"] = "PASSIVE"
+        watch({"kind": "note", "text": BUSY})
+    faults: tuple[Fault, ...] = ()
+    kills, begun = OutOfMemoryKills(), False
+
+    def note(event: Event) -> None:
+        nonlocal cfg, step, faults, begun
+        if event["kind"] == "fault":
+            event = event | {"text": kills.explain(event["text"])}
+        step = event.get("step", step)
+        if event["kind"] == "fault":
+            budget.failed()  # the driver decides what comes of it
+        elif event["kind"] == "checkpoint":
+            budget.saved(event["step"])
+        elif event["kind"] == "killer":
+            budget.forgive()
+        elif event["kind"] == "start":
+            faults, begun = (), True
+            budget.started(event["step"])
+            # It belongs to the training: a head that is back before its GPUs is no reason to go on without them.
+            cluster = dataclasses.replace(cfg.cluster, device="gpu" if event["device"] == "cuda" else "cpu")
+            cfg = dataclasses.replace(cfg, cluster=cluster)
+        watch(event)
+
+    with _signals() as received:
+        again, command = False, uuid.uuid4().hex
+        while True:
+            request = Request(cfg, resume_from, budget, faults, again, begun, began, command)
+            end, content = _run_driver(request, environment, note, received)
+            if end == "done":
+                return dict(content)
+            if end == "wrong":
+                raise ConfigError(content)
+            if end == "interrupted":
+                raise Interrupted
+            content = kills.explain(content)
+            if not driver_is_replaced(end, again or begun) or budget.failed():
+                raise TrainingFailedError(content)
+            again = True
+            faults = (*faults, Fault(content, step, time.time()))
+            watch({"kind": "fault", "text": content})
+            _wait(budget.pause_s, received)
+
+
+def _wait(seconds: float, received: list[str]) -> None:
+    """Until then, or until a signal has come."""
+    deadline = time.monotonic() + seconds
+    while not received and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+
+
+def _run_driver(
+    request: Request, environment: Mapping[str, str], note: Callable[[Event], None], received: list[str]
+) -> tuple[DriverEnd, Any]:
+    """Start a driver and attend to it; how it ended, and its summary or the reason."""
+    mine, theirs = Pipe()
+    command = [sys.executable, "-m", "pipeline.cluster.driver", str(theirs.fileno())]
+    end: DriverEnd | None = None
+    # Ray says there what a user has no use for, as long as all goes well.
+    others = set(psutil.Process().children(recursive=True))
+    with tempfile.NamedTemporaryFile(prefix="pipeline-driver-", suffix=".log", delete=False) as log:
+        try:
+            with _blocked(ENDING_SIGNALS):
+                process = subprocess.Popen(
+                    command,
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env=environment,
+                )
+            theirs.close()
+            with suppress(BrokenPipeError):  # it has ended already: see there
+                mine.send(request)
+            end, content = _attend(mine, process, Path(log.name), note, received)
+        finally:
+            kill_descendants(others)
+            keep = end in ("lost", "broken", "stillborn")
+            if not keep:
+                Path(log.name).unlink(missing_ok=True)  # whoever cleans /tmp may have been there
+    return end, f"{content} (log: {log.name})" if keep else content
+
+
+def _attend(
+    driver: Connection,
+    process: "subprocess.Popen[bytes]",
+    log: Path,
+    note: Callable[[Event], None],
+    received: list[str],
+) -> tuple[DriverEnd, Any]:
+    told = heard = False
+    while True:
+        try:
+            if driver.poll(POLL_SECONDS):
+                kind, content = driver.recv()
+                heard = True
+                if kind != "event":
+                    with suppress(subprocess.TimeoutExpired):  # all is said; what hangs is killed
+                        process.wait(DRIVER_END_S)
+                    return kind, content
+                note(content)
+            if received and not told:
+                told = True
+                note({"kind": "stopping", "signal": received[0]})
+                driver.send("stop")
+        except (EOFError, OSError):
+            code = process.wait()
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            if -code in FROM_OUTSIDE:
+                return "lost", f"the driver {how}"
+            last = _last_line(log)
+            return "lost" if heard else "stillborn", f"the driver {how}{last and f': {last}'}"
+
+
+def _last_line(log: Path) -> str:
+    """What a process said of its end: of a traceback, the error."""
+    try:
+        lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+    except FileNotFoundError:  # whoever cleans /tmp was there
+        return ""
+    if any(line.startswith("Timeout (") for line in lines):  # `watchdog`
+        return "it hung, and left its stacks there"
+    telling = [line for line in lines if len(line) > 2 and not set(line) <= set("^~ |-=")]
+    return telling[-1][:MAX_REASON] if telling else ""
+
+
+def kill_descendants(others: set[psutil.Process]) -> None:
+    """What is left of a driver: nothing after a good end, Ray's processes after its death; but not the others."""
+    left = [process for process in psutil.Process().children(recursive=True) if process not in others]
+    for process in left:
+        with suppress(psutil.NoSuchProcess):  # it has just ended
+            process.kill()
+    psutil.wait_procs(left, timeout=5)
+
+
+@contextmanager
+def _blocked(signals: Iterable[signal.Signals]) -> Iterator[None]:
+    """Keep signals from the processes started inside, which inherit the mask.
+
+    `kill`, `timeout` and batch systems may signal the whole process group; the driver and Ray must live until
+    the workers have saved a checkpoint. Ray does the same for SIGINT.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _signals() -> Iterator[list[str]]:
+    """Collects the name of a first signal to end, for the main loop to act on; a second one raises Interrupted.
+
+    An ignored SIGHUP, as `nohup` has it, stays ignored. Not so SIGINT, which shells have their background jobs ignore:
+    who sends that to one means it.
+    """
+    received: list[str] = []
+
+    def handle(number: int, frame: Any) -> None:
+        if received:
+            raise Interrupted
+        received.append(signal.Signals(number).name)
+
+    heard = [s for s in ENDING_SIGNALS if s != signal.SIGHUP or signal.getsignal(s) is not signal.SIG_IGN]
+    previous = {s: signal.signal(s, handle) for s in heard}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

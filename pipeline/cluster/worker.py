@@ -1,0 +1,51 @@
+"""What each of Ray's workers runs: one rank of a session."""
+
+import time
+from typing import Any
+
+import ray
+import ray.train
+
+from pipeline.cluster.channel import DriverConnection
+from pipeline.errors import ConfigError
+from pipeline.failures import FatalError
+from pipeline.runs.spec import Context
+
+
+def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
+    """Run `fit` as one rank; Ray calls this in a thread of its own, so it can install no signal handlers."""
+    entered = time.time()
+    # Late: the driver imports this module, and starts faster without torch.
+    import torch
+    from ray.train.torch import get_device
+
+    from pipeline.cluster.affinity import pin
+    from pipeline.training.loop import fit
+
+    job, here = config["job"], ray.train.get_context()
+    rank, node, timeout_s = here.get_world_rank(), ray.get_runtime_context().get_node_id(), job.cfg.cluster.timeout_s
+    driver = DriverConnection(**config["channel"], timeout_s=timeout_s, attempt=config["attempt"], rank=rank, node=node)
+    try:
+        device = get_device()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        pin(job.cfg.cluster.pin, device, here.get_local_rank(), here.get_local_world_size(), config["num_threads"])
+        context = Context(
+            rank=rank,
+            world_size=here.get_world_size(),
+            device=device,
+            num_threads=config["num_threads"],
+            emit=driver.emit,
+            stop_reason=lambda: driver.stop_reason,
+            progress=driver.progress,
+            faults=config["faults"],
+            marks=(*config["marks"], ("processes", entered), ("imports of workers", time.time())),
+            restarted=config["restarted"],
+            deaths=config["deaths"],
+        )
+        return fit(job, context)
+    except (ConfigError, FatalError) as e:
+        driver.fail(type(e).__name__, str(e))
+        raise
+    finally:
+        driver.close(timeout_s)

@@ -1,0 +1,167 @@
+"""Reading and writing configurations.
+
+`load()` merges the schema, a YAML file and `key=value` overrides, in that order, into frozen
+dataclasses.
+"""
+
+import difflib
+import os
+import re
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from pipeline.config.fields import show
+from pipeline.config.schema import Config
+from pipeline.errors import ConfigError
+from pipeline.failures import says_of_one_file
+
+
+def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Merge schema, file and overrides.
+
+    Args:
+        path: a YAML file, or None for the defaults alone.
+        overrides: `key=value` strings; the value is YAML.
+
+    Raises:
+        ConfigError: an unreadable file, or a wrong key, type or value.
+    """
+    content = {} if path is None else _read_yaml(Path(path))
+    settings = list(_leaves({k: v for k, v in content.items() if v is not None}))  # "train:" alone says nothing
+    settings += map(parse_override, overrides)
+    merged = OmegaConf.structured(Config)
+    try:
+        merged = OmegaConf.merge(merged, *(_nest(key, value) for key, value in settings))
+    except OmegaConfBaseException:
+        for key, value in settings:  # each alone, which takes half a second, for the one to be named
+            try:
+                OmegaConf.merge(merged, _nest(key, value))
+            except OmegaConfBaseException:
+                raise ConfigError(_explain(key, value)) from None
+        raise
+    try:
+        cfg = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as e:
+        raise ConfigError(f"{e.full_key}: {str(e).splitlines()[0]}") from None
+    assert isinstance(cfg, Config)
+    return cfg
+
+
+def dump(cfg: Config) -> str:
+    """The whole configuration as YAML that `load()` reads back to an equal Config."""
+    return OmegaConf.to_yaml(OmegaConf.structured(cfg))
+
+
+def to_dict(cfg: Config) -> dict[str, Any]:
+    """The whole configuration as nested plain containers."""
+    plain = OmegaConf.to_container(OmegaConf.structured(cfg))
+    assert isinstance(plain, dict)
+    return {str(k): v for k, v in plain.items()}
+
+
+def flatten(cfg: Config) -> dict[str, Any]:
+    """The configuration as {"section.key": value}."""
+    return dict(_leaves(to_dict(cfg)))
+
+
+def changed_keys(cfg: Config) -> set[str]:
+    """The "section.key" of what differs from the defaults."""
+    defaults = flatten(load(None, ["data.train=to-be-given", "data.val=to-be-given"]))  # neither has one
+    return {key for key, value in flatten(cfg).items() if value != defaults[key]}
+
+
+def marked(text: str, keys: Collection[str]) -> Iterator[tuple[str, bool]]:
+    """The lines of a `dump`, each with whether it belongs to one of the "section.key" in `keys`."""
+    section, key = "", ""
+    for line in text.splitlines():
+        if found := re.match(r"(\w+):", line):
+            section, key = found[1], ""
+        elif found := re.match(r"  (\w+):", line):
+            key = found[1]
+        yield line, f"{section}.{key}" in keys
+
+
+def _read_yaml(path: Path) -> dict[Any, Any]:
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path))
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
+        raise ConfigError(
+            f"no config file {path}" + (f"; did you mean {path.parent / near[0]}?" if near else "")
+        ) from None
+    except (OSError, UnicodeDecodeError) as e:
+        if isinstance(e, OSError) and not says_of_one_file(e, path.parent):  # it may be a checkpoint's
+            raise
+        raise ConfigError(f"config file {path} cannot be read: {e}") from None
+    except (YAMLError, OmegaConfBaseException) as e:
+        raise ConfigError(f"config file {path} is not YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"config file {path} must hold sections such as 'train:', not a {type(content).__name__}")
+    return content
+
+
+def _leaves(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Split `key=value`; the value is YAML."""
+    key, equals, raw = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"{text!r} is not an override: write key=value, such as train.epochs=3")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        shown = os.fsencode(text).decode("utf-8", "backslashreplace")
+        raise ConfigError(f"{shown}: is not UTF-8, as configurations and checkpoints are; rename it") from None
+    try:
+        return key.strip(), OmegaConf.to_container(OmegaConf.create(f"value: {raw}"))["value"]  # type: ignore[index,call-overload]
+    except (YAMLError, OmegaConfBaseException):
+        raise ConfigError(f"{text}: the value is not YAML; quote it, as in {key}='\"...\"'") from None
+
+
+def _nest(key: str, value: Any) -> dict[str, Any]:
+    first, dot, rest = key.partition(".")
+    return {first: _nest(rest, value) if dot else value}
+
+
+def _explain(key: str, value: Any) -> str:
+    """Why OmegaConf refused `value` for `key`, and what it should be."""
+    sections = get_type_hints(Config)
+    known = {f"{name}.{k}": kind for name, section in sections.items() for k, kind in get_type_hints(section).items()}
+    if key in sections:
+        inside = ", ".join(k for k in known if k.startswith(f"{key}."))
+        return f"{key}={show(value)}: is a section; set one of {inside}"
+    if key in known:
+        return f"{key}={show(value)}: must be {_wanted(known[key])}"
+    return f"{key}={show(value)}: no such key{_nearest(key, list(known))}"
+
+
+def _wanted(kind: Any) -> str:
+    """An annotation in words."""
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, get_args(kind)))
+    if get_origin(kind) is tuple:
+        number = len(get_args(kind))
+        if Ellipsis in get_args(kind):
+            return "a list of numbers, [a,b,...]"
+        return "a list of two numbers, [low,high]" if number == 2 else f"a list of {number} numbers"
+    if isinstance(kind, UnionType):
+        return " or ".join(map(_wanted, get_args(kind)))
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}[kind]
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    names = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    names = names or [k for k in known if k.split(".")[-1] == key.split(".")[-1]][:1]
+    return f"; did you mean {names[0]}?" if names else "; `pipeline config CONFIG` lists all keys"

@@ -1,0 +1,89 @@
+"""What a batch consists of, before anything is read: rows, crops and draws, a pure function of seed and step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.config.schema import DataConfig
+from pipeline.data import augment_params
+from pipeline.data.index import Index
+from pipeline.data.stream import BoolArray, FloatArray, IntArray, Purpose, Stream, uniforms
+
+
+@dataclass(frozen=True)
+class Request:
+    """Images to decode together.
+
+    rows: (B,). size: height and width of the output, pixels. anchors, shapes: (B, 2) as (y, x) pixels of the image,
+    what is cut out. flips: (B,). draws: (B, ...) arrays for `augment`, by name. mixture: (B / 2,) weights and
+    (B / 2, 4) boxes for `mix`, or None.
+    """
+
+    rows: IntArray
+    size: int
+    anchors: IntArray
+    shapes: IntArray
+    flips: BoolArray
+    draws: dict[str, NDArray[Any]] = field(default_factory=dict)
+    mixture: tuple[IntArray, IntArray] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def part(self, start: int, stop: int) -> "Request":
+        """Images [start, stop), to be decoded alone."""
+        s = slice(start, stop)
+        some = {name: values[s] for name, values in self.draws.items()}
+        return Request(self.rows[s], self.size, self.anchors[s], self.shapes[s], self.flips[s], some)
+
+
+def stream(cfg: DataConfig, num_samples: int, global_batch: int, seed: int) -> Stream:
+    """The order that a configuration gives to a data set of `num_samples` images."""
+    unit = 2 if cfg.mixes else 1  # the two images of a pair are mixed on one rank
+    return Stream(num_samples, global_batch, seed, cfg.shuffle_block, cfg.shuffle_window, cfg.repeats, unit)
+
+
+def to_train(index: Index, cfg: DataConfig, order: Stream, step: int, rank: int, world_size: int) -> Request:
+    """What a rank trains on in `step`."""
+    epoch, start, stop = order.positions(step, rank, world_size)
+    rows, size = order.rows(epoch, start, stop), augment_params.size_at(epoch, cfg)
+
+    def drawn(purpose: Purpose, number: int) -> FloatArray:
+        return uniforms(purpose, order.seed, epoch, start, stop, number)
+
+    heights, widths = index.heights[rows].astype(np.int64), index.widths[rows].astype(np.int64)
+    if cfg.crop_short is not None:
+        anchors, shapes = augment_params.short_side_crops(heights, widths, size, cfg.crop_short, drawn(Purpose.CROP, 3))
+    else:
+        crop = drawn(Purpose.CROP, augment_params.CROP_DRAWS)
+        anchors, shapes = augment_params.random_resized_crops(heights, widths, cfg.crop_scale, cfg.crop_ratio, crop)
+    flips = augment_params.flips(cfg.flip, drawn(Purpose.FLIP, 1))
+    changes: dict[str, NDArray[Any]] = {}
+    if any(cfg.jitter):
+        changes["jitter"] = augment_params.jitters(cfg.jitter, drawn(Purpose.JITTER, 4)).astype(np.float32)
+    if cfg.auto_augment != "none":
+        operations = augment_params.operations(cfg, drawn(Purpose.AUGMENT, augment_params.num_policy_draws(cfg)))
+        changes["ops"] = operations.astype(np.int32)
+    if cfg.erase > 0:
+        erase = drawn(Purpose.ERASE, 1 + augment_params.ERASE_DRAWS)
+        boxes = augment_params.erasures(cfg.erase, cfg.erase_scale, cfg.erase_ratio, size, erase)
+        changes["erase"] = np.concatenate(boxes, axis=1).astype(np.float32)
+    mixture = None
+    if cfg.mixes:
+        mixing = uniforms(Purpose.MIX, order.seed, epoch, start // 2, stop // 2, 4)
+        mixture = augment_params.mixtures(cfg.mixup, cfg.cutmix, size, mixing)
+    return Request(rows, size, anchors, shapes, flips, changes, mixture)
+
+
+def to_evaluate(
+    index: Index, cfg: DataConfig, rows: IntArray, places: Sequence[tuple[float, float]] = (augment_params.CENTRE,)
+) -> Request:
+    """Crops of some rows at each of the places: all rows at the first one, all at the next one, and so on."""
+    size = cfg.size_to_evaluate
+    heights, widths = index.heights[rows].astype(np.int64), index.widths[rows].astype(np.int64)
+    crops = [augment_params.crops_at(heights, widths, size / cfg.val_resize, place) for place in places]
+    anchors, shapes = (np.concatenate(parts) for parts in zip(*crops, strict=True))
+    return Request(np.tile(rows, len(places)), size, anchors, shapes, np.zeros(len(anchors), dtype=np.bool_))

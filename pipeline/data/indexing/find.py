@@ -1,0 +1,189 @@
+"""Finding what a source of images holds, and cutting the work on it into units.
+
+Sources, recognised by what is in them:
+    SRC/CLASS/.../image.jpg       the class is the first folder
+    SRC/.../shard.tar             WebDataset, see `shards`
+    SRC/.../file.parquet          encoded images as Hugging Face has them, see `parquet`
+or one shard or Parquet file, or several by a pattern: s3://BUCKET/train-{000..146}.tar. SRC is a path or a URI.
+"""
+
+import os
+import posixpath
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+from urllib.parse import urlsplit
+
+from braceexpand import braceexpand
+
+from pipeline.config.fields import refuse_credentials
+from pipeline.data.indexing.rows import SUFFIXES
+from pipeline.errors import ConfigError
+from pipeline.storage import Storage
+
+UNIT_IMAGES = 1000
+MAX_SHARDS = 100_000  # of a pattern; more is a slip of the pen, whose names alone would fill the memory
+Kind = Literal["images", "tar", "parquet"]
+KIND_NAMES: dict[Kind, str] = {"images": "images in class folders", "tar": "tar shards", "parquet": "Parquet files"}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of work: some files of one kind, relative to the root, a path or a URI."""
+
+    root: str
+    kind: Kind
+    files: tuple[str, ...]
+    sizes: tuple[int, ...] = ()  # of the files, bytes, where a listing has told them
+
+
+@dataclass(frozen=True)
+class Found:
+    """A source's kind, its work in the order of the index, and its class folders, where there are such."""
+
+    root: Storage
+    kind: Kind
+    units: list[Unit]
+    folders: list[str]
+
+
+def kind_of(file: str) -> Kind | None:
+    """What a file is, by its name."""
+    suffix = posixpath.splitext(file)[1].lower()
+    if suffix in SUFFIXES:
+        return "images"
+    if suffix == ".parquet":
+        return "parquet"
+    return "tar" if suffix in (".tar", ".tgz") or ".tar." in posixpath.basename(file) else None
+
+
+def is_index(source: str) -> bool:
+    """Whether a source is an index rather than what one is made of."""
+    place = Storage(source)
+    if "{" in source or (kind_of(place.name) and not (place.local and place.local.is_dir())):
+        return False
+    return not place.local.is_dir() if place.local else place.name.endswith(".arrow")
+
+
+def find(source: str) -> Found:
+    """What is in a source.
+
+    Raises:
+        ConfigError: nothing, or several kinds, or no such place.
+    """
+    if not source.strip():
+        raise ConfigError("the source of images is an empty text; give a folder, a file, a pattern or a URI")
+    place = Storage(source)
+    refuse_credentials("the images' URI", source)
+    if not place.local and not urlsplit(source).netloc:
+        raise ConfigError(f"{source} names no bucket or server; write it as s3://BUCKET/PATH")
+    sizes: dict[str, int] = {}
+    folders: list[str] = []
+    try:
+        if kind_of(place.name) in ("tar", "parquet") and not (place.local and place.local.is_dir()):
+            place.parent.check()
+            root, files = place.parent, _expand(source, place)
+        else:
+            root = place
+            files, folders, sizes = _list(place)
+    except ValueError as e:
+        if isinstance(e, ConfigError):
+            raise
+        raise ConfigError(f"{source}: {str(e).splitlines()[0]}; use a path, s3://..., gs://... or http(s)://") from None
+    except OSError as e:
+        raise ConfigError(f"{source} cannot be listed ({e})") from None
+    by_kind: dict[Kind, list[str]] = {kind: [] for kind in get_args(Kind)}
+    for file in files:
+        kind = kind_of(file)
+        if kind and (kind != "images" or "/" in file):  # an image in no folder has no class
+            by_kind[kind].append(file)
+    kinds = [kind for kind, some in by_kind.items() if some]
+    if len(kinds) > 1:
+        listed = " and ".join(f"{KIND_NAMES[kind]} ({by_kind[kind][0]})" for kind in kinds)
+        raise ConfigError(f"{source} has {listed}; give one kind alone, such as DIR/train-{{000..146}}.tar")
+    if not kinds:
+        lacks = "no usable image in its folders" if folders else "no class folders, no tar shards and no Parquet files"
+        raise ConfigError(f"{source} has {lacks}; expected {source}/CLASS/image.jpg")
+    kind, step = kinds[0], UNIT_IMAGES if kinds[0] == "images" else 1
+    cut = [by_kind[kind][k : k + step] for k in range(0, len(by_kind[kind]), step)]
+    units = [Unit(root.uri, kind, tuple(some), tuple(sizes[f] for f in some if f in sizes)) for some in cut]
+    return Found(root, kind, units, folders if kind == "images" else [])
+
+
+def _expand(source: str, place: Storage) -> list[str]:
+    """The files that a pattern names."""
+    if "{" in place.parent.uri:
+        raise ConfigError(f"{source}: braces may be in the files' names alone, as in DIR/train-{{000..146}}.tar")
+    for first, last in re.findall(r"\{(\d+)\.\.(\d+)", place.name):
+        if len(first + last) > 18 or abs(int(last) - int(first)) > MAX_SHARDS:
+            raise ConfigError(
+                f"{source}: stands for more than {MAX_SHARDS} files; write it as DIR/train-{{000..146}}.tar"
+            )
+    try:
+        files = list(dict.fromkeys(braceexpand(place.name)))
+    except ValueError as e:
+        raise ConfigError(f"{source}: {e}; write it as DIR/train-{{000..146}}.tar") from None
+    for file in files if place.local else []:
+        if not (path := place.parent.local / file).is_file():  # type: ignore[operator]
+            there = "is not a file" if path.exists() else "does not exist"
+            raise ConfigError(f"{path} {there}; give a folder, a file, or several as DIR/train-{{000..146}}.tar")
+    return files
+
+
+def _list(root: Storage) -> tuple[list[str], list[str], dict[str, int]]:
+    """A folder's files, but hidden ones, in torchvision's order; its folders; and the files' sizes, if remote."""
+    by_folder: dict[str, Iterable[str]] = {}
+    sizes: dict[str, int] = {}
+    if not root.local:
+        sizes = {file: size for file, size in root.walk() if kind_of(file) and f"/{file}".count("/.") == 0}
+        remote = defaultdict[str, list[str]](list)
+        for file in sizes:
+            remote[file.partition("/")[0] if "/" in file else ""].append(file)
+        by_folder |= remote
+    elif root.local.is_dir():
+        entries = [entry for entry in root.local.iterdir() if not entry.name.startswith(".")]
+        by_folder[""] = [entry.name for entry in entries if not entry.is_dir()]  # also links that lead nowhere
+        by_folder |= {entry.name: _below(root.local, entry.name) for entry in entries if entry.is_dir()}
+    else:
+        raise ConfigError(f"no folder {root}; expected {root}/CLASS/image.jpg")
+    files = [file for _, some in sorted(by_folder.items()) for file in sorted(some, key=posixpath.split)]
+    return files, sorted(name for name in by_folder if name), sizes
+
+
+def images_at(path: Path) -> list[Path]:
+    """The image files in a folder of this machine, at any depth, by their names, in torchvision's order; else `path`.
+
+    Raises:
+        ConfigError: a folder without any, or that cannot be listed.
+    """
+    try:
+        is_folder = path.is_dir()
+    except OSError:  # such as a name that is too long, which is told where it is read
+        is_folder = False
+    if not is_folder:
+        return [path]
+    try:
+        found = [file for file in _below(path, "") if kind_of(file) == "images"]
+    except OSError as e:
+        raise ConfigError(f"{path} cannot be listed ({e.strerror})") from None
+    if not found:
+        raise ConfigError(f"{path} has no image file at any depth; their names end in {', '.join(sorted(SUFFIXES))}")
+    return [path / file for file in sorted(found, key=posixpath.split)]
+
+
+def _below(root: Path, folder: str) -> Iterator[str]:
+    """Files at any depth, through links to folders, but no folder twice: a link may lead to its own parent."""
+    seen: set[str] = set()
+
+    def fail(e: OSError) -> None:
+        raise e
+
+    for parent, folders, names in os.walk(root / folder, followlinks=True, onerror=fail):
+        seen.add(os.path.realpath(parent))
+        visible = sorted(f for f in folders if not f.startswith("."))
+        folders[:] = [f for f in visible if os.path.realpath(Path(parent, f)) not in seen]
+        below = Path(parent).relative_to(root).as_posix()
+        yield from (f"{below}/{name}" for name in names if kind_of(name) and not name.startswith("."))

@@ -1,0 +1,245 @@
+"""Finding the images that kill the process that decodes them, in a process of its own.
+
+What DALI's parser refuses never reaches DALI (`fetch`). Whatever else ends its process, or has it hang, is found here:
+requests are decoded one at a time in a child. Where it dies, a new child decodes parts of that request, with stand-ins
+in place of the other images, so that the batch stays as large as it was: DALI's crashes depend on that.
+
+They depend on chance, too. DALI 2.4 dies of a damaged header in about 7 of 10 tries at batches of 64, and raises in the
+others. So each part is tried several times, and an image that DALI refuses, in a request that killed, is its killer.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.config.schema import DataConfig
+from pipeline.data.batch_spec import Request
+from pipeline.data.index import Index, load_index
+from pipeline.data.loading.dali import Decoder
+from pipeline.data.loading.fetch import most_broken
+from pipeline.data.loading.loader import Place
+
+START_S = 120.0  # for the imports, on a busy machine
+DECODE_S = 60.0  # for one batch that is in memory; what takes longer hangs
+POLL_S = 2.0
+NUM_PARTS = 8  # of a request, in each round: 512 images are three rounds, and a round is a process of seconds
+NUM_TRIES = 3  # of each part, as a crash may depend on chance
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+Trial = tuple[Request, frozenset[int]]  # what to decode, and the rows that stand-ins take the place of
+
+
+class CannotTellError(RuntimeError):
+    """A child ended by something that is no fault of an image."""
+
+
+@dataclass
+class _Tried:
+    """What a child came to: trials that it survived, rows that DALI refused and why, and what it died of."""
+
+    num_done: int = 0
+    refused: dict[int, str] = field(default_factory=dict)
+    death: str | None = None
+
+
+@dataclass(frozen=True)
+class Isolation:
+    """Decodes in children what may kill them.
+
+    index: opened from path. place: the rank's own: its device, threads and patience. max_batch: most images in a
+    request, as the rank's loader has it. warn: told what cannot be told. heartbeat: called while a child is waited for.
+    """
+
+    path: Path
+    index: Index
+    cfg: DataConfig
+    place: Place
+    max_batch: int
+    warn: Callable[[str], None]
+    heartbeat: Callable[[], None] = lambda: None
+
+    def search(
+        self, requests: Sequence[Request], known: Sequence[int], keep: Callable[[int, str], None], until: float
+    ) -> None:
+        """Find the rows that kill the process that decodes these requests, or that DALI refuses.
+
+        Args:
+            known: rows to leave out. More than `max_bad_fraction` of the index are not looked for.
+            keep: called with each row that is found and the reason, at once.
+            until: of the monotonic clock; what is found until then has to do.
+        """
+        found = set(known)
+        most = most_broken(self.cfg.max_bad_fraction, len(self.index))
+
+        def note(rows: dict[int, str]) -> None:
+            for row, reason in rows.items():
+                found.add(row)
+                keep(row, reason)
+
+        try:
+            while requests and len(found) <= most:
+                if time.monotonic() > until:
+                    self.warn(f"{len(requests)} batches are left where images may kill the process that decodes them")
+                    return
+                tried = self._try([(request, frozenset(found)) for request in requests])
+                note(tried.refused)
+                if tried.death is None:
+                    return
+                requests = requests[tried.num_done :]
+                if tried.refused:  # it may be for these, and not for the images of its last request, that it died
+                    continue
+                killers = self._killers(requests[0], frozenset(found))
+                note(dict.fromkeys(killers, f"it kills the process that decodes it ({tried.death})"))
+                if not killers:
+                    self.warn(
+                        f"decoding {len(requests[0])} images ended a process ({tried.death}), and none of them alone "
+                        f"does so again: rows of the index {' '.join(map(str, requests[0].rows))}"
+                    )
+                    requests = requests[1:]
+        except CannotTellError as e:
+            self.warn(f"whether an image kills the process that decodes it cannot be found out: {e}")
+
+    def _killers(self, request: Request, avoided: frozenset[int]) -> set[int]:
+        """The rows of a request that killed a child; none where they do not do it again."""
+        everything = frozenset(request.rows.tolist()) | avoided
+        suspects = sorted(everything - avoided)
+        while suspects:
+            parts = [part.tolist() for part in np.array_split(suspects, min(NUM_PARTS, len(suspects)))]
+            # First none of the images: what dies of that dies of the machine.
+            trials = [(request, everything), *((request, everything - set(part)) for part in parts * NUM_TRIES)]
+            tried = self._try(trials)
+            if tried.refused:
+                return set(tried.refused)
+            if tried.death is None:
+                return set()
+            if tried.num_done == 0:
+                raise CannotTellError(f"a process that decoded none of them ended, too ({tried.death})")
+            suspects = parts[(tried.num_done - 1) % len(parts)]
+            if len(suspects) == 1:
+                return set(suspects)
+        return set()
+
+    def _try(self, trials: Sequence[Trial]) -> _Tried:
+        """Have a child decode one trial after the other.
+
+        Raises:
+            CannotTellError: it did not start, or could not read the images.
+        """
+        mine, theirs = Pipe()
+        number = theirs.fileno()
+        # It imports what this process would, and nothing from the current directory.
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        command = [sys.executable, "-P", "-m", "pipeline.data.loading.isolate", str(number)]
+        process = subprocess.Popen(
+            command, pass_fds=[number], stdin=subprocess.DEVNULL, start_new_session=True, env=environment
+        )
+        try:
+            with mine:
+                theirs.close()
+                return self._watch(process, mine, trials)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(subprocess.TimeoutExpired):  # one that waits for a dead mount cannot be killed
+                process.wait(5)
+
+    def _watch(self, process: "subprocess.Popen[bytes]", child: Connection, trials: Sequence[Trial]) -> _Tried:
+        tried = _Tried()
+        try:
+            if not self._answers(child, START_S):
+                raise CannotTellError("a process for it does not start")
+            child.recv()
+            child.send((self.path, self.cfg, self.place, self.max_batch, trials))
+        except (EOFError, OSError) as e:
+            raise CannotTellError(f"a process for it ended before it began ({_end_of(process)})") from e
+        try:
+            for _ in trials:
+                if not self._answers(child, self.place.patience_s + DECODE_S):
+                    raise CannotTellError("the images' storage does not answer")
+                if (error := child.recv()) is not None:
+                    raise CannotTellError(error)
+                if not self._answers(child, DECODE_S):
+                    tried.death = f"no end after {DECODE_S:.0f} s"
+                    return tried
+                tried.refused |= child.recv()
+                tried.num_done += 1
+        except (EOFError, OSError):
+            tried.death = _end_of(process)
+        return tried
+
+    def _answers(self, child: Connection, seconds: float) -> bool:
+        """Whether it does within so long."""
+        deadline = time.monotonic() + seconds
+        while not (answers := child.poll(POLL_S)) and time.monotonic() < deadline:
+            self.heartbeat()
+        return answers
+
+
+def _end_of(process: "subprocess.Popen[bytes]") -> str:
+    try:
+        code = process.wait(10)
+    except subprocess.TimeoutExpired:
+        return "no answer"
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+
+def _decode(path: Path, cfg: DataConfig, place: Place, max_batch: int, trials: Sequence[Trial], tell: Any) -> None:
+    """The child's work: after each reading, tell what went wrong, or None; after each decoding, what DALI refused."""
+    index, refused = load_index(path), dict[str, str]()
+    for request, avoided in trials:
+        rows = {index.place(row): row for row in request.rows.tolist()}
+        with closing(
+            Decoder(
+                index,
+                cfg,
+                max_batch,
+                place.num_threads,
+                place.device,
+                on_bad=refused.__setitem__,
+                warn=lambda _: None,
+                patience_s=place.patience_s,
+            )
+        ) as decoder:
+            decoder.avoid(dict.fromkeys(avoided, ""))
+            try:
+                encoded = list(decoder.read(iter([request])))
+            except OSError as e:
+                tell(str(e))
+                return
+            tell(None)
+            refused.clear()  # what cannot be read never reaches DALI
+            list(decoder.pixels(iter(encoded)))
+            if place.device.type == "cuda":
+                torch.cuda.synchronize(place.device)
+            tell({rows[image]: reason for image, reason in refused.items()})
+
+
+def main() -> None:
+    """The child: it ends with its parent."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    torch.set_num_threads(1)
+    with Connection(int(sys.argv[1])) as parent, contextlib.suppress(EOFError, BrokenPipeError):
+        parent.send("ready")
+        path, cfg, place, max_batch, trials = parent.recv()
+        # As many as there are: whether they are too many is for the loaders to say.
+        cfg = dataclasses.replace(cfg, max_bad_fraction=1.0)
+        _decode(path, cfg, place, max_batch, trials, parent.send)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""Reading the encoded images of an index's rows, from files of this machine or from anywhere else.
+
+Remote files come in chunks through the node's cache. So do the row groups of Parquet, local ones too, as nothing less
+of it can be read: decoded once for the whole node, an image in them is as near as one in a tar shard.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from pipeline.config.schema import DataConfig
+from pipeline.data.index import Index
+from pipeline.data.loading.cache import CHUNK_BYTES, Cache
+from pipeline.data.loading.groups import PLACE_BYTES, Recent, read_group, row_group_ends
+from pipeline.failures import READ_SOURCE_S, backoff, says_of_one_file
+from pipeline.storage import Storage, scratch_folder
+
+T = TypeVar("T")
+
+# Of row groups in this process's memory, where they cannot go through the cache.
+GROUP_BYTES = 256 * 2**20
+# What waits to be fetched ahead; `read` fetches what found no place.
+MAX_AHEAD = 1024
+# In place of a chunk's number.
+WHICH_GROUPS = -1
+# Between two lines about a storage that does not answer: many threads find it so at once.
+TELL_EVERY_S = 10.0
+
+
+class StorageAwayError(ConnectionError):
+    """A storage has not answered for longer than one would wait; nothing is known of the image."""
+
+
+class Reader:
+    """Reads rows of one index; from several threads at once. To be closed.
+
+    Args:
+        report: told what makes reading slow: a storage that does not answer, a full disk, an order that jumps about.
+        patience_s: how long a storage that does not answer is waited for.
+        chunk_bytes: how much of a remote file is fetched at once.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        cfg: DataConfig,
+        report: Callable[[str], None] = lambda _: None,
+        *,
+        patience_s: float = READ_SOURCE_S,
+        chunk_bytes: int = CHUNK_BYTES,
+    ):
+        self._index, self._root = index, index.root or Storage(".")
+        self._report, self._patience_s, self._chunk_bytes = report, patience_s, chunk_bytes
+        self._told_at, self._closed = -TELL_EVERY_S, threading.Event()
+        self._away_since: float | None = None
+        self._ends: dict[str, list[int]] = {}
+        self._recent = Recent(GROUP_BYTES)
+        self._lock, self._decoding = threading.Lock(), threading.Lock()
+        self._ahead: set[tuple[str, int]] = set()
+        self._pool = ThreadPoolExecutor(cfg.read_threads, thread_name_prefix="ahead")
+        self._cache = self._open_cache(cfg)
+
+    def _open_cache(self, cfg: DataConfig) -> Cache | None:
+        """The node's cache, where there is use for it."""
+        index, max_bytes = self._index, int(cfg.cache_gb * 1e9)
+        if not len(index) or (self._root.local and not index.file(0).endswith(".parquet")):
+            return None
+        sizes = index.sizes[:: max(1, len(index) // 1000)]  # all of a hundred million would take time and memory
+        total = float(np.mean(sizes)) * len(index)
+        in_shards = index.path(0) != index.file(0)
+        if in_shards and total > max_bytes and cfg.shuffle_block is None:  # a chunk would go before its next image came
+            self._report(
+                f"{index} has about {total / 1e9:.3g} GB, more than data.cache_gb={cfg.cache_gb:g}: shuffled as a "
+                "whole, each image is fetched by itself, or with its row group; data.shuffle_block makes that faster"
+            )
+            return None
+        return Cache(Path(cfg.cache_dir) if cfg.cache_dir else scratch_folder() / "cache", max_bytes, self._report)
+
+    def close(self) -> None:
+        """End the threads; what they have not begun is not done."""
+        with self._lock:
+            self._closed.set()
+        self._pool.shutdown(cancel_futures=True)
+
+    def read(self, row: int) -> bytes:
+        """The encoded image of one row.
+
+        Raises:
+            OSError: the file is gone or shorter than the index says.
+            StorageAwayError: its storage does not answer.
+        """
+        index, file = self._index, self._index.file(row)
+        offset, size = int(index.offsets[row]), int(index.sizes[row])
+        try:
+            if file.endswith(".parquet"):
+                data = self._parquet_image(file, offset)
+            elif self._root.local:
+                data = self._patiently(lambda: self._fetch(file, offset, offset + size))
+            else:
+                data = self._range(file, offset, offset + size)
+        except OSError as e:
+            if e.filename is not None:  # a local file's, which its text names
+                raise
+            kind = next((k for k in (FileNotFoundError, StorageAwayError) if isinstance(e, k)), OSError)
+            raise kind(f"{index.place(row)}: {e}") from e
+        if len(data) != size:
+            raise OSError(f"{index.place(row)}: {len(data)} bytes where the index has {size}")
+        return data
+
+    def ahead(self, rows: Iterable[int]) -> None:
+        """Begin to fetch into the cache what these rows need; what goes wrong is left to `read`."""
+        if self._usable_cache is None:
+            return
+        in_parquet: dict[str, list[int]] = {}
+        for row in map(int, rows):
+            file, offset = self._index.file(row), int(self._index.offsets[row])
+            if file.endswith(".parquet"):
+                in_parquet.setdefault(file, []).append(offset)
+            else:
+                for chunk in self._chunks(offset, offset + int(self._index.sizes[row])):
+                    self._start(file, chunk)
+        for file, offsets in in_parquet.items():
+            self._start(file, WHICH_GROUPS, offsets)
+
+    @property
+    def _usable_cache(self) -> Cache | None:
+        return self._cache if self._cache and self._cache.usable else None
+
+    def _start(self, file: str, part: int, rows: Sequence[int] = ()) -> None:
+        """Have a thread fetch a chunk, or a row group of a Parquet file, or find out which groups these rows are in."""
+        with self._lock:
+            if (file, part) in self._ahead or len(self._ahead) >= MAX_AHEAD or self._closed.is_set():
+                return
+            self._ahead.add((file, part))
+            self._pool.submit(self._fetch_ahead, file, part, rows)
+
+    def _fetch_ahead(self, file: str, part: int, rows: Sequence[int]) -> None:
+        try:
+            if part == WHICH_GROUPS:
+                for group in sorted({self._group(file, row)[0] for row in rows}):
+                    self._start(file, group)
+            elif (cache := self._usable_cache) and not cache.has(*self._key(file, part)):
+                self._cached(cache, file, part, 0, 0)
+        except OSError:
+            pass  # `read` meets it too, and tells
+        finally:
+            with self._lock:
+                self._ahead.discard((file, part))
+
+    def _key(self, file: str, part: int) -> tuple[object, ...]:
+        return (self._root.uri, file, self._index.fingerprint, part, self._chunk_bytes)
+
+    def _cached(self, cache: Cache, file: str, part: int, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of a chunk or a row group."""
+
+        def fetch() -> bytes:
+            if file.endswith(".parquet"):
+                return self._decode(file, part)
+            first = part * self._chunk_bytes
+            return self._patiently(lambda: self._fetch(file, first, first + self._chunk_bytes))
+
+        return cache.read(start, stop, fetch, *self._key(file, part))
+
+    def _chunks(self, start: int, stop: int) -> range:
+        return range(start // self._chunk_bytes, -(-stop // self._chunk_bytes))
+
+    def _range(self, file: str, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of a remote file, fewer where it ends before."""
+        if (cache := self._usable_cache) is None:
+            return self._patiently(lambda: self._fetch(file, start, stop))
+        size = self._chunk_bytes
+        return b"".join(
+            self._cached(cache, file, k, max(0, start - k * size), min(size, stop - k * size))
+            for k in self._chunks(start, stop)
+        )
+
+    def _fetch(self, file: str, start: int, stop: int) -> bytes:
+        with self._root.open(file) as f:
+            stop = min(stop, f.seek(0, 2))
+            f.seek(min(start, stop))
+            return bytes(f.read(max(0, stop - start)))
+
+    def _parquet_image(self, file: str, row: int) -> bytes:
+        group, place = self._group(file, row)
+
+        def part(start: int, stop: int) -> bytes:
+            if cache := self._usable_cache:
+                return self._cached(cache, file, group, start, stop)
+            return self._recent.get((file, group), lambda: self._decode(file, group))[start:stop]
+
+        start, stop = np.frombuffer(part(PLACE_BYTES * place, PLACE_BYTES * (place + 2)), dtype="<i8").tolist()
+        return part(start, stop)
+
+    def _group(self, file: str, row: int) -> tuple[int, int]:
+        """The row group that holds a row of a Parquet file, and the row's place in it."""
+        if file not in self._ends:
+            self._ends[file] = self._patiently(lambda: row_group_ends(self._root, file))
+        ends = self._ends[file]
+        group = int(np.searchsorted(ends, row, side="right"))
+        if group == len(ends):
+            raise OSError(f"the file has {ends[-1] if ends else 0} rows")
+        return group, row - (ends[group - 1] if group else 0)
+
+    def _decode(self, file: str, group: int) -> bytes:
+        with self._decoding:  # one at a time: they can be large
+            return self._patiently(lambda: read_group(self._root, file, group))
+
+    def _patiently(self, action: Callable[[], T]) -> T:
+        """What `action` returns; while a storage does not answer, it is tried again for a while."""
+        begun = time.monotonic()
+        for pause in backoff():
+            try:
+                result = action()
+            except OSError as e:
+                if says_of_one_file(e, self._root.local):
+                    raise
+                # One clock for all threads: who waited for another's fetch in vain does not begin to wait anew.
+                now = time.monotonic()
+                self._away_since = since = self._away_since or now
+                if now + pause > min(begun, since) + self._patience_s or self._closed.is_set():
+                    raise StorageAwayError(str(e)) from e
+                self._tell(f"{self._root} does not answer, trying again for {self._patience_s:g} s: {e}")
+                self._closed.wait(pause)
+            else:
+                self._away_since = None
+                return result
+        raise AssertionError("the pauses never end")
+
+    def _tell(self, text: str) -> None:
+        with self._lock:
+            if time.monotonic() < self._told_at + TELL_EVERY_S:
+                return
+            self._told_at = time.monotonic()
+        self._report(text)

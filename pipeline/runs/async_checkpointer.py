@@ -1,0 +1,262 @@
+"""Checkpoints beside training: the loop pays for one copy in memory, a thread does the rest.
+
+One checkpoint is written at a time. The thread tries again while the disk is full or the storage away; a
+newer checkpoint then takes the place of the one that could not be written. On a full disk the oldest one gives way. Of
+one step there is one: its scores are added once they are known.
+"""
+
+import errno
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any
+
+import torch
+
+from pipeline.config.schema import Config
+from pipeline.failures import backoff
+from pipeline.runs import checkpoint, retention
+from pipeline.runs.checkpoint import Checkpoint
+from pipeline.storage import Storage
+
+QUIET_S = 10.0  # to wait for a checkpoint before that is told
+
+
+class Saver:
+    """Writes the checkpoints of one session.
+
+    Args:
+        folder: where they go; it must exist.
+        check: see `checkpoint.save`. keep: called before a checkpoint or its scores are written; has what is logged so
+            far outlive this machine.
+        written: called in the writing thread with each checkpoint and the seconds that it took.
+        scored: called in that thread with a checkpoint that has got its scores.
+        report: called in that thread with a line for the user.
+        free: called on a full disk where no checkpoint can give way; says what did, if anything.
+        newest: the checkpoint that the session goes on from.
+
+    Attributes:
+        newest: the checkpoint written last, or the one before this session.
+        is_scored_later: the weights of the one saved last are being evaluated.
+        num_postponed, num_failed_tries: so far. held_s: what the loop paid for the one saved last, seconds.
+    """
+
+    def __init__(
+        self,
+        folder: Storage,
+        cfg: Config,
+        *,
+        check: Callable[[], None],
+        keep: Callable[[], None] = lambda: None,
+        written: Callable[[Checkpoint, float], None],
+        scored: Callable[[Checkpoint], None] = lambda _: None,
+        report: Callable[[str], None],
+        free: Callable[[], str | None] = lambda: None,
+        newest: Checkpoint | None = None,
+    ):
+        self._folder, self._cfg = folder, cfg
+        self._check, self._keep, self._written, self._scored = check, keep, written, scored
+        self._report, self._free = report, free
+        self.newest = newest
+        self._step = newest.step if newest and newest.place.parent.uri == folder.uri else None  # of the one saved last
+        self._host: dict[str, Any] | None = None
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
+        self._replaced = threading.Event()
+        self._begun, self._timeout_s = 0.0, cfg.cluster.timeout_s
+        self._problem: str | None = None  # what keeps the one being written from being done
+        self._is_postponed = self.is_scored_later = False
+        self._unscored: dict[int, tuple[Checkpoint, dict[str, float]]] = {}  # by step: whose scores are not in it yet
+        self.num_postponed = self.num_failed_tries = 0
+        self.held_s = 0.0
+
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is being written, and nothing keeps it from being done."""
+        return self._writing is not None and not self._writing.done() and self._problem is None
+
+    @property
+    def wants_save(self) -> bool:
+        """Whether a checkpoint that was postponed can be taken now."""
+        return self._is_postponed and not self.busy
+
+    def save(
+        self,
+        step: int,
+        state_dict: Callable[[], dict[str, Any]],
+        meta: Callable[[], dict[str, Any]],
+        *,
+        now: bool,
+        is_scored_later: bool = False,
+    ) -> None:
+        """Copy the state of `step` and have it written, unless its checkpoint has been.
+
+        Args:
+            state_dict: called for the state, of which a copy is made at once; what it raises is raised.
+            meta: called for what else belongs into meta.json, see `checkpoint.save`.
+            now: wait for one that is being written, unless that does not succeed; else this one is postponed.
+
+        Raises:
+            TimeoutError: one is being written for longer than cluster.timeout_s: the storage hangs.
+        """
+        if self.has(step):
+            return
+        if self.busy and time.monotonic() > self._begun + self._timeout_s:  # a new process may do better
+            raise TimeoutError(f"the checkpoint of step {self._step} is being written for {self._timeout_s:.0f} s now")
+        if self.busy and not now:
+            self.num_postponed += not self._is_postponed
+            self._is_postponed = True
+            return
+        began = time.monotonic()
+        state = state_dict()
+        self._settle()
+        self._step, self.is_scored_later, self._is_postponed = step, is_scored_later, False
+        self._host = to_host(state, self._host)
+        self._writing, self._begun = self._thread.submit(self._write, self._host, meta()), time.monotonic()
+        self.held_s = self._begun - began
+
+    def has(self, step: int) -> bool:
+        """Whether the checkpoint of this step has been saved, if perhaps not written yet."""
+        return self._step == step
+
+    def add_scores(self, step: int, scores: dict[str, float]) -> None:
+        """Have the scores of its weights written into the checkpoint of this step, if it was written."""
+        if not self.busy:
+            self._begun = time.monotonic()
+        self._writing = self._thread.submit(self._add_scores, step, scores, after=self._writing)
+
+    def finish(self, timeout_s: float) -> None:
+        """Wait until all is written.
+
+        Raises:
+            TimeoutError: it could not be done within `timeout_s` seconds.
+        """
+        if self._writing is not None:
+            quiet_s = min(QUIET_S, timeout_s)
+            try:
+                if not wait([self._writing], quiet_s).done:
+                    self._report(f"waiting up to {timeout_s:.0f} s for the checkpoint of step {self._step}")
+                self._writing.result(timeout_s - quiet_s)
+            except TimeoutError:
+                self._replaced.set()
+                raise TimeoutError(
+                    f"no checkpoint could be written to {self._folder} for {timeout_s:.0f} s: {self._problem}"
+                ) from None
+        self._thread.shutdown()
+
+    def _settle(self) -> None:
+        if self._writing is not None:
+            if self._problem is not None:
+                self._replaced.set()
+            self._writing.result()
+        self._replaced.clear()
+        self._problem = None
+
+    def _write(self, state: dict[str, Any], meta: dict[str, Any]) -> None:
+        began, training = time.monotonic(), meta["training_id"]
+        saved = self._persist(
+            f"checkpoint of step {state['step']}",
+            lambda: checkpoint.save(self._folder, state, self._cfg, meta, self._check),
+            lambda: self._make_room(training) or self._free(),
+        )
+        if saved is None:
+            return
+        self.newest = saved
+        self._written(saved, time.monotonic() - began)
+        for late in list(self._unscored.values()):
+            self._score(*late)
+        if self._unscored:  # one of them may be the best
+            return
+        try:
+            retention.prune(self._folder, self._cfg.checkpoint.keep, training, saved.step)
+        except OSError as e:
+            self._report(f"old checkpoints in {self._folder} cannot be deleted: {e}")
+
+    def _add_scores(self, step: int, scores: dict[str, float], after: Future[None] | None) -> None:
+        if after is not None:
+            after.result()  # it is done; an error of its own counts
+        if self.newest is not None and self.newest.step == step:
+            self._score(self.newest, scores)
+
+    def _score(self, saved: Checkpoint, scores: dict[str, float]) -> None:
+        """Write scores into a checkpoint; where a newer one comes first, that is made up for after it."""
+        self._unscored[saved.step] = saved, scores
+
+        def write() -> Checkpoint:
+            self._check()
+            return checkpoint.with_scores(saved, scores)
+
+        if (scored := self._persist(f"evaluation of step {saved.step}", write)) is None:
+            return
+        del self._unscored[saved.step]
+        if self.newest is saved:
+            self.newest = scored
+        self._scored(scored)
+
+    def _persist(
+        self, what: str, write: Callable[[], Checkpoint], make_room: Callable[[], str | None] = lambda: None
+    ) -> Checkpoint | None:
+        """What `write` makes, tried until the storage takes it; None where a newer checkpoint came first."""
+        tries = 0
+        for pause in backoff():
+            try:
+                self._keep()
+                saved = write()
+            except OSError as e:
+                self.num_failed_tries, tries = self.num_failed_tries + 1, tries + 1
+                if self._problem != (problem := str(e)):  # the same again is told at its end
+                    self._report(f"the {what} cannot be written, trying again: {problem}")
+                self._problem = problem
+                freed = e.errno in (errno.ENOSPC, errno.EDQUOT) and self._frees(make_room, what)
+                if self._replaced.wait(0 if freed else pause):
+                    self._report(f"the {what} gives way to a newer one, after {tries} tries")
+                    return None
+            else:
+                self._problem = None
+                if tries:
+                    self._report(f"the {what} is written, after {tries} tries that failed")
+                return saved
+        raise AssertionError("the pauses never end")
+
+    def _make_room(self, training: str) -> str | None:
+        in_use = {*self._unscored, *([self.newest.step] if self.newest else [])}
+        oldest = retention.make_room(self._folder, training, in_use)
+        return None if oldest is None else str(oldest.place)
+
+    def _frees(self, make_room: Callable[[], str | None], what: str) -> bool:
+        """Whether something could be deleted for a new checkpoint."""
+        try:
+            oldest = make_room()
+        except OSError as e:
+            self._report(f"the checkpoints in {self._folder} cannot be read: {e}")
+            return False
+        if oldest is not None:
+            self._report(f"{oldest} gives way to the {what}: the disk is full")
+        return oldest is not None
+
+
+def to_host(value: Any, buffers: Any) -> Any:
+    """A nested state's copy in host memory, pinned where it comes from a GPU.
+
+    torch's own DefaultStager does the same; it took twice as long here (docs/reliability.md).
+
+    Args:
+        buffers: an earlier copy whose memory is used again, or None.
+    """
+    copied = _to_host(value, buffers)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return copied
+
+
+def _to_host(value: Any, buffers: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        if buffers is None or buffers.shape != value.shape:
+            buffers = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+        return buffers.copy_(value.detach(), non_blocking=True)
+    if isinstance(value, dict):
+        return {k: _to_host(v, (buffers or {}).get(k)) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_to_host(v, b) for v, b in zip(value, buffers or [None] * len(value), strict=True)]
+    return value

@@ -1,0 +1,110 @@
+"""Which checkpoint a run goes on from, and what of its configuration and its images must then be as it was.
+
+The driver refuses what does not fit before it starts anything. The workers choose and check once more: between these
+two a checkpoint may be damaged, and later sessions go on from later ones.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from pipeline.config.fields import show
+from pipeline.config.loading import flatten
+from pipeline.config.schema import Config
+from pipeline.data.index import Index
+from pipeline.errors import ConfigError
+from pipeline.failures import CheckpointError
+from pipeline.runs import checkpoint
+from pipeline.runs.checkpoint import Checkpoint
+from pipeline.runs.claim import Claim
+from pipeline.runs.manifest import FILE, Identity
+from pipeline.storage import Storage
+
+# With the step they say which images come next.
+STREAM_KEYS = ("run.seed", "train.global_batch", "data.shuffle_block", "data.shuffle_window", "data.repeats")
+NETWORK_KEYS = ("model.depth", "model.variant", "model.stride_on")  # what the weights mean
+OPTIMIZER_KEYS = ("model.freeze", "optim.name", "optim.layer_decay")  # what its state is, and of which parameters
+
+
+def look(
+    run: Storage,
+    resume_from: str | None,
+    report: Callable[[str], None],
+    *,
+    began: float | None = None,
+    whole: bool = True,
+    claim: Claim | None = None,
+    saved_step: int = 0,
+) -> tuple[Identity, Checkpoint | None]:
+    """What the storage says: whose run this is, and from which checkpoint it goes on.
+
+    Args:
+        run: its folder.
+        resume_from: path or URI of a checkpoint to begin with, where the run has none.
+        report: told of what is damaged.
+        began: of a training that is new, Unix time; None: now.
+        whole: see `checkpoint.read`.
+        claim: of the driver, which has written run.json. saved_step: of a checkpoint that the run is known to have.
+
+    Raises:
+        ConfigError: there are checkpoints, and none can be used.
+        SupersededError: another driver has the run.
+        OSError: the storage does not answer, or this machine does not see what others have written.
+    """
+    if claim is not None:
+        claim.check()
+    identity = Identity.read(run, report)
+    if claim is not None and identity is None:
+        raise OSError(f"{run / FILE} is not seen here, which the driver has written")
+    try:
+        # One that has trained nothing has no checkpoints: an earlier driver wrote it late, in the place of theirs.
+        own = identity.training_id if identity and identity.sessions else None
+        found = checkpoint.newest_valid(run / "checkpoints", report, own, whole=whole)
+        if identity is None or (found is not None and own is None):  # a new run, or one whose run.json is lost
+            known = ("training_id", "sessions", "faults")
+            kept: dict[str, Any] = {key: found.meta[key] for key in known if key in found.meta} if found else {}
+            identity = Identity(**kept, began=began or time.time())
+        seen = found.step if found is not None else 0
+        if seen < saved_step and not checkpoint.is_seen(run / "checkpoints", saved_step):
+            # To begin anew would write over it. One that is damaged is seen, and told of.
+            raise OSError(f"the checkpoint of step {saved_step} is not seen in {run}, which has it")
+        if found is None and resume_from is not None:
+            found = checkpoint.read(Storage(resume_from), whole=whole)
+    except CheckpointError as e:
+        raise ConfigError(str(e)) from None
+    return identity, found
+
+
+def refuse_settings(found: Checkpoint, cfg: Config) -> None:
+    """Raise ConfigError where what orders the images, or the network, is another than the checkpoint's."""
+    saved, now = flatten(found.cfg), flatten(cfg)
+    meaning = dict.fromkeys(STREAM_KEYS, "its step would mean other images")
+    meaning |= dict.fromkeys(NETWORK_KEYS, "its weights are of another network")
+    meaning |= dict.fromkeys(OPTIMIZER_KEYS, "its optimizer's state is of another kind or of other parameters")
+    for key, why in meaning.items():
+        if saved[key] != now[key]:
+            raise ConfigError(
+                f"{key}={show(now[key])}: {found.place} was trained with {show(saved[key])}, and {why}; "
+                f"set {key}={show(saved[key])}, or use another run.name"
+            )
+
+
+def refuse_images(found: Checkpoint, cfg: Config, index: Index, num_steps: int) -> None:
+    """Raise ConfigError where the images are others than the checkpoint's, or `num_steps` are less than its step."""
+    if found.meta["fingerprint"] != index.fingerprint and not cfg.data.allow_changed:
+        raise ConfigError(
+            f"{found.place} was trained on other images than data.train={cfg.data.train} holds now "
+            f"(fingerprint {found.meta['fingerprint'][:12]}, now {index.fingerprint[:12]}); "
+            "bring them back, use another run.name, or set data.allow_changed=true"
+        )
+    if len(found.meta["classes"]) != len(index.classes):
+        raise ConfigError(
+            f"data.train={cfg.data.train}: holds {len(index.classes)} classes, and {found.place} was trained with "
+            f"{len(found.meta['classes'])}; bring them back, or give a new run.name the weights: "
+            f"model.weights={found.place}"
+        )
+    if found.step > num_steps:
+        raise ConfigError(
+            f"{found.place} is at step {found.step}, and this configuration ends at step {num_steps}; "
+            "raise train.epochs or train.steps, or use another run.name"
+        )

@@ -1,0 +1,189 @@
+"""Finding a run or a checkpoint again, by what a user calls it: a name, an MLflow run id, a path or a URI."""
+
+import dataclasses
+import difflib
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.fields import refuse_credentials
+from pipeline.config.loading import load
+from pipeline.config.schema import Config
+from pipeline.errors import ConfigError
+from pipeline.failures import CheckpointError
+from pipeline.runs import checkpoint
+from pipeline.runs.checkpoint import Checkpoint
+from pipeline.runs.manifest import FILE, Identity
+from pipeline.storage import Storage
+from pipeline.tracking import mlflow_run
+from pipeline.tracking.mlflow_store import tracking_uri
+
+MLFLOW_RUN_ID = re.compile(r"[0-9a-f]{32}")
+MAX_NAMED = 5  # runs
+
+
+def open_storage(uri: str) -> Storage:
+    """The storage at a path or URI.
+
+    Raises:
+        ConfigError: a URI that pyarrow does not know, or with a secret in it, which would be logged.
+    """
+    storage = Storage(uri)
+    refuse_credentials("run.storage", uri)
+    try:
+        storage.check()
+    except ValueError as e:
+        raise ConfigError(
+            f"run.storage={uri}: {str(e).splitlines()[0]}; use a directory, s3://... or gs://..."
+        ) from None
+    return storage
+
+
+def find_run(reference: str, storage: Storage, mlflow_uri: str | None) -> Storage | None:
+    """The folder of a run that is meant by its name, its MLflow run id, a path or a URI."""
+    for run in (storage / reference, Storage(reference)) if "://" not in reference else (Storage(reference),):
+        if {"checkpoints", FILE} & set(run.names()):
+            return run
+    if MLFLOW_RUN_ID.fullmatch(reference):
+        return mlflow_run.find_run(tracking_uri(mlflow_uri, storage), reference)
+    return None
+
+
+def find_checkpoint(
+    reference: str, storage: Storage, mlflow_uri: str | None, report: Callable[[str], None] = lambda _: None
+) -> Checkpoint:
+    """The checkpoint that a user means by a run's name, an MLflow run id, a path or a URI.
+
+    A run stands for its newest valid checkpoint.
+
+    Args:
+        storage: where runs lie.
+        mlflow_uri: the store to look an MLflow run id up in; None is the usual one of `storage`.
+        report: told of newer checkpoints that are damaged.
+
+    Raises:
+        ConfigError: nothing of that name, or no valid checkpoint in it.
+    """
+    if checkpoint.META in (place := Storage(reference)).sizes():
+        return _read(place)
+    run = find_run(reference, storage, mlflow_uri)
+    if run is not None:
+        return _newest(run, report)
+    raise no_such_run(reference, storage, mlflow_uri)
+
+
+def find_weights(reference: str, storage: Storage, mlflow_uri: str | None) -> str:
+    """URI of the weight file or the checkpoint that model.weights means.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    place = Storage(reference)
+    if place.name in place.parent.sizes():
+        return place.uri
+    try:
+        return find_checkpoint(reference, storage, mlflow_uri).place.uri
+    except ConfigError as e:
+        raise ConfigError(f"model.weights={reference}: no such file, and {e}") from None
+
+
+def find_to_resume(
+    reference: str, storage_uri: str | None, mlflow_uri: str | None, report: Callable[[str], None]
+) -> Checkpoint:
+    """As `find_checkpoint`; where an MLflow run's folder is lost, its newest valid checkpoint among MLflow's artifacts.
+
+    Args:
+        storage_uri: where runs lie, and where the run is to lie again; None: "runs", and where it was.
+        report: told of damaged artifacts.
+    """
+    storage = open_storage(storage_uri or "runs")
+    run = find_run(reference, storage, mlflow_uri)
+    if run is None or not MLFLOW_RUN_ID.fullmatch(reference) or (run / "checkpoints").names():
+        return find_checkpoint(reference, storage, mlflow_uri)
+    place = storage / run.name if storage_uri else run
+    _fetch(place, tracking_uri(mlflow_uri, storage), reference, report)
+    return _newest(place)
+
+
+def _fetch(run: Storage, uri: str, mlflow_id: str, report: Callable[[str], None]) -> None:
+    """Put the newest valid checkpoint that MLflow has into the run's folder; it says which training the run is."""
+    problems: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for path in mlflow_run.fetch_checkpoints(uri, mlflow_id, Path(folder)):
+            try:
+                found = checkpoint.read(Storage(path))
+            except CheckpointError as e:
+                report(f"of MLflow's artifacts: {e}")
+                problems.append(str(e))
+                continue
+            there = Identity.read(run, report)
+            if there is not None and there.training_id != found.meta["training_id"]:
+                raise ConfigError(f"run.storage={run.parent}: its {run.name} is another training; name another place")
+            place = run / "checkpoints" / path.name
+            place.make()
+            for file in (checkpoint.STATE, checkpoint.CONFIG, checkpoint.META):  # the last makes it one
+                place.upload(found.path / file if file == checkpoint.META else found.file(file), file)
+            return
+    why = (
+        problems[0]
+        if problems
+        else "they are there with mlflow.checkpoints=all, or best or last once a session has ended"
+    )
+    raise ConfigError(f"{run} is gone, and MLflow run {mlflow_id} has no valid checkpoint among its artifacts: {why}")
+
+
+def no_such_run(reference: str, storage: Storage, mlflow_uri: str | None) -> ConfigError:
+    """The error, with the nearest name."""
+    known = [name for name in storage.names() if FILE in (storage / name).sizes()]
+    near = difflib.get_close_matches(reference, known, n=1)
+    more = f" and {len(known) - MAX_NAMED} others" if len(known) > MAX_NAMED else ""
+    hint = f"did you mean {near[0]}?" if near else f"runs there: {', '.join(known[-MAX_NAMED:]) or 'none'}{more}"
+    looked = f"looked in {storage} ({hint})"
+    if MLFLOW_RUN_ID.fullmatch(reference):
+        looked += f" and in MLflow at {tracking_uri(mlflow_uri, storage)}; another one is named by mlflow.uri"
+    return ConfigError(f"no run, MLflow run id or checkpoint {reference!r}; {looked}")
+
+
+def config_to_resume(found: Checkpoint, overrides: list[str]) -> Config:
+    """The configuration of a checkpoint's run, with overrides; at the place where it lies now.
+
+    Raises:
+        ConfigError: the run has a newer checkpoint, from which it would go on instead.
+    """
+    run = found.place.parent.parent
+    # One change that was allowed is no leave for the next one.
+    cfg = load(found.file(checkpoint.CONFIG), ["data.allow_changed=false", *overrides])
+    here: dict[str, Any] = {"storage": run.parent.uri, "name": run.name, "stop_at_step": None}
+    given = {o.partition("=")[0] for o in overrides}
+    settings = dataclasses.replace(cfg.run, **{k: v for k, v in here.items() if f"run.{k}" not in given})
+    cfg = dataclasses.replace(cfg, run=settings)
+    newest = _newest(run)
+    same_run = (Storage(settings.storage) / (settings.name or "")).uri == run.uri
+    if newest.step != found.step and same_run:
+        raise ConfigError(
+            f"{found.place} is not the newest checkpoint of its run, {newest.place.name} is; "
+            "to branch off from it, give the branch a name: run.name=NAME"
+        )
+    return cfg
+
+
+def _read(place: Storage) -> Checkpoint:
+    try:
+        return checkpoint.read(place)
+    except CheckpointError as e:
+        raise ConfigError(str(e)) from None
+
+
+def _newest(run: Storage, report: Callable[[str], None] = lambda _: None) -> Checkpoint:
+    problems: list[str] = []
+    try:
+        found = checkpoint.newest_valid(run / "checkpoints", problems.append)
+    except CheckpointError as e:
+        raise ConfigError(str(e)) from None
+    if found is None:
+        raise ConfigError(f"{run} has no valid checkpoint" + (f": {problems[0]}" if problems else " yet"))
+    for problem in problems:
+        report(problem)
+    return found

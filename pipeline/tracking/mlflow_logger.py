@@ -1,0 +1,297 @@
+"""MLflow, off the training's path.
+
+What is to be logged is appended to a spool, a file in the run's directory, and training goes on. A
+thread sends the spool's records to MLflow, in order, and notes how far it came. A server that is away
+therefore costs nothing but time: records wait, for this process, the next one that resumes the run, or
+`pipeline sync`.
+"""
+
+import errno
+import json
+import math
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config.schema import MlflowConfig
+from pipeline.failures import MLFLOW_CALL_S, READ_CHECKPOINT_S, mlflow_refuses, retry
+from pipeline.runs.claim import Claim, SupersededError
+from pipeline.storage import Storage
+from pipeline.tracking.backlog import Backlog
+from pipeline.tracking.mlflow_run import REPORT, SESSION, MlflowRun, ReportError, Target
+from pipeline.tracking.mlflow_store import reason, tracking_uri
+from pipeline.tracking.outbox import Record, Spool, leading_metrics
+from pipeline.tracking.staging import Staging
+
+if TYPE_CHECKING:  # the driver uses this module, and does without torch
+    from pipeline.tracking.report.page import Facts
+
+MAX_METRICS = 1000  # in one request, MLflow's limit
+RETRY_SECONDS = (1, 2, 5, 10, 30)
+CHECK_CLAIM_S = 5.0  # another driver takes longer to get to its first step, and to ask MLflow what it has
+FOLDER = "mlflow"  # of the run, on this machine
+TARGET = "target.json"
+
+
+class Tracker:
+    """Logs one training to one MLflow run, through restarts and resumes.
+
+    Args:
+        folder: where the spool lies.
+        on_problem: called with a line for the user when MLflow cannot be reached or refuses a record.
+        claim: to the run. A session that has lost it sends nothing more.
+    """
+
+    def __init__(self, target: Target, folder: Path, on_problem: Callable[[str], None], claim: Claim | None = None):
+        self._run: MlflowRun | None = None
+        self._target, self._folder, self._on_problem = target, folder, on_problem
+        self._claim, self._checked = claim, -math.inf
+        self._spool = Spool(folder, on_problem)
+        self._backlog: Backlog | None = None
+        self._staging = Staging(folder)
+        try:
+            self._staging.remove_others(self._spool.staged)
+        except OSError as e:
+            on_problem(f"{folder} cannot be read: {e}")
+        (folder / TARGET).write_text(json.dumps(asdict(target)), encoding="utf-8")
+        self._may_connect = threading.Event()
+        self._wake, self._closing, self._abandoned = threading.Event(), threading.Event(), threading.Event()
+        self._failing, self._answered = False, time.monotonic()
+        self._thread = threading.Thread(target=self._send_all, name="mlflow", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def of_run(
+        cls,
+        cfg: MlflowConfig,
+        run: Storage,
+        training_id: str,
+        on_problem: Callable[[str], None],
+        claim: Claim | None = None,
+    ) -> "Tracker":
+        """For the training `training_id` in the folder `run`."""
+        target = Target(tracking_uri(cfg.uri, run.parent), cfg.experiment, run.uri, training_id)
+        return cls(target, run.scratch / FOLDER, on_problem, claim)
+
+    def connect(self) -> None:
+        """Begin to send. Until then, or until the end, MLflow is not even imported: that takes a core for seconds."""
+        self._may_connect.set()
+
+    def start(self) -> None:
+        """Begin a session: the MLflow run is running, and this machine's system metrics are logged to it."""
+        self._put({"kind": "start", "session": SESSION})
+
+    @property
+    def run_id(self) -> str | None:
+        """Of the MLflow run; None until MLflow was reached."""
+        return self._run.id if self._run else None
+
+    @property
+    def uri(self) -> str:
+        """Of the MLflow store."""
+        return self._target.uri
+
+    @property
+    def experiment_id(self) -> str | None:
+        return self._run.experiment_id if self._run else None
+
+    @property
+    def spool(self) -> Path:
+        """The file of what MLflow has not got yet."""
+        return self._spool.path
+
+    def adopt(self, session: str) -> None:
+        """Send what waited on the machine that had the run before, where that was another one.
+
+        Args:
+            session: see `Backlog`.
+
+        Raises:
+            OSError: the storage does not tell.
+        """
+        run = Storage(self._target.run)
+        if not run.local:
+            self._backlog = Backlog(run, self._spool, self._target, session)
+            self._backlog.adopt()
+
+    def keep(self) -> None:
+        """Have what waits outlive this machine, where the run does.
+
+        Raises:
+            OSError: the storage does not take it.
+        """
+        if self._backlog is not None:
+            self._backlog.save()
+
+    def give_way(self) -> str | None:
+        """Give up an upload that waits, for a disk that is full, see `Staging.give_way`; what it was of, if any."""
+        return self._staging.give_way()
+
+    def params(self, values: dict[str, Any]) -> None:
+        """Log parameters; MLflow keeps the first value of each for good, and a later one is not sent."""
+        self._put({"kind": "params", "values": {k: str(v) for k, v in values.items()}})
+
+    def tags(self, values: dict[str, Any]) -> None:
+        self._put({"kind": "tags", "values": {k: str(v) for k, v in values.items()}})
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        self._put({"kind": "metrics", "step": step, "time": int(time.time() * 1000), "values": values})
+
+    def text(self, text: str, to: str) -> None:
+        """Log `text` as the artifact file `to`."""
+        self._put({"kind": "text", "text": text, "to": to})
+
+    def folder(self, source: Path, to: str) -> None:
+        """Log a directory's files below the artifact path `to`, as they are now.
+
+        They are hard-linked aside until they are sent, so that `source` may be deleted meanwhile.
+
+        Raises:
+            OSError: that cannot be done.
+        """
+        self._put({"kind": "folder", "source": self._staging.place_of(self._staging.link(source)), "to": to})
+
+    def report(self, facts: "Facts") -> None:
+        """Make the report and log it, once all that was logged before has arrived; the facts wait on disk.
+
+        Raises:
+            OSError: they cannot be written there.
+        """
+        self._put({"kind": "report", "source": self._staging.place_of(self._staging.save(REPORT, facts.save))})
+
+    def model(self, checkpoint: Storage, register: str | None) -> None:
+        """Log a checkpoint's model as the run's model, also in the registry where a name is given."""
+        source = self._staging.place_of(checkpoint.local) if checkpoint.local else checkpoint.uri
+        self._put({"kind": "model", "source": source, "register": register})
+
+    def close(
+        self,
+        status: str,
+        patience_s: float,
+        limit_s: float = math.inf,
+        heartbeat: Callable[[], None] = lambda: None,
+    ) -> int:
+        """End the MLflow run and wait until all is sent.
+
+        Args:
+            status: FINISHED, KILLED (to be resumed) or FAILED.
+            patience_s: how long to go on trying an MLflow that fails; one that answers is waited for.
+            limit_s: of the whole wait. heartbeat: called meanwhile.
+
+        Returns:
+            How many records still wait in the spool.
+        """
+        self._put({"kind": "end", "status": status})
+        return self.drain(patience_s, limit_s, heartbeat)
+
+    def drain(self, patience_s: float, limit_s: float = math.inf, heartbeat: Callable[[], None] = lambda: None) -> int:
+        """Wait until all is sent; arguments and result as of `close`."""
+        self._closing.set()
+        self._may_connect.set()
+        self._wake.set()
+        self._answered = time.monotonic()
+        end, deadline = self._answered + limit_s, self._answered + patience_s
+        while self._thread.is_alive() and time.monotonic() < min(deadline, end):
+            self._thread.join(0.1)
+            heartbeat()
+            if not self._failing and time.monotonic() < self._answered + MLFLOW_CALL_S:
+                deadline = time.monotonic() + patience_s
+        self._abandoned.set()
+        self._thread.join(1)
+        waiting = len(retry(self._spool.unsent, self._on_problem, READ_CHECKPOINT_S))
+        try:
+            self.keep()
+        except OSError as e:
+            self._on_problem(f"{waiting} records for MLflow wait on this machine alone, in {self.spool}: {e}")
+        if not self._thread.is_alive():
+            self._spool.close()
+        return waiting
+
+    def abandon(self) -> None:
+        """Send nothing more: the run is another driver's."""
+        self._abandoned.set()
+        self._may_connect.set()
+        self._wake.set()
+        self._thread.join(1)
+        self._stop_monitor()
+        if not self._thread.is_alive():
+            self._spool.close()
+
+    def _stop_monitor(self) -> None:
+        if self._run is not None:
+            self._run.stop_monitor()
+
+    def _put(self, record: Record) -> None:
+        self._spool.append(record)
+        self._wake.set()
+
+    def _send_all(self) -> None:
+        """The thread: send what waits, retry what fails, until closed and empty."""
+        failures = 0
+        self._may_connect.wait()
+        while not self._abandoned.is_set():
+            self._wake.clear()
+            try:
+                self._send_waiting()
+            except SupersededError as e:
+                self._on_problem(f"nothing more is sent to MLflow: {e}")
+                self._stop_monitor()
+                return
+            except Exception as e:  # MLflow raises whatever its transport raises; none of it may end a training
+                if not self._failing:
+                    file = str(getattr(e, "filename", None) or "")
+                    ours = [place for place in (str(self._folder), self._target.run) if file.startswith(place)]
+                    what = f"{ours[0]} cannot be used" if ours else f"MLflow at {self._target.uri} fails"
+                    self._on_problem(f"{what}, records wait in {self.spool}: {reason(e)}")
+                self._failing = True
+                if self._closing.is_set():  # somebody waits
+                    self._abandoned.wait(RETRY_SECONDS[0])
+                else:
+                    self._closing.wait(RETRY_SECONDS[min(failures, len(RETRY_SECONDS) - 1)])
+                failures += 1
+                continue
+            self._failing, failures = False, 0
+            if self._closing.is_set() and not self._spool.head():
+                return
+            self._wake.wait()
+
+    def _send_waiting(self) -> None:
+        if self._run is None:
+            run = MlflowRun(self._target, follow=True)
+            if self._spool.is_new or self._backlog:  # perhaps another machine has sent some of it
+                self._spool.skip(run.last_steps())
+            self._run = run
+        waiting = self._spool.head()
+        while waiting and not self._abandoned.is_set():
+            batch = leading_metrics(waiting, MAX_METRICS) or waiting[:1]
+            records = [self._staging.placed(record) for record, _ in batch]
+            self._staging.in_use = records[0].get("source")
+            self._check_claim()
+            try:
+                self._run.send(records)
+            except ReportError as e:
+                self._on_problem(f"no report is made: {reason(e)}")
+            except Exception as e:
+                if not mlflow_refuses(e):
+                    raise
+                self._on_problem(f"MLflow refused a record of kind {records[0]['kind']}, dropped: {reason(e)}")
+                if records[0]["kind"] == "folder":
+                    shutil.rmtree(records[0]["source"], ignore_errors=True)
+            self._staging.in_use = None
+            self._answered = time.monotonic()
+            self._spool.mark_sent(batch[-1][1])
+            self._failing = False
+            waiting = waiting[len(batch) :] or self._spool.head()
+
+    def _check_claim(self) -> None:
+        if self._claim is None or time.monotonic() < self._checked + CHECK_CLAIM_S:
+            return
+        try:
+            self._claim.check()
+        except OSError as e:
+            raise OSError(e.errno or errno.EIO, f"whose it is cannot be read: {e}", self._target.run) from None
+        self._checked = time.monotonic()

@@ -1,0 +1,4 @@
+"""A training's report: one HTML page and its figures.
+
+`page.write_report` is the way in.
+"""

@@ -1,0 +1,84 @@
+"""Folders that wait to be uploaded: hard-linked aside, so that what they are of may be deleted meanwhile."""
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from pipeline.tracking.outbox import Record
+
+
+class Staging:
+    """Staged folders, each below a directory by its name and a time.
+
+    Attributes:
+        in_use: path of the one that is being uploaded.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self.in_use: str | None = None
+
+    def link(self, source: Path) -> Path:
+        """Stage a folder's files as they are now.
+
+        Raises:
+            OSError: that cannot be done.
+        """
+        # Not what a process that was killed has left of a file that it was writing.
+        ignore = shutil.ignore_patterns(".*")
+        return self.save(source.name, lambda to: shutil.copytree(source, to, True, ignore, _link, dirs_exist_ok=True))
+
+    def save(self, name: str, write: Callable[[Path], object]) -> Path:
+        """Stage what `write` puts into a folder.
+
+        Raises:
+            OSError: it cannot.
+        """
+        staged = self._folder / f"{name}.{time.time_ns()}"
+        try:
+            staged.mkdir()
+            write(staged)
+        except OSError:
+            shutil.rmtree(staged, ignore_errors=True)
+            raise
+        return staged
+
+    def give_way(self) -> str | None:
+        """Delete the oldest checkpoint that is staged, for a disk that is full; what that ends, if any.
+
+        One whose files are here alone if there is one; the checkpoint of another one can be deleted next.
+        """
+        waiting = [staged for staged in self._folder.glob("step_*.*/") if str(staged) != self.in_use]
+        waiting.sort(key=lambda staged: (any(file.stat().st_nlink > 1 for file in staged.iterdir()), staged.suffix))
+        for staged in waiting[:1]:
+            hidden = staged.with_name(f".{staged.name}")  # what is half deleted is not sent
+            staged.rename(hidden)
+            shutil.rmtree(hidden, ignore_errors=True)
+            return f"the upload of {staged.stem} to MLflow"
+        return None
+
+    def remove_others(self, waiting: Iterable[Record]) -> None:
+        """Delete what a process has left that was killed while it staged or deleted a folder."""
+        staged = {self.placed(record).get("source") for record in waiting}
+        for path in self._folder.glob("*.*/"):
+            if path.suffix[1:].isdecimal() and str(path) not in staged:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def place_of(self, path: Path) -> str:
+        """As records have a path: in the run's folder, which may be moved while they wait."""
+        run = self._folder.parent
+        return str(path.relative_to(run) if path.is_relative_to(run) else path)
+
+    def placed(self, record: Record) -> Record:
+        """With the path where it is now."""
+        source = record.get("source")
+        return record if source is None or "://" in source else {**record, "source": str(self._folder.parent / source)}
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy(source, target)

@@ -1,0 +1,66 @@
+"""Sending what waits for MLflow without training: `pipeline sync`."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline.errors import ConfigError
+from pipeline.runs.claim import Claim
+from pipeline.runs.manifest import Identity
+from pipeline.storage import Storage
+from pipeline.tracking import backlog, outbox
+from pipeline.tracking.mlflow_logger import FOLDER, TARGET, Tracker
+from pipeline.tracking.mlflow_run import Target
+from pipeline.tracking.mlflow_store import is_missing, store_beside
+
+
+def sync(run: Storage, report: Callable[[str], None], patience_s: float = 10.0) -> tuple[Target, str | None, int]:
+    """Send what waits for MLflow of the run in a folder: on this machine, and of one on an object store there.
+
+    A last session that has not told of its end was killed, which MLflow is told.
+
+    Args:
+        patience_s: how long to go on trying an MLflow that fails.
+
+    Returns:
+        What it is for, the MLflow run's id, and how many records still wait.
+
+    Raises:
+        ConfigError: nothing waits, or on an object store, where the run may be trained from another machine just now.
+        OSError: the storage does not answer.
+    """
+    claim, last = Claim.last(run), Identity.read(run, report)
+    folder, is_open = run.scratch / FOLDER, last is not None and last.open
+    name, kept = ("", []) if run.local else backlog.read(run)
+    if outbox.is_in_use(folder) or (is_open and kept and kept[0]["id"] != outbox.owner(folder)):
+        raise ConfigError(
+            f"the last session of {run} has not told of its end: it may be trained just now; where it is not, "
+            "train it again, which sends all that waits"
+        )
+    target = Target(**kept[0]["target"]) if kept else _target(folder / TARGET)
+    if target is None:
+        raise ConfigError(f"{folder} holds nothing that waits for MLflow")
+    target = _moved(target, run)
+    tracker = Tracker(target, folder, report, claim)  # a training that begins now sends what is left
+    if name:
+        tracker.adopt(name)
+    waiting = tracker.close("KILLED", patience_s) if is_open else tracker.drain(patience_s)
+    return target, tracker.run_id, waiting
+
+
+def _target(file: Path) -> Target | None:
+    try:
+        return Target(**json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _moved(target: Target, run: Storage) -> Target:
+    """Where the run is logged now: its storage may have been moved, and a SQLite store with it."""
+    before = Storage(target.run).parent
+    if before.local and run.local and target.uri == store_beside(before):
+        here = store_beside(run.parent)
+        if is_missing(target.uri) or not is_missing(here):  # else the run was moved without the store
+            target = dataclasses.replace(target, uri=here)
+    return dataclasses.replace(target, run=run.uri)

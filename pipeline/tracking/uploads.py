@@ -1,0 +1,40 @@
+"""Folders that go to MLflow as artifacts; where one cannot be read, that is told, and training goes on."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline.failures import CheckpointError, retry
+from pipeline.runs import checkpoint
+from pipeline.runs.checkpoint import META, Checkpoint
+from pipeline.storage import Storage
+from pipeline.tracking.mlflow_logger import Tracker
+from pipeline.tracking.mlflow_run import CHECKPOINTS
+
+
+class Uploads:
+    """Hands folders to the tracker, which takes them aside and sends them.
+
+    Args:
+        warn: called with a line for the user. timeout_s: how long a storage that does not answer is waited for.
+    """
+
+    def __init__(self, tracker: Tracker, warn: Callable[[str], None], timeout_s: float):
+        self._tracker, self._warn, self._timeout_s = tracker, warn, timeout_s
+
+    def folder(self, folder: Path) -> None:
+        """A folder's files, below its name."""
+        self._hand_over(folder, lambda: self._tracker.folder(folder, folder.name))
+
+    def checkpoint(self, saved: Checkpoint) -> None:
+        def log() -> None:
+            if not (saved.path / META).exists():  # of an object store only what was written last is here, and whole
+                checkpoint.read(saved.place, use_copy=True)
+            self._tracker.folder(saved.path, f"{CHECKPOINTS}/{saved.path.name}")
+
+        self._hand_over(saved.place, log)
+
+    def _hand_over(self, source: Path | Storage, log: Callable[[], None]) -> None:
+        try:
+            retry(log, self._warn, self._timeout_s)
+        except (OSError, CheckpointError) as e:
+            self._warn(f"{source} is not uploaded to MLflow: {e}")

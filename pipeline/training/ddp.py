@@ -1,0 +1,84 @@
+"""The network as a session trains it: exchanging gradients with other ranks, compiled. `state.model` is inside it."""
+
+import os
+import shutil
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.config.schema import Config
+from pipeline.errors import ConfigError
+from pipeline.tracking.ledger import Ledger
+from pipeline.training.step import autocast
+
+
+def as_trained(model: nn.Module, cfg: Config, world_size: int, device: torch.device, ledger: Ledger) -> nn.Module:
+    """The model in DDP, where there are several ranks, and compiled, as configured.
+
+    Raises:
+        ConfigError: no compiler on this node.
+    """
+    net = model
+    if world_size > 1:
+        net = _distributed(model, cfg, world_size, device)
+        _watch_communication(model, ledger)
+    return net if cfg.model.compile == "none" else compiled(net, cfg.model.compile)
+
+
+def _distributed(model: nn.Module, cfg: Config, world_size: int, device: torch.device) -> nn.Module:
+    """The model in DDP, with the buckets that it keeps.
+
+    DDP lays its buckets out anew after the first backward pass, and the order of a ring's sums over three ranks
+    or more follows the layout. A resumed run's first step would differ in the last bit from the same step
+    in the middle of a run; so the first pass is one that changes nothing. On a CPU it has the shape of the others, for
+    which oneDNN makes its kernels here and not in the first step; a GPU's memory may not hold it, and one image does.
+    """
+    # BN statistics stay local until they are read: see sync_buffers.
+    net = DistributedDataParallel(
+        model, forward_sync_buffers=False, gradient_as_bucket_view=True, bucket_cap_mb=cfg.cluster.bucket_mb
+    )
+    if cfg.cluster.gradients == "bf16":
+        net.register_comm_hook(None, bf16_compress_hook)
+    model.eval()
+    share = -(-cfg.train.global_batch // world_size)
+    num_images, size = min(share, cfg.train.micro_batch or share) if device.type == "cpu" else 1, cfg.data.image_size
+    images = torch.zeros(num_images, 3, size, size, dtype=torch.uint8, device=device)
+    with autocast(cfg.train.precision, device):
+        logits = net(images.contiguous(memory_format=torch.channels_last))
+    logits.sum().backward()
+    model.zero_grad(set_to_none=True)
+    model.train()
+    return net
+
+
+def _watch_communication(model: nn.Module, ledger: Ledger) -> None:
+    """Count the rest of a backward pass as waiting for other ranks once the last gradient is there."""
+
+    def there(parameter: Tensor) -> None:
+        ledger.switch("communication wait")
+
+    last = next(p for p in model.parameters() if p.requires_grad)  # the first layer's
+    last.register_post_accumulate_grad_hook(there)  # type: ignore[no-untyped-call]
+
+
+def compiled(net: nn.Module, mode: str) -> nn.Module:
+    """The network in `mode` of torch.compile. `state.model` stays as it is: evaluation would take a compilation more.
+
+    Raises:
+        ConfigError: no compiler on this node.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise ConfigError(
+            f"model.compile={mode}: needs a C++ compiler on every node, and {compiler} is not here; "
+            "install it, or set model.compile=none"
+        )
+    # torch 2.14 takes kernels of another kind of CPU from its cache; they write past the ends of their buffers.
+    torch.compiler.config.cache_key_tag = f"{torch.backends.cpu.get_cpu_capability()} {torch.cpu.get_capabilities()}"
+    if not isinstance(net, DistributedDataParallel):
+        return cast(nn.Module, torch.compile(net, mode=mode))
+    net.module = torch.compile(net.module, mode=mode)  # torch cuts it where buckets end
+    return net

@@ -1,0 +1,175 @@
+"""The training loop, and what a rank needs to run it. Knows neither Ray nor MLflow."""
+
+import math
+import time
+from contextlib import ExitStack, closing
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline.config.schema import Config
+from pipeline.data.batch_spec import stream
+from pipeline.failures import NonFiniteError
+from pipeline.runs.spec import Context, Job
+from pipeline.training.control import Votes, Word
+from pipeline.training.ddp import as_trained
+from pipeline.training.evaluation import StoppedError, evaluate, sync_buffers
+from pipeline.training.microbatch import InParts, MicroBatches
+from pipeline.training.profiler import Profile
+from pipeline.training.recorder import Recorder
+from pipeline.training.sample_log import Trace
+from pipeline.training.schedule import Schedule, lr_at
+from pipeline.training.setup import begin, find_checkpoint, make_ledger, make_loaders, open_index
+from pipeline.training.state import TrainState
+from pipeline.training.step import train_step
+from pipeline.training.watchdog import Watchdog
+
+
+class NonFiniteLossError(NonFiniteError):
+    """The loss became NaN or infinite; the text says at which step and on which samples."""
+
+
+def fit(job: Job, ctx: Context) -> dict[str, Any]:
+    """Train to the last step, from the newest valid checkpoint if there is one.
+
+    Returns:
+        On rank 0 the summary that `pipeline train --json` prints, elsewhere nothing.
+
+    Raises:
+        ConfigError: a checkpoint that does not fit. NonFiniteError. BadDataError.
+    """
+    with Watchdog(job.cfg.cluster.timeout_s) as watchdog, ExitStack() as stack:
+        return _fit(job, ctx, watchdog, stack)
+
+
+def _fit(job: Job, ctx: Context, watchdog: Watchdog, stack: ExitStack) -> dict[str, Any]:
+    entered = time.time()
+    torch.set_num_threads(ctx.num_threads)
+    if ctx.device.type == "cuda":
+        torch.cuda.set_device(ctx.device)
+        torch.backends.cudnn.benchmark = True  # shapes stay the same
+    job, identity, resumed, precision = find_checkpoint(job, ctx)
+    watchdog.feed()
+    cfg = job.cfg
+    index, val_index = (open_index(uri, job, ctx, resumed) for uri in (job.train_index, job.val_index))
+    watchdog.feed()
+    schedule = Schedule.create(cfg, len(index))
+    eval_every = cfg.train.eval_every * schedule.steps_per_epoch
+    stop_step = min(schedule.num_steps, cfg.run.stop_at_step or schedule.num_steps)
+    state = TrainState.create(cfg, len(index.classes), ctx.device)
+    begin(state, cfg, index, ctx, resumed, precision)
+    ledger = make_ledger(ctx, identity, resumed, entered)
+    recorder = Recorder(job, ctx, index, identity, resumed, ledger, schedule.num_steps, precision.reason, watchdog.feed)
+    stack.enter_context(recorder)  # from now on MLflow is told of any end
+    train_loader, val_loader = make_loaders(job, ctx, index, val_index, recorder, state.step, watchdog.feed)
+    net = as_trained(state.model, cfg, ctx.world_size, ctx.device, ledger)
+    # A rank that tries a size out alone would wait for the others' statistics of BatchNorm.
+    tries = ctx.device.type == "cuda" and not (cfg.model.sync_bn and ctx.world_size > 1)
+    micro_batches = MicroBatches(cfg.train, tries, ctx.warn)
+    in_parts = InParts(ctx.warn)
+    votes = Votes(ctx.world_size, cfg.cluster.timeout_s)
+
+    def due(every: int) -> bool:
+        return state.step % every == 0 or state.step == schedule.num_steps
+
+    def evaluated() -> bool:
+        """Evaluate the weights as they are; False where all are to stop, which they look for between chunks."""
+        with ledger.phase("evaluation"):
+            sync_buffers(state.best_model)
+            try:
+                predictions = evaluate(
+                    state.best_model,
+                    val_loader,
+                    precision=cfg.train.precision,
+                    device=ctx.device,
+                    in_parts=in_parts,
+                    heartbeat=watchdog.feed,
+                    stopped=lambda: votes.exchange(Word(stop=ctx.stop_reason() is not None)).stop,
+                )
+            except StoppedError:
+                return False
+        with ledger.phase("checkpoint"):
+            recorder.evaluation(state, predictions)
+        return True
+
+    losses: list[Tensor] = []
+    with (
+        closing(train_loader),
+        closing(val_loader),
+        closing(Profile(job, ctx, ledger, recorder.publish)) as profile,
+        Trace(job, ctx) as trace,
+    ):
+        profile.step(state.step)
+        # A session that had to end between saving and evaluating has left that to this one.
+        unscored = resumed is not None and state.step > 0 and not resumed.meta["metrics"]
+        owes_evaluation = unscored and due(eval_every) and not evaluated()
+        batches = train_loader.from_step(state.step, state.step if owes_evaluation else stop_step)
+        for batch in ledger.steps(batches, compiling=cfg.model.compile != "none"):
+            lr = lr_at(state.step, cfg.optim, schedule)
+            micro_batch = micro_batches.size(state, net, batch)
+            loss = train_step(
+                state,
+                net,
+                batch,
+                cfg.train,
+                lr=lr,
+                world_size=ctx.world_size,
+                micro_batch=micro_batch,
+                mark=ledger.switch,
+            )
+            losses.append(loss)
+            profile.step(state.step)
+            trace.step(state.step, batch)
+            watchdog.feed()
+            recorder.progress(state.step)
+            word = votes.exchange(Word(stop=ctx.stop_reason() is not None, save=recorder.wants_save))
+
+            logging, evaluating = due(cfg.train.log_every), due(eval_every)
+            ending = word.stop or state.step == stop_step
+            saving = due(cfg.checkpoint.every) or word.save or ending
+            if not (logging or evaluating or saving):
+                continue
+            values, num_bad = _gather(losses, recorder.num_bad, ctx)  # the only wait for the device
+            losses.clear()
+            _check_finite(values, state.step, cfg, schedule, len(index))
+            if logging:
+                with ledger.phase("logging"):
+                    recorder.step(state.step, values[-1], lr, state.step / schedule.steps_per_epoch, num_bad)
+            if saving:  # before an evaluation, which may take longer than a node has that is to go
+                with ledger.phase("checkpoint"):
+                    recorder.save(state, now=ending, is_scored_later=evaluating and not word.stop)
+            owes_evaluation = evaluating and (word.stop or not evaluated())
+            if ending or owes_evaluation:
+                break
+        votes.finish()
+        with ledger.phase("checkpoint"):
+            recorder.save(state, now=True)
+        watchdog.feed()
+        profile.finish()
+        return recorder.finished(state, val_loader, owes_evaluation=owes_evaluation)
+
+
+def _gather(losses: list[Tensor], num_bad: int, ctx: Context) -> tuple[list[float], int]:
+    """Over all ranks: the loss of each step since the last call, and the broken images met."""
+    sums = torch.cat([torch.stack(losses), torch.tensor([float(num_bad)], device=ctx.device)])
+    if ctx.world_size > 1:
+        dist.all_reduce(sums)
+    *values, bad = sums.tolist()
+    return values, int(bad)
+
+
+def _check_finite(values: list[float], step: int, cfg: Config, schedule: Schedule, num_samples: int) -> None:
+    """Raise NonFiniteLossError for the first of the last `len(values)` steps whose loss is not a number."""
+    for done, value in enumerate(values, step - len(values) + 1):
+        if math.isfinite(value):
+            continue
+        order = stream(cfg.data, num_samples, cfg.train.global_batch, cfg.run.seed)
+        epoch, start, stop = order.positions(done - 1, 0, 1)
+        rows = order.rows(epoch, start, stop)
+        raise NonFiniteLossError(
+            f"the loss of step {done} is {value} (epoch {epoch}, "
+            f"learning rate {lr_at(done - 1, cfg.optim, schedule):g}); "
+            f"checkpoints before it are untouched; rows of the index in its batch: {' '.join(map(str, rows))}"
+        )

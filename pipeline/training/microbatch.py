@@ -1,0 +1,109 @@
+"""How many images a rank computes at a time, so that they fit into its GPU's memory.
+
+The global batch and what a step computes stay: a rank whose share does not fit goes through it in several
+micro-batches, whose gradients add up. A shape is tried out before its first step, when a failure disturbs nobody; in
+the middle of a step the other ranks would be waiting for this one's gradients. In an evaluation nobody
+waits before its end, so what does not fit is simply computed once more, in smaller parts.
+"""
+
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.config.schema import TrainConfig
+from pipeline.data.loading.loader import Batch
+from pipeline.errors import ConfigError
+from pipeline.training.state import TrainState
+from pipeline.training.step import accumulate
+
+
+class MicroBatches:
+    """The size of a rank's micro-batches.
+
+    Args:
+        try_out: whether memory can run short; on a CPU the system would rather end the process.
+        say: told where a size does not fit.
+    """
+
+    def __init__(self, cfg: TrainConfig, try_out: bool, say: Callable[[str], None]):
+        self._cfg, self._try_out, self._say = cfg, try_out, say
+        self._fitting: dict[torch.Size, int] = {}
+
+    def size(self, state: TrainState, net: nn.Module, batch: Batch) -> int:
+        """Images of the batch to compute at a time.
+
+        Raises:
+            ConfigError: a single image does not fit.
+        """
+        size = min(self._cfg.micro_batch or len(batch.labels), len(batch.labels))
+        if not self._try_out:
+            return size
+        shape = batch.images.shape
+        if shape not in self._fitting:
+            while not self._fits(state, net, batch, size):
+                if size == 1:
+                    raise _too_large(f"data.image_size={shape[-1]}", "lower it, or set model.recompute=true")
+                size = _half(size, self._say, "the global batch stays, and this step is computed anew")
+            self._fitting[shape] = size
+        return self._fitting[shape]
+
+    def _fits(self, state: TrainState, net: nn.Module, batch: Batch, size: int) -> bool:
+        """Compute two micro-batches as in a step, and forget them."""
+        parameters, buffers = list(state.model.parameters()), list(state.model.buffers())
+        before = [buffer.clone() for buffer in buffers]
+        some = batch.part(0, 2 * size)
+        try:
+            # What the optimizer takes at its first step, at most.
+            ballast = [] if state.optimizer.state else [torch.empty_like(p) for p in parameters for _ in range(2)]
+            with net.no_sync() if isinstance(net, DistributedDataParallel) else nullcontext():
+                accumulate(state, net, some, self._cfg, world_size=1, micro_batch=size)
+            del ballast
+            return True
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            state.optimizer.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                for buffer, value in zip(buffers, before, strict=True):
+                    buffer.copy_(value)
+            torch.cuda.empty_cache()
+
+
+class InParts:
+    """Computes images without gradients, in parts whose size goes down where they do not fit, and stays so.
+
+    Args:
+        say: told where a size does not fit.
+    """
+
+    def __init__(self, say: Callable[[str], None]):
+        self._say, self._size = say, sys.maxsize
+
+    def __call__(self, compute: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+        """What `compute` makes of images (B, 3, S, S): (B, ...), of which each row must be of its own image alone.
+
+        Raises:
+            ConfigError: a single image does not fit.
+        """
+        while True:
+            size = min(self._size, len(images))
+            try:
+                return torch.cat([compute(part) for part in torch.split(images, size)])
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise _too_large(f"data.val_size={images.shape[-1]}", "lower it") from None
+            torch.cuda.empty_cache()  # not before the error is dropped, which holds what was computed
+            self._size = _half(size, self._say, "the figures stay, to within rounding (train.eval_batch)")
+
+
+def _half(size: int, say: Callable[[str], None], then: str) -> int:
+    say(f"the GPU's memory is short: {-(-size // 2)} instead of {size} images at a time; {then}")
+    return -(-size // 2)
+
+
+def _too_large(setting: str, mend: str) -> ConfigError:
+    return ConfigError(f"{setting}: a single image does not fit into the GPU's memory; {mend}")

@@ -1,0 +1,135 @@
+"""What a rank does before its first step: the checkpoint that all ranks begin with, the indexes, the loaders."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch.distributed as dist
+
+from pipeline.config.schema import Config
+from pipeline.data.index import Index, load_index
+from pipeline.data.loading.loader import EvalLoader, Place, TrainLoader
+from pipeline.errors import ConfigError
+from pipeline.failures import READ_CHECKPOINT_S, CheckpointError, retry
+from pipeline.models.pretrained import begin_with
+from pipeline.models.resnet import drop_rates
+from pipeline.runs import checkpoint, resume, retention
+from pipeline.runs.checkpoint import Checkpoint
+from pipeline.runs.manifest import Identity
+from pipeline.runs.spec import Context, Job
+from pipeline.storage import Storage
+from pipeline.tracking.ledger import Ledger
+from pipeline.training.crashing_images import avoid_killers
+from pipeline.training.precision import Decision, decide, hardware_of, with_precision
+from pipeline.training.recorder import Recorder
+from pipeline.training.schedule import Schedule, lr_note
+from pipeline.training.state import TrainState
+
+
+def find_checkpoint(job: Job, ctx: Context) -> tuple[Job, Identity, Checkpoint | None, Decision]:
+    """Find the newest valid checkpoint, chosen by rank 0 for all, so that all ranks start from one state.
+
+    Returns:
+        The job, in the precision that suits the checkpoint and all ranks; whose run it is, as far as rank 0 knows it;
+        the checkpoint; and how the precision was decided.
+    """
+    identity, found = Identity(), None
+    timeout_s = job.cfg.cluster.timeout_s
+    if ctx.rank == 0:
+        began = ctx.marks[0][1] if ctx.marks else None
+        look = partial(resume.look, job.run, job.resume_from, ctx.warn, began=began)
+        identity, found = retry(partial(look, claim=job.claim, saved_step=job.saved_step), ctx.warn, timeout_s)
+    mine = (found and found.place.uri, identity.precision, hardware_of(ctx.device))
+    told = [mine] * ctx.world_size
+    if ctx.world_size > 1:
+        dist.all_gather_object(told, mine)
+        if ctx.rank > 0 and told[0][0]:
+            place = Storage(told[0][0])
+            # Rank 0 has read it whole. What is amiss here is this machine's view of the storage.
+            late = min(READ_CHECKPOINT_S, timeout_s)
+            read = partial(checkpoint.read, place, use_copy=True)
+            found = retry(lambda: retry(read, ctx.warn, late, on=CheckpointError), ctx.warn, timeout_s)
+    if found is not None:
+        retention.forget_copies(found.place.parent, found.place.name)
+    kept = told[0][1] if found is None else found.cfg.train.precision
+    precision = decide(job.cfg.train.precision, [hardware for _, _, hardware in told], kept)
+    return replace(job, cfg=with_precision(job.cfg, precision.precision)), identity, found, precision
+
+
+def open_index(uri: str, job: Job, ctx: Context, resumed: Checkpoint | None) -> Index:
+    """An index file. Where training has begun it was there before: a mount that comes late is waited for."""
+    late = (OSError, ConfigError) if ctx.restarted or resumed else OSError
+    return retry(lambda: load_index(Storage(uri).fetch()), ctx.warn, job.cfg.cluster.timeout_s, on=late)
+
+
+def begin(
+    state: TrainState, cfg: Config, index: Index, ctx: Context, resumed: Checkpoint | None, precision: Decision
+) -> None:
+    """Load the checkpoint, or the weights that a new training begins with; tell what is not as one might think."""
+    notes = [lr_note(cfg)]
+    if ctx.rank == 0 and precision.warning:
+        ctx.warn(precision.warning)
+    if resumed is not None:
+        restore(state, resumed, cfg, index)
+    elif cfg.model.weights is not None:
+        notes.append(begin_with(state.model, cfg.model.weights, index.classes))
+        if state.ema is not None:
+            state.ema.load_state_dict(state.model.state_dict())
+    for note in filter(None, notes if ctx.rank == 0 else []):
+        ctx.emit({"kind": "note", "text": note})
+
+
+def restore(state: TrainState, found: Checkpoint, cfg: Config, index: Index) -> None:
+    """Load a checkpoint into `state`; raises ConfigError where it does not fit the configuration or the images."""
+    resume.refuse_settings(found, cfg)
+    resume.refuse_images(found, cfg, index, Schedule.create(cfg, len(index)).num_steps)
+    try:
+        state.load_state_dict(found.state())
+        state.best_top1 = max(state.best_top1, found.top1 or -1.0)  # it may have been evaluated after it was saved
+    except ValueError as e:
+        raise ConfigError(f"{found.place} does not fit this configuration: {e}; use another run.name") from None
+
+
+def make_ledger(ctx: Context, identity: Identity, resumed: Checkpoint | None, entered: float) -> Ledger:
+    """What this training has counted so far, and the time since, in which this session was started.
+
+    After a fault, what came after the checkpoint is lost, the steps to be done again like the time without training:
+    all of it is recovery. A session that its user starts counts from the command on.
+    """
+    own = resumed if resumed is not None and resumed.meta["training_id"] == identity.training_id else None
+    if ctx.restarted or identity.open:
+        phase, since = "recovery", own.meta.get("time", identity.began) if own else identity.began
+    else:
+        phase, since = "start-up", ctx.marks[0][1] if ctx.marks else entered
+    before = dict(own.meta.get("seconds", {})) if own else {}
+    before[phase] = before.get(phase, 0.0) + max(0.0, time.time() - since)
+    return Ledger(phase, ctx.device, before)
+
+
+def make_loaders(
+    job: Job,
+    ctx: Context,
+    index: Index,
+    val_index: Index,
+    recorder: Recorder,
+    step: int,
+    heartbeat: Callable[[], None],
+) -> tuple[TrainLoader, EvalLoader]:
+    cfg = job.cfg
+    num_threads, patience_s = cfg.data.decode_threads or ctx.num_threads, float(cfg.cluster.timeout_s)
+    place = Place(ctx.rank, ctx.world_size, ctx.device, num_threads, patience_s)
+    train = TrainLoader(
+        index,
+        cfg.data,
+        place,
+        recorder.bad_image,
+        global_batch=cfg.train.global_batch,
+        seed=cfg.run.seed,
+        drop_rates=drop_rates(cfg.model),
+        warn=ctx.warn,
+    )
+    val_index = val_index.with_classes(index.classes)
+    val = EvalLoader(val_index, cfg.data, place, recorder.bad_image, batch=cfg.train.eval_batch, warn=ctx.warn)
+    avoid_killers(job, ctx, place, train, val, step, heartbeat)
+    return train, val

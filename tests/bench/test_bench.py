@@ -1,0 +1,162 @@
+"""The benchmarks: fair, steady, and telling the truth about ratios; memory and start-up at scale."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import ROOT
+from PIL import Image
+
+from pipeline.bench import loader
+from pipeline.bench.loader_baselines import CEILING, OURS, Contestant, Running, Speed, Task, contestants
+from pipeline.cli import app
+from pipeline.config.loading import load
+from pipeline.config.schema import DataConfig
+from pipeline.errors import ConfigError
+
+SPEEDS = {
+    name: [Speed(rate, rate / 2) for rate in rates]
+    for name, rates in {
+        OURS: [100.0, 300.0, 200.0],
+        "slow": [50.0, 100.0, 50.0],
+        "fast": [60.0, 90.0, 80.0],
+        CEILING: [200.0, 400.0, 400.0],
+    }.items()
+}
+
+
+def task(index: Path, num_rounds: int = 1) -> Task:
+    data = DataConfig(train="-", val="-", image_size=24, val_resize=24)
+    return Task(index, data, batch=8, cores=(0,), num_batches=2, num_rounds=num_rounds)
+
+
+def test_ratios_are_taken_within_rounds_to_the_best_of_each() -> None:
+    """A machine that slows down for a round must not change them."""
+    found = loader.summarise(SPEEDS, dict.fromkeys(SPEEDS, "threads"))
+    assert found["ratio"] == 2.5  # of 100/60, 300/100 and 200/80
+    assert found["cpu_ratio"] == 2.5
+    assert found["best_other"] == "fast"
+    assert found["decode_share"] == 0.5
+    assert found["loaders"][OURS]["images_per_s"] == 200.0
+    assert found["loaders"][OURS]["images_per_s_quartiles"] == [150.0, 250.0]
+
+
+def test_the_table_names_everyone_and_ends_with_the_verdict(tmp_path: Path) -> None:
+    head = {"train": "photos", "images": 9, "median_size": [375, 500], "image_size": 224, "batch": 4, "cores": 1}
+    result = {**head, "rounds": 3, "images_per_round": 8, "what": loader.WHAT}
+    result |= loader.summarise(SPEEDS, dict.fromkeys(SPEEDS, "threads"))
+    lines = loader.table(result)
+    for name in SPEEDS:
+        assert sum(line.startswith(f"{name} ") for line in lines) == 1
+    assert "2.50 times the best other" in lines[-1]
+    assert "the aim of 1.4; by CPU time 2.50 times; 50% of its CPU time is decoding, so decoding" in lines[-1]
+    loader.plot(result, tmp_path / "plot.png")
+    with Image.open(tmp_path / "plot.png") as picture:
+        assert picture.width > 600
+
+
+@pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities of TorchVision:DeprecationWarning")
+@pytest.mark.parametrize("one", [c for c in contestants(1) if not c.workers], ids=lambda c: str(c.name))
+def test_everyone_makes_the_same_batches(one: Contestant, digits_index: Callable[[str], Path]) -> None:
+    """Another size, layout or a float output would be another amount of work; too few would end a round early."""
+    wanted = task(digits_index("val"))
+    batches = list(one.batches(one, wanted))
+    assert len(batches) == one.num_ahead(wanted) + wanted.num_batches
+    for images in batches:
+        assert len(images) == 8
+        if one.name != CEILING:
+            assert images.shape == (8, 3, 24, 24)
+            assert images.dtype == torch.uint8
+
+
+def test_nothing_is_measured_that_the_other_loaders_do_not_do() -> None:
+    """The paper's scale augmentation and the augmentations of A1 are none of theirs."""
+    for recipe in (ROOT / "configs" / "imagenet").glob("*.yaml"):
+        cfg = load(recipe).data
+        plain = loader.plain(cfg)
+        assert (plain.image_size, plain.crop_scale, plain.flip) == (cfg.image_size, cfg.crop_scale, cfg.flip)
+        assert (plain.crop_short, plain.auto_augment, plain.repeats, plain.mixes) == (None, "none", 1, False)
+
+
+def test_more_cores_than_there_are_are_told_at_once() -> None:
+    cfg = load(None, ["data.train=nowhere", "data.val=nowhere"])
+    with pytest.raises(ConfigError, match=r"--cores 1000: this process may use [0-9]+; lower it"):
+        loader.bench_loader(cfg, 1000, 1, 1, lambda *_: None)
+
+
+def _steady_behind_a_full_queue(one: Contestant, wanted: Task) -> Iterator[Any]:
+    """What was made ahead comes at once, all else takes 50 ms a batch of 8."""
+    for _ in range(wanted.num_rounds):
+        yield from [range(8)] * one.num_ahead(wanted)
+        for _ in range(wanted.num_batches):
+            time.sleep(0.05)
+            yield range(8)
+
+
+def _broken(one: Contestant, wanted: Task) -> Iterator[Any]:
+    raise OSError("no data")
+
+
+@pytest.mark.e2e
+def test_a_round_leaves_out_what_was_made_ahead(digits_index: Callable[[str], Path]) -> None:
+    running = Running(
+        Contestant("steady", _steady_behind_a_full_queue, workers=2), task(digits_index("val"), num_rounds=2)
+    )
+    try:
+        for _ in range(2):
+            assert running.round().per_s == pytest.approx(160, rel=0.2)
+    finally:
+        running.end()
+
+
+@pytest.mark.e2e
+def test_a_loader_that_fails_is_named(digits_index: Callable[[str], Path]) -> None:
+    running = Running(Contestant("broken one", _broken), task(digits_index("val")))
+    try:
+        with pytest.raises(RuntimeError, match="the loader 'broken one' has failed"):
+            running.round()
+    finally:
+        running.end()
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(600)
+def test_bench_loader_measures_all(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["configs/digits.yaml", f"data.train={digits / 'val'}", "data.auto_augment=rand", "train.global_batch=16"]
+    options = ["--rounds", "2", "--images", "32", "--out", str(tmp_path / "out"), "--json"]
+    assert app.main(["bench", "loader", *words, *options]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["loaders"]) == {one.name for one in contestants(found["cores"])}
+    assert all(len(one["per_round"]) == 2 and min(one["per_round"]) > 0 for one in found["loaders"].values())
+    assert json.loads((tmp_path / "out" / "loader.json").read_text()) == found
+    assert (tmp_path / "out" / "loader.png").stat().st_size > 1000
+
+
+def _script(name: str, *options: str) -> Any:
+    """What a script prints as JSON; it must end with 0."""
+    command = [sys.executable, str(ROOT / "scripts" / name), *options, "--json"]
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+
+
+@pytest.mark.e2e
+@pytest.mark.thorough
+@pytest.mark.timeout(900)
+def test_memory_stays_flat_over_ten_thousand_batches() -> None:
+    for one in _script("bench_memory.py", "--batches", "10000", "--threads", "2").values():
+        assert len(one["samples_mb"]) == 100
+        assert one["growth"] <= 0.05
+
+
+@pytest.mark.e2e
+def test_ids_come_without_loading_the_index(tmp_path: Path) -> None:
+    """The table of 2 million rows has 108 MB: a copy of it would show."""
+    found = _script("bench_order.py", "--rows", "2000000", "--rounds", "1", "--folder", str(tmp_path))
+    for name, (one,) in found["rounds"].items():
+        assert one["seconds"] < 2, name
+        assert name.startswith("torch") or one["private_mb"] < 50, name

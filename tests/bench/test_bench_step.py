@@ -1,0 +1,158 @@
+"""`pipeline bench step|train|scale`: ratios within rounds, true verdicts, and real measurements with each command."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import ROOT
+
+from pipeline.bench import common, scaling, step
+from pipeline.cli import app
+from pipeline.config.loading import load
+from pipeline.data.loading.loader import Place
+from pipeline.errors import ConfigError
+from pipeline.storage import make_folder
+
+SMALL = ["model.depth=18", "train.global_batch=16", "cluster.workers=2"]
+PLACE = Place(0, 1, torch.device("cpu"), 1)
+
+
+def judged(mfu: float | None, ratios: dict[str, float], rounds: int = 5) -> str:
+    per_s = {step.CONFIGURED: [10.0, 20.0]} | {name: [10 * r, 20 * r] for name, r in ratios.items()}
+    found = common.rows(per_s, step.CONFIGURED)
+    return step.step_verdict({"rows": found, "mfu": mfu, "peak_origin": "measured", "rounds": rounds})
+
+
+def test_the_steps_verdict_names_the_bound_and_the_best_setting() -> None:
+    assert "memory bounds a step" in judged(0.2, {})
+    assert "none of the settings tried helps" in judged(0.2, {"train.precision=fp32": 1.01})
+    assert judged(0.6, {"a=1": 1.2, "b=2": 1.5}) == (
+        "arithmetic bounds a step: it attains 60% of the peak; b=2 helps most: 1.50 times"
+    )
+    assert "the device's peak is not known" in judged(None, {})
+    assert judged(0.6, {"a=1": 1.2}, rounds=4).endswith("do not say which of the settings tried helps")
+
+
+@pytest.mark.parametrize(("wait", "words"), [(0.0, "computing bounds"), (0.2, "data bounds training: 20% of it")])
+def test_the_trainings_verdict_names_the_bound(wait: float, words: str) -> None:
+    found = common.rows({step.PIPELINE: [8.0, 18.0], step.CEILING: [10.0, 20.0]}, step.CEILING)
+    text = step.train_verdict({"rows": found, "shares": {"data wait": wait}})
+    assert text.startswith("0.850 of the ceiling (quartiles 0.825 to 0.875)")
+    assert words in text
+
+
+def of_workers(efficiency: float, **longer: float) -> dict[str, Any]:
+    """Rows of one and two workers, whose steps take so many seconds longer in each part."""
+    one = {f"{part}_s_per_step": 1.0 for part in scaling.PARTS} | {
+        "efficiency": 1.0,
+        "efficiency_quartiles": [1.0, 1.0],
+    }
+    two = one | {f"{part}_s_per_step": 1.0 + s for part, s in longer.items()}
+    return {"1": one, "2": two | {"efficiency": efficiency, "efficiency_quartiles": [efficiency, efficiency]}}
+
+
+def test_the_scalings_verdict_names_what_grows_most() -> None:
+    assert scaling.verdict(of_workers(0.95)) == "2 workers attain 95.0% of 2 times one's speed (95.0% to 95.0%)"
+    text = scaling.verdict(of_workers(0.5, compute=0.1, communication=0.9))
+    assert "most is communication (900 ms)" in text
+    assert "cluster.gradients=bf16" in text
+
+
+def test_a_step_is_timed_for_the_share_of_one_worker() -> None:
+    cfg = load(ROOT / "configs/digits.yaml", [*SMALL, "train.precision=fp32"])
+    told = list[str]()
+    result = step.bench_step({step.CONFIGURED: cfg}, PLACE, 3, 2, lambda done, total, text: told.append(text))
+    assert result["batch"] == 8
+    assert len(result["rows"][step.CONFIGURED]["per_round"]) == 3
+    assert sum(result["parts"].values()) == pytest.approx(1)
+    assert 0 < result["mfu"] < 1
+    assert result["ledger_share"] < 0.005, "what the ledger costs"
+    assert result["tflops"] == pytest.approx(
+        6 * result["macs_per_image"] * result["rows"][step.CONFIGURED]["images_per_s"] / 1e12, rel=1e-3
+    )
+    assert len(told) == 4
+
+
+def test_settings_that_leave_the_step_alone_are_not_tried(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["bench", "step", str(ROOT / "configs/digits.yaml"), "--try"]
+    for one in ("data.train=/x", "model.compile=none"):
+        assert app.main([*words, one]) == 2
+        assert f"--try {one}: changes nothing of the bare step" in capsys.readouterr().err
+
+
+def test_more_workers_than_cores_are_refused_by_scale() -> None:
+    cfg = load(ROOT / "configs/digits.yaml", SMALL)
+    with pytest.raises(ConfigError, match=r"--workers 9999: with 1 cores each, this machine has room for \d+"):
+        scaling.bench_scale(cfg, [9999], 1, 5, lambda done, total, text: None)
+
+
+def test_what_a_training_begins_and_ends_with_is_not_measured() -> None:
+    """A name for the registry needs a logged model; a run's weights do not lie in the measurement's storage."""
+    cfg = load(ROOT / "configs/digits.yaml", ["mlflow.register=pets", "model.weights=other-run", "train.profile=[1,2]"])
+    made = common.to_measure(cfg, cfg.cluster, "bench", "runs", None, batch=8, steps=20, every=5)
+    assert (made.mlflow.register, made.mlflow.log_model, made.model.weights, made.train.profile) == (
+        None,
+        False,
+        None,
+        None,
+    )
+    assert (made.run.stop_at_step, made.train.global_batch, made.train.log_every) == (20, 8, 5)
+
+
+def test_turns_let_everyone_be_first() -> None:
+    assert list(common.turns(["a", "b", "c"], 4)) == [list("abc"), list("bca"), list("cab"), list("abc")]
+
+
+def test_more_threads_than_cores_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"--threads 4096: this process may use \d+ cores; lower it"):
+        step.here(4096)
+
+
+def test_a_place_for_figures_that_cannot_be_made_is_told_before(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"--out .*file/x: Not a directory; name another directory"):
+        make_folder(tmp_path / "file/x")
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str) -> Any:
+    code = app.main(["bench", *words, "--json"])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    return json.loads(out)
+
+
+def test_step_and_train_as_commands(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = [f"data.train={digits}/train", f"data.val={digits}/val", *SMALL]
+    where = [str(ROOT / "configs/digits.yaml"), *data, "--threads", "1", "--rounds", "2", "--out", str(tmp_path)]
+    of_step = run(capsys, "step", *where, "--steps", "1", "--try", "optim.nesterov=false")
+    assert set(of_step["rows"]) == {step.CONFIGURED, "optim.nesterov=false"}
+    train = run(capsys, "train", *where, "--steps", "3")
+    assert train["rows"][step.PIPELINE]["ratio"] > 0.2
+    assert 0 <= train["shares"]["data wait"] < 1
+    assert {p.name for p in tmp_path.iterdir()} == {"step.json", "step.png", "train.json", "train.png"}
+    assert json.loads((tmp_path / "train.json").read_text()) == train
+    for result in (of_step, train):
+        assert step.table(result)[-1] == result["verdict"]
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(400)
+def test_scale_as_a_command(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = [f"data.train={digits}/train", f"data.val={digits}/val", *SMALL, "cluster.cpus_per_worker=1"]
+    words = ["--rounds", "1", "--steps", "10", "--workers", "2", "--out", str(tmp_path)]
+    found = run(capsys, "scale", str(ROOT / "configs/digits.yaml"), *data, *words)
+    assert set(found["workers"]) == {"1", "2"}
+    assert found["global_batch_per_worker"] == 8
+    one, two = found["workers"]["1"], found["workers"]["2"]
+    assert one["efficiency"] == 1
+    assert 0.1 < two["efficiency"] < 1.5
+    assert one["communication_s_per_step"] == 0 < two["communication_s_per_step"]
+    assert found["allreduce_gb_s"] > 0.01
+    assert set(found["startup"]) >= {"driver", "Ray and imports", "processes", "state"}
+    plan = ["plan", str(ROOT / "configs/digits.yaml"), "--gpus", "8", "--gpu", "A100", "--json"]
+    assert app.main([*plan, "--measured", str(tmp_path / "scale.json")]) == 0
+    predicted = json.loads(capsys.readouterr().out)["measured"]["workers"]["2"]
+    assert 0 < predicted["predicted"] <= 1
+    assert predicted["measured"] == pytest.approx(two["efficiency"], rel=1e-3)

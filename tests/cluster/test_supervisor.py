@@ -1,0 +1,246 @@
+"""The process that the user starts: what a driver leaves behind is no trouble of the user's."""
+
+import errno
+import itertools
+import os
+import re
+import signal
+import subprocess
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import psutil
+import pytest
+
+from pipeline import machine
+from pipeline.cluster import connection, controller, driver, oom, ray_start, supervisor
+from pipeline.config.loading import load
+from pipeline.config.schema import Config
+from pipeline.errors import ConfigError
+from pipeline.failures import ClusterLostError, FailureBudget, TrainingFailedError
+from pipeline.runs.spec import Event
+from pipeline.training import open_run
+
+
+def test_a_process_that_has_just_ended_by_itself_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the result of a training that ended well would be lost in a traceback, once in a while."""
+    child = subprocess.Popen(["true"])
+    seen = psutil.Process(child.pid)
+    child.wait()
+    monkeypatch.setattr(psutil.Process, "children", lambda self, recursive: [seen])
+    supervisor.kill_descendants(set())
+
+
+@pytest.mark.parametrize(
+    ("library", "how", "log"),
+    [
+        ("ray", "the driver ended with exit code 1: ", True),
+        ("omegaconf", "", True),
+        ("torch", "a worker cannot start: ", False),
+    ],
+)
+def test_what_cannot_start_is_not_tried_again(
+    library: str, how: str, log: bool, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its error, or its log's last line, is the message: a broken installation is broken the next time, too."""
+    (tmp_path / f"{library}.py").write_text("raise ImportError('a.so: bad ELF header')\n", encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    cfg = load(None, [f"data.{split}={digits / split}" for split in ("train", "val")] + [f"run.storage={tmp_path}"])
+    events: list[Event] = []
+    with pytest.raises(TrainingFailedError) as told:
+        supervisor.train(cfg, "x", None, events.append)
+    said, _, place = str(told.value).partition(" (log: ")
+    assert said == f"{how}ImportError: a.so: bad ELF header"
+    assert [event for event in events if event["kind"] == "fault"] == []
+    if log:
+        Path(place.rstrip(")")).unlink()
+
+
+def test_what_the_kernel_killed_for_memory_is_told_as_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = iter([3, 3, 4, 4])
+    monkeypatch.setattr(machine, "out_of_memory_kills", lambda: next(counts))
+    kills = oom.OutOfMemoryKills()
+    assert kills.explain("worker 0 failed") == "worker 0 failed"
+    assert re.match(r"the kernel has killed a process .* \d+\.\d GB; worker 1 failed", kills.explain("worker 1 failed"))
+    assert kills.explain("worker 2 failed") == "worker 2 failed"
+
+
+@pytest.mark.parametrize(
+    ("errors", "calls", "message"),
+    [
+        ([Exception("The current node timed out during startup.\nThis")], 2, None),
+        ([TimeoutError("a"), RuntimeError("b")], 3, None),
+        ([TimeoutError("a")] * 3, 3, "Ray did not start on this machine in 3 tries: TimeoutError: a"),
+        ([ValueError("no such hook")], 1, "Ray did not start on this machine in 1 tries: ValueError: no such hook"),
+    ],
+)
+def test_ray_is_started_again_where_it_was_too_slow(errors: list[Exception], calls: int, message: str | None) -> None:
+    """And what the slow start left behind is ended first."""
+    left: list[subprocess.Popen[bytes]] = []
+    warnings: list[str] = []
+
+    def start() -> None:
+        assert all(process.poll() is not None for process in left)
+        left.append(subprocess.Popen(["sleep", "100"]))
+        if len(left) <= len(errors):
+            raise errors[len(left) - 1]
+
+    try:
+        with pytest.raises(ray_start.RayStartError, match=message) if message else nullcontext():
+            ray_start.start_patiently(start, warnings.append, threading.Event())
+    finally:
+        for process in left:
+            process.kill()
+            process.wait()
+    assert len(left) == calls
+    assert len(warnings) == calls - 1
+    assert all(text.startswith("Ray did not start (") and text.endswith("); trying again") for text in warnings)
+
+
+def test_more_threads_than_cores_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads that share a core wait for each other at each barrier."""
+    node = SimpleNamespace(kill_all_processes=lambda **_: None)
+    monkeypatch.setattr(ray_start, "start_patiently", lambda *_: node)
+    monkeypatch.setattr(machine, "cpu_count", lambda: 4)
+    told = list[str]()
+    for settings in (["workers=2", "cpus_per_worker=2"], ["workers=8"], ["workers=2", "cpus_per_worker=3"]):
+        cfg = load(None, [f"cluster.{setting}" for setting in settings] + ["data.train=x", "data.val=x"])
+        with connection._local_cluster(cfg.cluster, told.append, threading.Event(), lambda: None):
+            pass
+    (text,) = told
+    assert text.startswith("cluster.cpus_per_worker=3: 6 threads wait for each other on 4 cores")
+    assert text.endswith("set cluster.cpus_per_worker=2")
+
+
+def test_a_worker_that_has_died_is_told_without_guesses() -> None:
+    """As Ray 2.60 says it."""
+    said = "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: "
+    said += "Worker unexpectedly exits with a connection error code 2. End of file."
+    advice = " Some common causes include: (1) the process was killed by the OOM killer\nsee the log"
+    assert connection.last_line(RuntimeError(f"trace\n{said}{advice}")) == said.rstrip(".")
+
+
+def test_a_log_that_somebody_removed_is_missed_by_nobody(tmp_path: Path) -> None:
+    """As those do who clean /tmp of a machine that has been up for weeks."""
+    assert supervisor._last_line(tmp_path / "gone.log") == ""
+
+
+def test_an_ignored_hang_up_stays_ignored_and_other_signals_are_heard() -> None:
+    """`nohup pipeline train ... &` in a script, whose background jobs ignore SIGINT, and the terminal is closed."""
+    before = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGHUP, signal.SIGINT)}
+    try:
+        with supervisor._signals() as received:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGINT)
+            assert received == ["SIGINT"]
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class FakeController:
+    def __init__(self, *_: object, **__: object):
+        pass
+
+
+def other_end(cfg: Config, told: list[str], *, trained: bool) -> driver.Supervisor:
+    """The other end of a driver that has been asked to train."""
+    request = supervisor.Request(cfg, None, FailureBudget(3), (), trained, trained, 0.0)
+    made = SimpleNamespace(request=request, wants_stop=threading.Event(), warn=told.append, event=lambda _: None)
+    return cast(driver.Supervisor, made)
+
+
+@pytest.mark.parametrize(("trained", "late", "outcome"), [(True, 3, None), (True, 99, "lost"), (False, 1, "wrong")])
+def test_what_was_right_before_is_waited_for_by_a_later_driver(
+    trained: bool, late: int, outcome: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A data mount that comes up after the node; at a first start it is the user's mistake."""
+    tries = iter(range(100))
+
+    def prepare(*_: object, **__: object) -> AbstractContextManager[str]:
+        if next(tries) < late:
+            raise ConfigError("data.train=/mnt/x: no folder or index file")
+        return nullcontext("a job")
+
+    monkeypatch.setattr(open_run, "prepare", prepare)
+    monkeypatch.setattr(controller, "TrainController", FakeController)
+    pause = 0.01 if outcome is None else 11.0
+    monkeypatch.setattr(driver, "backoff", lambda: itertools.repeat(pause))
+    cfg = load(None, ["data.train=x", "data.val=x", "cluster.timeout_s=10"])
+    told, opened = list[str](), list[object]()
+    error = {"lost": ClusterLostError, "wrong": ConfigError, None: None}[outcome]
+    refused = nullcontext() if error is None else pytest.raises(error, match="no folder or index file")
+    with refused, driver._opened(other_end(cfg, told, trained=trained), lambda: None) as (job, _):
+        opened.append(job)
+    assert (opened, len(told)) == ((["a job"], 1) if outcome is None else ([], 0))
+    assert all(text.endswith("it was right before, trying again") for text in told)
+
+
+def test_a_driver_that_hung_is_told_as_that(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text('ray: started\nTimeout (0:10:10)!\nThread 0x1 (most recent call first):\n  File "x.py"\n')
+    assert supervisor._last_line(log) == "it hung, and left its stacks there"
+
+
+def test_a_later_driver_begins_nothing_in_an_empty_mount_point(tmp_path: Path) -> None:
+    cfg = load(None, [f"data.train={tmp_path}/x", f"data.val={tmp_path}/x", f"run.storage={tmp_path}", "run.name=x"])
+    with pytest.raises(ConfigError, match="checkpoint of step 4 is not seen"):
+        open_run.prepare(cfg, print, again=True, saved_step=4).__enter__()
+    assert not (tmp_path / "x/run.json").exists()
+
+
+def test_a_storage_that_fails_at_the_start_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    cfg = load(None, [f"data.train={tmp_path}/x", f"data.val={tmp_path}/x", f"run.storage={tmp_path}", "run.name=x"])
+    monkeypatch.setattr(open_run, "is_index", fails)
+    with pytest.raises(ConfigError, match=r"data.train=.*/x: its index cannot be made or read \(Input/output error\)"):
+        open_run.prepare(cfg, print).__enter__()
+    monkeypatch.setattr(open_run, "run_lock", fails)
+    with pytest.raises(ConfigError, match=r"run.storage=.*: cannot be used \(Input/output error\); name another place"):
+        open_run.prepare(cfg, print).__enter__()
+
+
+@pytest.mark.parametrize(("device", "kept"), [("cuda", "gpu"), ("cpu", "cpu")])
+def test_a_later_driver_trains_on_the_device_of_the_first(
+    device: str, kept: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head that is back before its GPU nodes would train on its CPU, to the end."""
+    asked = list[tuple[str, bool]]()
+
+    def run(request: supervisor.Request, _: object, note: Callable[[Event], None], __: object) -> tuple[str, object]:
+        asked.append((request.cfg.cluster.device, request.trained))
+        note({"kind": "start", "device": device, "step": 0})
+        return ("lost", "the cluster") if len(asked) == 1 else ("done", {})
+
+    monkeypatch.setattr(supervisor, "_run_driver", run)
+    supervisor.train(load(None, ["data.train=x", "data.val=x"]), "x", None, lambda _: None)
+    assert asked == [("auto", False), (kept, True)]
+
+
+def test_a_failure_that_mlflow_cannot_be_told_of_stays_that_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the run's storage away, too; else a new driver would start, again and again."""
+
+    class Failing(FakeController):
+        def run(self, *_: object) -> None:
+            raise TrainingFailedError("one failure too many")
+
+    def away(*_: object) -> None:
+        raise OSError("the storage is away")
+
+    here = SimpleNamespace(run=SimpleNamespace(name="x"), sessions=0)
+    monkeypatch.setattr(driver, "connected", lambda *_: nullcontext())
+    monkeypatch.setattr(driver, "_tell_end", away)
+    monkeypatch.setattr(controller, "TrainController", Failing)
+    monkeypatch.setattr(open_run, "prepare", lambda *_, **__: nullcontext(here))
+    told = list[str]()
+    one = other_end(load(None, ["data.train=x", "data.val=x"]), told, trained=False)
+    with pytest.raises(TrainingFailedError, match="one failure too many"):
+        driver.train(one)
+    assert told == ["run.json and MLflow are not told: the storage is away"]

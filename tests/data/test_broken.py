@@ -1,0 +1,137 @@
+"""Images that break after the index was made: in any batch and any place another takes theirs, and they are named once.
+
+DALI 2.4 would end the process for some of them, so each case has one of its own.
+"""
+
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from commands import ENVIRON, PIPELINE
+from odd_images import damaged_jpeg, encode, picture
+
+from pipeline.config.schema import DataConfig
+from pipeline.data.indexing.build import build_index
+from pipeline.data.loading.augment import MEAN_COLOUR
+from pipeline.data.loading.fetch import UnparsableError, refuse_unparsable
+from pipeline.data.loading.loader import Batch, EvalLoader, Place, TrainLoader
+from pipeline.data.verify import verify
+
+CPU = torch.device("cpu")
+WHOLE = encode(picture(48, 64), "JPEG", quality=85)
+DAMAGES: dict[str, bytes | None] = {
+    "deleted": None,
+    "empty": b"",
+    "garbage": np.random.default_rng(0).bytes(3000),
+    "cut in its header": WHOLE[:100],
+    "cut in its middle": WHOLE[: len(WHOLE) // 2],
+    "zeroed header": bytes(200) + WHOLE[200:],
+    "half zeros": WHOLE[: len(WHOLE) // 2] + bytes(len(WHOLE) - len(WHOLE) // 2),
+    "zeroed tables": damaged_jpeg(),
+}
+UNPARSABLE = ("empty", "garbage", "cut in its header", "zeroed header")
+PARTLY_DECODED = ("cut in its middle", "half zeros")  # libjpeg-turbo makes something of what there is
+
+
+def write(folder: Path, number: int) -> Path:
+    (folder / "a").mkdir(parents=True)
+    for i in range(number):
+        (folder / "a" / f"{i:03d}.jpg").write_bytes(WHOLE)
+    return folder
+
+
+def check(folder: Path, how: str, batch: int, num_threads: int) -> None:
+    """Damage one image after the other, at the first, a middle and the last place, in every way."""
+    index, _ = build_index(write(folder, batch))
+    cfg = DataConfig(train="-", val="-", image_size=32, val_resize=32, max_bad_fraction=0.1)
+    named: list[str] = []
+
+    def loaded() -> list[Batch]:
+        def on_bad(path: str, _: str) -> None:
+            named.append(Path(path).name)
+
+        here = Place(0, 1, CPU, num_threads)
+        if how == "train":
+            with closing(TrainLoader(index, cfg, here, on_bad, global_batch=batch, seed=0)) as train:
+                return list(train.from_step(0, 2))
+        with closing(EvalLoader(index, cfg, here, on_bad, batch=batch)) as val:
+            return [pixels for _, pixels in val]
+
+    colour = torch.tensor(MEAN_COLOUR, dtype=torch.uint8).view(3, 1, 1)
+    for row in (0, batch // 3, batch - 1):
+        file = folder / "a" / f"{row:03d}.jpg"
+        for damage, content in DAMAGES.items():
+            file.unlink() if content is None else file.write_bytes(content)
+            named.clear()
+            pairs = [pair for batch in loaded() for pair in zip(batch.images, batch.rows, strict=True)]
+            replaced = {int(row) for image, row in pairs if (image == colour).all()}
+            if damage not in PARTLY_DECODED or named:
+                assert (replaced, named) == ({row}, [file.name]), damage
+            file.write_bytes(WHOLE)
+
+
+def check_verify(folder: Path) -> None:
+    """As `pipeline index --verify` does it, with one image of each kind in 300."""
+    index, report = build_index(write(folder, 300))
+    for i, content in enumerate(DAMAGES.values()):
+        file = folder / "a" / f"{37 * i:03d}.jpg"
+        file.unlink() if content is None else file.write_bytes(content)
+    kept, after = verify(index, report, lambda *_: None)
+    must = [37 * i for i, damage in enumerate(DAMAGES) if damage not in PARTLY_DECODED]
+    refused = [int(Path(one.path).stem) for one in after.refused]
+    assert set(must) <= set(refused) <= {37 * i for i in range(len(DAMAGES))}
+    assert len(kept) == 300 - len(refused)
+
+
+def in_process(code: str) -> None:
+    words = [sys.executable, "-c", f"from pathlib import Path; import test_broken; test_broken.{code}"]
+    done = subprocess.run(
+        words,
+        cwd=Path(__file__).parent,
+        env=ENVIRON,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("how", ["train", "evaluate"])
+@pytest.mark.parametrize(("batch", "num_threads"), [(32, 1), (64, 4), (256, 16)])
+def test_a_broken_image_ends_no_batch(how: str, batch: int, num_threads: int, tmp_path: Path) -> None:
+    in_process(f"check(Path({str(tmp_path)!r}), {how!r}, {batch}, {num_threads})")
+
+
+def test_a_whole_index_is_verified_whatever_is_broken(tmp_path: Path) -> None:
+    in_process(f"check_verify(Path({str(tmp_path)!r}))")
+
+
+@pytest.mark.parametrize("damage", UNPARSABLE)
+def test_what_dali_does_not_parse_is_told_apart(damage: str) -> None:
+    with pytest.raises(UnparsableError, match="its header is damaged, or it is of no known format"):
+        refuse_unparsable(DAMAGES[damage] or b"")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM"])
+def test_what_dali_reads_is_not_refused(kind: str) -> None:
+    refuse_unparsable(encode(picture(), kind))
+
+
+def test_predict_names_broken_images_and_answers_for_all_others(trained: dict[str, Any], tmp_path: Path) -> None:
+    """Images of anyone, in a large batch: exit code 2 and a line for each broken one, never a crash."""
+    images = sorted((write(tmp_path / "images", 64) / "a").iterdir())
+    broken = dict(zip(images[3::8], DAMAGES.items(), strict=True))
+    for file, (_, content) in broken.items():
+        file.unlink() if content is None else file.write_bytes(content)
+    words = [PIPELINE, "predict", trained["run_dir"], *map(str, images)]
+    done = subprocess.run(words, check=False, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr[-3000:]
+    named = [Path(line.split(":")[0]) for line in done.stderr.splitlines()]
+    answered = [Path(line.split()[0]) for line in done.stdout.splitlines()]
+    assert sorted([*named, *answered]) == images
+    assert {file for file, (damage, _) in broken.items() if damage not in PARTLY_DECODED} <= set(named) <= set(broken)

@@ -1,0 +1,70 @@
+"""Run a function on several gloo ranks, each a process of its own, without Ray."""
+
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
+
+from pipeline.runs import checkpoint
+from pipeline.runs.spec import Context, Event, Job
+
+FAST = [
+    "data.image_size=32",
+    "data.val_resize=32",
+    "data.crop_scale=[0.7,1.0]",
+    "model.depth=18",
+    "optim.warmup_epochs=0.5",
+    "optim.lr=0.02",
+    "train.global_batch=16",
+    "train.ema_decay=0.99",
+    "train.steps=30",
+    "train.log_every=5",
+    "checkpoint.every=10",
+    "mlflow.log_model=false",
+    "mlflow.report=false",
+    "mlflow.checkpoints=none",
+]
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    """`function(rank, world_size, *args)` of every rank, with one thread each; what they return, by rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(_rank, args=(function, world_size, folder, args), nprocs=world_size)  # type: ignore[no-untyped-call]
+        return [torch.load(Path(folder) / str(rank), weights_only=False) for rank in range(world_size)]
+
+
+def _rank(rank: int, function: Callable[..., Any], world_size: int, folder: str, args: tuple[Any, ...]) -> None:
+    warnings.filterwarnings("error", module="pipeline")  # pytest's filters do not reach a child
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    torch.save(function(rank, world_size, *args), Path(folder) / str(rank))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def context(rank: int = 0, world_size: int = 1, events: list[Event] | None = None) -> Context:
+    """A CPU rank that hands its events to a list and is never asked to stop."""
+    emit = _show if events is None else events.append
+    return Context(rank, world_size, torch.device("cpu"), 1, emit)
+
+
+def no_bad_image(path: str, reason: str) -> None:
+    """For loaders whose images are all sound."""
+    pytest.fail(f"{path}: {reason}")
+
+
+def _show(event: Event) -> None:
+    if event["kind"] == "warning":
+        print(event["text"])
+
+
+def final_state(job: Job) -> dict[str, Any]:
+    found = checkpoint.newest_valid(job.checkpoints, pytest.fail)
+    assert found is not None
+    return found.state()

@@ -1,0 +1,196 @@
+"""`pipeline sync`: what waits for MLflow goes to the store of its run, wherever both are now."""
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import mlflow
+import pytest
+from s3 import s3_storage
+
+from pipeline.errors import ConfigError
+from pipeline.runs.claim import Claim
+from pipeline.runs.manifest import Identity
+from pipeline.storage import Storage
+from pipeline.tracking.backlog import FOLDER, Backlog
+from pipeline.tracking.mlflow_logger import Tracker
+from pipeline.tracking.mlflow_run import MlflowRun, Target
+from pipeline.tracking.mlflow_store import store_beside, tracking_uri
+from pipeline.tracking.outbox import Spool
+from pipeline.tracking.sync import _moved, sync
+
+
+def leave_waiting(run: Storage, uri: str, monkeypatch: pytest.MonkeyPatch, *steps: int, folder: Path) -> None:
+    """A session that logs these steps, and a folder, and has no MLflow; it tells of its end if run.json says so."""
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowRun, "__init__", lambda *_, **__: 1 / 0)
+        one = Tracker(Target(uri, "pipeline", run.uri, "id"), run.scratch / "mlflow", lambda _: None)
+        one.adopt("-00000001")
+        one.start()
+        for step in steps:
+            one.metrics(step, {"loss": 10.0 * step})
+        folder.mkdir()
+        (folder / "state.pt").write_text("weights")
+        one.folder(folder, "checkpoints/step_1")
+        shutil.rmtree(folder)
+        assert one.close("KILLED", 0) > 0
+
+
+def logged(uri: str) -> tuple[list[int], list[str]]:
+    """The steps of the only run's loss, and the paths of its artifacts."""
+    client = mlflow.MlflowClient(uri)
+    (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    files = [one.path for one in client.list_artifacts(run.info.run_id, "checkpoints/step_1")]
+    return [m.step for m in client.get_metric_history(run.info.run_id, "loss")], files
+
+
+def test_what_waits_moves_with_its_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store beside the run, the folders that wait, and the address of both."""
+    old, new = Storage(tmp_path / "old"), Storage(tmp_path / "new")
+    leave_waiting(old / "run", tracking_uri(None, old), monkeypatch, 1, 2, folder=tmp_path / "step_1")
+    Identity(training_id="id").begin(0).end().write(old / "run")
+    (tmp_path / "old").rename(tmp_path / "new")
+    target, _, waiting = sync(new / "run", pytest.fail)
+    assert (target.uri, target.run, waiting) == (store_beside(new), str(new / "run"), 0)
+    assert not (tmp_path / "old").exists()
+    assert logged(target.uri) == ([1, 2], ["checkpoints/step_1/state.pt"])
+
+
+def test_what_waits_of_a_lost_machine_is_sent_from_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_scratch: Callable[[str], None]
+) -> None:
+    """But for files, which were there alone."""
+    uri = tracking_uri(None, Storage(tmp_path))
+    with s3_storage() as bucket:
+        run = bucket / "run"
+        tmp_scratch("first")
+        leave_waiting(run, uri, monkeypatch, 1, 2, folder=tmp_path / "step_1")
+        ended = Identity(training_id="id").begin(0)
+        ended.write(run)
+        tmp_scratch("second")
+        with pytest.raises(ConfigError, match="has not told of its end: it may be trained just now"):
+            sync(run, pytest.fail)
+        ended.end().write(run)
+        assert sync(run, pytest.fail)[2] == 0
+        assert logged(uri) == ([1, 2], [])
+        client = mlflow.MlflowClient(uri)
+        (found,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
+        assert found.info.status == "KILLED", "its start and its end have arrived"
+        assert len((run / FOLDER).names()) == 1
+        tmp_scratch("first")
+        with monkeypatch.context() as patch:
+            patch.setattr(Identity, "read", lambda *_: ended)
+            with pytest.raises(ConfigError, match="it may be trained just now"):
+                sync(run, pytest.fail)  # its spool is not the newest any more
+        tmp_scratch("third")
+        assert sync(run, pytest.fail)[2] == 0, "nothing waits any more"
+        assert logged(uri) == ([1, 2], [])
+
+
+@pytest.fixture
+def tmp_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Makes this another machine: one whose temporary folder is its own."""
+
+    def move(machine: str) -> None:
+        (tmp_path / machine).mkdir(exist_ok=True)
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path / machine))
+
+    return move
+
+
+def test_what_a_full_disk_kept_from_the_spool_is_in_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_scratch: Callable[[str], None]
+) -> None:
+    """The same machine comes back, and its spool's file has less."""
+    uri, full = tracking_uri(None, Storage(tmp_path)), [b""]
+    with s3_storage() as bucket:
+        tmp_scratch("machine")
+        run, problems = bucket / "run", list[str]()
+        with monkeypatch.context() as patch:
+            patch.setattr(MlflowRun, "__init__", lambda *_, **__: 1 / 0)
+            one = Tracker(Target(uri, "pipeline", run.uri, "id"), run.scratch / "mlflow", problems.append)
+            one.adopt("-00000001")
+            one.metrics(1, {"loss": 10.0})
+            patch.setattr(one._spool, "_write", full.clear)
+            one.metrics(2, {"loss": 20.0})
+            one.keep()
+            one.drain(0)
+        one = Tracker(Target(uri, "pipeline", run.uri, "id"), run.scratch / "mlflow", problems.append)
+        one.adopt("-00000002")
+        one.metrics(3, {"loss": 30.0})
+        assert one.drain(60) == 0
+        assert logged(uri)[0] == [1, 2, 3]
+
+
+def test_a_login_that_may_not_delete_keeps_its_backlog_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError("AccessDenied")
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(Storage, "delete", refused)
+    with s3_storage() as bucket:
+        for session in ("-00000001", "-00000002"):
+            spool = Spool(tmp_path / session, pytest.fail)
+            Backlog(bucket / "run", spool, Target("", "", "", ""), session).adopt()
+            spool.close()
+        assert (bucket / "run" / FOLDER).names() == ["-00000001", "-00000002"]
+
+
+def test_a_run_that_was_moved_alone_is_logged_where_it_was(tmp_path: Path) -> None:
+    old, new = Storage(tmp_path / "old"), Storage(tmp_path / "new")
+    one = Target(store_beside(old), "pipeline", str(old / "run"), "id")
+    assert _moved(one, new / "run").uri == store_beside(new), "the store went with it"
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/mlflow.db").touch()
+    assert _moved(one, new / "run").uri == store_beside(old)
+
+
+def test_a_training_that_begins_meanwhile_sends_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.tracking.mlflow_logger.CHECK_CLAIM_S", 0.0)
+    run, send, problems = Storage(tmp_path / "run"), MlflowRun.send, list[str]()
+    run.make()
+    Claim.take(run)
+    leave_waiting(run, tracking_uri(None, Storage(tmp_path)), monkeypatch, 1, 2, folder=tmp_path / "step_1")
+    Identity(training_id="id").begin(0).end().write(run)
+
+    def begins(self: MlflowRun, records: list[dict[str, object]]) -> None:
+        send(self, records)
+        Claim.take(run)
+
+    monkeypatch.setattr(MlflowRun, "send", begins)
+    assert sync(run, problems.append)[2] > 0
+    assert problems == [f"nothing more is sent to MLflow: another driver has begun to train {run}; this one ends"]
+
+
+def test_a_driver_that_was_superseded_sends_nothing_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its successor trains the same steps, and asks MLflow for the last one as it begins."""
+    monkeypatch.setattr("pipeline.tracking.mlflow_logger.CHECK_CLAIM_S", 0.0)
+    run, uri, problems = Storage(tmp_path / "run"), tracking_uri(None, Storage(tmp_path)), list[str]()
+    run.make()
+    claim = Claim.take(run)
+    one = Tracker(Target(uri, "pipeline", run.uri, "id"), run.scratch / "mlflow", problems.append, claim)
+    one.metrics(1, {"loss": 1.0})
+    assert one.drain(60) == 0
+    one = Tracker(Target(uri, "pipeline", run.uri, "id"), run.scratch / "mlflow", problems.append, claim)
+    with monkeypatch.context() as patch:
+        patch.setattr(Claim, "check", lambda _: (_ for _ in ()).throw(OSError("away")))
+        one.metrics(2, {"loss": 2.0})
+        assert one.drain(0.5) == 1, "it waits until it is known whose run it is"
+    assert [problem.partition(",")[0] for problem in problems] == [f"{run} cannot be used"]
+    one = Tracker(Target(uri, "pipeline", run.uri, "id"), run.scratch / "mlflow", problems.append, claim)
+    Claim.take(run)
+    monkeypatch.setattr(MlflowRun, "stop_monitor", lambda _: problems.append("nor of this node's CPU"))
+    one.metrics(3, {"loss": 3.0})
+    assert one.drain(60) == 2
+    nothing = f"nothing more is sent to MLflow: another driver has begun to train {run}; this one ends"
+    assert problems[1:] == [nothing, "nor of this node's CPU"]
+    assert [m.step for m in mlflow.MlflowClient(uri).get_metric_history(str(one.run_id), "loss")] == [1]
+
+
+def test_a_moved_run_says_so_to_whom_it_is_for(tmp_path: Path) -> None:
+    """A server's address is no place of ours: it stays."""
+    old = Target("http://mlflow:5000", "pipeline", str(tmp_path / "old/run"), "id")
+    assert _moved(old, Storage(tmp_path / "new/run")) == dataclasses.replace(old, run=str(tmp_path / "new/run"))

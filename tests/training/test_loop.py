@@ -1,0 +1,425 @@
+"""Whole trainings through `fit`, without Ray: resuming is exact, faults are told, MLflow gets each step once."""
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.distributed as dist
+from commands import differences
+from odd_images import as_text, damaged_jpeg, encode, write_odd_folder
+from PIL import Image
+from ranks import FAST, context, final_state, run_ranks
+
+from pipeline.cluster import driver
+from pipeline.config.loading import load
+from pipeline.errors import ConfigError
+from pipeline.failures import Interrupted, NonFiniteError, TrainingFailedError
+from pipeline.models import pretrained
+from pipeline.runs import checkpoint, listing, lock
+from pipeline.runs.claim import Claim, SupersededError
+from pipeline.runs.manifest import Identity
+from pipeline.runs.spec import Event, Job
+from pipeline.storage import Storage
+from pipeline.tracking.metrics import Predictions
+from pipeline.training import loop, open_run, step
+from pipeline.training.evaluation import evaluate
+from pipeline.training.loop import NonFiniteLossError, fit
+from pipeline.training.state import TrainState
+
+SMALL = [  # for what a CPU may have to emulate
+    *("train.global_batch=8", "train.eval_every=1000"),
+    *("data.image_size=12", "data.val_resize=12"),
+]
+
+RESUMED = ["train.steps=10", "checkpoint.every=4", "train.log_every=4"]  # with 16 of 130 images: 8 steps are an epoch
+
+
+@pytest.fixture
+def job(digits_index: Callable[[str], Path], tmp_path: Path) -> Callable[..., Job]:
+    """Makes a job by run name and overrides."""
+
+    def make(name: str, *overrides: str) -> Job:
+        train = val = digits_index("few")
+        cfg = load(None, [f"data.train={train}", f"data.val={val}", *FAST, f"run.storage={tmp_path}", *overrides])
+        (tmp_path / name).mkdir(exist_ok=True)
+        return Job(cfg, Storage(tmp_path / name), str(train), str(val))
+
+    return make
+
+
+def train_and_resume(rank: int, world_size: int, whole: Job, parts: Job) -> None:
+    """10 steps; and 5 steps, stop, resume to 10."""
+    fit(whole, context(rank, world_size))
+    _barrier()
+    stopped = dataclasses.replace(parts, cfg=dataclasses.replace(parts.cfg, run=_stop_at(parts, 5)))
+    summary = fit(stopped, context(rank, world_size))
+    assert rank > 0 or (summary["step"], summary["status"]) == (5, "stopped")
+    _barrier()
+    events: list[Event] = []
+    fit(parts, context(rank, world_size, events))
+    assert [event["step"] for event in events if event["kind"] == "start"] == ([] if rank > 0 else [5])
+    _barrier()
+
+
+def _stop_at(job: Job, step: int) -> Any:
+    return dataclasses.replace(job.cfg.run, stop_at_step=step)
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_resume_mid_epoch_is_bitwise_one_worker(job: Callable[..., Job], precision: str) -> None:
+    # Not smaller: the weight gradient of a bf16 convolution of a single pixel differs from call to call (oneDNN).
+    small = [*SMALL, "data.image_size=32", "data.val_resize=32"] if precision == "bf16" else []
+    whole, parts = (job(name, f"train.precision={precision}", *RESUMED, *small) for name in ("whole", "parts"))
+    torch.set_num_threads(1)
+    train_and_resume(0, 1, whole, parts)
+    assert final_state(whole)["step"] == 10
+    assert differences(final_state(whole), final_state(parts)) == []
+
+
+def test_resume_mid_epoch_is_bitwise_two_workers(job: Callable[..., Job]) -> None:
+    whole, parts = (job(name, "cluster.workers=2", "train.micro_batch=5", *RESUMED) for name in ("whole", "parts"))
+    run_ranks(train_and_resume, 2, whole, parts)
+    assert final_state(whole)["step"] == 10
+    assert differences(final_state(whole), final_state(parts)) == []
+
+
+def test_resume_mid_epoch_is_bitwise_three_workers(job: Callable[..., Job]) -> None:
+    """With three, the order of a ring's sums depends on how DDP lays out its buckets."""
+    whole, parts = (job(name, "cluster.workers=3", *RESUMED) for name in ("whole", "parts"))
+    run_ranks(train_and_resume, 3, whole, parts)
+    assert final_state(whole)["step"] == 10
+    assert differences(final_state(whole), final_state(parts)) == []
+
+
+def test_resume_is_bitwise_with_adamw_and_fp16(job: Callable[..., Job]) -> None:
+    settings = ["optim.name=adamw", "optim.lr=0.001", "train.precision=fp16", "train.clip_norm=1.0"]
+    whole, parts = (job(name, *settings, *RESUMED, *SMALL) for name in ("whole", "parts"))
+    train_and_resume(0, 1, whole, parts)
+    assert final_state(whole)["scaler"]
+    assert differences(final_state(whole), final_state(parts)) == []
+
+
+def test_mlflow_has_one_run_with_each_step_once(job: Callable[..., Job], tmp_path: Path) -> None:
+    """Also where steps were trained twice: the second session begins at an older checkpoint."""
+    settings = ["mlflow.log_model=true", "mlflow.checkpoints=last", "train.eval_every=100"]
+    settings += ["train.steps=8", "train.log_every=2", "checkpoint.every=4"]
+    first = job("run", *settings)
+    stopped = dataclasses.replace(first, cfg=dataclasses.replace(first.cfg, run=_stop_at(first, 6)))
+    one = fit(stopped, context())
+    newest = checkpoint.newest_valid(first.checkpoints, pytest.fail)
+    assert newest is not None
+    (newest.path / "state.pt").write_bytes(b"damaged")  # back to step 4
+    events: list[Event] = []
+    two = fit(first, context(events=events))
+    assert [e["text"] for e in events if e["kind"] == "warning" and "state.pt is damaged" in e["text"]]
+    assert next(e for e in events if e["kind"] == "start")["step"] == 4
+
+    assert one["mlflow_run_id"] == two["mlflow_run_id"]
+    client = mlflow.MlflowClient(two["mlflow_uri"])
+    assert len(client.search_runs([two["mlflow_experiment_id"]])) == 1
+    run = client.get_run(two["mlflow_run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["model.depth"] == "18"
+    assert run.data.tags["pipeline.sessions"] == "2"
+    for key in ("train/loss", "train/lr", "perf/images_per_s"):
+        history = client.get_metric_history(run.info.run_id, key)
+        assert sorted(m.step for m in history) == [2, 4, 6, 8], key
+    assert {m.step for m in client.get_metric_history(run.info.run_id, "val/top1")} == {8}
+    artifacts = {a.path for a in client.list_artifacts(run.info.run_id, "checkpoints/step_00000008")}
+    assert {Path(a).name for a in artifacts} == {"state.pt", "config.yaml", "meta.json"}
+    assert {a.path for a in client.list_artifacts(run.info.run_id, "config")} == {
+        "config/session_1.yaml",
+        "config/session_2.yaml",
+    }
+    assert_model_predicts_like_checkpoint(client, two)
+
+
+def assert_model_predicts_like_checkpoint(client: Any, summary: dict[str, Any]) -> None:
+    mlflow.set_tracking_uri(summary["mlflow_uri"])
+    (logged,) = client.get_run(summary["mlflow_run_id"]).outputs.model_outputs
+    served = mlflow.pyfunc.load_model(f"models:/{logged.model_id}")
+    model, _, classes = pretrained.load_model(Storage(summary["checkpoint"]))
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(pixels).permute(0, 3, 1, 2)).softmax(1).topk(5)
+    answers = served.predict(pd.DataFrame({"image": [as_text(encode(Image.fromarray(one), "PNG")) for one in pixels]}))
+    assert answers["classes"].tolist() == [[classes[k] for k in row] for row in expected.indices.tolist()]
+    np.testing.assert_allclose(answers["probabilities"].tolist(), expected.values, atol=1e-4)
+
+
+def test_a_non_finite_loss_names_step_rate_and_samples(job: Callable[..., Job]) -> None:
+    broken = job("nan", "optim.lr=1.0e+6", "optim.warmup_epochs=0", "train.log_every=3", "checkpoint.every=1000")
+    with pytest.raises(
+        NonFiniteLossError, match=r"the loss of step (\d+) is (nan|inf).* rate \d+\).* batch: \d+( \d+){15}$"
+    ):
+        fit(broken, context())
+    assert broken.checkpoints.names() == []
+
+
+@pytest.mark.parametrize("where", ["fc.weight", "layer1.0.bn1.running_var", "ema", "momentum"])
+def test_a_state_that_is_no_number_is_not_saved(
+    job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """By the last update: the loss does not tell of it yet, and each resume would begin with it."""
+    step_of = step.train_step
+
+    def breaks(state: TrainState, *args: Any, **options: Any) -> torch.Tensor:
+        loss = step_of(state, *args, **options)
+        if state.step == 4:
+            assert state.ema is not None
+            tensors = {
+                "ema": state.ema.fc.bias,
+                "momentum": state.optimizer.state[state.model.fc.bias]["momentum_buffer"],
+            }
+            tensors |= state.model.state_dict()
+            tensors[where].data.view(-1)[3] = torch.nan if where == "ema" else torch.inf
+        return loss
+
+    settings = ["train.steps=6", "checkpoint.every=4", "train.log_every=1"]
+    fit(job("run", *settings, "run.stop_at_step=2"), context())
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", breaks)
+        with pytest.raises(NonFiniteError, match=r"^(model|ema|optimizer)\..* is not finite after step 4, which"):
+            fit(job("run", *settings), context())
+    assert job("run").checkpoints.names() == ["step_00000002"]
+    assert fit(job("run", *settings), context())["status"] == "done"
+
+
+def test_large_values_are_finite() -> None:
+    """Their squares are not."""
+    state = TrainState.create(load(None, ["data.train=x", "data.val=x", "model.depth=18"]), 2, torch.device("cpu"))
+    with torch.no_grad():
+        state.model.fc.weight[0, 0] = 1e30
+    state.check_finite()
+    with torch.no_grad():
+        state.model.fc.weight[0, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"model\.fc\.weight is not finite"):
+        state.check_finite()
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"sessions": "many"}'])
+def test_a_lost_run_json_is_made_up_from_the_newest_checkpoint(job: Callable[..., Job], content: str | None) -> None:
+    one = fit(job("run", "run.stop_at_step=2"), context())
+    path = Path(one["run_dir"]) / "run.json"
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    events: list[Event] = []
+    two = fit(job("run", "run.stop_at_step=3"), context(events=events))
+    assert [(e["session"], e["step"]) for e in events if e["kind"] == "start"] == [(2, 2)]
+    assert two["mlflow_run_id"] == one["mlflow_run_id"]
+    assert any("run.json is damaged" in e.get("text", "") for e in events) == (content is not None)
+
+
+def test_a_checkpoint_of_another_training_is_not_taken(job: Callable[..., Job], tmp_path: Path) -> None:
+    fit(job("run", "run.stop_at_step=2"), context())
+    fit(job("other", "run.stop_at_step=4"), context())
+    shutil.copytree(tmp_path / "other/checkpoints/step_00000004", tmp_path / "run/checkpoints/step_00000004")
+    events: list[Event] = []
+    assert fit(job("run", "run.stop_at_step=3"), context(events=events))["step"] == 3
+    assert any("step_00000004: belongs to another training" in e.get("text", "") for e in events)
+
+
+def test_the_later_of_two_drivers_wins(job: Callable[..., Job]) -> None:
+    """On machines that share no lock: the earlier one stops before it writes again, and ends nothing of the run."""
+    run = job("run").run
+    Identity().write(run)
+    one = dataclasses.replace(job("run", "checkpoint.every=5"), claim=Claim.take(run))
+
+    def watch(event: Event) -> None:
+        if event["kind"] == "step" and event["step"] == 10:
+            Claim.take(run)
+
+    with pytest.raises(SupersededError, match=r"another driver has begun to train .*run; this one ends"):
+        fit(one, dataclasses.replace(context(), emit=watch))
+    assert [name for name in one.checkpoints.names() if name > "step_00000010"] == []
+    left = Identity.read(run, pytest.fail)
+    assert left is not None
+    assert left.open
+    with pytest.raises(SupersededError):
+        fit(one, context())
+    assert Identity.read(run, pytest.fail) == left
+
+
+def test_an_earlier_session_of_the_same_driver_writes_no_more(job: Callable[..., Job]) -> None:
+    one = job("run", "checkpoint.every=5")
+
+    def watch(event: Event) -> None:
+        if event["kind"] == "step" and event["step"] == 10:
+            now = Identity.read(one.run, pytest.fail)
+            assert now is not None
+            now.begin(0).write(one.run)
+
+    with pytest.raises(RuntimeError, match=r"session 2 of .*run has begun; session 1 ends"):
+        fit(one, dataclasses.replace(context(), emit=watch))
+
+
+def mlflow_status(job: Job) -> list[str]:
+    client = mlflow.MlflowClient(f"sqlite:///{job.cfg.run.storage}/mlflow.db")
+    experiments = [one.experiment_id for one in client.search_experiments()]
+    return [run.info.status for run in client.search_runs(experiments)]
+
+
+def test_mlflow_is_told_of_a_session_that_ends_before_its_first_step(
+    job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(loop, "as_trained", fails)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        fit(job("run"), context())
+    assert mlflow_status(job("run")) == ["FAILED"]
+
+
+@pytest.mark.parametrize(
+    ("error", "is_open", "status"),
+    [
+        (TrainingFailedError("too many"), True, ["FAILED"]),
+        (Interrupted(), True, ["KILLED"]),  # it waits for room, after its workers were killed
+        (Interrupted(), False, ["KILLED"]),
+    ],
+)
+def test_mlflow_is_told_of_a_run_that_ends_between_sessions(
+    job: Callable[..., Job], error: TrainingFailedError | Interrupted, is_open: bool, status: list[str]
+) -> None:
+    run = job("run").run
+    driver.tell_end(job("run"), 0, error, pytest.fail)
+    Identity().write(run)
+    driver.tell_end(job("run"), 0, error, pytest.fail)  # no session has begun: there is nothing to end
+    assert "mlflow.db" not in run.parent.names()
+    fit(job("run", "run.stop_at_step=2"), context())
+    now = Identity.read(run, pytest.fail)
+    assert now is not None
+    dataclasses.replace(now, open=is_open).write(run)
+    if is_open:  # as killed workers leave it
+        client = mlflow.MlflowClient(f"sqlite:///{run.parent}/mlflow.db")
+        (experiment,) = [one for one in client.search_experiments() if one.name == "pipeline"]
+        (there,) = client.search_runs([experiment.experiment_id])
+        client.update_run(there.info.run_id, status="RUNNING")
+    driver.tell_end(job("run"), 1, error, pytest.fail)  # the session is an earlier command's
+    assert Identity.read(run, pytest.fail) == dataclasses.replace(now, open=is_open, place=str(run))
+    driver.tell_end(job("run"), 0, error, pytest.fail)
+    assert mlflow_status(job("run")) == status
+    ended = Identity.read(run, pytest.fail)
+    assert ended is not None
+    assert (ended.unended(), ended.failure) == ((), "too many" if status == ["FAILED"] else "")
+    (listed_run,) = listing.listed(run.parent)
+    assert listed_run.state == ("failed" if status == ["FAILED"] else "stopped")
+
+
+@pytest.mark.parametrize("unseen", ["drivers", "run.json", "checkpoints", "checkpoints/step_00000004"])
+def test_a_node_that_sees_the_run_late_begins_no_new_training(
+    job: Callable[..., Job], unseen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a network file system shows it: an absent file stays absent for up to a minute."""
+    run = job("run").run
+    Identity().write(run)
+    one = dataclasses.replace(job("run", "run.stop_at_step=4"), claim=Claim.take(run))
+    fit(one, context())
+    away, pauses = tmp_path / "away", list[float]()
+    (tmp_path / "run" / unseen).rename(away)
+
+    def appears(pause: float) -> None:
+        pauses.append(pause)
+        if len(pauses) == 2:
+            away.rename(tmp_path / "run" / unseen)
+
+    events = list[Event]()
+    one = dataclasses.replace(one, saved_step=4, cfg=job("run", "run.stop_at_step=6").cfg)
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.failures.time.sleep", appears)
+        fit(one, context(events=events))
+    (start,) = [event for event in events if event["kind"] == "start"]
+    assert (start["session"], start["step"]) == (2, 4)
+    assert "seen" in next(event["text"] for event in events if event["kind"] == "warning")
+
+
+def test_a_finished_run_trains_no_more(job: Callable[..., Job]) -> None:
+    done = job("run", "train.steps=4")
+    first = fit(done, context())
+    again = fit(done, context())
+    assert (again["step"], again["status"], again["top1"]) == (4, "done", first["top1"])
+    assert again["images_per_s"] is None
+
+
+def test_stop_request_saves_and_ends(job: Callable[..., Job]) -> None:
+    asked = dataclasses.replace(context(), stop_reason=lambda: "interrupted")
+    summary = fit(job("run"), asked)
+    assert (summary["status"], summary["step"]) == ("interrupted", 1)
+    assert Path(summary["checkpoint"]).name == "step_00000001"
+
+
+def test_training_runs_on_the_rest_of_an_odd_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a folder as a user has it, by way of `runs.prepare`: what is left out is named, a broken image too."""
+    images = tmp_path / "images"
+    _, unusable = write_odd_folder(images)
+    (images / "odd" / "damaged.jpg").write_bytes(damaged_jpeg())
+    small = [s for s in FAST if not s.startswith("train.")]
+    settings = ["train.global_batch=8", "train.epochs=3", "train.log_every=1", f"run.storage={tmp_path}/runs"]
+    cfg = load(None, [f"data.train={images}", f"data.val={images}", *small, *settings, "run.name=odd"])
+    monkeypatch.setattr(lock, "LOCK_S", 0.5)
+    events: list[Event] = []
+    with open_run.prepare(cfg, events.append) as job:
+        left_out = [e["text"] for e in events]
+        with (
+            pytest.raises(ConfigError, match=r"run.name=odd: is being trained by process \d+"),
+            open_run.prepare(cfg, print),
+        ):
+            pass
+    assert len(left_out) == 2 * len(unusable)  # of train and of val
+    for path, reason in unusable.items():
+        assert any(str(images / path) in text and reason in text for text in left_out)
+    summary = fit(job, context(events=events))
+    assert (summary["status"], summary["step"]) == ("done", 6)
+    named = [e["text"] for e in events if "a uniform image takes its place" in e.get("text", "")]
+    assert named
+    assert all("odd/damaged.jpg" in text for text in named)
+
+
+def test_the_best_checkpoint_is_uploaded_from_an_object_store(
+    digits_index: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This machine keeps a copy of the newest one alone."""
+    said = iter([True, False, False])
+
+    def judged(model: Any, loader: Any, **options: Any) -> Predictions:
+        """The first evaluation is the best."""
+        found = evaluate(model, loader, **options)
+        right = loader.index.labels.astype(np.int64)
+        found.best[:, 0] = right if next(said) else (right + 1) % 10
+        return found
+
+    monkeypatch.setattr(loop, "evaluate", judged)
+    val, uri = digits_index("few"), f"sqlite:///{tmp_path}/mlflow.db"
+    words = ["train.steps=6", "train.global_batch=65", "mlflow.checkpoints=best", f"mlflow.uri={uri}"]
+    cfg = load(None, [*FAST, f"data.train={val}", f"data.val={val}", "run.storage=memory://best", *words])
+    run = Storage("memory://best") / tmp_path.name
+    events: list[Event] = []
+    summary = fit(Job(cfg, run, str(val), str(val)), context(events=events))
+    assert not [event["text"] for event in events if event["kind"] == "warning"]
+    client = mlflow.MlflowClient(uri)
+    (best,) = client.list_artifacts(summary["mlflow_run_id"], "checkpoints")
+    assert best.path == "checkpoints/step_00000002"
+    assert len(client.list_artifacts(summary["mlflow_run_id"], best.path)) == 3
+    for folder in (run, run / "checkpoints"):
+        shutil.rmtree(folder.scratch)
+    # The next command is given on another node, and all that is left to do is the model.
+    logging = load(None, [*FAST, f"data.train={val}", f"data.val={val}", *words, "mlflow.log_model=true"])
+    fit(Job(logging, run, str(val), str(val)), context(events=events))
+    assert not [event["text"] for event in events if event["kind"] == "warning"]
+    assert len(client.get_run(summary["mlflow_run_id"]).outputs.model_outputs) == 1
+    for folder in (run, run / "checkpoints"):
+        shutil.rmtree(folder.scratch)

@@ -1,0 +1,118 @@
+"""Settings that are for speed alone: they train the same, and say so where they cannot."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from subprocess import PIPE
+from typing import Any
+
+import pytest
+from ranks import FAST, context, run_ranks
+
+from pipeline.config.loading import load
+from pipeline.errors import ConfigError
+from pipeline.runs.spec import Event, Job
+from pipeline.storage import Storage
+from pipeline.training.loop import fit
+
+STEPS = 5
+
+
+@pytest.fixture
+def job(digits_index: Callable[[str], Path], tmp_path: Path) -> Callable[..., Job]:
+    """Makes a job of a few logged steps, by run name and overrides."""
+    return partial(make_job, digits_index, tmp_path)
+
+
+def make_job(digits_index: Callable[[str], Path], folder: Path, name: str, *overrides: str) -> Job:
+    train, val = digits_index("train"), digits_index("few")
+    few = [f"train.steps={STEPS}", "train.log_every=1", "train.ema_decay=null", f"run.storage={folder}"]
+    cfg = load(None, [f"data.train={train}", f"data.val={val}", *FAST, *few, *overrides])
+    (folder / name).mkdir(exist_ok=True)
+    return Job(cfg, Storage(folder / name), str(train), str(val))
+
+
+def train(rank: int, world_size: int, *jobs: Job) -> list[tuple[list[float], dict[str, Any]]]:
+    """The losses and the summary of each."""
+    found = []
+    for one in jobs:
+        events: list[Event] = []
+        summary = fit(one, context(rank, world_size, events))
+        found.append(([e["train/loss"] for e in events if e["kind"] == "step"], summary))
+    return found
+
+
+@pytest.fixture(scope="module")
+def losses(digits_index: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+    """Of two workers, by what is sent how between them: trained in turn by the same processes, which start once."""
+    job = partial(make_job, digits_index, tmp_path_factory.mktemp("speedups"))
+    calm = "train.precision=fp32", "optim.lr=0.002"  # else the differences grow with each step
+    jobs = {
+        "plain": job("plain", *calm, "cluster.bucket_mb=100"),
+        "bf16": job("bf16", *calm, "cluster.bucket_mb=100", "cluster.gradients=bf16"),
+        "small": job("small", *calm, "cluster.bucket_mb=1"),
+    }
+    found = run_ranks(train, 2, *jobs.values())[0]
+    return {name: curve for name, (curve, _) in zip(jobs, found, strict=True)}
+
+
+def test_gradients_in_bf16_train_alike(losses: dict[str, list[float]]) -> None:
+    """To the accuracy of bf16, about three digits; that the losses differ at all shows that they were used."""
+    assert len(losses["bf16"]) == STEPS
+    assert losses["bf16"] == pytest.approx(losses["plain"], rel=0.02)
+    assert losses["bf16"][1:] != losses["plain"][1:]
+
+
+def test_buckets_of_another_size_train_the_same(losses: dict[str, list[float]]) -> None:
+    """Between two ranks a sum has one order, whatever is sent together."""
+    assert losses["small"] == losses["plain"]
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.thorough), 2])
+def test_a_compiled_network_trains_alike(job: Callable[..., Job], world_size: int) -> None:
+    """Its fused operations round otherwise. The first step, in which it is compiled, is told apart."""
+    settings = "train.precision=fp32", "optim.lr=0.002"
+    jobs = job("eager", *settings), job("compiled", *settings, "model.compile=default")
+    eager, compiled = run_ranks(train, world_size, *jobs)[0]
+    assert compiled[0] == pytest.approx(eager[0], rel=0.01)
+    assert compiled[1]["top1"] == pytest.approx(eager[1]["top1"], abs=0.05)
+    assert "compile" not in eager[1]["seconds"]
+    assert compiled[1]["seconds"]["compile"] > 2
+    assert compiled[1]["seconds"]["forward"] < 10 * eager[1]["seconds"]["forward"]
+
+
+COMPILED_STEP = """
+import torch
+from pipeline.network import compiled
+net = torch.nn.Sequential(torch.nn.Conv2d(3, 12, 3), torch.nn.BatchNorm2d(12), torch.nn.ReLU())
+compiled(net, "default")(torch.randn(2, 3, 8, 8)).sum().backward()
+print(torch._dynamo.utils.counters["inductor"]["fxgraph_cache_hit"])
+"""
+
+
+@pytest.mark.e2e
+def test_kernels_that_another_kind_of_cpu_compiled_are_not_taken(tmp_path: Path) -> None:
+    """A home folder that unlike nodes share, a machine that moved: what is cached there has vectors of other sizes."""
+
+    def hits(**env: str) -> int:
+        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), **env}
+        return int(subprocess.run([sys.executable, "-c", COMPILED_STEP], env=env, check=True, stdout=PIPE).stdout)
+
+    assert hits(ATEN_CPU_CAPABILITY="default") == 0
+    assert hits() == 0
+    assert hits() > 0
+
+
+def test_compiling_without_a_compiler_is_refused(job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    one = job("run", "model.compile=default")
+    wanted = (
+        r"model.compile=default: needs a C\+\+ compiler on every node, and no-such-compiler is not here; install it"
+    )
+    with pytest.raises(ConfigError, match=wanted):
+        fit(one, context())

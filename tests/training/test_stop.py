@@ -1,0 +1,127 @@
+"""A wish to stop beside an evaluation: the checkpoint comes first, and the evaluation is made up for."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from commands import differences
+from ranks import FAST, context, final_state, run_ranks
+
+from pipeline.config.loading import load
+from pipeline.runs.checkpoint import META
+from pipeline.runs.spec import Context, Event, Job, StopReason
+from pipeline.storage import Storage
+from pipeline.training import loop
+from pipeline.training.loop import fit
+
+EVALUATED = 2  # step: an evaluation, and a checkpoint that is due
+# 130 images: 2 steps an epoch. Four chunks to evaluate.
+SETTINGS = ["train.global_batch=65", "train.steps=5", "train.eval_batch=40", "checkpoint.every=2", "train.log_every=1"]
+
+
+@pytest.fixture
+def job(digits_index: Callable[[str], Path], tmp_path: Path) -> Callable[..., Job]:
+    def make(name: str) -> Job:
+        few = digits_index("few")
+        cfg = load(None, [f"data.train={few}", f"data.val={few}", *FAST, *SETTINGS, f"run.storage={tmp_path}"])
+        (tmp_path / name).mkdir()
+        return Job(cfg, Storage(tmp_path / name), str(few), str(few))
+
+    return make
+
+
+def metas(job: Job) -> dict[str, dict[str, Any]]:
+    """The scores and the best so far, by checkpoint."""
+    found = {name: json.loads((job.checkpoints / name).read_bytes(META)) for name in job.checkpoints.names()}
+    return {name: meta["metrics"] for name, meta in found.items()}
+
+
+def scores(events: list[Event]) -> list[tuple[int, float]]:
+    return [(e["step"], e["loss"]) for e in events if e["kind"] == "evaluation"]
+
+
+def stopping(events: list[Event], when: Callable[[Event], bool], rank: int = 0, world_size: int = 1) -> Context:
+    """A rank that is asked to stop from the first such event on."""
+    asked = list[Event]()
+
+    def emit(event: Event) -> None:
+        events.append(event)
+        asked.extend([event] if when(event) else [])
+
+    def reason() -> StopReason | None:
+        return "interrupted" if asked else None
+
+    return dataclasses.replace(context(rank, world_size), emit=emit, stop_reason=reason)
+
+
+def is_evaluated_step(event: Event) -> bool:
+    return (event["kind"], event.get("step")) == ("step", EVALUATED)
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def stop_and_resume(rank: int, world_size: int, whole: Job, parts: Job) -> list[Any]:
+    """Whole; and stopped where the loop has logged the step, in the middle of its evaluation or just before it."""
+    undisturbed, first, second = list[Event](), list[Event](), list[Event]()
+    fit(whole, context(rank, world_size, undisturbed))
+    stopped = fit(parts, stopping(first, is_evaluated_step, rank, world_size))
+    barrier()  # rank 0 has more to do
+    between = metas(parts)
+    barrier()
+    done = fit(parts, context(rank, world_size, second))
+    return [stopped, done, between, *map(scores, (undisturbed, first, second))]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_stop_in_an_evaluation_saves_at_once_and_evaluates_later(job: Callable[..., Job], world_size: int) -> None:
+    whole, parts = job("whole"), job("parts")
+    results = run_ranks(stop_and_resume, world_size, whole, parts)[0]
+    stopped, done, between, undisturbed, first, second = results
+    assert (stopped["status"], stopped["step"], done["status"], done["step"]) == ("interrupted", EVALUATED, "done", 5)
+    assert first == []
+    assert between == {"step_00000002": {}}
+    assert second == undisturbed
+    assert [step for step, _ in undisturbed] == [2, 4, 5]
+    ours, theirs = metas(parts), metas(whole)
+    for name in ("step_00000002", "step_00000005"):  # where the disk is slow, the one of step 4 is postponed
+        assert ours[name] == theirs[name] != {}
+    assert differences(final_state(whole), final_state(parts)) == []
+    assert done["best_checkpoint"].rpartition("/")[2] in ours
+
+
+def test_a_stop_at_the_last_evaluation_is_no_end(job: Callable[..., Job]) -> None:
+    one, events = job("run"), list[Event]()
+    stopped = fit(one, stopping(events, lambda event: event["kind"] == "step" and event["step"] == 5))
+    assert (stopped["status"], stopped["step"]) == ("interrupted", 5)
+    assert [step for step, _ in scores(events)] == [2, 4]
+    events.clear()
+    again = fit(one, stopping(events, lambda event: event["kind"] == "start"))
+    assert (again["status"], scores(events)) == ("interrupted", [])
+    done = fit(one, context(events=events))
+    assert (done["status"], [step for step, _ in scores(events)]) == ("done", [5])
+    assert done["top1"] is not None
+
+
+def test_a_session_that_dies_in_an_evaluation_has_its_checkpoint(
+    job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, events = job("run"), list[Event]()
+
+    def dies(*_: object, **__: object) -> None:
+        raise RuntimeError("out of luck")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", dies)
+        with pytest.raises(RuntimeError, match="out of luck"):
+            fit(one, context())
+    assert metas(one) == {"step_00000002": {}}
+    fit(one, context(events=events))
+    assert [step for step, _ in scores(events)] == [2, 4, 5]
+    assert [event["step"] for event in events if event["kind"] == "step"] == [3, 4, 5]
