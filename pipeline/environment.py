@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 from pipeline.machine import user_name
 
 # Left over from torchrun, an MPI or a batch system's wrapper. Ray Train sets those that count, but only some of them;
@@ -65,7 +65,7 @@ def driver_environment(given: Mapping[str, str], *, starts_ray: bool = True) -> 
         The variables, and a line on each change that a user could wonder about.
 
     Raises:
-        ConfigError: no directory here can hold Ray's sockets.
+        UserError: no directory here can hold Ray's sockets.
     """
     variables = dict(given)
     notes = [
@@ -122,7 +122,7 @@ def _temporary(variables: dict[str, str], starts_ray: bool) -> Iterator[str]:
     chosen = next((place for place in places if _usable(place) and _short(place)), None)
     if chosen is None:
         if starts_ray:
-            raise ConfigError(
+            raise UserError(
                 f"TMPDIR={given.get('TMPDIR', '/tmp')}: Ray can keep no sockets there, nor in {', '.join(TEMPORARY)}; "
                 f"set RAY_TMPDIR to a directory that you can write to, of at most {MAX_SOCKET - len(SOCKET)} bytes"
             )

@@ -1,5 +1,5 @@
 """The error of a request that cannot be carried out as it stands: its text is one line for the user."""
 
 
-class ConfigError(ValueError):
+class UserError(ValueError):
     """A request that cannot be carried out as it stands; its text is one line for the user."""

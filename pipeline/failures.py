@@ -1,6 +1,6 @@
 """What each failure means: whose fault it is, how long it is waited for, and what comes next. Decided here alone.
 
-A mistake of the user's (ConfigError: a setting, data that is not there, a checkpoint of another network)
+A mistake of the user's (UserError: a setting, data that is not there, a checkpoint of another network)
     One line, exit code 2. In a training that has begun it was right before, so a mount or a node comes late: waited for
     (cluster.timeout_s), then an attempt's failure.
 A file system, a mount or an object store that does not answer (OSError)
@@ -26,7 +26,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 
 T = TypeVar("T")
 
@@ -85,7 +85,7 @@ class ClusterLostError(ConnectionError):
 def driver_end(error: BaseException) -> DriverEnd | None:
     """What a driver tells its supervisor of the error that ends it; None: nothing, its log says what is known."""
     kinds: dict[DriverEnd, type[BaseException] | tuple[type[BaseException], ...]] = {
-        "wrong": ConfigError,
+        "wrong": UserError,
         "failed": TrainingFailedError,
         "interrupted": Interrupted,
         "lost": ClusterLostError,
@@ -101,7 +101,7 @@ def driver_is_replaced(end: DriverEnd, begun: bool) -> bool:
 
 def attempt_is_repeated(kind: str, begun: bool) -> bool:
     """Whether a new attempt may do better, after a worker's error of the class `kind` that it named to the driver."""
-    return begun and kind == ConfigError.__name__
+    return begun and kind == UserError.__name__
 
 
 def says_of_one_file(error: OSError, folder: Path | None) -> bool:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 from pipeline.machine import user_name
 
 PIECE_BYTES = 32 * 2**20
@@ -264,9 +264,9 @@ def make_folder(out: Path) -> None:
     """Make the folder for a result, before anything is measured.
 
     Raises:
-        ConfigError: it cannot be made.
+        UserError: it cannot be made.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise ConfigError(f"--out {out}: {e.strerror or e}; name another directory") from None
+        raise UserError(f"--out {out}: {e.strerror or e}; name another directory") from None

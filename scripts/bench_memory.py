@@ -28,7 +28,7 @@ from sklearn.datasets import load_sample_images
 from pipeline.config.schema import DataConfig
 from pipeline.data.index import load_index
 from pipeline.data.indexing.build import build_index
-from pipeline.data.loading.loader import Place, TrainLoader
+from pipeline.data.loading.loader import LoaderContext, TrainLoader
 
 NUM_IMAGES, NUM_CLASSES, SIDES = 256, 4, (64, 1200)  # pixels
 GLOBAL_BATCH, SAMPLE_EVERY, SETTLED = 4, 100, 500  # images; batches
@@ -94,7 +94,7 @@ def measure(file: Path, kind: str, num_batches: int, num_threads: int) -> dict[s
     """Resident memory, sampled over the batches, and its growth."""
     torch.set_num_threads(num_threads)
     cfg = DataConfig(train=str(file), val=str(file), **KINDS[kind])
-    place = Place(0, 1, torch.device("cpu"), num_threads)
+    place = LoaderContext(0, 1, torch.device("cpu"), num_threads)
     loader = TrainLoader(load_index(file), cfg, place, _refuse, global_batch=GLOBAL_BATCH, seed=0)
     me, samples, started = psutil.Process(), dict[int, float](), time.perf_counter()
     for i, _ in enumerate(loader.from_step(0, num_batches), start=1):

@@ -156,11 +156,11 @@ def ids_of_ours(file: str, kind: dict[str, int], started: float) -> dict[str, fl
 
     from pipeline.config.schema import DataConfig
     from pipeline.data.index import load_index
-    from pipeline.data.loading.loader import Place, TrainLoader
+    from pipeline.data.loading.loader import LoaderContext, TrainLoader
 
     imported, before = time.time(), _memory()
     cfg = DataConfig(train=file, val=file, shuffle_block=kind.get("block"))
-    place = Place(0, WORLD_SIZE, torch.device("cpu"), 1)
+    place = LoaderContext(0, WORLD_SIZE, torch.device("cpu"), 1)
     loader = TrainLoader(load_index(Path(file)), cfg, place, _refuse, global_batch=GLOBAL_BATCH, seed=0)
     ids = loader.request(kind["step"]).rows.tolist()
     return _figures(ids, started, imported, before)

@@ -24,8 +24,8 @@ import make_digits
 import torch
 
 from pipeline.config.loading import load
-from pipeline.runs.async_checkpointer import Saver
-from pipeline.runs.spec import Context, Event, Job
+from pipeline.runs.async_checkpointer import AsyncCheckpointer
+from pipeline.runs.spec import Event, RunSpec, WorkerContext
 from pipeline.storage import Storage
 from pipeline.training.loop import fit
 from pipeline.training.state import TrainState
@@ -41,7 +41,7 @@ def checkpoint(folder: Path, num_threads: int, rounds: int) -> dict[str, Any]:
     cfg = load(None, ["data.train=none", "data.val=none", "train.ema_decay=0.9999", "checkpoint.keep=1"])
     state = TrainState.create(cfg, 1000, CPU)
     wrote: list[float] = []
-    saver = Saver(
+    saver = AsyncCheckpointer(
         Storage(folder), cfg, check=lambda: None, written=lambda _, seconds: wrote.append(seconds), report=print
     )
     held, plain = list[float](), list[float]()
@@ -99,8 +99,8 @@ def mlflow(folder: Path, rounds: int) -> dict[str, Any]:
         cfg = load(ROOT / "configs/digits.yaml", [f"data.train={index}", f"data.val={index}", *length, *quiet])
         (folder / "run").mkdir()
         torch.set_num_threads(1)
-        context = Context(0, 1, CPU, 1, watch)
-        fit(Job(dataclasses.replace(cfg), Storage(folder / "run"), str(index), str(index)), context)
+        context = WorkerContext(0, 1, CPU, 1, watch)
+        fit(RunSpec(dataclasses.replace(cfg), Storage(folder / "run"), str(index), str(index)), context)
     medians = {kind: statistics.median(times) for kind, times in steps.items()}
     return {
         "step_ms": {kind: 1000 * s for kind, s in medians.items()},

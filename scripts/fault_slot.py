@@ -30,7 +30,7 @@ from pipeline.data.indexing.build import build_index
 from pipeline.failures import DriverEnd, FailureBudget, driver_is_replaced
 from pipeline.runs.checkpoint import STATE
 from pipeline.runs.spec import Event
-from pipeline.runs.spec import Fault as Failure
+from pipeline.runs.spec import Failure as Failure
 from pipeline.storage import Storage
 from pipeline.versions import software
 

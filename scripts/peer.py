@@ -187,15 +187,15 @@ def _num_classes(peer: Peer) -> int:
 
 def fit(peer: Peer, rank: int) -> None:
     from pipeline.config.loading import load
-    from pipeline.runs.spec import Context, Job
-    from pipeline.tracking.mlflow_logger import Tracker
+    from pipeline.runs.spec import RunSpec, WorkerContext
+    from pipeline.tracking.mlflow_logger import MlflowLogger
     from pipeline.training import loop, open_run
 
-    with mock.patch.object(Tracker, "_send_all"):
-        context = Context(rank, peer.ranks, CPU, peer.threads, lambda event: None)
+    with mock.patch.object(MlflowLogger, "_send_all"):
+        context = WorkerContext(rank, peer.ranks, CPU, peer.threads, lambda event: None)
         cfg = load(Path(peer.config), peer.overrides)
-        with open_run.prepare(cfg, lambda event: None) if rank == 0 else nullcontext() as job:
-            jobs: list[Job | None] = [job]
+        with open_run.open_run(cfg, lambda event: None) if rank == 0 else nullcontext() as job:
+            jobs: list[RunSpec | None] = [job]
             if peer.ranks > 1:
                 dist.broadcast_object_list(jobs, src=0)
             assert jobs[0] is not None

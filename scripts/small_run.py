@@ -26,16 +26,16 @@ from fast_clock import Clock
 from faults import Fault, Seam
 
 from pipeline.cluster import controller, driver
-from pipeline.cluster.supervisor import Request
+from pipeline.cluster.supervisor import TrainRequest
 from pipeline.config.loading import load
 from pipeline.config.schema import Config
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 from pipeline.failures import FailureBudget, FatalError, attempt_is_repeated, driver_end
 from pipeline.runs import checkpoint
-from pipeline.runs.async_checkpointer import Saver
-from pipeline.runs.manifest import Identity
-from pipeline.runs.spec import Context, Event, Job
-from pipeline.runs.spec import Fault as Failure
+from pipeline.runs.async_checkpointer import AsyncCheckpointer
+from pipeline.runs.manifest import RunManifest
+from pipeline.runs.spec import Event, RunSpec, WorkerContext
+from pipeline.runs.spec import Failure as Failure
 from pipeline.storage import Storage
 from pipeline.tracking import sync
 from pipeline.training.loop import fit
@@ -54,7 +54,7 @@ VARYING = ("perf/", "time/", "checkpoint/", "session/")  # metrics whose values 
 
 def is_fatal(error: BaseException, begun: bool) -> bool:
     """Whether the controller ends the run by it."""
-    return isinstance(error, (ConfigError, FatalError)) and not attempt_is_repeated(type(error).__name__, begun)
+    return isinstance(error, (UserError, FatalError)) and not attempt_is_repeated(type(error).__name__, begun)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,11 +122,11 @@ def attempt(
 
     kind, text = "done", ""
     try:
-        request = Request(cfg, None, FailureBudget(0), faults, again, begun, clock.time())
+        request = TrainRequest(cfg, None, FailureBudget(0), faults, again, begun, clock.time())
         with _opened(request, emit) as job:
             emit({"kind": "run"})
             marks = (("command", clock.time()), ("run", clock.time()))
-            context = Context(0, 1, torch.device("cpu"), 1, emit, faults=faults, marks=marks, restarted=again)
+            context = WorkerContext(0, 1, torch.device("cpu"), 1, emit, faults=faults, marks=marks, restarted=again)
             try:
                 fit(job, context)
             except Exception as e:
@@ -140,7 +140,7 @@ def attempt(
 
 
 @contextlib.contextmanager
-def _opened(request: Request, watch: Callable[[Event], None]) -> Iterator[Job]:
+def _opened(request: TrainRequest, watch: Callable[[Event], None]) -> Iterator[RunSpec]:
     """The run, as the driver opens it; without what would train it on a Ray cluster."""
 
     def warn(text: str) -> None:
@@ -156,9 +156,9 @@ def _opened(request: Request, watch: Callable[[Event], None]) -> Iterator[Job]:
 
 def _settle_saves(clock: Clock) -> None:
     """Have each save wait until it is done: how fast a disk is must not choose the steps that are saved."""
-    save = Saver.save
+    save = AsyncCheckpointer.save
 
-    def settled(saver: Saver, *state: Any, **options: Any) -> None:
+    def settled(saver: AsyncCheckpointer, *state: Any, **options: Any) -> None:
         save(saver, *state, **options)
         began = clock.real_monotonic()
         while saver._writing and not saver._writing.done():
@@ -166,13 +166,13 @@ def _settle_saves(clock: Clock) -> None:
                 break
             clock.real_sleep(0.005)
 
-    Saver.save = settled  # type: ignore[assignment, method-assign]
+    AsyncCheckpointer.save = settled  # type: ignore[assignment, method-assign]
 
 
 def end(place: Place) -> dict[str, Any]:
     """What came of a run, after `pipeline sync` for what still waits for MLflow."""
     tempfile.tempdir = str(place.tmp)
-    identity = Identity.read(place.run, print)
+    identity = RunManifest.read(place.run, print)
     _, _, waiting = sync.sync(place.run, print)
     newest = checkpoint.newest_valid(place.run / "checkpoints", print)
     assert newest is not None

@@ -24,7 +24,7 @@ from ranks import context
 from pipeline.cli import app
 from pipeline.config.loading import load
 from pipeline.data.indexing.build import build_index
-from pipeline.runs.spec import Job
+from pipeline.runs.spec import RunSpec
 from pipeline.storage import Storage
 from pipeline.training.loop import fit
 
@@ -91,7 +91,7 @@ def trained(
     cfg = load(ROOT / "configs/digits.yaml", [*settings, "mlflow.register=digits"])
     data = dataclasses.replace(cfg.data, train=str(digits / "train"), val=str(digits / "val"))
     indexes = str(digits_index("train")), str(digits_index("val"))
-    return fit(Job(dataclasses.replace(cfg, data=data), Storage(run_dir), *indexes), context())
+    return fit(RunSpec(dataclasses.replace(cfg, data=data), Storage(run_dir), *indexes), context())
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from commands import PIPELINE, ROOT
 
 from pipeline import environment
 from pipeline.environment import driver_environment
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 
 LONG = "x" * 100
 
@@ -116,7 +116,7 @@ def test_without_a_place_for_sockets_the_mend_is_named(
     monkeypatch.setattr(environment, "TEMPORARY", ("/none",))
     (tmp_path / LONG).mkdir()
     given = plain | {"TMPDIR": f"{tmp_path}/{LONG}"}
-    with pytest.raises(ConfigError, match=r"TMPDIR=.*: Ray can keep no sockets there.*set RAY_TMPDIR to .* 39 bytes"):
+    with pytest.raises(UserError, match=r"TMPDIR=.*: Ray can keep no sockets there.*set RAY_TMPDIR to .* 39 bytes"):
         driver_environment(given)
     assert driver_environment(given, starts_ray=False)[1] == [], "Ray has its sockets where it was started"
 

@@ -11,7 +11,7 @@ from pipeline.cluster import supervisor
 from pipeline.cluster.ray_start import RayStartError
 from pipeline.config.loading import load
 from pipeline.data.loading.fetch import BadDataError
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 from pipeline.failures import (
     ClusterLostError,
     DamagedError,
@@ -52,7 +52,7 @@ def test_driver_and_supervisor_count_as_one(monkeypatch: pytest.MonkeyPatch) -> 
     """Each driver has a worker's failure, then is lost: with max_failures=3 the fourth is one too many."""
     left = list[int]()
 
-    def run(request: supervisor.Request, _: object, note: object, __: object) -> tuple[str, object]:
+    def run(request: supervisor.TrainRequest, _: object, note: object, __: object) -> tuple[str, object]:
         assert callable(note)
         note({"kind": "start", "device": "cpu", "step": 0})
         left.append(request.budget.num_failures)
@@ -71,7 +71,7 @@ def test_driver_and_supervisor_count_as_one(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("error", "end", "replaced_at_first", "replaced_later"),
     [
-        (ConfigError("x"), "wrong", False, False),
+        (UserError("x"), "wrong", False, False),
         (TrainingFailedError("x"), "failed", False, False),
         (RayStartError("x"), "failed", False, False),
         (Interrupted(), "interrupted", False, False),
@@ -99,8 +99,8 @@ def test_what_a_new_attempt_would_meet_again_ends_the_run(kind: type[Exception])
 
 
 def test_a_configuration_that_was_right_before_is_tried_again() -> None:
-    assert failures.attempt_is_repeated(ConfigError.__name__, begun=True)
-    assert not failures.attempt_is_repeated(ConfigError.__name__, begun=False)
+    assert failures.attempt_is_repeated(UserError.__name__, begun=True)
+    assert not failures.attempt_is_repeated(UserError.__name__, begun=False)
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENOMEM])

@@ -17,7 +17,7 @@ from pipeline.bench.common import machine, spread, turns
 from pipeline.bench.loader_baselines import CEILING, OURS, Contestant, Running, Speed, Task, contestants
 from pipeline.config.schema import Config, DataConfig
 from pipeline.data.indexing.build import Progress, open_index
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 from pipeline.machine import cpu_count
 
 TRIALS = 2  # rounds before those that count, to find each contestant's best setting
@@ -37,13 +37,13 @@ def bench_loader(
         num_images: timed in a round, rounded up to whole batches.
 
     Raises:
-        ConfigError: more cores than there are, missing packages or data.
+        UserError: more cores than there are, missing packages or data.
     """
     allowed = sorted(os.sched_getaffinity(0))
     usable = cpu_count()
     cores = tuple(allowed[: num_cores or usable])
     if num_cores and num_cores > usable:
-        raise ConfigError(f"--cores {num_cores}: this process may use {usable}; lower it")
+        raise UserError(f"--cores {num_cores}: this process may use {usable}; lower it")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "index.arrow"
         index, _ = open_index(cfg.data.train, progress=progress)

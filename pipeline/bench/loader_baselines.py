@@ -27,7 +27,7 @@ from torchvision.transforms import v2
 from pipeline.config.schema import DataConfig
 from pipeline.data.index import Index, load_index
 from pipeline.data.loading.dali import decode_graph, to_decode
-from pipeline.data.loading.loader import Place, TrainLoader
+from pipeline.data.loading.loader import LoaderContext, TrainLoader
 from pipeline.data.loading.read import Reader
 
 CPU = torch.device("cpu")
@@ -178,7 +178,7 @@ def _stream(task: Task) -> TrainLoader:
     def refuse(path: str, reason: str) -> None:
         raise RuntimeError(f"{path} is broken ({reason}), which not all loaders survive; leave it out of the index")
 
-    place = Place(0, 1, CPU, len(task.cores))
+    place = LoaderContext(0, 1, CPU, len(task.cores))
     return TrainLoader(load_index(task.index), task.data, place, refuse, global_batch=task.batch, seed=0)
 
 

@@ -28,7 +28,7 @@ from pipeline.cluster import supervisor
 from pipeline.cluster.doctor import node_checks
 from pipeline.config.schema import Config
 from pipeline.data.indexing.build import Progress
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 from pipeline.failures import TrainingFailedError
 from pipeline.runs.spec import Event
 from pipeline.tracking.ledger import PHASES
@@ -52,7 +52,7 @@ def bench_scale(
         num_steps: timed in a round, rounded up to a multiple of LOG_EVERY.
 
     Raises:
-        ConfigError: what a training raises, and a joined cluster without cluster.cpus_per_worker.
+        UserError: what a training raises, and a joined cluster without cluster.cpus_per_worker.
         TrainingFailedError: one ended by itself.
         KeyboardInterrupt: one was interrupted.
     """
@@ -61,12 +61,12 @@ def bench_scale(
     joins = bool(cfg.cluster.address or os.environ.get("RAY_ADDRESS"))
     cores = cfg.cluster.cpus_per_worker
     if joins and cores is None:
-        raise ConfigError("cluster.cpus_per_worker=null: one worker would get more cores than two; set it")
+        raise UserError("cluster.cpus_per_worker=null: one worker would get more cores than two; set it")
     num_cores = machine.cpu_count()
     cores = cores or max(1, num_cores // counts[-1])
     if not joins and counts[-1] * cores > num_cores:
         room = num_cores // cores
-        raise ConfigError(f"--workers {counts[-1]}: with {cores} cores each, this machine has room for {room}")
+        raise UserError(f"--workers {counts[-1]}: with {cores} cores each, this machine has room for {room}")
     share = -(-cfg.train.global_batch // cfg.cluster.max_workers)
     per_s: dict[str, list[float]] = {str(n): [] for n in counts}
     spent: dict[str, list[dict[str, float]]] = {str(n): [] for n in counts}

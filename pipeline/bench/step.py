@@ -21,10 +21,10 @@ from pipeline.bench.planning.assumptions import CARDS
 from pipeline.bench.planning.cost_model import count_network
 from pipeline.config.schema import Config
 from pipeline.data.indexing.build import Progress
-from pipeline.data.loading.loader import Batch, Place
-from pipeline.errors import ConfigError
-from pipeline.runs.spec import Context, Event
-from pipeline.tracking.ledger import COMPUTE, Ledger, total
+from pipeline.data.loading.loader import Batch, LoaderContext
+from pipeline.errors import UserError
+from pipeline.runs.spec import Event, WorkerContext
+from pipeline.tracking.ledger import COMPUTE, TimeLedger, total
 from pipeline.training import open_run
 from pipeline.training.ddp import compiled
 from pipeline.training.loop import fit
@@ -43,7 +43,7 @@ CONFIGURED, PIPELINE, CEILING = "as configured", "pipeline", "ceiling"
 class Stepper:
     """Our training step over one batch that lies on the device: no data, no logging, one worker."""
 
-    def __init__(self, cfg: Config, place: Place):
+    def __init__(self, cfg: Config, place: LoaderContext):
         self._cfg, self._place = cfg, place
         self.batch = -(-cfg.train.global_batch // cfg.cluster.max_workers)
         self._train = replace(cfg.train, global_batch=self.batch)
@@ -55,7 +55,7 @@ class Stepper:
         images = images.contiguous(memory_format=torch.channels_last)
         self._batch = Batch(images, labels, np.arange(self.batch))
         self.first_step_s = self.seconds(1)  # with whatever is compiled or looked up first
-        self.ledger = Ledger("outside", place.device)
+        self.ledger = TimeLedger("outside", place.device)
 
     def seconds(self, num_steps: int, mark: Callable[[str], object] = unmarked) -> float:
         """That so many steps take."""
@@ -82,7 +82,7 @@ def same_step(one: Config, other: Config) -> bool:
 
 
 def bench_step(
-    variants: dict[str, Config], place: Place, num_rounds: int, num_steps: int, progress: Progress
+    variants: dict[str, Config], place: LoaderContext, num_rounds: int, num_steps: int, progress: Progress
 ) -> dict[str, Any]:
     """Images/s on synthetic data of each variant, by turns.
 
@@ -123,7 +123,9 @@ def bench_step(
     return result | {"verdict": step_verdict(result)}
 
 
-def bench_train(cfg: Config, place: Place, num_rounds: int, num_steps: int, progress: Progress) -> dict[str, Any]:
+def bench_train(
+    cfg: Config, place: LoaderContext, num_rounds: int, num_steps: int, progress: Progress
+) -> dict[str, Any]:
     """Images/s through `fit` (index, DALI, MLflow on SQLite) beside those on synthetic data, one worker, by turns.
 
     Evaluation and checkpoints are left out, and so is Ray. The loader goes on for `data.prefetch` batches while the
@@ -160,8 +162,8 @@ def bench_train(cfg: Config, place: Place, num_rounds: int, num_steps: int, prog
         uri, all_steps = f"sqlite:///{storage}/mlflow.db", (num_rounds + 1) * num_steps
         one = replace(cfg.cluster, workers=1)
         cfg = to_measure(cfg, one, "bench", storage, uri, batch=batch, steps=all_steps, every=num_steps)
-        with open_run.prepare(cfg, watch) as job:
-            fit(job, Context(0, 1, place.device, place.num_threads, watch))
+        with open_run.open_run(cfg, watch) as job:
+            fit(job, WorkerContext(0, 1, place.device, place.num_threads, watch))
     result = {
         **_about(cfg, place, batch),
         "rounds": num_rounds,
@@ -231,19 +233,19 @@ def table(result: dict[str, Any]) -> list[str]:
     return [*lines, f"peak memory {result['peak_memory_gb']:.2f} GB", result["verdict"]]
 
 
-def here(num_threads: int | None) -> Place:
+def here(num_threads: int | None) -> LoaderContext:
     """This machine's device, for one worker.
 
     Raises:
-        ConfigError: more threads than cores.
+        UserError: more threads than cores.
     """
-    place = Place.here()
+    place = LoaderContext.here()
     if num_threads and num_threads > place.num_threads:
-        raise ConfigError(f"--threads {num_threads}: this process may use {place.num_threads} cores; lower it")
+        raise UserError(f"--threads {num_threads}: this process may use {place.num_threads} cores; lower it")
     return replace(place, num_threads=num_threads or place.num_threads)
 
 
-def _about(cfg: Config, place: Place, batch: int) -> dict[str, Any]:
+def _about(cfg: Config, place: LoaderContext, batch: int) -> dict[str, Any]:
     return about(cfg) | {"batch": batch, "device": device_name(place.device), "threads": place.num_threads}
 
 
@@ -273,7 +275,7 @@ def _peak_memory(device: torch.device) -> float:
 
 def _mark_s(device: torch.device) -> float:
     """Seconds that a mark of the ledger takes."""
-    ledger, num_marks = Ledger("outside", device), 1000
+    ledger, num_marks = TimeLedger("outside", device), 1000
     began = time.perf_counter()
     for _ in range(num_marks):
         ledger.switch("outside")

@@ -16,7 +16,7 @@ from typing import Any
 from pipeline import environment, machine
 from pipeline.cli import bench, commands, models, reports
 from pipeline.cli.commands import FAILED, INTERRUPTED, WRONG
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     try:
         result, lines, code = args.command(args)
-    except ConfigError as e:
+    except UserError as e:
         return _give_up(args, WRONG, {"status": "wrong", "error": str(e)})
     except OSError as e:  # a storage that does not answer, a full disk
         return _give_up(args, FAILED, {"status": "failed", "error": str(e)})

@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.cli.commands import DONE, FAILED, Outcome, say
 from pipeline.config.loading import load
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 from pipeline.storage import make_folder
 
 
@@ -32,7 +32,7 @@ def step(args: argparse.Namespace) -> Outcome:
     for one in args.tries:
         variants[one] = settle(load(args.config, [*args.overrides, one]), place.device)
         if bench_step.same_step(variants[one], variants[bench_step.CONFIGURED]):
-            raise ConfigError(f"--try {one}: changes nothing of the bare step; try another of model., train. or optim.")
+            raise UserError(f"--try {one}: changes nothing of the bare step; try another of model., train. or optim.")
     for precision in sorted({cfg.train.precision for cfg in variants.values()}):
         if text := emulation(precision, [hardware_of(place.device)]):
             say(text)

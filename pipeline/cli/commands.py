@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 from pipeline import clock
 from pipeline.config.loading import dump, load, parse_override, to_dict
 from pipeline.config.schema import Config
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from pipeline.runs.checkpoint import Checkpoint
@@ -32,7 +32,7 @@ def train(args: argparse.Namespace) -> Outcome:
 
     if lacking := [name for name in args.needs if not os.environ.get(name)]:
         mend = "give it to the cluster, from a Kubernetes Secret or in the environment of `ray start`"
-        raise ConfigError(f"{', '.join(lacking)}: not set in the environment here, and this training needs it; {mend}")
+        raise UserError(f"{', '.join(lacking)}: not set in the environment here, and this training needs it; {mend}")
     cfg, label, resume_from = config_to_train(args)
     with TrainingView(_people(args)) as view:
         try:
@@ -49,10 +49,10 @@ def config_to_train(args: argparse.Namespace) -> tuple[Config, str, str | None]:
     words = [args.config, *args.overrides] if args.config else []
     if args.resume is None:
         if not words or "=" in words[0]:
-            raise ConfigError("name a config file, such as: pipeline train configs/digits.yaml; or --resume RUN")
+            raise UserError("name a config file, such as: pipeline train configs/digits.yaml; or --resume RUN")
         return load(words[0], words[1:]), Path(words[0]).stem, None
     if words and "=" not in words[0]:
-        raise ConfigError(f"--resume takes the run's own configuration; leave out {words[0]}")
+        raise UserError(f"--resume takes the run's own configuration; leave out {words[0]}")
     from pipeline.tracking import find  # late, as in all commands: torch takes seconds to import
 
     given = dict(map(parse_override, words))
@@ -89,7 +89,7 @@ def index(args: argparse.Namespace) -> Outcome:
     from pipeline.data.indexing.scan import processes
 
     if args.out.is_dir():
-        raise ConfigError(f"--out {args.out}: is a folder; name a file, such as {args.out}/train.arrow")
+        raise UserError(f"--out {args.out}: is a folder; name a file, such as {args.out}/train.arrow")
     parts = args.out.with_name(f"{args.out.name}.parts")
     with WorkView(sys.stderr) as view, processes(args.workers) as pool:
         index, report = build_index(args.source, pool=pool, parts=parts, progress=view)
@@ -224,7 +224,7 @@ def stop(args: argparse.Namespace) -> Outcome:
     from pipeline.cluster.jobs import client as jobs
 
     if (args.job is None) != args.all:
-        raise ConfigError("name one job, such as: pipeline stop pets; or --all")
+        raise UserError("name one job, such as: pipeline stop pets; or --all")
     client = jobs.connect(args.address)
     known = jobs.listed(client)
     chosen = [job for job in known if not job.status.is_terminal()] if args.all else [jobs.find(known, args.job)]

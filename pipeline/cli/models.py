@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cli.commands import DONE, FAILED, WRONG, Outcome, found_by, say
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 
 NUM_COMPARED = 16  # images that an exported model is compared on
 
@@ -21,7 +21,7 @@ def predict(args: argparse.Namespace) -> Outcome:
     from pipeline.training import inference
 
     if args.csv and args.json:
-        raise ConfigError("--csv: does not go with --json; choose one of them")
+        raise UserError("--csv: does not go with --json; choose one of them")
     images = _images(args.images)
     place = found_by(args).place
     told: list[dict[str, Any]] = []
@@ -42,7 +42,7 @@ def _images(names: list[str]) -> list[Path]:
 
     paths = [path for name in names for path in (_named_on_stdin() if name == "-" else [name])]
     if not paths:
-        raise ConfigError("-: stdin names no image; give it paths, one a line")
+        raise UserError("-: stdin names no image; give it paths, one a line")
     return [image for path in paths for image in images_at(Path(path))]
 
 
@@ -113,7 +113,7 @@ def register(args: argparse.Namespace) -> Outcome:
     found = found_by(args)
     run = found.place.parent.parent
     if found.place.parent.name != "checkpoints":
-        raise ConfigError(f"{found.place}: lies in no run's folder, which MLflow would be told; name a run")
+        raise UserError(f"{found.place}: lies in no run's folder, which MLflow would be told; name a run")
     cfg = replace(load(found.file(CONFIG)).mlflow, log_model=True, register=args.name)  # which checks the name
     target = mlflow_run.Target(
         mlflow_store.tracking_uri(args.mlflow_uri or cfg.uri, run.parent),

@@ -28,7 +28,7 @@ from pipeline import machine
 from pipeline.cluster import ray_start
 from pipeline.cluster.supervisor import kill_descendants
 from pipeline.config.schema import ClusterConfig
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 from pipeline.failures import DISCONNECT_S, ClusterLostError, Interrupted
 
 OBJECT_STORE_BYTES = 100 * 2**20  # nothing goes through it but messages
@@ -77,7 +77,7 @@ def connected(
         beforehand: called when Ray's processes are there, before this one connects to them.
 
     Raises:
-        ConfigError: there is none.
+        UserError: there is none.
         ClusterLostError: there is none any more; or it was lost in what is done inside.
         Interrupted: it was to stop.
     """
@@ -97,7 +97,7 @@ def connected(
             if isinstance(e, ray_start.RayStartError):
                 raise (ClusterLostError(str(e)) if again else e) from None
             reason = f"cluster.address={address} cannot be reached: {str(e).splitlines()[0]}"
-            raise (ClusterLostError(reason) if again else ConfigError(reason)) from None
+            raise (ClusterLostError(reason) if again else UserError(reason)) from None
         stack.callback(_disconnect, warn)
         try:
             yield

@@ -29,9 +29,9 @@ from pipeline.cluster.connection import last_line
 from pipeline.cluster.prometheus import Gauges
 from pipeline.cluster.trainer import TorchConfig, Trainer
 from pipeline.cluster.worker import train_on_worker
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 from pipeline.failures import FailureBudget, Interrupted, TrainingFailedError, attempt_is_repeated
-from pipeline.runs.spec import Event, Fault, Job, Marks
+from pipeline.runs.spec import Event, Failure, Marks, RunSpec
 
 POLL_SECONDS = 0.5
 CLUSTER_POLL_SECONDS = 2.0
@@ -50,17 +50,17 @@ class TrainController:
         restarted: an earlier driver had begun.
 
     Raises:
-        ConfigError: the cluster does not fit the configuration.
+        UserError: the cluster does not fit the configuration.
     """
 
     def __init__(
         self,
-        job: Job,
+        job: RunSpec,
         watch: Callable[[Event], None],
         wants_stop: threading.Event,
         budget: FailureBudget,
         *,
-        faults: tuple[Fault, ...],
+        faults: tuple[Failure, ...],
         restarted: bool,
     ):
         self._job, self._settings, self._watch, self._wants_stop = job, job.cfg.cluster, watch, wants_stop
@@ -85,7 +85,7 @@ class TrainController:
             The summary that rank 0's `fit` returns.
 
         Raises:
-            ConfigError: a checkpoint does not fit the configuration.
+            UserError: a checkpoint does not fit the configuration.
             TrainingFailedError: the workers failed more often than cluster.max_failures allows, or for good.
             ray.exceptions.RayError: the cluster is lost.
             Interrupted: it was to stop while no session ran.
@@ -103,7 +103,7 @@ class TrainController:
             marks, self._restarted = (("end of the last session", time.time()),), True
             if self._channel.fatal is not None and not attempt_is_repeated(self._channel.fatal[0], self._has_trained):
                 kind, text = self._channel.fatal
-                raise ConfigError(text) if kind == ConfigError.__name__ else TrainingFailedError(text)
+                raise UserError(text) if kind == UserError.__name__ else TrainingFailedError(text)
             if isinstance(outcome, ray.train.TrainingFailedError):
                 self._note_fault(outcome)
                 self._wants_stop.wait(self._budget.pause_s)
@@ -112,7 +112,7 @@ class TrainController:
             elif outcome["status"] != "regroup":
                 return dict(outcome)
 
-    def _wait_for_room(self) -> ray_cluster.Place:
+    def _wait_for_room(self) -> ray_cluster.Reservation:
         """Room for as many workers as there is, once that is enough."""
         settings, since = self._settings, time.monotonic()
         while True:
@@ -126,7 +126,7 @@ class TrainController:
                 since = time.monotonic()
                 self._tell({"kind": "warning", "text": ray_cluster.why_waiting(settings, self._size)})
 
-    def _run_session(self, place: ray_cluster.Place, marks: Marks) -> Any:
+    def _run_session(self, place: ray_cluster.Reservation, marks: Marks) -> Any:
         """Train until rank 0's `fit` returns.
 
         Returns:
@@ -147,7 +147,7 @@ class TrainController:
         fitting = threading.Thread(target=self._fit, args=(place, config, outcome), daemon=True)
         fitting.start()
         looked = time.monotonic()
-        another: ray_cluster.Place | None = None
+        another: ray_cluster.Reservation | None = None
         with ExitStack() as wishes:
             while not outcome:
                 self._pass_on(self._channel.take_events(POLL_SECONDS))
@@ -161,7 +161,7 @@ class TrainController:
                     if self._started is None:
                         continue
                     if another is None and place.num_workers < self._settings.max_workers:
-                        another = wishes.enter_context(ray_cluster.Place(self._size, 1))
+                        another = wishes.enter_context(ray_cluster.Reservation(self._size, 1))
                     self._look_at_cluster(self._started, another)
         self._channel.finish(FINISH_SECONDS)
         self._pass_on(self._channel.take_events(0))
@@ -200,10 +200,10 @@ class TrainController:
         text = "; ".join(workers) or last_line(error)
         if self._budget.failed():
             raise TrainingFailedError(f"{text}; this is one failure too many without a checkpoint in between")
-        self._faults = (*self._faults, Fault(text, self._channel.step, time.time()))
+        self._faults = (*self._faults, Failure(text, self._channel.step, time.time()))
         self._tell({"kind": "fault", "text": text})
 
-    def _look_at_cluster(self, started: float, another: ray_cluster.Place | None) -> None:
+    def _look_at_cluster(self, started: float, another: ray_cluster.Reservation | None) -> None:
         """End the session where its nodes are to go, or one more worker has its place."""
         why, ready = "", time.monotonic() - started > self._settings.grow_after_s
         if ray_cluster.draining() & self._channel.nodes:
@@ -215,7 +215,7 @@ class TrainController:
             self._tell({"kind": "regroup", "text": why})
             self._channel.request_stop("regroup")
 
-    def _fit(self, place: ray_cluster.Place, config: dict[str, Any], outcome: list[Any]) -> None:
+    def _fit(self, place: ray_cluster.Reservation, config: dict[str, Any], outcome: list[Any]) -> None:
         """Fit in a thread, so that the driver's main thread can watch."""
         try:
             with TemporaryDirectory(prefix="pipeline-ray-") as unused:
@@ -225,7 +225,7 @@ class TrainController:
         finally:
             self._channel.wake()
 
-    def _trainer(self, place: ray_cluster.Place, config: dict[str, Any], storage: str) -> Trainer:
+    def _trainer(self, place: ray_cluster.Reservation, config: dict[str, Any], storage: str) -> Trainer:
         return Trainer(
             train_on_worker,
             group=place.group,

@@ -12,8 +12,8 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 from pipeline.cluster.connection import connected
-from pipeline.cluster.supervisor import Request
-from pipeline.errors import ConfigError
+from pipeline.cluster.supervisor import TrainRequest
+from pipeline.errors import UserError
 from pipeline.failures import (
     DRIVER_END_S,
     MLFLOW_HANDOVER_S,
@@ -23,7 +23,7 @@ from pipeline.failures import (
     backoff,
     driver_end,
 )
-from pipeline.runs.spec import Event, Job
+from pipeline.runs.spec import Event, RunSpec
 from pipeline.training.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 SLOW_S = 60.0  # to open a run, before that is told
 
 
-class Supervisor:
+class SupervisorConnection:
     """The other end. Where it has died, nobody listens, and the training is to stop."""
 
     def __init__(self, connection: Connection):
         self._connection = connection
-        self.request: Request = connection.recv()
+        self.request: TrainRequest = connection.recv()
         self.wants_stop = threading.Event()
         threading.Thread(target=self._listen, daemon=True).start()
 
@@ -58,7 +58,9 @@ class Supervisor:
         self.event({"kind": "warning", "text": text})
 
 
-def tell_end(job: Job, sessions: int, error: TrainingFailedError | Interrupted, warn: Callable[[str], None]) -> None:
+def tell_end(
+    job: RunSpec, sessions: int, error: TrainingFailedError | Interrupted, warn: Callable[[str], None]
+) -> None:
     """Write down how a training has ended, in run.json and MLflow, from outside it: its workers may be dead.
 
     Args:
@@ -66,29 +68,29 @@ def tell_end(job: Job, sessions: int, error: TrainingFailedError | Interrupted, 
     """
     try:
         _tell_end(job, sessions, error)
-    except (OSError, RuntimeError, ConfigError) as e:
+    except (OSError, RuntimeError, UserError) as e:
         warn(f"run.json and MLflow are not told: {e}")
 
 
-def _tell_end(job: Job, sessions: int, error: TrainingFailedError | Interrupted) -> None:
-    from pipeline.runs.manifest import Identity
-    from pipeline.tracking.mlflow_logger import Tracker
+def _tell_end(job: RunSpec, sessions: int, error: TrainingFailedError | Interrupted) -> None:
+    from pipeline.runs.manifest import RunManifest
+    from pipeline.tracking.mlflow_logger import MlflowLogger
 
-    identity = Identity.read(job.run, lambda _: None)
+    identity = RunManifest.read(job.run, lambda _: None)
     has_failed = isinstance(error, TrainingFailedError)
     # Nothing has begun; or it was stopped between two sessions, of which the first has told of its own end.
     if identity is None or identity.sessions <= sessions or not (has_failed or identity.open):
         return
     failure = str(error)[:500] if has_failed else ""
     identity.replaced(identity.end(failure), job.run, job.claim)
-    tracker = Tracker.of_run(job.cfg.mlflow, job.run, identity.training_id, lambda _: None, job.claim)
+    tracker = MlflowLogger.of_run(job.cfg.mlflow, job.run, identity.training_id, lambda _: None, job.claim)
     tracker.adopt(job.session_name(identity.sessions))
     if has_failed:
         tracker.tags({"pipeline.failure": failure})
     tracker.close("FAILED" if has_failed else "KILLED", *MLFLOW_HANDOVER_S)
 
 
-def train(supervisor: Supervisor) -> dict[str, Any]:
+def train(supervisor: SupervisorConnection) -> dict[str, Any]:
     """Open the run and train it.
 
     Ray's processes take seconds to start, and so do the imports here: both go on at the same time. To connect to Ray
@@ -117,7 +119,7 @@ def train(supervisor: Supervisor) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _watched(supervisor: Supervisor) -> Iterator[Callable[[], None]]:
+def _watched(supervisor: SupervisorConnection) -> Iterator[Callable[[], None]]:
     """Tell of what takes long, as a mount may hang; end this process for it where training has begun.
 
     Before that its user is there, and to list millions of images may take longer than cluster.timeout_s.
@@ -138,7 +140,9 @@ def _watched(supervisor: Supervisor) -> Iterator[Callable[[], None]]:
 
 
 @contextlib.contextmanager
-def _opened(supervisor: Supervisor, heartbeat: Callable[[], None]) -> Iterator[tuple[Job, "TrainController"]]:
+def _opened(
+    supervisor: SupervisorConnection, heartbeat: Callable[[], None]
+) -> Iterator[tuple[RunSpec, "TrainController"]]:
     """The run, and what trains it on the cluster.
 
     What is refused to a training that has begun was right before: a mount or a node that comes late is waited for.
@@ -154,7 +158,7 @@ def _opened(supervisor: Supervisor, heartbeat: Callable[[], None]) -> Iterator[t
             try:
                 with contextlib.ExitStack() as tried:
                     job = tried.enter_context(
-                        open_run.prepare(
+                        open_run.open_run(
                             request.cfg,
                             supervisor.event,
                             request.resume_from,
@@ -176,7 +180,7 @@ def _opened(supervisor: Supervisor, heartbeat: Callable[[], None]) -> Iterator[t
                     )
                     stack.enter_context(tried.pop_all())
                 break
-            except ConfigError as e:
+            except UserError as e:
                 if not request.trained:
                     raise
                 if time.monotonic() + pause > deadline:
@@ -196,7 +200,7 @@ def _import() -> None:
 
 
 def main() -> None:
-    supervisor = Supervisor(Connection(int(sys.argv[1])))
+    supervisor = SupervisorConnection(Connection(int(sys.argv[1])))
     try:
         summary = train(supervisor)
     except BaseException as e:

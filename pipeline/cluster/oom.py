@@ -1,7 +1,7 @@
 """Too little memory: refused before a training begins, and told where the kernel has killed for it."""
 
 from pipeline import machine
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 
 # The peak of what ResNet-18 took on small images (PSS, one run each): this process, the driver and Ray's; each worker.
 # With a little less the kernel kills, or drops and reads again the code that runs, and the machine stands still.
@@ -14,11 +14,11 @@ def require_memory(num_workers: int) -> None:
     A larger network takes more; then `OutOfMemoryKills` tells.
 
     Raises:
-        ConfigError: this process may not have the memory that so many workers take here.
+        UserError: this process may not have the memory that so many workers take here.
     """
     needed = RAY_BYTES + num_workers * WORKER_BYTES
     if (there := machine.memory()) < needed:
-        raise ConfigError(
+        raise UserError(
             f"cluster.workers={num_workers}: there are {_gb(there)} of memory here, and that takes "
             f"{_gb(needed)} at least; raise the container's or job's limit{', or lower this' * (num_workers > 1)}"
         )

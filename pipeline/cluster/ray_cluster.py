@@ -12,7 +12,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.config.schema import ClusterConfig
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 
 RESERVE_SECONDS = 10.0  # within which a placement group is ready, or some node has gone
 
@@ -41,14 +41,14 @@ def size_of_worker(cfg: ClusterConfig) -> Size:
     """What one worker takes: a GPU where the cluster has them, and an even share of the CPUs.
 
     Raises:
-        ConfigError: fewer GPUs than workers, where no node can come.
+        UserError: fewer GPUs than workers, where no node can come.
     """
     nodes = _nodes()
     num_gpus = int(sum(node.get("GPU", 0) for node in nodes))
     use_gpu = cfg.device == "gpu" or (cfg.device == "auto" and num_gpus > 0)
     can_grow = cfg.device == "gpu" and (cfg.address or os.environ.get("RAY_ADDRESS"))
     if use_gpu and num_gpus < cfg.min_workers and not can_grow:
-        raise ConfigError(
+        raise UserError(
             f"cluster.workers={cfg.workers}: the cluster has {num_gpus} GPUs, and each worker takes one; "
             f"set cluster.workers={max(num_gpus, 1)} or cluster.device=cpu"
         )
@@ -62,7 +62,7 @@ def _even_share(cpus: list[int], num_workers: int) -> int:
     return next((share for share in shares if sum(n // share for n in cpus) >= num_workers), 1)
 
 
-def reserve(size: Size, low: int, high: int) -> "Place | None":
+def reserve(size: Size, low: int, high: int) -> "Reservation | None":
     """Room for as many workers as there is now, from `low` to `high`; None where there is for fewer than `low`.
 
     It is taken to be seen: what Ray says of a node may be from before its death.
@@ -70,14 +70,14 @@ def reserve(size: Size, low: int, high: int) -> "Place | None":
     could_be, free = _capacity(size, _nodes()), _capacity(size, [ray.available_resources()])
     for num_workers in sorted({min(high, could_be), min(high, free), low}, reverse=True):
         if num_workers >= low:
-            place = Place(size, num_workers)
+            place = Reservation(size, num_workers)
             if place.granted(RESERVE_SECONDS):
                 return place
             place.give_back()
     return None
 
 
-class Place:
+class Reservation:
     """A wish for room for so many workers, held until it is given back; an autoscaler sees it, and makes room."""
 
     def __init__(self, size: Size, num_workers: int):
@@ -89,7 +89,7 @@ class Place:
     def give_back(self) -> None:
         remove_placement_group(self.group)
 
-    def __enter__(self) -> "Place":
+    def __enter__(self) -> "Reservation":
         return self
 
     def __exit__(self, *exc: object) -> None:

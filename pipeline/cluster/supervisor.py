@@ -26,7 +26,7 @@ from pipeline import clock
 from pipeline.cluster.oom import OutOfMemoryKills, require_memory
 from pipeline.config.schema import Config
 from pipeline.environment import driver_environment
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 from pipeline.failures import (
     DRIVER_END_S,
     DriverEnd,
@@ -35,7 +35,7 @@ from pipeline.failures import (
     TrainingFailedError,
     driver_is_replaced,
 )
-from pipeline.runs.spec import Event, Fault
+from pipeline.runs.spec import Event, Failure
 
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_SECONDS = 0.5
@@ -48,7 +48,7 @@ PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
+class TrainRequest:
     """What a driver is to do.
 
     budget: of failures, as far as it is used up. faults: since the last session began. again: an earlier driver had
@@ -59,7 +59,7 @@ class Request:
     cfg: Config
     resume_from: str | None
     budget: FailureBudget
-    faults: tuple[Fault, ...]
+    faults: tuple[Failure, ...]
     again: bool
     trained: bool
     began: float
@@ -83,7 +83,7 @@ def train(
         The summary that rank 0's `fit` returns.
 
     Raises:
-        ConfigError: the data, the cluster or a checkpoint does not fit the configuration.
+        UserError: the data, the cluster or a checkpoint does not fit the configuration.
         TrainingFailedError: it failed more often than cluster.max_failures allows, or for good.
         Interrupted: a second signal came, or a first one while no session ran.
     """
@@ -100,7 +100,7 @@ def train(
     if not joins and clock.NEIGHBOURS.crowd() and "OMP_WAIT_POLICY" not in environment:
         environment["OMP_WAIT_POLICY"] = "PASSIVE"
         watch({"kind": "note", "text": BUSY})
-    faults: tuple[Fault, ...] = ()
+    faults: tuple[Failure, ...] = ()
     kills, begun = OutOfMemoryKills(), False
 
     def note(event: Event) -> None:
@@ -125,19 +125,19 @@ def train(
     with _signals() as received:
         again, command = False, uuid.uuid4().hex
         while True:
-            request = Request(cfg, resume_from, budget, faults, again, begun, began, command)
+            request = TrainRequest(cfg, resume_from, budget, faults, again, begun, began, command)
             end, content = _run_driver(request, environment, note, received)
             if end == "done":
                 return dict(content)
             if end == "wrong":
-                raise ConfigError(content)
+                raise UserError(content)
             if end == "interrupted":
                 raise Interrupted
             content = kills.explain(content)
             if not driver_is_replaced(end, again or begun) or budget.failed():
                 raise TrainingFailedError(content)
             again = True
-            faults = (*faults, Fault(content, step, time.time()))
+            faults = (*faults, Failure(content, step, time.time()))
             watch({"kind": "fault", "text": content})
             _wait(budget.pause_s, received)
 
@@ -150,7 +150,7 @@ def _wait(seconds: float, received: list[str]) -> None:
 
 
 def _run_driver(
-    request: Request, environment: Mapping[str, str], note: Callable[[Event], None], received: list[str]
+    request: TrainRequest, environment: Mapping[str, str], note: Callable[[Event], None], received: list[str]
 ) -> tuple[DriverEnd, Any]:
     """Start a driver and attend to it; how it ended, and its summary or the reason."""
     mine, theirs = Pipe()

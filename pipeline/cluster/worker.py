@@ -7,9 +7,9 @@ import ray
 import ray.train
 
 from pipeline.cluster.channel import DriverConnection
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 from pipeline.failures import FatalError
-from pipeline.runs.spec import Context
+from pipeline.runs.spec import WorkerContext
 
 
 def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         pin(job.cfg.cluster.pin, device, here.get_local_rank(), here.get_local_world_size(), config["num_threads"])
-        context = Context(
+        context = WorkerContext(
             rank=rank,
             world_size=here.get_world_size(),
             device=device,
@@ -44,7 +44,7 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
             deaths=config["deaths"],
         )
         return fit(job, context)
-    except (ConfigError, FatalError) as e:
+    except (UserError, FatalError) as e:
         driver.fail(type(e).__name__, str(e))
         raise
     finally:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import field, fields
 from typing import Any
 
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 
 
 def num(default: Any, *, low: float = -math.inf, above: float = -math.inf, high: float = math.inf) -> Any:
@@ -40,9 +40,9 @@ class Section:
                     self.require(not wanted, f.name, f"must be {wanted}")
 
     def require(self, holds: bool, name: str, mend: str) -> None:
-        """Raise ConfigError naming this section's field `name`, its value, and `mend`."""
+        """Raise UserError naming this section's field `name`, its value, and `mend`."""
         if not holds:
-            raise ConfigError(f"{self.key(name)}={show(getattr(self, name))}: {mend}")
+            raise UserError(f"{self.key(name)}={show(getattr(self, name))}: {mend}")
 
 
 # scheme://NAME:SECRET@ with any SECRET, also with slashes, as AWS's have; but not host:port/x@y, nor [v6 address].
@@ -58,9 +58,9 @@ _CREDENTIALS = re.compile(
 
 
 def refuse_credentials(key: str, value: Any) -> None:
-    """Raise ConfigError, without the value, where it is a URI with a password, a token or a signature in it."""
+    """Raise UserError, without the value, where it is a URI with a password, a token or a signature in it."""
     if isinstance(value, str) and _CREDENTIALS.match(value):
-        raise ConfigError(
+        raise UserError(
             f"{key}: leave the login out of it, since settings are logged and stored; give it in the environment, as "
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD or MLFLOW_TRACKING_TOKEN, AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY, AZURE_STORAGE_SAS_TOKEN, or PGPASSWORD"

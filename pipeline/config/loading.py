@@ -18,7 +18,7 @@ from yaml import YAMLError
 
 from pipeline.config.fields import show
 from pipeline.config.schema import Config
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 from pipeline.failures import says_of_one_file
 
 
@@ -30,7 +30,7 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
         overrides: `key=value` strings; the value is YAML.
 
     Raises:
-        ConfigError: an unreadable file, or a wrong key, type or value.
+        UserError: an unreadable file, or a wrong key, type or value.
     """
     content = {} if path is None else _read_yaml(Path(path))
     settings = list(_leaves({k: v for k, v in content.items() if v is not None}))  # "train:" alone says nothing
@@ -43,12 +43,12 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
             try:
                 OmegaConf.merge(merged, _nest(key, value))
             except OmegaConfBaseException:
-                raise ConfigError(_explain(key, value)) from None
+                raise UserError(_explain(key, value)) from None
         raise
     try:
         cfg = OmegaConf.to_object(merged)
     except OmegaConfBaseException as e:
-        raise ConfigError(f"{e.full_key}: {str(e).splitlines()[0]}") from None
+        raise UserError(f"{e.full_key}: {str(e).splitlines()[0]}") from None
     assert isinstance(cfg, Config)
     return cfg
 
@@ -92,17 +92,17 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
         content = OmegaConf.to_container(OmegaConf.load(path))
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
-        raise ConfigError(
+        raise UserError(
             f"no config file {path}" + (f"; did you mean {path.parent / near[0]}?" if near else "")
         ) from None
     except (OSError, UnicodeDecodeError) as e:
         if isinstance(e, OSError) and not says_of_one_file(e, path.parent):  # it may be a checkpoint's
             raise
-        raise ConfigError(f"config file {path} cannot be read: {e}") from None
+        raise UserError(f"config file {path} cannot be read: {e}") from None
     except (YAMLError, OmegaConfBaseException) as e:
-        raise ConfigError(f"config file {path} is not YAML: {' '.join(str(e).split())}") from None
+        raise UserError(f"config file {path} is not YAML: {' '.join(str(e).split())}") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"config file {path} must hold sections such as 'train:', not a {type(content).__name__}")
+        raise UserError(f"config file {path} must hold sections such as 'train:', not a {type(content).__name__}")
     return content
 
 
@@ -118,16 +118,16 @@ def parse_override(text: str) -> tuple[str, Any]:
     """Split `key=value`; the value is YAML."""
     key, equals, raw = text.partition("=")
     if not equals or not key.strip():
-        raise ConfigError(f"{text!r} is not an override: write key=value, such as train.epochs=3")
+        raise UserError(f"{text!r} is not an override: write key=value, such as train.epochs=3")
     try:
         text.encode()
     except UnicodeEncodeError:
         shown = os.fsencode(text).decode("utf-8", "backslashreplace")
-        raise ConfigError(f"{shown}: is not UTF-8, as configurations and checkpoints are; rename it") from None
+        raise UserError(f"{shown}: is not UTF-8, as configurations and checkpoints are; rename it") from None
     try:
         return key.strip(), OmegaConf.to_container(OmegaConf.create(f"value: {raw}"))["value"]  # type: ignore[index,call-overload]
     except (YAMLError, OmegaConfBaseException):
-        raise ConfigError(f"{text}: the value is not YAML; quote it, as in {key}='\"...\"'") from None
+        raise UserError(f"{text}: the value is not YAML; quote it, as in {key}='\"...\"'") from None
 
 
 def _nest(key: str, value: Any) -> dict[str, Any]:

@@ -190,7 +190,7 @@ def mixtures(mixup: float, cutmix: float, size: int, draws: FloatArray) -> tuple
     return weights, boxes
 
 
-def kept_branches(rates: Sequence[float], draws: FloatArray) -> FloatArray:
+def drop_path_masks(rates: Sequence[float], draws: FloatArray) -> FloatArray:
     """Stochastic depth (Huang et al. 2016): 0 where a sample skips a residual branch, else 1 / (1 - rate).
 
     Args:

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from pipeline.config.schema import DataConfig
 from pipeline.data import augment_params
 from pipeline.data.index import Index
-from pipeline.data.stream import BoolArray, FloatArray, IntArray, Purpose, Stream, uniforms
+from pipeline.data.stream import BoolArray, DeterministicSampler, FloatArray, IntArray, Purpose, uniforms
 
 
 @dataclass(frozen=True)
-class Request:
+class BatchSpec:
     """Images to decode together.
 
     rows: (B,). size: height and width of the output, pixels. anchors, shapes: (B, 2) as (y, x) pixels of the image,
@@ -33,20 +33,24 @@ class Request:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def part(self, start: int, stop: int) -> "Request":
+    def part(self, start: int, stop: int) -> "BatchSpec":
         """Images [start, stop), to be decoded alone."""
         s = slice(start, stop)
         some = {name: values[s] for name, values in self.draws.items()}
-        return Request(self.rows[s], self.size, self.anchors[s], self.shapes[s], self.flips[s], some)
+        return BatchSpec(self.rows[s], self.size, self.anchors[s], self.shapes[s], self.flips[s], some)
 
 
-def stream(cfg: DataConfig, num_samples: int, global_batch: int, seed: int) -> Stream:
+def stream(cfg: DataConfig, num_samples: int, global_batch: int, seed: int) -> DeterministicSampler:
     """The order that a configuration gives to a data set of `num_samples` images."""
     unit = 2 if cfg.mixes else 1  # the two images of a pair are mixed on one rank
-    return Stream(num_samples, global_batch, seed, cfg.shuffle_block, cfg.shuffle_window, cfg.repeats, unit)
+    return DeterministicSampler(
+        num_samples, global_batch, seed, cfg.shuffle_block, cfg.shuffle_window, cfg.repeats, unit
+    )
 
 
-def to_train(index: Index, cfg: DataConfig, order: Stream, step: int, rank: int, world_size: int) -> Request:
+def to_train(
+    index: Index, cfg: DataConfig, order: DeterministicSampler, step: int, rank: int, world_size: int
+) -> BatchSpec:
     """What a rank trains on in `step`."""
     epoch, start, stop = order.positions(step, rank, world_size)
     rows, size = order.rows(epoch, start, stop), augment_params.size_at(epoch, cfg)
@@ -75,15 +79,15 @@ def to_train(index: Index, cfg: DataConfig, order: Stream, step: int, rank: int,
     if cfg.mixes:
         mixing = uniforms(Purpose.MIX, order.seed, epoch, start // 2, stop // 2, 4)
         mixture = augment_params.mixtures(cfg.mixup, cfg.cutmix, size, mixing)
-    return Request(rows, size, anchors, shapes, flips, changes, mixture)
+    return BatchSpec(rows, size, anchors, shapes, flips, changes, mixture)
 
 
 def to_evaluate(
     index: Index, cfg: DataConfig, rows: IntArray, places: Sequence[tuple[float, float]] = (augment_params.CENTRE,)
-) -> Request:
+) -> BatchSpec:
     """Crops of some rows at each of the places: all rows at the first one, all at the next one, and so on."""
     size = cfg.size_to_evaluate
     heights, widths = index.heights[rows].astype(np.int64), index.widths[rows].astype(np.int64)
     crops = [augment_params.crops_at(heights, widths, size / cfg.val_resize, place) for place in places]
     anchors, shapes = (np.concatenate(parts) for parts in zip(*crops, strict=True))
-    return Request(np.tile(rows, len(places)), size, anchors, shapes, np.zeros(len(anchors), dtype=np.bool_))
+    return BatchSpec(np.tile(rows, len(places)), size, anchors, shapes, np.zeros(len(anchors), dtype=np.bool_))

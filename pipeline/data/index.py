@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 from pipeline.storage import Storage
 
 FORMAT = 2
@@ -71,10 +71,10 @@ class Index:
         """The same samples, labelled by their place in `classes`.
 
         Raises:
-            ConfigError: a class that is not among them.
+            UserError: a class that is not among them.
         """
         if unknown := sorted(set(self.classes) - set(classes)):
-            raise ConfigError(
+            raise UserError(
                 f"{self} has class {unknown[0]!r}, which the training images do not have; "
                 f"rename or remove it (theirs: {', '.join(classes[:10])}{', ...' if len(classes) > 10 else ''})"
             )
@@ -88,13 +88,13 @@ class Index:
         """Write the index.
 
         Raises:
-            ConfigError: the place cannot be written to.
+            UserError: the place cannot be written to.
         """
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_table(self.table.combine_chunks(), path)
         except OSError as e:
-            raise ConfigError(f"the index cannot be written to {path}: {e.strerror or e}; name another file") from None
+            raise UserError(f"the index cannot be written to {path}: {e.strerror or e}; name another file") from None
 
 
 def write_table(table: pa.Table, path: Path) -> None:
@@ -118,21 +118,17 @@ def load_index(path: Path) -> Index:
     """Map an index file.
 
     Raises:
-        ConfigError: not an index, or of another format version. OSError: it cannot be read.
+        UserError: not an index, or of another format version. OSError: it cannot be read.
     """
     if not path.is_file():
-        raise ConfigError(f"no folder or index file {path}")
+        raise UserError(f"no folder or index file {path}")
     try:
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         version = (table.schema.metadata or {}).get(b"pipeline.index")
     except (pa.ArrowInvalid, OSError) as e:
         if getattr(e, "errno", None):  # the file system's; what pyarrow has against the content has none
             raise
-        raise ConfigError(
-            f"{path} is not an index file ({e}); make one with: pipeline index FOLDER --out FILE"
-        ) from None
+        raise UserError(f"{path} is not an index file ({e}); make one with: pipeline index FOLDER --out FILE") from None
     if version != str(FORMAT).encode() or not table.schema.equals(SCHEMA):
-        raise ConfigError(
-            f"{path} is not an index of format {FORMAT}; make it anew: pipeline index FOLDER --out {path}"
-        )
+        raise UserError(f"{path} is not an index of format {FORMAT}; make it anew: pipeline index FOLDER --out {path}")
     return Index(table)

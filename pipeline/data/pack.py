@@ -24,7 +24,7 @@ from pipeline.data.indexing.build import CLASSES_FILE, Progress
 from pipeline.data.indexing.rows import DECODABLE
 from pipeline.data.loading.read import Reader
 from pipeline.data.stream import permute
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 from pipeline.storage import fsync
 
 CHUNK = 256  # images in memory, twice
@@ -32,9 +32,9 @@ READ_THREADS = 8
 
 
 def require_new(out: Path) -> None:
-    """ConfigError where the folder exists."""
+    """UserError where the folder exists."""
     if out.exists():
-        raise ConfigError(f"{out} exists; name a new folder, or remove it")
+        raise UserError(f"{out} exists; name a new folder, or remove it")
 
 
 def pack(
@@ -52,11 +52,11 @@ def pack(
         The shards' names.
 
     Raises:
-        ConfigError: the folder exists or cannot be written to, or an image is no longer what the index says.
+        UserError: the folder exists or cannot be written to, or an image is no longer what the index says.
     """
     require_new(out)
     if odd := [name for name in index.classes if name != name.strip("\r\n") or "\n" in name or not name]:
-        raise ConfigError(f"the class name {odd[0]!r} does not fit on a line of {CLASSES_FILE}; rename the class")
+        raise UserError(f"the class name {odd[0]!r} does not fit on a line of {CLASSES_FILE}; rename the class")
     out = out.absolute()
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     try:
@@ -68,7 +68,7 @@ def pack(
         temporary.rename(out)
         fsync(out.parent)
     except OSError as e:
-        raise ConfigError(f"cannot pack {index} into {out}: {e}; mend that, or index the images anew") from None
+        raise UserError(f"cannot pack {index} into {out}: {e}; mend that, or index the images anew") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return shards

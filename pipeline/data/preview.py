@@ -11,8 +11,8 @@ from pipeline.config.schema import Config
 from pipeline.data.index import Index
 from pipeline.data.indexing.build import open_index
 from pipeline.data.loading.fetch import BadDataError
-from pipeline.data.loading.loader import Batch, Place, TrainLoader
-from pipeline.errors import ConfigError
+from pipeline.data.loading.loader import Batch, LoaderContext, TrainLoader
+from pipeline.errors import UserError
 
 MIN_CELL = 96  # pixels; smaller images are enlarged by a whole factor
 MARGIN, LINE = 6, 14
@@ -31,27 +31,29 @@ def preview(cfg: Config, step: int, num_images: int, out: Path, warn: Callable[[
         For each image {"row", "image": its place, "labels": {class: share}}.
 
     Raises:
-        ConfigError: no such data, or a picture that cannot be written.
+        UserError: no such data, or a picture that cannot be written.
     """
     if out.suffix.lower() not in Image.registered_extensions():
-        raise ConfigError(f"--out {out}: no picture format has the suffix {out.suffix!r}; name it .png or .jpg")
+        raise UserError(f"--out {out}: no picture format has the suffix {out.suffix!r}; name it .png or .jpg")
     index, _ = open_index(cfg.data.train)
 
     def on_bad(place: str, reason: str) -> None:
         warn(f"{place} is broken, a uniform image takes its place: {reason}")
 
     with closing(
-        TrainLoader(index, cfg.data, Place.here(), on_bad, global_batch=cfg.train.global_batch, seed=cfg.run.seed)
+        TrainLoader(
+            index, cfg.data, LoaderContext.here(), on_bad, global_batch=cfg.train.global_batch, seed=cfg.run.seed
+        )
     ) as loader:
         try:
             (batch,) = loader.from_step(step, step + 1)
         except BadDataError as e:
-            raise ConfigError(str(e)) from None
+            raise UserError(str(e)) from None
     labels = _labels(batch, index)[:num_images]
     try:
         _draw(batch, labels).save(out)
     except OSError as e:
-        raise ConfigError(f"--out {out}: cannot be written ({e.strerror or e}); name another file") from None
+        raise UserError(f"--out {out}: cannot be written ({e.strerror or e}); name another file") from None
     return [
         {"row": int(row), "image": index.place(int(row)), "labels": shares}
         for row, shares in zip(batch.rows, labels, strict=False)

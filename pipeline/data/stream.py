@@ -15,7 +15,7 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -44,20 +44,20 @@ def steps_per_epoch(num_samples: int, global_batch: int) -> int:
     """Optimizer steps of an epoch; its last partial global batch is dropped.
 
     Raises:
-        ConfigError: not one whole batch.
+        UserError: not one whole batch.
     """
     if num_samples < global_batch:
-        raise ConfigError(f"{num_samples} training images do not fill one train.global_batch={global_batch}; lower it")
+        raise UserError(f"{num_samples} training images do not fill one train.global_batch={global_batch}; lower it")
     return num_samples // global_batch
 
 
-def share(num_items: int, rank: int, world_size: int) -> tuple[int, int]:
+def shard_bounds(num_items: int, rank: int, world_size: int) -> tuple[int, int]:
     """The contiguous part [start, stop) of `num_items` that `rank` takes; sizes differ by one at most."""
     return num_items * rank // world_size, num_items * (rank + 1) // world_size
 
 
 @dataclass(frozen=True)
-class Stream:
+class DeterministicSampler:
     """The order of one training.
 
     num_samples: rows of the index. global_batch: images per step. block: rows that are read in sequence, or None
@@ -87,7 +87,7 @@ class Stream:
             (epoch, start, stop): positions [start, stop) of that epoch's order.
         """
         epoch, k = divmod(step, self.steps_per_epoch)
-        start, stop = share(self.global_batch // self.unit, rank, world_size)
+        start, stop = shard_bounds(self.global_batch // self.unit, rank, world_size)
         return epoch, k * self.global_batch + start * self.unit, k * self.global_batch + stop * self.unit
 
     def rows(self, epoch: int, start: int, stop: int) -> IntArray:

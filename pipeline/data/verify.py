@@ -6,11 +6,11 @@ from contextlib import closing
 import numpy as np
 
 from pipeline.config.schema import DataConfig
-from pipeline.data.batch_spec import Request
+from pipeline.data.batch_spec import BatchSpec
 from pipeline.data.index import Index
-from pipeline.data.indexing.build import Progress, Refused, Report, without
-from pipeline.data.loading.loader import EvalLoader, Place
-from pipeline.errors import ConfigError
+from pipeline.data.indexing.build import IndexReport, Progress, SkippedInput, without
+from pipeline.data.loading.loader import EvalLoader, LoaderContext
+from pipeline.errors import UserError
 
 BATCH = 128
 
@@ -18,25 +18,25 @@ BATCH = 128
 class _WholeImages(EvalLoader):
     """Decodes all of each image: what lies outside a crop may be broken too."""
 
-    def request(self, chunk: int) -> Request:
+    def request(self, chunk: int) -> BatchSpec:
         asked = super().request(chunk)
         shapes = np.stack([self.index.heights[asked.rows], self.index.widths[asked.rows]], axis=1).astype(np.int64)
         return dataclasses.replace(asked, anchors=np.zeros_like(shapes), shapes=shapes)
 
 
-def verify(index: Index, report: Report, progress: Progress) -> tuple[Index, Report]:
+def verify(index: Index, report: IndexReport, progress: Progress) -> tuple[Index, IndexReport]:
     """The index without the images that cannot be decoded, and the report with them.
 
     Args:
         progress: called with (images done, images in all, words).
 
     Raises:
-        ConfigError: none can be decoded.
+        UserError: none can be decoded.
     """
     reasons: dict[str, str] = {}
     cfg = DataConfig(image_size=32, val_resize=32, max_bad_fraction=1.0)
     done = 0
-    with closing(_WholeImages(index, cfg, Place.here(), reasons.__setitem__, batch=BATCH)) as loader:
+    with closing(_WholeImages(index, cfg, LoaderContext.here(), reasons.__setitem__, batch=BATCH)) as loader:
         for _, batch in loader:
             done += len(batch.rows)
             progress(done, len(index), f"images decoded, {len(reasons)} broken")
@@ -44,7 +44,7 @@ def verify(index: Index, report: Report, progress: Progress) -> tuple[Index, Rep
         return index, report
     broken = [row for row in range(len(index)) if index.place(row) in reasons]
     if len(broken) == len(index):
-        raise ConfigError(
+        raise UserError(
             f"{index} has no image that can be decoded; the first: {': '.join(next(iter(reasons.items())))}"
         )
 
@@ -52,7 +52,7 @@ def verify(index: Index, report: Report, progress: Progress) -> tuple[Index, Rep
         kept = np.setdiff1d(rows, broken)
         return [int(row) for row in kept - np.searchsorted(broken, kept)]
 
-    refused = [Refused(place, f"cannot be decoded: {reason}") for place, reason in sorted(reasons.items())]
+    refused = [SkippedInput(place, f"cannot be decoded: {reason}") for place, reason in sorted(reasons.items())]
     cmyk, turned = renumbered(report.cmyk), renumbered(report.turned)
     return without(index, broken), dataclasses.replace(
         report, refused=report.refused + refused, cmyk=cmyk, turned=turned

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from pipeline.config.schema import Config
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 
 FORMATS = ("onnx", "pt2")
 NOTES = "model.json"  # in a pt2 file; `served` reads it
@@ -33,19 +33,17 @@ def require_writable(kind: str, out: Path) -> None:
     """Tell of a format or a place that cannot be written to, before anything is loaded.
 
     Raises:
-        ConfigError: it is one.
+        UserError: it is one.
     """
     if kind not in FORMATS:
-        raise ConfigError(f"--format {kind}: must be {' or '.join(FORMATS)}")
+        raise UserError(f"--format {kind}: must be {' or '.join(FORMATS)}")
     if out.is_dir():
-        raise ConfigError(f"--out {out}: is a folder; name a file, such as {out / f'model.{kind}'}")
+        raise UserError(f"--out {out}: is a folder; name a file, such as {out / f'model.{kind}'}")
     if not out.parent.is_dir():
-        raise ConfigError(f"--out {out}: there is no folder {out.parent}; make it, or name another file")
+        raise UserError(f"--out {out}: there is no folder {out.parent}; make it, or name another file")
     lacking = [name for name in ONNX_PACKAGES if kind == "onnx" and importlib.util.find_spec(name) is None]
     if lacking:
-        raise ConfigError(
-            f"--format onnx: {lacking[0]} is not installed; install it with: pip install 'pipeline[onnx]'"
-        )
+        raise UserError(f"--format onnx: {lacking[0]} is not installed; install it with: pip install 'pipeline[onnx]'")
 
 
 def graph_of(model: nn.Module, size: int) -> ExportedProgram:
@@ -74,7 +72,7 @@ def export(model: nn.Module, notes: dict[str, Any], images: Tensor, kind: str, o
 
     Raises:
         ExportError: another likeliest class, or a probability that differs by more than TOLERANCE.
-        ConfigError: the file cannot be written.
+        UserError: the file cannot be written.
     """
     write, read = {"onnx": (_write_onnx, _read_onnx), "pt2": (write_pt2, _read_pt2)}[kind]
     graph = graph_of(model, notes["size"])
@@ -84,7 +82,7 @@ def export(model: nn.Module, notes: dict[str, Any], images: Tensor, kind: str, o
         difference = _compare(model, read(temporary), images)
         temporary.replace(out)
     except OSError as e:
-        raise ConfigError(f"--out {out}: cannot be written ({e.strerror or e}); name another file") from None
+        raise UserError(f"--out {out}: cannot be written ({e.strerror or e}); name another file") from None
     finally:
         temporary.unlink(missing_ok=True)
     return difference

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.config.loading import load
 from pipeline.config.schema import Config, ModelConfig
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 from pipeline.failures import CheckpointError
 from pipeline.models.resnet import ResNet
 from pipeline.models.state_dict import check_weights, load_weights
@@ -35,20 +35,20 @@ def load_model(place: Storage, overrides: Sequence[str] = ()) -> tuple[ResNet, C
         The model, the configuration it was trained with, and its classes in the order of the logits.
 
     Raises:
-        CheckpointError: the checkpoint is damaged. ConfigError: overrides that make another network.
+        CheckpointError: the checkpoint is damaged. UserError: overrides that make another network.
     """
-    found = checkpoint.read(place, use_copy=True)
+    found = checkpoint.load(place, use_copy=True)
     cfg, classes = load(found.file(checkpoint.CONFIG), overrides), tuple(found.meta["classes"])
     model = ResNet(cfg.model, len(classes)).to(memory_format=torch.channels_last)
     saved = found.state()
     try:
         load_weights(model, saved["ema"] or saved["model"])
     except ValueError as e:
-        raise ConfigError(f"{place} does not fit this configuration: {e}; leave the model's settings alone") from None
+        raise UserError(f"{place} does not fit this configuration: {e}; leave the model's settings alone") from None
     return model.eval(), cfg, classes
 
 
-def begin_with(model: ResNet, place: str, classes: tuple[str, ...]) -> str:
+def load_pretrained(model: ResNet, place: str, classes: tuple[str, ...]) -> str:
     """Load weights into a new model; its last layer stays as it is where the classes are others.
 
     Args:
@@ -59,7 +59,7 @@ def begin_with(model: ResNet, place: str, classes: tuple[str, ...]) -> str:
         A line for the user on what was loaded.
 
     Raises:
-        ConfigError: they cannot be read, or are another network's.
+        UserError: they cannot be read, or are another network's.
     """
     weights, theirs = _read(Storage(place))
     number, own = weights[BIAS].numel(), model.state_dict()
@@ -71,8 +71,8 @@ def begin_with(model: ResNet, place: str, classes: tuple[str, ...]) -> str:
     return f"begins with the weights of {place}; {head}"
 
 
-def check(cfg: ModelConfig, place: str) -> None:
-    """Raise ConfigError where `begin_with` would, before anything is started."""
+def check_pretrained(cfg: ModelConfig, place: str) -> None:
+    """Raise UserError where `load_pretrained` would, before anything is started."""
     weights, _ = _read(Storage(place))
     with torch.device("meta"):
         model = ResNet(cfg, weights[BIAS].numel())
@@ -80,12 +80,12 @@ def check(cfg: ModelConfig, place: str) -> None:
 
 
 def _fitting(model: ResNet, weights: dict[str, Tensor], place: str) -> dict[str, Tensor]:
-    """The weights, with the model's own counters where there are none; ConfigError where they are not the model's."""
+    """The weights, with the model's own counters where there are none; UserError where they are not the model's."""
     weights = {name: value for name, value in model.state_dict().items() if name.endswith(COUNTER)} | weights
     try:
         check_weights(model, weights)
     except ValueError as e:
-        raise ConfigError(
+        raise UserError(
             f"model.weights={place}: is another network ({e}); set model.depth and model.variant to its own"
         ) from None
     return weights
@@ -95,9 +95,9 @@ def _read(place: Storage) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
     """The weights by name, and the classes if they are known."""
     if checkpoint.META in place.sizes():
         try:
-            found = checkpoint.read(place)
+            found = checkpoint.load(place)
         except CheckpointError as e:
-            raise ConfigError(f"model.weights={place}: {e}") from None
+            raise UserError(f"model.weights={place}: {e}") from None
         saved = found.state()
         return dict(saved["ema"] or saved["model"]), tuple(found.meta["classes"])
     file = place.fetch()
@@ -105,7 +105,7 @@ def _read(place: Storage) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
         content = _load(file)
     except Exception as e:  # of a damaged file pickle, zip and safetensors raise whatever they stumble over
         text = str(e) if isinstance(e, ValueError) else type(e).__name__
-        raise ConfigError(
+        raise UserError(
             f"model.weights={place}: is no file of tensors ({text}); fetch it again, or save the state_dict alone"
         ) from None
     inner = next((content[name] for name in WRAPPERS if isinstance(content.get(name), dict)), content)
@@ -114,12 +114,12 @@ def _read(place: Storage) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
         counts = name.endswith(COUNTER) and value.dtype == torch.int64
         kind = value.dtype if value.layout == torch.strided else value.layout
         if kind not in FLOATS and not counts:
-            raise ConfigError(
+            raise UserError(
                 f"model.weights={place}: {name} is {kind}, not plain floating-point numbers; "
                 "give the weights as they were before they were quantized or packed"
             )
         if not value.isfinite().all():
-            raise ConfigError(f"model.weights={place}: {name} is not finite; the file is damaged, fetch it again")
+            raise UserError(f"model.weights={place}: {name} is not finite; the file is damaged, fetch it again")
     return tensors, None
 
 
@@ -131,17 +131,17 @@ def _of_one_network(found: dict[str, Tensor], place: Storage) -> dict[str, Tenso
     something else, such as a loss, or torchvision's count of averaged models.
 
     Raises:
-        ConfigError: there is no network, or more than one.
+        UserError: there is no network, or more than one.
     """
     ends = (BIAS, INSIDE)
     first, second = ({n.removesuffix(end) for n in found if f".{n}".endswith(f".{end}")} for end in ends)
     if not first & second:
         lacking = f"{INSIDE} under the prefix of its {BIAS}" if first else BIAS
-        raise ConfigError(f"model.weights={place}: has no {lacking}; give the weights of a ResNet classifier")
+        raise UserError(f"model.weights={place}: has no {lacking}; give the weights of a ResNet classifier")
     prefix, *others = sorted(first & second)
     if others:
         named = ", ".join(f"{p}{BIAS}" for p in (prefix, *others))
-        raise ConfigError(f"model.weights={place}: holds several networks ({named}); save the state_dict of one alone")
+        raise UserError(f"model.weights={place}: holds several networks ({named}); save the state_dict of one alone")
     return {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
 
 

@@ -23,7 +23,7 @@ from pipeline.storage import Storage
 QUIET_S = 10.0  # to wait for a checkpoint before that is told
 
 
-class Saver:
+class AsyncCheckpointer:
     """Writes the checkpoints of one session.
 
     Args:

@@ -167,7 +167,7 @@ def with_scores(found: Checkpoint, metrics: dict[str, Any]) -> Checkpoint:
     return Checkpoint(found.place, found.path, meta)
 
 
-def read(place: Storage, *, whole: bool = True, use_copy: bool = False) -> Checkpoint:
+def load(place: Storage, *, whole: bool = True, use_copy: bool = False) -> Checkpoint:
     """Open a checkpoint after checking every byte of it, fetching it first where it lies elsewhere.
 
     Args:
@@ -219,7 +219,7 @@ def newest_valid(
 
     Args:
         training_id: of the run that goes on; checkpoints of another one are not its own.
-        whole: see `read`.
+        whole: see `load`.
 
     Returns:
         None where there is none, or none that was ever complete.
@@ -255,7 +255,7 @@ def newest_valid(
 
 def _read_own(place: Storage, training_id: str | None, whole: bool) -> Checkpoint:
     try:
-        found = read(place, whole=whole)
+        found = load(place, whole=whole)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as e:
         place.parent.names()  # raises where it is the whole storage that has gone
         raise CheckpointError(f"{place}: cannot be read ({e})") from e

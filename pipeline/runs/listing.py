@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 from pipeline.failures import CheckpointError, IncompleteError
 from pipeline.runs import checkpoint, lock
-from pipeline.runs.manifest import FILE, Identity
+from pipeline.runs.manifest import FILE, RunManifest
 from pipeline.storage import Storage
 
 # training: a live process of a machine that shares the directory holds it. died: a session has not ended, and nobody
@@ -41,16 +41,16 @@ def listed(storage: Storage) -> list[Listed]:
     """The runs in `storage`, the one that changed last first.
 
     Raises:
-        ConfigError: there is no such folder, or the storage does not answer.
+        UserError: there is no such folder, or the storage does not answer.
     """
     try:
         names = storage.names()
         # An object store has no empty folders.
         if not (storage.local.is_dir() if storage.local else names):
-            raise ConfigError(f"--storage {storage}: no such folder; name the place where runs lie")
+            raise UserError(f"--storage {storage}: no such folder; name the place where runs lie")
         found = [_look(storage / name) for name in names if not name.startswith(".")]
     except OSError as e:
-        raise ConfigError(f"--storage {storage}: cannot be read ({e}); name the place where runs lie") from None
+        raise UserError(f"--storage {storage}: cannot be read ({e}); name the place where runs lie") from None
     return sorted((one for one in found if one is not None), key=lambda one: one.changed or 0, reverse=True)
 
 
@@ -60,7 +60,7 @@ def _look(run: Storage) -> Listed | None:
     if not {FILE, lock.FILE, "checkpoints"} & names:
         return None
     problems: list[str] = []
-    identity = Identity.read(run, lambda _: problems.append(f"{FILE} is damaged")) if FILE in names else None
+    identity = RunManifest.read(run, lambda _: problems.append(f"{FILE} is damaged")) if FILE in names else None
     meta = _newest(run / "checkpoints", problems)
     step, num_steps = int(meta["step"]) if meta else 0, _number(meta, "num_steps")
     # Of the last step, too, the evaluation belongs to it.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO, Any
 
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 from pipeline.failures import LOCK_S, Interrupted
 from pipeline.storage import Storage
 
@@ -36,7 +36,7 @@ def run_lock(
         timeout_s: how long a process that is about to end is waited for. heartbeat: called meanwhile.
 
     Raises:
-        ConfigError: another process has the run. Interrupted: this one was to end meanwhile.
+        UserError: another process has the run. Interrupted: this one was to end meanwhile.
     """
     with (run.scratch / FILE).open("a+", encoding="utf-8") as file:
         began, told = time.monotonic(), ""
@@ -45,7 +45,7 @@ def run_lock(
             holder = file.read() or "another process"
             limit_s = timeout_s if holder.endswith(ENDING) else LOCK_S
             if time.monotonic() > began + limit_s:
-                raise ConfigError(
+                raise UserError(
                     f"run.name={run.name}: is being trained by {holder}; wait for its end, or use another name"
                 )
             if told != holder:

@@ -16,14 +16,14 @@ from typing import get_args
 
 from pipeline.config.schema import Precision
 from pipeline.runs.claim import Claim, SupersededError
-from pipeline.runs.spec import Fault
+from pipeline.runs.spec import Failure
 from pipeline.storage import Storage
 
 FILE = "run.json"
 
 
 @dataclass(frozen=True)
-class Identity:
+class RunManifest:
     training_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     sessions: int = 0
     faults: int = 0
@@ -34,7 +34,7 @@ class Identity:
     failure: str = ""
 
     @classmethod
-    def read(cls, run: Storage, report: Callable[[str], None]) -> "Identity | None":
+    def read(cls, run: Storage, report: Callable[[str], None]) -> "RunManifest | None":
         """Of the training in the folder `run`; None where it does not say, which is reported if it should."""
         try:
             content = json.loads(run.read_bytes(FILE))
@@ -54,28 +54,30 @@ class Identity:
     def write(self, run: Storage) -> None:
         run.write_bytes(FILE, json.dumps({**dataclasses.asdict(self), "place": run.uri}).encode())
 
-    def replaced(self, new: "Identity", run: Storage, claim: Claim | None) -> "Identity":
+    def replaced(self, new: "RunManifest", run: Storage, claim: Claim | None) -> "RunManifest":
         """`new`, written in its place; errors as of `check`."""
-        if Identity.read(run, lambda _: None) == dataclasses.replace(new, place=run.uri):  # by a try without an answer
+        if RunManifest.read(run, lambda _: None) == dataclasses.replace(
+            new, place=run.uri
+        ):  # by a try without an answer
             return new
         self.check(run, claim)
         new.write(run)
         return new
 
-    def begin(self, new_faults: int, precision: str | None = None) -> "Identity":
+    def begin(self, new_faults: int, precision: str | None = None) -> "RunManifest":
         """With one session more."""
         sessions, faults = self.sessions + 1, self.faults + new_faults
         precision = precision or self.precision
         return dataclasses.replace(self, sessions=sessions, faults=faults, open=True, precision=precision, failure="")
 
-    def end(self, failure: str = "") -> "Identity":
+    def end(self, failure: str = "") -> "RunManifest":
         return dataclasses.replace(self, open=False, failure=failure)
 
     def facts(self) -> dict[str, str | int]:
         """What checkpoints and summaries tell of it."""
         return {"training_id": self.training_id, "sessions": self.sessions, "faults": self.faults}
 
-    def tags(self, faults: Sequence[Fault], first_step: int, workers: int) -> dict[str, str | int]:
+    def tags(self, faults: Sequence[Failure], first_step: int, workers: int) -> dict[str, str | int]:
         """What MLflow is told at the beginning of a session that these faults came before."""
         return {
             "pipeline.sessions": self.sessions,
@@ -84,7 +86,7 @@ class Identity:
             **{f"pipeline.fault_{self.faults - i}": fault.text[:500] for i, fault in enumerate(reversed(faults))},
         }
 
-    def story(self, faults: Sequence[Fault], first_step: int, workers: int) -> dict[str, float]:
+    def story(self, faults: Sequence[Failure], first_step: int, workers: int) -> dict[str, float]:
         """What is worth a chart at the beginning of a session that these faults came before."""
         story: dict[str, float] = {"first_step": first_step, "workers": workers, "faults": self.faults}
         if faults and faults[0].step is not None:
@@ -92,11 +94,11 @@ class Identity:
             story["recovery_s"] = round(time.time() - faults[0].time, 1)
         return story
 
-    def unended(self) -> tuple[Fault, ...]:
+    def unended(self) -> tuple[Failure, ...]:
         """The fault that is left of a session which could not tell of its end."""
         if not self.open:
             return ()
-        return (Fault(f"session {self.sessions} ended without a word: its processes were killed", None, time.time()),)
+        return (Failure(f"session {self.sessions} ended without a word: its processes were killed", None, time.time()),)
 
     def check(self, run: Storage, claim: Claim | None) -> None:
         """Make sure that the run is still this session's to write.
@@ -109,7 +111,7 @@ class Identity:
             RuntimeError: the same driver's next session has begun.
             OSError: see `Claim.check`.
         """
-        now = Identity.read(run, lambda _: None)
+        now = RunManifest.read(run, lambda _: None)
         if claim is not None:
             claim.check()
         if now is None:

@@ -12,12 +12,12 @@ from pipeline.config.fields import show
 from pipeline.config.loading import flatten
 from pipeline.config.schema import Config
 from pipeline.data.index import Index
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 from pipeline.failures import CheckpointError
 from pipeline.runs import checkpoint
 from pipeline.runs.checkpoint import Checkpoint
 from pipeline.runs.claim import Claim
-from pipeline.runs.manifest import FILE, Identity
+from pipeline.runs.manifest import FILE, RunManifest
 from pipeline.storage import Storage
 
 # With the step they say which images come next.
@@ -26,7 +26,7 @@ NETWORK_KEYS = ("model.depth", "model.variant", "model.stride_on")  # what the w
 OPTIMIZER_KEYS = ("model.freeze", "optim.name", "optim.layer_decay")  # what its state is, and of which parameters
 
 
-def look(
+def find_checkpoint(
     run: Storage,
     resume_from: str | None,
     report: Callable[[str], None],
@@ -35,7 +35,7 @@ def look(
     whole: bool = True,
     claim: Claim | None = None,
     saved_step: int = 0,
-) -> tuple[Identity, Checkpoint | None]:
+) -> tuple[RunManifest, Checkpoint | None]:
     """What the storage says: whose run this is, and from which checkpoint it goes on.
 
     Args:
@@ -43,17 +43,17 @@ def look(
         resume_from: path or URI of a checkpoint to begin with, where the run has none.
         report: told of what is damaged.
         began: of a training that is new, Unix time; None: now.
-        whole: see `checkpoint.read`.
+        whole: see `checkpoint.load`.
         claim: of the driver, which has written run.json. saved_step: of a checkpoint that the run is known to have.
 
     Raises:
-        ConfigError: there are checkpoints, and none can be used.
+        UserError: there are checkpoints, and none can be used.
         SupersededError: another driver has the run.
         OSError: the storage does not answer, or this machine does not see what others have written.
     """
     if claim is not None:
         claim.check()
-    identity = Identity.read(run, report)
+    identity = RunManifest.read(run, report)
     if claim is not None and identity is None:
         raise OSError(f"{run / FILE} is not seen here, which the driver has written")
     try:
@@ -63,48 +63,48 @@ def look(
         if identity is None or (found is not None and own is None):  # a new run, or one whose run.json is lost
             known = ("training_id", "sessions", "faults")
             kept: dict[str, Any] = {key: found.meta[key] for key in known if key in found.meta} if found else {}
-            identity = Identity(**kept, began=began or time.time())
+            identity = RunManifest(**kept, began=began or time.time())
         seen = found.step if found is not None else 0
         if seen < saved_step and not checkpoint.is_seen(run / "checkpoints", saved_step):
             # To begin anew would write over it. One that is damaged is seen, and told of.
             raise OSError(f"the checkpoint of step {saved_step} is not seen in {run}, which has it")
         if found is None and resume_from is not None:
-            found = checkpoint.read(Storage(resume_from), whole=whole)
+            found = checkpoint.load(Storage(resume_from), whole=whole)
     except CheckpointError as e:
-        raise ConfigError(str(e)) from None
+        raise UserError(str(e)) from None
     return identity, found
 
 
-def refuse_settings(found: Checkpoint, cfg: Config) -> None:
-    """Raise ConfigError where what orders the images, or the network, is another than the checkpoint's."""
+def check_config_compatible(found: Checkpoint, cfg: Config) -> None:
+    """Raise UserError where what orders the images, or the network, is another than the checkpoint's."""
     saved, now = flatten(found.cfg), flatten(cfg)
     meaning = dict.fromkeys(STREAM_KEYS, "its step would mean other images")
     meaning |= dict.fromkeys(NETWORK_KEYS, "its weights are of another network")
     meaning |= dict.fromkeys(OPTIMIZER_KEYS, "its optimizer's state is of another kind or of other parameters")
     for key, why in meaning.items():
         if saved[key] != now[key]:
-            raise ConfigError(
+            raise UserError(
                 f"{key}={show(now[key])}: {found.place} was trained with {show(saved[key])}, and {why}; "
                 f"set {key}={show(saved[key])}, or use another run.name"
             )
 
 
-def refuse_images(found: Checkpoint, cfg: Config, index: Index, num_steps: int) -> None:
-    """Raise ConfigError where the images are others than the checkpoint's, or `num_steps` are less than its step."""
+def check_data_compatible(found: Checkpoint, cfg: Config, index: Index, num_steps: int) -> None:
+    """Raise UserError where the images are others than the checkpoint's, or `num_steps` are less than its step."""
     if found.meta["fingerprint"] != index.fingerprint and not cfg.data.allow_changed:
-        raise ConfigError(
+        raise UserError(
             f"{found.place} was trained on other images than data.train={cfg.data.train} holds now "
             f"(fingerprint {found.meta['fingerprint'][:12]}, now {index.fingerprint[:12]}); "
             "bring them back, use another run.name, or set data.allow_changed=true"
         )
     if len(found.meta["classes"]) != len(index.classes):
-        raise ConfigError(
+        raise UserError(
             f"data.train={cfg.data.train}: holds {len(index.classes)} classes, and {found.place} was trained with "
             f"{len(found.meta['classes'])}; bring them back, or give a new run.name the weights: "
             f"model.weights={found.place}"
         )
     if found.step > num_steps:
-        raise ConfigError(
+        raise UserError(
             f"{found.place} is at step {found.step}, and this configuration ends at step {num_steps}; "
             "raise train.epochs or train.steps, or use another run.name"
         )

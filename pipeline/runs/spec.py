@@ -18,7 +18,7 @@ StopReason = Literal["interrupted", "regroup"]
 
 
 @dataclass(frozen=True)
-class Fault:
+class Failure:
     """What ended a session without a checkpoint. step: the last one known to be done. time: seen, Unix seconds."""
 
     text: str
@@ -27,7 +27,7 @@ class Fault:
 
 
 @dataclass(frozen=True)
-class Job:
+class RunSpec:
     """One training.
 
     run: its folder. train_index, val_index: paths or URIs of index files. resume_from: path or URI of a
@@ -58,7 +58,7 @@ Marks = tuple[tuple[str, float], ...]  # what has been done, in order, and when 
 
 
 @dataclass(frozen=True)
-class Context:
+class WorkerContext:
     """Where a rank stands, and whom it talks to.
 
     num_threads: CPU threads for computing. emit: hands an event to whoever watches; returns at once.
@@ -74,7 +74,7 @@ class Context:
     emit: Callable[[Event], None]
     stop_reason: Callable[[], StopReason | None] = lambda: None
     progress: Callable[[int], None] = lambda step: None
-    faults: tuple[Fault, ...] = ()
+    faults: tuple[Failure, ...] = ()
     marks: Marks = ()
     restarted: bool = False
     deaths: tuple[int, ...] = ()

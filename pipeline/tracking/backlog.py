@@ -19,7 +19,7 @@ class Backlog:
             replaces no later one's.
     """
 
-    def __init__(self, run: Storage, records: outbox.Spool, target: Target, name: str):
+    def __init__(self, run: Storage, records: outbox.Outbox, target: Target, name: str):
         self._folder, self._spool, self._target, self._name = run / FOLDER, records, target, name
 
     def save(self) -> None:

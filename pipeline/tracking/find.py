@@ -11,11 +11,11 @@ from typing import Any
 from pipeline.config.fields import refuse_credentials
 from pipeline.config.loading import load
 from pipeline.config.schema import Config
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 from pipeline.failures import CheckpointError
 from pipeline.runs import checkpoint
 from pipeline.runs.checkpoint import Checkpoint
-from pipeline.runs.manifest import FILE, Identity
+from pipeline.runs.manifest import FILE, RunManifest
 from pipeline.storage import Storage
 from pipeline.tracking import mlflow_run
 from pipeline.tracking.mlflow_store import tracking_uri
@@ -28,16 +28,14 @@ def open_storage(uri: str) -> Storage:
     """The storage at a path or URI.
 
     Raises:
-        ConfigError: a URI that pyarrow does not know, or with a secret in it, which would be logged.
+        UserError: a URI that pyarrow does not know, or with a secret in it, which would be logged.
     """
     storage = Storage(uri)
     refuse_credentials("run.storage", uri)
     try:
         storage.check()
     except ValueError as e:
-        raise ConfigError(
-            f"run.storage={uri}: {str(e).splitlines()[0]}; use a directory, s3://... or gs://..."
-        ) from None
+        raise UserError(f"run.storage={uri}: {str(e).splitlines()[0]}; use a directory, s3://... or gs://...") from None
     return storage
 
 
@@ -64,7 +62,7 @@ def find_checkpoint(
         report: told of newer checkpoints that are damaged.
 
     Raises:
-        ConfigError: nothing of that name, or no valid checkpoint in it.
+        UserError: nothing of that name, or no valid checkpoint in it.
     """
     if checkpoint.META in (place := Storage(reference)).sizes():
         return _read(place)
@@ -78,15 +76,15 @@ def find_weights(reference: str, storage: Storage, mlflow_uri: str | None) -> st
     """URI of the weight file or the checkpoint that model.weights means.
 
     Raises:
-        ConfigError: there is neither.
+        UserError: there is neither.
     """
     place = Storage(reference)
     if place.name in place.parent.sizes():
         return place.uri
     try:
         return find_checkpoint(reference, storage, mlflow_uri).place.uri
-    except ConfigError as e:
-        raise ConfigError(f"model.weights={reference}: no such file, and {e}") from None
+    except UserError as e:
+        raise UserError(f"model.weights={reference}: no such file, and {e}") from None
 
 
 def find_to_resume(
@@ -113,14 +111,14 @@ def _fetch(run: Storage, uri: str, mlflow_id: str, report: Callable[[str], None]
     with tempfile.TemporaryDirectory() as folder:
         for path in mlflow_run.fetch_checkpoints(uri, mlflow_id, Path(folder)):
             try:
-                found = checkpoint.read(Storage(path))
+                found = checkpoint.load(Storage(path))
             except CheckpointError as e:
                 report(f"of MLflow's artifacts: {e}")
                 problems.append(str(e))
                 continue
-            there = Identity.read(run, report)
+            there = RunManifest.read(run, report)
             if there is not None and there.training_id != found.meta["training_id"]:
-                raise ConfigError(f"run.storage={run.parent}: its {run.name} is another training; name another place")
+                raise UserError(f"run.storage={run.parent}: its {run.name} is another training; name another place")
             place = run / "checkpoints" / path.name
             place.make()
             for file in (checkpoint.STATE, checkpoint.CONFIG, checkpoint.META):  # the last makes it one
@@ -131,10 +129,10 @@ def _fetch(run: Storage, uri: str, mlflow_id: str, report: Callable[[str], None]
         if problems
         else "they are there with mlflow.checkpoints=all, or best or last once a session has ended"
     )
-    raise ConfigError(f"{run} is gone, and MLflow run {mlflow_id} has no valid checkpoint among its artifacts: {why}")
+    raise UserError(f"{run} is gone, and MLflow run {mlflow_id} has no valid checkpoint among its artifacts: {why}")
 
 
-def no_such_run(reference: str, storage: Storage, mlflow_uri: str | None) -> ConfigError:
+def no_such_run(reference: str, storage: Storage, mlflow_uri: str | None) -> UserError:
     """The error, with the nearest name."""
     known = [name for name in storage.names() if FILE in (storage / name).sizes()]
     near = difflib.get_close_matches(reference, known, n=1)
@@ -143,14 +141,14 @@ def no_such_run(reference: str, storage: Storage, mlflow_uri: str | None) -> Con
     looked = f"looked in {storage} ({hint})"
     if MLFLOW_RUN_ID.fullmatch(reference):
         looked += f" and in MLflow at {tracking_uri(mlflow_uri, storage)}; another one is named by mlflow.uri"
-    return ConfigError(f"no run, MLflow run id or checkpoint {reference!r}; {looked}")
+    return UserError(f"no run, MLflow run id or checkpoint {reference!r}; {looked}")
 
 
 def config_to_resume(found: Checkpoint, overrides: list[str]) -> Config:
     """The configuration of a checkpoint's run, with overrides; at the place where it lies now.
 
     Raises:
-        ConfigError: the run has a newer checkpoint, from which it would go on instead.
+        UserError: the run has a newer checkpoint, from which it would go on instead.
     """
     run = found.place.parent.parent
     # One change that was allowed is no leave for the next one.
@@ -162,7 +160,7 @@ def config_to_resume(found: Checkpoint, overrides: list[str]) -> Config:
     newest = _newest(run)
     same_run = (Storage(settings.storage) / (settings.name or "")).uri == run.uri
     if newest.step != found.step and same_run:
-        raise ConfigError(
+        raise UserError(
             f"{found.place} is not the newest checkpoint of its run, {newest.place.name} is; "
             "to branch off from it, give the branch a name: run.name=NAME"
         )
@@ -171,9 +169,9 @@ def config_to_resume(found: Checkpoint, overrides: list[str]) -> Config:
 
 def _read(place: Storage) -> Checkpoint:
     try:
-        return checkpoint.read(place)
+        return checkpoint.load(place)
     except CheckpointError as e:
-        raise ConfigError(str(e)) from None
+        raise UserError(str(e)) from None
 
 
 def _newest(run: Storage, report: Callable[[str], None] = lambda _: None) -> Checkpoint:
@@ -181,9 +179,9 @@ def _newest(run: Storage, report: Callable[[str], None] = lambda _: None) -> Che
     try:
         found = checkpoint.newest_valid(run / "checkpoints", problems.append)
     except CheckpointError as e:
-        raise ConfigError(str(e)) from None
+        raise UserError(str(e)) from None
     if found is None:
-        raise ConfigError(f"{run} has no valid checkpoint" + (f": {problems[0]}" if problems else " yet"))
+        raise UserError(f"{run} has no valid checkpoint" + (f": {problems[0]}" if problems else " yet"))
     for problem in problems:
         report(problem)
     return found

@@ -19,7 +19,7 @@ PHASES = (
 )
 
 
-class Ledger:
+class TimeLedger:
     """Seconds per phase, over all sessions of a training. Phases nest: an inner one's time is not the outer one's.
 
     On a GPU the clock is its stream's: a phase lasts from when the device comes to its first mark to when it comes to

@@ -24,7 +24,7 @@ from pipeline.storage import Storage
 from pipeline.tracking.backlog import Backlog
 from pipeline.tracking.mlflow_run import REPORT, SESSION, MlflowRun, ReportError, Target
 from pipeline.tracking.mlflow_store import reason, tracking_uri
-from pipeline.tracking.outbox import Record, Spool, leading_metrics
+from pipeline.tracking.outbox import Outbox, Record, leading_metrics
 from pipeline.tracking.staging import Staging
 
 if TYPE_CHECKING:  # the driver uses this module, and does without torch
@@ -37,7 +37,7 @@ FOLDER = "mlflow"  # of the run, on this machine
 TARGET = "target.json"
 
 
-class Tracker:
+class MlflowLogger:
     """Logs one training to one MLflow run, through restarts and resumes.
 
     Args:
@@ -50,7 +50,7 @@ class Tracker:
         self._run: MlflowRun | None = None
         self._target, self._folder, self._on_problem = target, folder, on_problem
         self._claim, self._checked = claim, -math.inf
-        self._spool = Spool(folder, on_problem)
+        self._spool = Outbox(folder, on_problem)
         self._backlog: Backlog | None = None
         self._staging = Staging(folder)
         try:
@@ -72,7 +72,7 @@ class Tracker:
         training_id: str,
         on_problem: Callable[[str], None],
         claim: Claim | None = None,
-    ) -> "Tracker":
+    ) -> "MlflowLogger":
         """For the training `training_id` in the folder `run`."""
         target = Target(tracking_uri(cfg.uri, run.parent), cfg.experiment, run.uri, training_id)
         return cls(target, run.scratch / FOLDER, on_problem, claim)

@@ -132,9 +132,9 @@ class MlflowRun:
 
     def publish(self, place: Storage, name: str | None) -> int | None:
         """Log the model of a checkpoint, and register it where a `name` is given: see `published.Publisher`."""
-        from pipeline.tracking.registry import Publisher
+        from pipeline.tracking.registry import ModelRegistry
 
-        publisher = Publisher(self._client, self._uri, self.experiment_id, self.id)
+        publisher = ModelRegistry(self._client, self._uri, self.experiment_id, self.id)
         model_id = publisher.log(place)
         return None if name is None else publisher.register(model_id, name, place, {RUN_TAG: self._folder})
 

@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.config.fields import refuse_credentials
 from pipeline.config.schema import Config
 from pipeline.environment import SQLITE
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 from pipeline.storage import Storage, alone
 
 ARTIFACTS = "mlartifacts"  # a folder beside a SQLite store
@@ -27,13 +27,13 @@ def tracking_uri(configured: str | None, storage: Storage) -> str:
     """Where runs are logged: as configured, else $MLFLOW_TRACKING_URI, else a SQLite file in `storage`.
 
     Raises:
-        ConfigError: none of these, or one with a login in it.
+        UserError: none of these, or one with a login in it.
     """
     if named := configured or os.environ.get("MLFLOW_TRACKING_URI"):
         refuse_credentials("MLFLOW_TRACKING_URI", named)
         return absolute(named)
     if storage.local is None:
-        raise ConfigError(f"mlflow.uri=null: run.storage={storage} cannot hold MLflow's database; name a server")
+        raise UserError(f"mlflow.uri=null: run.storage={storage} cannot hold MLflow's database; name a server")
     return store_beside(storage)
 
 

@@ -20,7 +20,7 @@ HEAD_BYTES = 2**20
 LOCK_WAIT_S = 30.0
 
 
-class Spool:
+class Outbox:
     """Records in a file, one JSON object a line, and beside it how much of them was sent.
 
     A metric's steps only rise: one at or below the last is dropped, so that steps which are trained again

@@ -24,7 +24,7 @@ SERVED = Path(__file__).with_name("served.py")
 SERVED_PACKAGES = ("mlflow", "numpy", "pandas", "pillow", "torch")  # what that file imports
 
 
-class Publisher:
+class ModelRegistry:
     """Publishes the checkpoints of one training.
 
     Args:

@@ -5,12 +5,12 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 from pipeline.runs.claim import Claim
-from pipeline.runs.manifest import Identity
+from pipeline.runs.manifest import RunManifest
 from pipeline.storage import Storage
 from pipeline.tracking import backlog, outbox
-from pipeline.tracking.mlflow_logger import FOLDER, TARGET, Tracker
+from pipeline.tracking.mlflow_logger import FOLDER, TARGET, MlflowLogger
 from pipeline.tracking.mlflow_run import Target
 from pipeline.tracking.mlflow_store import is_missing, store_beside
 
@@ -27,22 +27,22 @@ def sync(run: Storage, report: Callable[[str], None], patience_s: float = 10.0) 
         What it is for, the MLflow run's id, and how many records still wait.
 
     Raises:
-        ConfigError: nothing waits, or on an object store, where the run may be trained from another machine just now.
+        UserError: nothing waits, or on an object store, where the run may be trained from another machine just now.
         OSError: the storage does not answer.
     """
-    claim, last = Claim.last(run), Identity.read(run, report)
+    claim, last = Claim.last(run), RunManifest.read(run, report)
     folder, is_open = run.scratch / FOLDER, last is not None and last.open
     name, kept = ("", []) if run.local else backlog.read(run)
     if outbox.is_in_use(folder) or (is_open and kept and kept[0]["id"] != outbox.owner(folder)):
-        raise ConfigError(
+        raise UserError(
             f"the last session of {run} has not told of its end: it may be trained just now; where it is not, "
             "train it again, which sends all that waits"
         )
     target = Target(**kept[0]["target"]) if kept else _target(folder / TARGET)
     if target is None:
-        raise ConfigError(f"{folder} holds nothing that waits for MLflow")
+        raise UserError(f"{folder} holds nothing that waits for MLflow")
     target = _moved(target, run)
-    tracker = Tracker(target, folder, report, claim)  # a training that begins now sends what is left
+    tracker = MlflowLogger(target, folder, report, claim)  # a training that begins now sends what is left
     if name:
         tracker.adopt(name)
     waiting = tracker.close("KILLED", patience_s) if is_open else tracker.drain(patience_s)

@@ -7,7 +7,7 @@ from pipeline.failures import CheckpointError, retry
 from pipeline.runs import checkpoint
 from pipeline.runs.checkpoint import META, Checkpoint
 from pipeline.storage import Storage
-from pipeline.tracking.mlflow_logger import Tracker
+from pipeline.tracking.mlflow_logger import MlflowLogger
 from pipeline.tracking.mlflow_run import CHECKPOINTS
 
 
@@ -18,7 +18,7 @@ class Uploads:
         warn: called with a line for the user. timeout_s: how long a storage that does not answer is waited for.
     """
 
-    def __init__(self, tracker: Tracker, warn: Callable[[str], None], timeout_s: float):
+    def __init__(self, tracker: MlflowLogger, warn: Callable[[str], None], timeout_s: float):
         self._tracker, self._warn, self._timeout_s = tracker, warn, timeout_s
 
     def folder(self, folder: Path) -> None:
@@ -28,7 +28,7 @@ class Uploads:
     def checkpoint(self, saved: Checkpoint) -> None:
         def log() -> None:
             if not (saved.path / META).exists():  # of an object store only what was written last is here, and whole
-                checkpoint.read(saved.place, use_copy=True)
+                checkpoint.load(saved.place, use_copy=True)
             self._tracker.folder(saved.path, f"{CHECKPOINTS}/{saved.path.name}")
 
         self._hand_over(saved.place, log)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.loading import load
-from pipeline.data.loading.loader import EvalLoader, Place
-from pipeline.errors import ConfigError
+from pipeline.data.loading.loader import EvalLoader, LoaderContext
+from pipeline.errors import UserError
 from pipeline.runs import checkpoint
 from pipeline.runs.checkpoint import Checkpoint
 from pipeline.storage import Storage, make_folder
@@ -49,14 +49,14 @@ def report(found: Checkpoint, out: Path, data: str | None, mlflow_uri: str | Non
         say: told where memory is short.
 
     Raises:
-        ConfigError: images that cannot be evaluated, or a folder that cannot be written to.
+        UserError: images that cannot be evaluated, or a folder that cannot be written to.
     """
     run, cfg = found.place.parent.parent, load(found.file(checkpoint.CONFIG))
     make_folder(out)
     waiting = [*outbox.kept(run.scratch / FOLDER), *backlog.read(run)[1]]
     quicker = "`pipeline evaluate RUN train.precision=fp32` gives the scores sooner"
     said, index = evaluate_checkpoint(found.place, data, say, fix=quicker)
-    with closing(EvalLoader(index, cfg.data, Place.here(), _sound, batch=NUM_MISTAKES)) as loader:
+    with closing(EvalLoader(index, cfg.data, LoaderContext.here(), _sound, batch=NUM_MISTAKES)) as loader:
         mistakes = find_mistakes(said, loader)
     facts = Facts(run.name, data or cfg.data.val, found.meta | _whole_time(found, run), cfg, said, mistakes)
     kept, logged, away = _logged(found, run, cfg.mlflow.experiment, mlflow_uri or cfg.mlflow.uri)
@@ -65,7 +65,7 @@ def report(found: Checkpoint, out: Path, data: str | None, mlflow_uri: str | Non
     try:
         files = write_report(facts, history, out, note)
     except OSError as e:
-        raise ConfigError(f"--out {out}: {e.strerror or e}; name another folder") from None
+        raise UserError(f"--out {out}: {e.strerror or e}; name another folder") from None
     return Made(out, files, facts, note, _why_not(found, data) or _log(kept, out, files) or away)
 
 
@@ -83,7 +83,7 @@ def _logged(found: Checkpoint, run: Storage, experiment: str, uri: str | None) -
     """The MLflow run, its curves, and why there are none, if so."""
     try:
         target = Target(mlflow_store.tracking_uri(uri, run.parent), experiment, run.uri, found.meta["training_id"])
-    except ConfigError as e:
+    except UserError as e:
         return None, {}, str(e)
     try:
         kept = mlflow_run.reopen(target)

@@ -13,12 +13,12 @@ import torch.distributed as dist
 
 
 @dataclass(frozen=True)
-class Word:
+class ControlFlags:
     stop: bool = False
     save: bool = False
 
 
-class Votes:
+class ControlBroadcast:
     """Rank 0's word for every step; alike on all ranks.
 
     Args:
@@ -30,7 +30,7 @@ class Votes:
         self._group: Any = None if self._alone else dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         self._sent: tuple[torch.Tensor, Any] | None = None
 
-    def exchange(self, word: Word) -> Word:
+    def exchange(self, word: ControlFlags) -> ControlFlags:
         """Give this step's word (rank 0's counts) and take the one that holds now."""
         if self._alone:
             return word
@@ -39,10 +39,10 @@ class Votes:
         self._sent = sent, dist.broadcast(sent, 0, group=self._group, async_op=True)
         return arrived
 
-    def finish(self) -> Word:
+    def finish(self) -> ControlFlags:
         """Take the word under way, if there is one."""
         if self._sent is None:
-            return Word()
+            return ControlFlags()
         (sent, work), self._sent = self._sent, None
         work.wait()
-        return Word(*map(bool, sent.tolist()))
+        return ControlFlags(*map(bool, sent.tolist()))

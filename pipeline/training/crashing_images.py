@@ -12,9 +12,9 @@ import torch.distributed as dist
 from pipeline.config.schema import TrainConfig
 from pipeline.data.index import Index
 from pipeline.data.loading.isolate import Isolation
-from pipeline.data.loading.loader import EvalLoader, Place, TrainLoader
+from pipeline.data.loading.loader import EvalLoader, LoaderContext, TrainLoader
 from pipeline.failures import retry
-from pipeline.runs.spec import Context, Job
+from pipeline.runs.spec import RunSpec, WorkerContext
 from pipeline.storage import Storage
 from pipeline.training.schedule import Schedule
 
@@ -24,9 +24,9 @@ STEPS_AHEAD = 128
 
 
 def avoid_killers(
-    job: Job,
-    ctx: Context,
-    place: Place,
+    job: RunSpec,
+    ctx: WorkerContext,
+    place: LoaderContext,
     train: TrainLoader,
     val: EvalLoader,
     first_step: int,
@@ -83,9 +83,9 @@ def _keep(run: Storage, name: str, reason: str) -> None:
 
 
 def _look(
-    job: Job,
-    ctx: Context,
-    place: Place,
+    job: RunSpec,
+    ctx: WorkerContext,
+    place: LoaderContext,
     train: TrainLoader,
     val: EvalLoader,
     first_step: int,

@@ -10,16 +10,16 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.config.schema import Config
-from pipeline.errors import ConfigError
-from pipeline.tracking.ledger import Ledger
+from pipeline.errors import UserError
+from pipeline.tracking.ledger import TimeLedger
 from pipeline.training.step import autocast
 
 
-def as_trained(model: nn.Module, cfg: Config, world_size: int, device: torch.device, ledger: Ledger) -> nn.Module:
+def wrap_model(model: nn.Module, cfg: Config, world_size: int, device: torch.device, ledger: TimeLedger) -> nn.Module:
     """The model in DDP, where there are several ranks, and compiled, as configured.
 
     Raises:
-        ConfigError: no compiler on this node.
+        UserError: no compiler on this node.
     """
     net = model
     if world_size > 1:
@@ -54,7 +54,7 @@ def _distributed(model: nn.Module, cfg: Config, world_size: int, device: torch.d
     return net
 
 
-def _watch_communication(model: nn.Module, ledger: Ledger) -> None:
+def _watch_communication(model: nn.Module, ledger: TimeLedger) -> None:
     """Count the rest of a backward pass as waiting for other ranks once the last gradient is there."""
 
     def there(parameter: Tensor) -> None:
@@ -68,11 +68,11 @@ def compiled(net: nn.Module, mode: str) -> nn.Module:
     """The network in `mode` of torch.compile. `state.model` stays as it is: evaluation would take a compilation more.
 
     Raises:
-        ConfigError: no compiler on this node.
+        UserError: no compiler on this node.
     """
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
-        raise ConfigError(
+        raise UserError(
             f"model.compile={mode}: needs a C++ compiler on every node, and {compiler} is not here; "
             "install it, or set model.compile=none"
         )

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from pipeline.data.loading.loader import EvalLoader
 from pipeline.failures import NonFiniteError
 from pipeline.tracking.metrics import TOP, Predictions
-from pipeline.training.microbatch import InParts
+from pipeline.training.microbatch import OomSplitter
 from pipeline.training.step import autocast
 
 
@@ -32,7 +32,7 @@ def evaluate(
     *,
     precision: str,
     device: torch.device,
-    in_parts: InParts,
+    in_parts: OomSplitter,
     heartbeat: Callable[[], None] = lambda: None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Predictions:
@@ -82,7 +82,7 @@ def evaluate(
     return Predictions(labels, best, said[:, 1 + TOP :], said[:, 0])
 
 
-def log_probabilities(model: nn.Module, views: Sequence[Tensor], precision: str, in_parts: InParts) -> Tensor:
+def log_probabilities(model: nn.Module, views: Sequence[Tensor], precision: str, in_parts: OomSplitter) -> Tensor:
     """Logarithms of the classes' probabilities (B, C), float64: of the mean over views (B, 3, S, S) of the same images.
 
     He et al. 2015, section 3.4, average scores, too.

@@ -14,15 +14,15 @@ from pipeline.config.schema import Config
 from pipeline.data.index import Index
 from pipeline.data.indexing.build import index_files, open_index
 from pipeline.data.indexing.rows import printable
-from pipeline.data.loading.loader import EvalLoader, Place, Views
-from pipeline.errors import ConfigError
+from pipeline.data.loading.loader import EvalLoader, LoaderContext, Views
+from pipeline.errors import UserError
 from pipeline.failures import NonFiniteError
 from pipeline.models import pretrained
 from pipeline.storage import Storage
 from pipeline.tracking.metrics import Predictions
 from pipeline.training.crashing_images import known_killers
 from pipeline.training.evaluation import evaluate, log_probabilities
-from pipeline.training.microbatch import InParts
+from pipeline.training.microbatch import OomSplitter
 from pipeline.training.precision import emulation, hardware_of, settle
 
 CHUNK = 4096  # images that are indexed together: of millions, the first answers come soon
@@ -47,9 +47,9 @@ def evaluate_checkpoint(
         fix: of an emulated precision, where it is not an override.
 
     Raises:
-        ConfigError: data that cannot be evaluated on, or a broken image in it.
+        UserError: data that cannot be evaluated on, or a broken image in it.
     """
-    here = Place.here()
+    here = LoaderContext.here()
     torch.set_num_threads(here.num_threads)
     model, cfg, classes = pretrained.load_model(place, overrides)
     cfg = settle(cfg, here.device)
@@ -60,10 +60,14 @@ def evaluate_checkpoint(
         loader.avoid(known_killers(place.parent.parent, index))
         try:
             said = evaluate(
-                model.to(here.device), loader, precision=cfg.train.precision, device=here.device, in_parts=InParts(say)
+                model.to(here.device),
+                loader,
+                precision=cfg.train.precision,
+                device=here.device,
+                in_parts=OomSplitter(say),
             )
         except NonFiniteError as e:
-            raise ConfigError(f"{place}: {e}; name an earlier checkpoint") from None
+            raise UserError(f"{place}: {e}; name an earlier checkpoint") from None
     return said, index
 
 
@@ -76,9 +80,9 @@ def some_images(cfg: Config, number: int) -> tuple[Tensor, str]:
     try:
         index = open_index(cfg.data.val)[0]
         chosen = np.unique(np.linspace(0, len(index) - 1, number).astype(int))
-        with closing(EvalLoader(index, cfg.data, Place.here(), _refuse, batch=number)) as loader:
+        with closing(EvalLoader(index, cfg.data, LoaderContext.here(), _refuse, batch=number)) as loader:
             return loader.pictures(chosen), "validation images"
-    except (ConfigError, OSError) as e:
+    except (UserError, OSError) as e:
         shape = (number, 3, cfg.data.size_to_evaluate, cfg.data.size_to_evaluate)
         images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         return images, f"random images (of the run's own: {e})"
@@ -98,16 +102,16 @@ def predict(place: Storage, images: Sequence[Path], top: int, say: Callable[[str
         {"image", "error"} where it cannot be decoded.
 
     Raises:
-        ConfigError: `top` is not a number of the model's classes.
+        UserError: `top` is not a number of the model's classes.
     """
-    here = Place.here()
+    here = LoaderContext.here()
     torch.set_num_threads(here.num_threads)
     model, cfg, classes = pretrained.load_model(place)
     if not 1 <= top <= len(classes):
-        raise ConfigError(f"--top {top}: must be from 1 to the model's {len(classes)} classes")
+        raise UserError(f"--top {top}: must be from 1 to the model's {len(classes)} classes")
     # Others' images: broken ones are told one by one, however many they are.
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, max_bad_fraction=1.0))
-    model, in_parts = model.to(here.device), InParts(say)
+    model, in_parts = model.to(here.device), OomSplitter(say)
     precision = cfg.train.precision if cfg.train.precision in hardware_of(here.device).native else "fp32"
 
     def probabilities(pixels: Tensor) -> Tensor:
@@ -128,7 +132,7 @@ def _predict(
     cfg: Config,
     classes: tuple[str, ...],
     index: Index,
-    here: Place,
+    here: LoaderContext,
     top: int,
 ) -> dict[str, dict[str, Any]]:
     broken: dict[str, str] = {}
@@ -144,7 +148,7 @@ def _predict(
 
 
 def _refuse(path: str, reason: str) -> None:
-    raise ConfigError(
+    raise UserError(
         f"{path} cannot be decoded ({reason}); mend it, or have what is broken or missing left out by a new index: "
         "--data FOLDER"
     )

@@ -12,14 +12,14 @@ from torch import Tensor
 from pipeline.config.schema import Config
 from pipeline.data.batch_spec import stream
 from pipeline.failures import NonFiniteError
-from pipeline.runs.spec import Context, Job
-from pipeline.training.control import Votes, Word
-from pipeline.training.ddp import as_trained
+from pipeline.runs.spec import RunSpec, WorkerContext
+from pipeline.training.control import ControlBroadcast, ControlFlags
+from pipeline.training.ddp import wrap_model
 from pipeline.training.evaluation import StoppedError, evaluate, sync_buffers
-from pipeline.training.microbatch import InParts, MicroBatches
-from pipeline.training.profiler import Profile
+from pipeline.training.microbatch import AutoMicrobatch, OomSplitter
+from pipeline.training.profiler import Profiler
 from pipeline.training.recorder import Recorder
-from pipeline.training.sample_log import Trace
+from pipeline.training.sample_log import SampleLog
 from pipeline.training.schedule import Schedule, lr_at
 from pipeline.training.setup import begin, find_checkpoint, make_ledger, make_loaders, open_index
 from pipeline.training.state import TrainState
@@ -31,20 +31,20 @@ class NonFiniteLossError(NonFiniteError):
     """The loss became NaN or infinite; the text says at which step and on which samples."""
 
 
-def fit(job: Job, ctx: Context) -> dict[str, Any]:
+def fit(job: RunSpec, ctx: WorkerContext) -> dict[str, Any]:
     """Train to the last step, from the newest valid checkpoint if there is one.
 
     Returns:
         On rank 0 the summary that `pipeline train --json` prints, elsewhere nothing.
 
     Raises:
-        ConfigError: a checkpoint that does not fit. NonFiniteError. BadDataError.
+        UserError: a checkpoint that does not fit. NonFiniteError. BadDataError.
     """
     with Watchdog(job.cfg.cluster.timeout_s) as watchdog, ExitStack() as stack:
         return _fit(job, ctx, watchdog, stack)
 
 
-def _fit(job: Job, ctx: Context, watchdog: Watchdog, stack: ExitStack) -> dict[str, Any]:
+def _fit(job: RunSpec, ctx: WorkerContext, watchdog: Watchdog, stack: ExitStack) -> dict[str, Any]:
     entered = time.time()
     torch.set_num_threads(ctx.num_threads)
     if ctx.device.type == "cuda":
@@ -64,12 +64,12 @@ def _fit(job: Job, ctx: Context, watchdog: Watchdog, stack: ExitStack) -> dict[s
     recorder = Recorder(job, ctx, index, identity, resumed, ledger, schedule.num_steps, precision.reason, watchdog.feed)
     stack.enter_context(recorder)  # from now on MLflow is told of any end
     train_loader, val_loader = make_loaders(job, ctx, index, val_index, recorder, state.step, watchdog.feed)
-    net = as_trained(state.model, cfg, ctx.world_size, ctx.device, ledger)
+    net = wrap_model(state.model, cfg, ctx.world_size, ctx.device, ledger)
     # A rank that tries a size out alone would wait for the others' statistics of BatchNorm.
     tries = ctx.device.type == "cuda" and not (cfg.model.sync_bn and ctx.world_size > 1)
-    micro_batches = MicroBatches(cfg.train, tries, ctx.warn)
-    in_parts = InParts(ctx.warn)
-    votes = Votes(ctx.world_size, cfg.cluster.timeout_s)
+    micro_batches = AutoMicrobatch(cfg.train, tries, ctx.warn)
+    in_parts = OomSplitter(ctx.warn)
+    votes = ControlBroadcast(ctx.world_size, cfg.cluster.timeout_s)
 
     def due(every: int) -> bool:
         return state.step % every == 0 or state.step == schedule.num_steps
@@ -86,7 +86,7 @@ def _fit(job: Job, ctx: Context, watchdog: Watchdog, stack: ExitStack) -> dict[s
                     device=ctx.device,
                     in_parts=in_parts,
                     heartbeat=watchdog.feed,
-                    stopped=lambda: votes.exchange(Word(stop=ctx.stop_reason() is not None)).stop,
+                    stopped=lambda: votes.exchange(ControlFlags(stop=ctx.stop_reason() is not None)).stop,
                 )
             except StoppedError:
                 return False
@@ -98,8 +98,8 @@ def _fit(job: Job, ctx: Context, watchdog: Watchdog, stack: ExitStack) -> dict[s
     with (
         closing(train_loader),
         closing(val_loader),
-        closing(Profile(job, ctx, ledger, recorder.publish)) as profile,
-        Trace(job, ctx) as trace,
+        closing(Profiler(job, ctx, ledger, recorder.publish)) as profile,
+        SampleLog(job, ctx) as trace,
     ):
         profile.step(state.step)
         # A session that had to end between saving and evaluating has left that to this one.
@@ -124,7 +124,7 @@ def _fit(job: Job, ctx: Context, watchdog: Watchdog, stack: ExitStack) -> dict[s
             trace.step(state.step, batch)
             watchdog.feed()
             recorder.progress(state.step)
-            word = votes.exchange(Word(stop=ctx.stop_reason() is not None, save=recorder.wants_save))
+            word = votes.exchange(ControlFlags(stop=ctx.stop_reason() is not None, save=recorder.wants_save))
 
             logging, evaluating = due(cfg.train.log_every), due(eval_every)
             ending = word.stop or state.step == stop_step
@@ -151,7 +151,7 @@ def _fit(job: Job, ctx: Context, watchdog: Watchdog, stack: ExitStack) -> dict[s
         return recorder.finished(state, val_loader, owes_evaluation=owes_evaluation)
 
 
-def _gather(losses: list[Tensor], num_bad: int, ctx: Context) -> tuple[list[float], int]:
+def _gather(losses: list[Tensor], num_bad: int, ctx: WorkerContext) -> tuple[list[float], int]:
     """Over all ranks: the loss of each step since the last call, and the broken images met."""
     sums = torch.cat([torch.stack(losses), torch.tensor([float(num_bad)], device=ctx.device)])
     if ctx.world_size > 1:

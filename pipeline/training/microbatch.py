@@ -16,12 +16,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.config.schema import TrainConfig
 from pipeline.data.loading.loader import Batch
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 from pipeline.training.state import TrainState
 from pipeline.training.step import accumulate
 
 
-class MicroBatches:
+class AutoMicrobatch:
     """The size of a rank's micro-batches.
 
     Args:
@@ -37,7 +37,7 @@ class MicroBatches:
         """Images of the batch to compute at a time.
 
         Raises:
-            ConfigError: a single image does not fit.
+            UserError: a single image does not fit.
         """
         size = min(self._cfg.micro_batch or len(batch.labels), len(batch.labels))
         if not self._try_out:
@@ -73,7 +73,7 @@ class MicroBatches:
             torch.cuda.empty_cache()
 
 
-class InParts:
+class OomSplitter:
     """Computes images without gradients, in parts whose size goes down where they do not fit, and stays so.
 
     Args:
@@ -87,7 +87,7 @@ class InParts:
         """What `compute` makes of images (B, 3, S, S): (B, ...), of which each row must be of its own image alone.
 
         Raises:
-            ConfigError: a single image does not fit.
+            UserError: a single image does not fit.
         """
         while True:
             size = min(self._size, len(images))
@@ -105,5 +105,5 @@ def _half(size: int, say: Callable[[str], None], then: str) -> int:
     return -(-size // 2)
 
 
-def _too_large(setting: str, mend: str) -> ConfigError:
-    return ConfigError(f"{setting}: a single image does not fit into the GPU's memory; {mend}")
+def _too_large(setting: str, mend: str) -> UserError:
+    return UserError(f"{setting}: a single image does not fit into the GPU's memory; {mend}")

@@ -26,13 +26,13 @@ from pipeline.config.schema import Config
 from pipeline.data.index import Index
 from pipeline.data.indexing.build import build_index, fetch_index
 from pipeline.data.indexing.find import is_index
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 from pipeline.failures import FIRST_LOOK_S, TrainingFailedError, retry
 from pipeline.runs import resume
 from pipeline.runs.claim import FOLDER, Claim, SupersededError
 from pipeline.runs.lock import run_lock
-from pipeline.runs.manifest import Identity
-from pipeline.runs.spec import Event, Job
+from pipeline.runs.manifest import RunManifest
+from pipeline.runs.spec import Event, RunSpec
 from pipeline.storage import Storage
 from pipeline.tracking.find import find_weights, open_storage
 from pipeline.tracking.mlflow_store import tracking_uri, with_absolute_uri
@@ -42,7 +42,7 @@ MAX_NAMED = 20  # refused files that are named one by one
 
 
 @contextmanager
-def prepare(
+def open_run(
     cfg: Config,
     watch: Callable[[Event], None],
     resume_from: str | None = None,
@@ -53,7 +53,7 @@ def prepare(
     command: str = "",
     again: bool = False,
     saved_step: int = 0,
-) -> Iterator[Job]:
+) -> Iterator[RunSpec]:
     """Make or reopen the run that `cfg` names, its folder and indexes, and hold it for this process.
 
     What can be told to be wrong without the workers is told here, before they start.
@@ -62,10 +62,10 @@ def prepare(
         resume_from: path or URI of a checkpoint to begin with, where the run has none.
         ending: see `run_lock`. heartbeat: called between its parts, and while an index is built.
         began: the command that this is for, Unix time; None: now. command, again: see `Claim.take`.
-        saved_step: see `resume.look`.
+        saved_step: see `resume.find_checkpoint`.
 
     Raises:
-        ConfigError: data, a checkpoint or weights that do not fit, or another process that trains the run.
+        UserError: data, a checkpoint or weights that do not fit, or another process that trains the run.
     """
     storage = open_storage(cfg.run.storage)
     train_source, val_source = Storage(cfg.data.train).uri, Storage(cfg.data.val).uri
@@ -83,16 +83,18 @@ def prepare(
         retry(run.make, tell, timeout_s)
         run.scratch.mkdir(parents=True, exist_ok=True)
         # What is damaged the workers tell.
-        look = partial(resume.look, run, resume_from, lambda _: None, began=began, whole=False, saved_step=saved_step)
+        look = partial(
+            resume.find_checkpoint, run, resume_from, lambda _: None, began=began, whole=False, saved_step=saved_step
+        )
         identity, found = retry(look, tell, timeout_s)
     heartbeat()
     if found is not None:
-        resume.refuse_settings(found, cfg)
+        resume.check_config_compatible(found, cfg)
     elif cfg.model.weights is not None:
         from pipeline.models import pretrained  # late: it imports torch
 
         place = find_weights(cfg.model.weights, storage, cfg.mlflow.uri)
-        pretrained.check(cfg.model, place)
+        pretrained.check_pretrained(cfg.model, place)
         cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, weights=place))
     tracking_uri(cfg.mlflow.uri, storage)  # tells of a missing one
     with ExitStack() as stack:
@@ -107,7 +109,7 @@ def prepare(
         val.with_classes(train.classes)
         num_steps = Schedule.create(cfg, len(train)).num_steps
         if found is not None:
-            resume.refuse_images(found, cfg, train, num_steps)
+            resume.check_data_compatible(found, cfg, train, num_steps)
         with _as_mistake(f"run.storage={storage}: cannot be used", "name another place"):
             built = {split: index for split, index in indexes.items() if not is_index(sources[split])}
             with _as_second(run, again=again), _saved(built, folder.scratch) as files:
@@ -117,11 +119,11 @@ def prepare(
                     retry(partial(_store, file, folder, f"{split}.arrow", claim), tell, timeout_s)
                     sources[split] = (folder / f"{split}.arrow").uri
         saved_step = found.step if found is not None and found.place.parent.parent.uri == run.uri else 0
-        yield Job(cfg, run, sources["train"], sources["val"], resume_from, claim, saved_step, now.sessions)
+        yield RunSpec(cfg, run, sources["train"], sources["val"], resume_from, claim, saved_step, now.sessions)
 
 
 def _refuse_missing(split: str, index: Index, cfg: Config, tell: Callable[[str], None]) -> None:
-    """Raise ConfigError where the folder of an index's images has gone; on a cluster the workers may have it."""
+    """Raise UserError where the folder of an index's images has gone; on a cluster the workers may have it."""
     if index.root is None or index.root.local is None:
         return
     try:
@@ -136,7 +138,7 @@ def _refuse_missing(split: str, index: Index, cfg: Config, tell: Callable[[str],
     if cfg.cluster.address or os.environ.get("RAY_ADDRESS"):
         tell(f"{text} on the driver's machine")
     else:
-        raise ConfigError(f"{text}; bring them back, or make an index of where they are now")
+        raise UserError(f"{text}; bring them back, or make an index of where they are now")
 
 
 @contextmanager
@@ -147,21 +149,21 @@ def _as_second(run: Storage, *, again: bool) -> Iterator[None]:
     except SupersededError as e:
         if again:
             raise TrainingFailedError(str(e)) from None
-        raise ConfigError(
+        raise UserError(
             f"run.name={run.name}: another command begins to train it just now; wait for its end, or use another name"
         ) from None
 
 
 def _settled(
     run: Storage,
-    looked: Identity,
+    looked: RunManifest,
     claim: Claim,
     mlflow_uri: str | None,
     began: float | None,
     tell: Callable[[str], None],
-) -> Identity:
+) -> RunManifest:
     """What run.json says, now that nobody else writes it; where it says nothing, what was looked up before."""
-    now = Identity.read(run, tell)
+    now = RunManifest.read(run, tell)
     if now is not None:
         _refuse_copy(run, now, claim, mlflow_uri)
     settled = now or looked
@@ -173,8 +175,8 @@ def _settled(
     return settled
 
 
-def _refuse_copy(run: Storage, identity: Identity, claim: Claim, mlflow_uri: str | None) -> None:
-    """Raise ConfigError where the folder was not moved from where run.json was written, but copied.
+def _refuse_copy(run: Storage, identity: RunManifest, claim: Claim, mlflow_uri: str | None) -> None:
+    """Raise UserError where the folder was not moved from where run.json was written, but copied.
 
     A storage that was copied as a whole, MLflow's SQLite file among it, has its own records.
     """
@@ -183,13 +185,13 @@ def _refuse_copy(run: Storage, identity: Identity, claim: Claim, mlflow_uri: str
     there = Storage(identity.place)
     try:
         has_own_mlflow = tracking_uri(mlflow_uri, there.parent) != tracking_uri(mlflow_uri, run.parent)
-        other = Identity.read(there, lambda _: None)
+        other = RunManifest.read(there, lambda _: None)
         is_same_folder = claim.name in (there / FOLDER).names()
-    except (OSError, ValueError):  # the place is no more, or of no use here (ConfigError is a ValueError)
+    except (OSError, ValueError):  # the place is no more, or of no use here (UserError is a ValueError)
         return
     if other is None or other.training_id != identity.training_id or is_same_folder or has_own_mlflow:
         return
-    raise ConfigError(
+    raise UserError(
         f"run.name={run.name}: {run} is a copy of {there}, and both would log to one run of MLflow; branch off "
         f"with: pipeline train --resume {run} run.name=NEW; or move {there} away"
     )
@@ -201,7 +203,7 @@ def _as_mistake(what: str, fix: str) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        raise ConfigError(f"{what} ({e.strerror or e}); {fix}") from None
+        raise UserError(f"{what} ({e.strerror or e}); {fix}") from None
 
 
 def _index(split: str, source: str, watch: Callable[[Event], None], heartbeat: Callable[[], None]) -> Index:

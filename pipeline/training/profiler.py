@@ -9,11 +9,11 @@ import torch
 from torch.autograd.profiler import record_function
 from torch.profiler import profile
 
-from pipeline.runs.spec import Context, Job
-from pipeline.tracking.ledger import Ledger
+from pipeline.runs.spec import RunSpec, WorkerContext
+from pipeline.tracking.ledger import TimeLedger
 
 
-class Profile:
+class Profiler:
     """Profiles the steps `train.profile` of rank 0, with the ledger's phases as named ranges (NVTX's, too, on a GPU).
 
     The trace is profile/steps_FIRST_LAST.json.gz in the run's folder (of this machine), for https://ui.perfetto.dev. A
@@ -23,7 +23,7 @@ class Profile:
         publish: called with the folder, once the trace is in it.
     """
 
-    def __init__(self, job: Job, ctx: Context, ledger: Ledger, publish: Callable[[Path], None]):
+    def __init__(self, job: RunSpec, ctx: WorkerContext, ledger: TimeLedger, publish: Callable[[Path], None]):
         self._steps = job.cfg.train.profile if ctx.rank == 0 else None
         self._folder, self._ledger, self._publish = job.run.scratch / "profile", ledger, publish
         self._warn, self._on_gpu = ctx.warn, ctx.device.type == "cuda"

@@ -16,14 +16,14 @@ from pipeline.data.index import Index
 from pipeline.data.loading.loader import EvalLoader
 from pipeline.failures import MLFLOW_END_S, MLFLOW_HANDOVER_S, UPLOAD_S, retry
 from pipeline.runs import retention
-from pipeline.runs.async_checkpointer import Saver
+from pipeline.runs.async_checkpointer import AsyncCheckpointer
 from pipeline.runs.checkpoint import Checkpoint, name_of
 from pipeline.runs.claim import SupersededError
-from pipeline.runs.manifest import Identity
-from pipeline.runs.spec import Context, Job
-from pipeline.tracking.ledger import STEP, Ledger, for_mlflow, goodput, summed_up, total
+from pipeline.runs.manifest import RunManifest
+from pipeline.runs.spec import RunSpec, WorkerContext
+from pipeline.tracking.ledger import STEP, TimeLedger, for_mlflow, goodput, summed_up, total
 from pipeline.tracking.metrics import Predictions
-from pipeline.tracking.mlflow_logger import Tracker
+from pipeline.tracking.mlflow_logger import MlflowLogger
 from pipeline.tracking.report.page import Facts, find_mistakes
 from pipeline.tracking.uploads import Uploads
 from pipeline.training.state import TrainState
@@ -41,12 +41,12 @@ class Recorder:
 
     def __init__(
         self,
-        job: Job,
-        ctx: Context,
+        job: RunSpec,
+        ctx: WorkerContext,
         index: Index,
-        identity: Identity,
+        identity: RunManifest,
         resumed: Checkpoint | None,
-        ledger: Ledger,
+        ledger: TimeLedger,
         num_steps: int,
         precision: str,
         heartbeat: Callable[[], None] = lambda: None,
@@ -69,7 +69,7 @@ class Recorder:
         faults = ctx.faults or self._identity.unended()
         self._replace_identity(self._identity.begin(len(faults), cfg.train.precision))
         retry(self._job.checkpoints.make, ctx.warn, timeout_s)
-        self._saver = Saver(
+        self._saver = AsyncCheckpointer(
             self._job.checkpoints,
             cfg,
             check=lambda: self._identity.check(self._job.run, self._job.claim),
@@ -80,7 +80,7 @@ class Recorder:
             report=ctx.warn,
             newest=resumed,
         )
-        make = partial(Tracker.of_run, cfg.mlflow, run, self._identity.training_id, ctx.warn, self._job.claim)
+        make = partial(MlflowLogger.of_run, cfg.mlflow, run, self._identity.training_id, ctx.warn, self._job.claim)
         self._tracker = retry(make, ctx.warn, timeout_s)
         self._uploads = Uploads(self._tracker, ctx.warn, min(UPLOAD_S, timeout_s))
         retry(partial(self._tracker.adopt, self._job.session_name(self._identity.sessions)), ctx.warn, timeout_s)
@@ -99,7 +99,7 @@ class Recorder:
         start = {"kind": "start", "session": session, **steps, "resumed_from": resumed and str(resumed.place)}
         ctx.emit({**start, "startup": self._startup, **where, **told, "faults": self._identity.faults})
 
-    def _replace_identity(self, new: Identity) -> None:
+    def _replace_identity(self, new: RunManifest) -> None:
         replace = partial(self._identity.replaced, new, self._job.run, self._job.claim)
         self._identity = retry(replace, self._ctx.warn, self._job.cfg.cluster.timeout_s)
 
@@ -151,7 +151,7 @@ class Recorder:
     def save(
         self, state: TrainState, scores: dict[str, float] | None = None, *, now: bool, is_scored_later: bool = False
     ) -> None:
-        """Have a checkpoint written, with the scores if they are of this very step: see `Saver.save`."""
+        """Have a checkpoint written, with the scores if they are of this very step: see `AsyncCheckpointer.save`."""
         if self._ctx.rank == 0:
             meta = partial(self._meta, state, scores or {})
             self._saver.save(state.step, state.finite_state_dict, meta, now=now, is_scored_later=is_scored_later)

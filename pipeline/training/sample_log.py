@@ -5,10 +5,10 @@ import time
 from typing import TextIO
 
 from pipeline.data.loading.loader import Batch
-from pipeline.runs.spec import Context, Job
+from pipeline.runs.spec import RunSpec, WorkerContext
 
 
-class Trace:
+class SampleLog:
     """Appends a line for each step of this rank to trace/rank_R.jsonl in the run's folder (of this machine):
 
     {"step": counted from 1, "rank": R, "world_size": W, "time": T, "rows": rows of the index, in order}
@@ -17,7 +17,7 @@ class Trace:
     its work was handed over. A step that is trained again after a fault is in it again.
     """
 
-    def __init__(self, job: Job, ctx: Context):
+    def __init__(self, job: RunSpec, ctx: WorkerContext):
         self._ctx, self._file = ctx, None if not job.cfg.data.trace else _open(job, ctx)
 
     def step(self, step: int, batch: Batch) -> None:
@@ -26,7 +26,7 @@ class Trace:
             now = round(time.monotonic(), 6)
             print(json.dumps({**place, "time": now, "rows": batch.rows.tolist()}), file=self._file, flush=True)
 
-    def __enter__(self) -> "Trace":
+    def __enter__(self) -> "SampleLog":
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -34,7 +34,7 @@ class Trace:
             self._file.close()
 
 
-def _open(job: Job, ctx: Context) -> TextIO:
+def _open(job: RunSpec, ctx: WorkerContext) -> TextIO:
     folder = job.run.scratch / "trace"
     folder.mkdir(parents=True, exist_ok=True)
     return (folder / f"rank_{ctx.rank}.jsonl").open("a", encoding="utf-8")

@@ -17,7 +17,7 @@ class Schedule:
 
     @classmethod
     def create(cls, cfg: Config, num_samples: int) -> "Schedule":
-        """Raises ConfigError where the images do not fill one global batch."""
+        """Raises UserError where the images do not fill one global batch."""
         per_epoch = steps_per_epoch(num_samples, cfg.train.global_batch)
         num_steps = cfg.train.steps or cfg.train.epochs * per_epoch
         return cls(per_epoch, num_steps, lr_factor(cfg.optim, cfg.train.global_batch))

@@ -9,17 +9,17 @@ import torch.distributed as dist
 
 from pipeline.config.schema import Config
 from pipeline.data.index import Index, load_index
-from pipeline.data.loading.loader import EvalLoader, Place, TrainLoader
-from pipeline.errors import ConfigError
+from pipeline.data.loading.loader import EvalLoader, LoaderContext, TrainLoader
+from pipeline.errors import UserError
 from pipeline.failures import READ_CHECKPOINT_S, CheckpointError, retry
-from pipeline.models.pretrained import begin_with
+from pipeline.models.pretrained import load_pretrained
 from pipeline.models.resnet import drop_rates
 from pipeline.runs import checkpoint, resume, retention
 from pipeline.runs.checkpoint import Checkpoint
-from pipeline.runs.manifest import Identity
-from pipeline.runs.spec import Context, Job
+from pipeline.runs.manifest import RunManifest
+from pipeline.runs.spec import RunSpec, WorkerContext
 from pipeline.storage import Storage
-from pipeline.tracking.ledger import Ledger
+from pipeline.tracking.ledger import TimeLedger
 from pipeline.training.crashing_images import avoid_killers
 from pipeline.training.precision import Decision, decide, hardware_of, with_precision
 from pipeline.training.recorder import Recorder
@@ -27,18 +27,18 @@ from pipeline.training.schedule import Schedule, lr_note
 from pipeline.training.state import TrainState
 
 
-def find_checkpoint(job: Job, ctx: Context) -> tuple[Job, Identity, Checkpoint | None, Decision]:
+def find_checkpoint(job: RunSpec, ctx: WorkerContext) -> tuple[RunSpec, RunManifest, Checkpoint | None, Decision]:
     """Find the newest valid checkpoint, chosen by rank 0 for all, so that all ranks start from one state.
 
     Returns:
         The job, in the precision that suits the checkpoint and all ranks; whose run it is, as far as rank 0 knows it;
         the checkpoint; and how the precision was decided.
     """
-    identity, found = Identity(), None
+    identity, found = RunManifest(), None
     timeout_s = job.cfg.cluster.timeout_s
     if ctx.rank == 0:
         began = ctx.marks[0][1] if ctx.marks else None
-        look = partial(resume.look, job.run, job.resume_from, ctx.warn, began=began)
+        look = partial(resume.find_checkpoint, job.run, job.resume_from, ctx.warn, began=began)
         identity, found = retry(partial(look, claim=job.claim, saved_step=job.saved_step), ctx.warn, timeout_s)
     mine = (found and found.place.uri, identity.precision, hardware_of(ctx.device))
     told = [mine] * ctx.world_size
@@ -48,7 +48,7 @@ def find_checkpoint(job: Job, ctx: Context) -> tuple[Job, Identity, Checkpoint |
             place = Storage(told[0][0])
             # Rank 0 has read it whole. What is amiss here is this machine's view of the storage.
             late = min(READ_CHECKPOINT_S, timeout_s)
-            read = partial(checkpoint.read, place, use_copy=True)
+            read = partial(checkpoint.load, place, use_copy=True)
             found = retry(lambda: retry(read, ctx.warn, late, on=CheckpointError), ctx.warn, timeout_s)
     if found is not None:
         retention.forget_copies(found.place.parent, found.place.name)
@@ -57,14 +57,14 @@ def find_checkpoint(job: Job, ctx: Context) -> tuple[Job, Identity, Checkpoint |
     return replace(job, cfg=with_precision(job.cfg, precision.precision)), identity, found, precision
 
 
-def open_index(uri: str, job: Job, ctx: Context, resumed: Checkpoint | None) -> Index:
+def open_index(uri: str, job: RunSpec, ctx: WorkerContext, resumed: Checkpoint | None) -> Index:
     """An index file. Where training has begun it was there before: a mount that comes late is waited for."""
-    late = (OSError, ConfigError) if ctx.restarted or resumed else OSError
+    late = (OSError, UserError) if ctx.restarted or resumed else OSError
     return retry(lambda: load_index(Storage(uri).fetch()), ctx.warn, job.cfg.cluster.timeout_s, on=late)
 
 
 def begin(
-    state: TrainState, cfg: Config, index: Index, ctx: Context, resumed: Checkpoint | None, precision: Decision
+    state: TrainState, cfg: Config, index: Index, ctx: WorkerContext, resumed: Checkpoint | None, precision: Decision
 ) -> None:
     """Load the checkpoint, or the weights that a new training begins with; tell what is not as one might think."""
     notes = [lr_note(cfg)]
@@ -73,7 +73,7 @@ def begin(
     if resumed is not None:
         restore(state, resumed, cfg, index)
     elif cfg.model.weights is not None:
-        notes.append(begin_with(state.model, cfg.model.weights, index.classes))
+        notes.append(load_pretrained(state.model, cfg.model.weights, index.classes))
         if state.ema is not None:
             state.ema.load_state_dict(state.model.state_dict())
     for note in filter(None, notes if ctx.rank == 0 else []):
@@ -81,17 +81,17 @@ def begin(
 
 
 def restore(state: TrainState, found: Checkpoint, cfg: Config, index: Index) -> None:
-    """Load a checkpoint into `state`; raises ConfigError where it does not fit the configuration or the images."""
-    resume.refuse_settings(found, cfg)
-    resume.refuse_images(found, cfg, index, Schedule.create(cfg, len(index)).num_steps)
+    """Load a checkpoint into `state`; raises UserError where it does not fit the configuration or the images."""
+    resume.check_config_compatible(found, cfg)
+    resume.check_data_compatible(found, cfg, index, Schedule.create(cfg, len(index)).num_steps)
     try:
         state.load_state_dict(found.state())
         state.best_top1 = max(state.best_top1, found.top1 or -1.0)  # it may have been evaluated after it was saved
     except ValueError as e:
-        raise ConfigError(f"{found.place} does not fit this configuration: {e}; use another run.name") from None
+        raise UserError(f"{found.place} does not fit this configuration: {e}; use another run.name") from None
 
 
-def make_ledger(ctx: Context, identity: Identity, resumed: Checkpoint | None, entered: float) -> Ledger:
+def make_ledger(ctx: WorkerContext, identity: RunManifest, resumed: Checkpoint | None, entered: float) -> TimeLedger:
     """What this training has counted so far, and the time since, in which this session was started.
 
     After a fault, what came after the checkpoint is lost, the steps to be done again like the time without training:
@@ -104,12 +104,12 @@ def make_ledger(ctx: Context, identity: Identity, resumed: Checkpoint | None, en
         phase, since = "start-up", ctx.marks[0][1] if ctx.marks else entered
     before = dict(own.meta.get("seconds", {})) if own else {}
     before[phase] = before.get(phase, 0.0) + max(0.0, time.time() - since)
-    return Ledger(phase, ctx.device, before)
+    return TimeLedger(phase, ctx.device, before)
 
 
 def make_loaders(
-    job: Job,
-    ctx: Context,
+    job: RunSpec,
+    ctx: WorkerContext,
     index: Index,
     val_index: Index,
     recorder: Recorder,
@@ -118,7 +118,7 @@ def make_loaders(
 ) -> tuple[TrainLoader, EvalLoader]:
     cfg = job.cfg
     num_threads, patience_s = cfg.data.decode_threads or ctx.num_threads, float(cfg.cluster.timeout_s)
-    place = Place(ctx.rank, ctx.world_size, ctx.device, num_threads, patience_s)
+    place = LoaderContext(ctx.rank, ctx.world_size, ctx.device, num_threads, patience_s)
     train = TrainLoader(
         index,
         cfg.data,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.schema import Config
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 from pipeline.failures import NonFiniteError
 from pipeline.models.resnet import ResNet
 from pipeline.models.state_dict import load_weights
@@ -36,7 +36,7 @@ class TrainState:
         model = ResNet(cfg.model, num_classes).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if cfg.model.sync_bn:
             if device.type == "cpu":
-                raise ConfigError("model.sync_bn=true: torch has it for GPUs alone; set it to false")
+                raise UserError("model.sync_bn=true: torch has it for GPUs alone; set it to false")
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         ema = deepcopy(model).requires_grad_(False) if cfg.train.ema_decay else None
         scaler = torch.amp.GradScaler(device.type, enabled=cfg.train.precision == "fp16")

@@ -18,7 +18,7 @@ from pipeline.bench.loader_baselines import CEILING, OURS, Contestant, Running, 
 from pipeline.cli import app
 from pipeline.config.loading import load
 from pipeline.config.schema import DataConfig
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 
 SPEEDS = {
     name: [Speed(rate, rate / 2) for rate in rates]
@@ -86,7 +86,7 @@ def test_nothing_is_measured_that_the_other_loaders_do_not_do() -> None:
 
 def test_more_cores_than_there_are_are_told_at_once() -> None:
     cfg = load(None, ["data.train=nowhere", "data.val=nowhere"])
-    with pytest.raises(ConfigError, match=r"--cores 1000: this process may use [0-9]+; lower it"):
+    with pytest.raises(UserError, match=r"--cores 1000: this process may use [0-9]+; lower it"):
         loader.bench_loader(cfg, 1000, 1, 1, lambda *_: None)
 
 

@@ -11,12 +11,12 @@ from commands import ROOT
 from pipeline.bench import common, scaling, step
 from pipeline.cli import app
 from pipeline.config.loading import load
-from pipeline.data.loading.loader import Place
-from pipeline.errors import ConfigError
+from pipeline.data.loading.loader import LoaderContext
+from pipeline.errors import UserError
 from pipeline.storage import make_folder
 
 SMALL = ["model.depth=18", "train.global_batch=16", "cluster.workers=2"]
-PLACE = Place(0, 1, torch.device("cpu"), 1)
+PLACE = LoaderContext(0, 1, torch.device("cpu"), 1)
 
 
 def judged(mfu: float | None, ratios: dict[str, float], rounds: int = 5) -> str:
@@ -84,7 +84,7 @@ def test_settings_that_leave_the_step_alone_are_not_tried(capsys: pytest.Capture
 
 def test_more_workers_than_cores_are_refused_by_scale() -> None:
     cfg = load(ROOT / "configs/digits.yaml", SMALL)
-    with pytest.raises(ConfigError, match=r"--workers 9999: with 1 cores each, this machine has room for \d+"):
+    with pytest.raises(UserError, match=r"--workers 9999: with 1 cores each, this machine has room for \d+"):
         scaling.bench_scale(cfg, [9999], 1, 5, lambda done, total, text: None)
 
 
@@ -106,13 +106,13 @@ def test_turns_let_everyone_be_first() -> None:
 
 
 def test_more_threads_than_cores_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"--threads 4096: this process may use \d+ cores; lower it"):
+    with pytest.raises(UserError, match=r"--threads 4096: this process may use \d+ cores; lower it"):
         step.here(4096)
 
 
 def test_a_place_for_figures_that_cannot_be_made_is_told_before(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"--out .*file/x: Not a directory; name another directory"):
+    with pytest.raises(UserError, match=r"--out .*file/x: Not a directory; name another directory"):
         make_folder(tmp_path / "file/x")
 
 

@@ -13,11 +13,11 @@ from commands import ROOT
 
 from pipeline.bench.planning import cost_model, failure_model, plan
 from pipeline.bench.planning.assumptions import CARDS, Assumptions, assume
-from pipeline.bench.planning.cost_model import Case, Network
+from pipeline.bench.planning.cost_model import ModelCost, Scenario
 from pipeline.bench.planning.failure_model import Outages
 from pipeline.cli import app
 from pipeline.config.loading import load
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 
 IMAGENET = ROOT / "configs" / "imagenet"
 ALONE = Assumptions(launch_us=0, full_node=1, jitter=0, latency_us=0)  # nothing but arithmetic and bandwidth
@@ -25,27 +25,27 @@ FAST = replace(ALONE, link_gb_s=1e9, network_gb_s=1e9, storage_gb_s=1e9, node_re
 
 
 @pytest.fixture(scope="module")
-def resnet152() -> Network:
+def resnet152() -> ModelCost:
     return cost_model.count_network(load(IMAGENET / "resnet152.yaml").model, 224)
 
 
 @pytest.fixture(scope="module")
-def resnet50() -> Network:
+def resnet50() -> ModelCost:
     return cost_model.count_network(load(IMAGENET / "resnet152.yaml", ["model.depth=50"]).model, 224)
 
 
-def case(net: Network, a: Assumptions, *words: str, depth: int = 152, **more: Any) -> Case:
-    return Case(load(IMAGENET / "resnet152.yaml", [f"model.depth={depth}", *words]), a, net, plan.IMAGENET, **more)
+def case(net: ModelCost, a: Assumptions, *words: str, depth: int = 152, **more: Any) -> Scenario:
+    return Scenario(load(IMAGENET / "resnet152.yaml", [f"model.depth={depth}", *words]), a, net, plan.IMAGENET, **more)
 
 
-def test_the_network_is_counted_from_our_own_model(resnet152: Network, resnet50: Network) -> None:
+def test_the_network_is_counted_from_our_own_model(resnet152: ModelCost, resnet50: ModelCost) -> None:
     assert resnet152.parameters == 60_192_808
     assert resnet152.macs == pytest.approx(11.51e9, rel=1e-3)
     assert resnet50.macs == pytest.approx(cost_model.RESNET50_MACS, rel=1e-3)
     assert resnet50.elements == pytest.approx(cost_model.RESNET50_ELEMENTS, rel=1e-3)
 
 
-def test_one_gpu_sends_nothing(resnet152: Network) -> None:
+def test_one_gpu_sends_nothing(resnet152: ModelCost) -> None:
     row = cost_model.predict(case(resnet152, Assumptions()), 1)
     assert cost_model.all_reduce_s(1, 1e9, Assumptions()) == 0
     assert (row.parts["network"], row.parts["stragglers"], row.efficiency) == (0, 0, 1)
@@ -68,7 +68,7 @@ def test_an_all_reduce_hides_behind_the_backward_pass_but_for_its_last_bucket() 
 
 
 @pytest.mark.parametrize("gpus", [2, 8, 64, 1024])
-def test_with_endless_bandwidth_only_stragglers_cost(resnet152: Network, gpus: int) -> None:
+def test_with_endless_bandwidth_only_stragglers_cost(resnet152: ModelCost, gpus: int) -> None:
     assert cost_model.predict(case(resnet152, FAST), gpus).efficiency == pytest.approx(1, abs=1e-4)
     row = cost_model.predict(case(resnet152, replace(FAST, jitter=0.05)), gpus)
     assert row.efficiency == pytest.approx(1 / (1 + 0.05 * cost_model.expected_max(gpus)), abs=1e-4)
@@ -97,21 +97,23 @@ def test_half_the_rate_is_attained_where_the_docstring_says() -> None:
     ("card", "gpus", "published", "within"),
     [("A100", 1, 2470, 0.02), ("A100", 8, 16621, 0.02), ("V100", 1, 1200, 0.1), ("V100", 8, 8322, 0.15)],
 )
-def test_published_speeds_of_resnet50(resnet50: Network, card: str, gpus: int, published: float, within: float) -> None:
+def test_published_speeds_of_resnet50(
+    resnet50: ModelCost, card: str, gpus: int, published: float, within: float
+) -> None:
     """The A100's are fitted; the V100's are not, and so say how well a card's speed follows from its memory."""
     a, _ = assume(card, [])
     row = cost_model.predict(case(resnet50, a, depth=50, batch_per_gpu=256), gpus)
     assert row.images_per_s == pytest.approx(published, rel=within)
 
 
-def test_the_published_efficiency_of_256_gpus(resnet50: Network) -> None:
+def test_the_published_efficiency_of_256_gpus(resnet50: ModelCost) -> None:
     """Goyal et al. 2017: about 90% from 8 to 256 P100s, 8 a machine, 50 Gbit/s, 32 images on each."""
     a, _ = assume("V100", ["network_gb_s=6.25", "full_node=1"])
     few, many = (cost_model.predict(case(resnet50, a, depth=50, batch_per_gpu=32, rate=150.0), n) for n in (8, 256))
     assert many.efficiency / few.efficiency == pytest.approx(0.9, abs=0.05)
 
 
-def test_what_bounds_is_named(resnet152: Network) -> None:
+def test_what_bounds_is_named(resnet152: ModelCost) -> None:
     def bound(gpus: int, *words: str, **more: Any) -> str:
         return cost_model.predict(case(resnet152, assume("H100", words)[0], **more), gpus).bound
 
@@ -122,7 +124,7 @@ def test_what_bounds_is_named(resnet152: Network) -> None:
     assert bound(64, "network_gb_s=0.5") == "network"
 
 
-def test_what_must_be_monotone(resnet152: Network) -> None:
+def test_what_must_be_monotone(resnet152: ModelCost) -> None:
     rows = [cost_model.predict(case(resnet152, assume("A100", [])[0], batch_per_gpu=64), 2**k) for k in range(11)]
     assert [r.images_per_s for r in rows] == sorted(r.images_per_s for r in rows)
     assert [r.efficiency for r in rows] == sorted((r.efficiency for r in rows), reverse=True)
@@ -134,13 +136,13 @@ def test_what_must_be_monotone(resnet152: Network) -> None:
     assert micro == sorted(micro, reverse=True)
 
 
-def test_the_slowest_rank_has_the_largest_share(resnet152: Network) -> None:
+def test_the_slowest_rank_has_the_largest_share(resnet152: ModelCost) -> None:
     """1,024 images on 96 GPUs: some have 11, and pairs stay together where images are mixed."""
     assert cost_model.batches(case(resnet152, ALONE), 96) == (1024, 11)
     assert cost_model.batches(case(resnet152, ALONE, "data.mixup=0.2"), 96) == (1024, 12)
 
 
-def test_hours_and_cost_follow_from_the_steps(resnet152: Network) -> None:
+def test_hours_and_cost_follow_from_the_steps(resnet152: ModelCost) -> None:
     a = replace(FAST, gpu_mtbf_h=1e12, start_s=0, val_images=0, hold_gb_s=1e9, price_per_gpu_hour=2)
     row = cost_model.predict(case(resnet152, a, "train.epochs=10", "optim.warmup_epochs=1", rate=1000.0), 8)
     assert row.hours == pytest.approx(10 * (plan.IMAGENET // 1024) * 1024 / 8000 / 3600, rel=1e-3)
@@ -216,7 +218,7 @@ def test_the_recommended_interval_loses_no_more_than_the_configured() -> None:
         assert found["best"]["simulated"]["mean"] == pytest.approx(found["best"]["goodput"], abs=0.01)
 
 
-def test_a_checkpoint_has_all_that_its_optimizer_keeps(resnet152: Network) -> None:
+def test_a_checkpoint_has_all_that_its_optimizer_keeps(resnet152: ModelCost) -> None:
     """Two moments for LAMB as for AdamW, one for SGD and LARS, besides the weights."""
     held = {
         name: cost_model.failures(case(resnet152, Assumptions(), f"optim.name={name}"), 8).hold
@@ -259,14 +261,14 @@ def test_a_measurement_that_is_none(tmp_path: Path) -> None:
     a, origins = assume("H100", [])
     broken: dict[str, Any]
     for broken in ({}, {"workers": {}}, MEASURED | {"allreduce_gb_s": 0}, MEASURED | {"parameters": "many"}):
-        with pytest.raises(ConfigError, match="bench scale"):
+        with pytest.raises(UserError, match="bench scale"):
             plan.check(broken, a, origins)
     without = {k: v for k, v in MEASURED.items() if k != "allreduce_gb_s"}
-    with pytest.raises(ConfigError, match="--assume network_gb_s="):
+    with pytest.raises(UserError, match="--assume network_gb_s="):
         plan.check(without, a, origins)
 
 
-def test_every_card_is_planned_for(resnet152: Network) -> None:
+def test_every_card_is_planned_for(resnet152: ModelCost) -> None:
     speeds = {card: cost_model.card_rate(resnet152, "bf16", assume(card.lower(), [])[0]) for card in CARDS}
     assert sorted(speeds, key=lambda card: speeds[card])[-3:] == ["H100", "H200", "B200"]
     assert speeds["T4"] < speeds["V100"] < speeds["A100"]

@@ -14,7 +14,7 @@ from ranks import context
 from s3 import free_port
 
 from pipeline.config.loading import load
-from pipeline.runs.spec import Job
+from pipeline.runs.spec import RunSpec
 from pipeline.storage import Storage
 from pipeline.training.loop import fit
 from pipeline.training.schedule import Schedule, lr_at
@@ -86,7 +86,7 @@ def test_shrinks_grows_and_makes_way_with_the_same_data(
     alone = load(ROOT / "configs/digits.yaml", [*data, *SETTINGS])
     indexes = str(digits_index("train")), str(digits_index("val"))
     (tmp_path / "alone").mkdir()
-    fit(Job(alone, Storage(tmp_path / "alone"), *indexes), context())
+    fit(RunSpec(alone, Storage(tmp_path / "alone"), *indexes), context())
     expected = surviving_rows(tmp_path / "alone")
     assert list(expected) == list(range(1, NUM_STEPS + 1))
     assert surviving_rows(storage / "elastic") == expected

@@ -15,7 +15,7 @@ from servers import MlflowServer, Mode, Proxy
 
 from pipeline.cli import app
 from pipeline.config.loading import load
-from pipeline.runs.spec import Event, Job
+from pipeline.runs.spec import Event, RunSpec
 from pipeline.storage import Storage
 from pipeline.training import recorder
 from pipeline.training.loop import fit
@@ -44,8 +44,8 @@ def proxy(server: MlflowServer, port: int) -> Iterator[Proxy]:
 
 
 @pytest.fixture
-def job(digits_index: Callable[[str], Path], tmp_path: Path, proxy: Proxy) -> Callable[[str], Job]:
-    def make(name: str) -> Job:
+def job(digits_index: Callable[[str], Path], tmp_path: Path, proxy: Proxy) -> Callable[[str], RunSpec]:
+    def make(name: str) -> RunSpec:
         train, val = str(digits_index("train")), str(digits_index("val"))
         small = ["data.image_size=32", "data.val_resize=32", "model.depth=18", "train.global_batch=64"]
         length = [f"train.steps={NUM_STEPS}", "train.log_every=1", "train.eval_every=1000", "checkpoint.every=20"]
@@ -53,12 +53,12 @@ def job(digits_index: Callable[[str], Path], tmp_path: Path, proxy: Proxy) -> Ca
         logged += ["optim.warmup_epochs=0.5"]
         cfg = load(None, [f"data.train={train}", f"data.val={val}", *small, *length, *logged])
         (tmp_path / name).mkdir()
-        return Job(cfg, Storage(tmp_path / name), train, val)
+        return RunSpec(cfg, Storage(tmp_path / name), train, val)
 
     return make
 
 
-def train(job: Job, proxy: Proxy, mode_at: dict[int, Mode]) -> tuple[dict[str, Any], list[str]]:
+def train(job: RunSpec, proxy: Proxy, mode_at: dict[int, Mode]) -> tuple[dict[str, Any], list[str]]:
     """Train, and set the proxy's mode when a step is logged; the summary and the warnings."""
     warnings: list[str] = []
 
@@ -84,7 +84,7 @@ STORIES: dict[str, dict[int, Mode]] = {
 
 @pytest.mark.parametrize("story", STORIES)
 def test_everything_arrives_once_in_order(
-    story: str, job: Callable[[str], Job], proxy: Proxy, server: MlflowServer, monkeypatch: pytest.MonkeyPatch
+    story: str, job: Callable[[str], RunSpec], proxy: Proxy, server: MlflowServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recorder, "MLFLOW_END_S", 60.0)
     name = story.replace(" ", "_")
@@ -105,7 +105,7 @@ def test_everything_arrives_once_in_order(
 
 
 def test_it_never_comes_back_and_the_spool_is_sent_later(
-    job: Callable[[str], Job],
+    job: Callable[[str], RunSpec],
     proxy: Proxy,
     server: MlflowServer,
     monkeypatch: pytest.MonkeyPatch,
@@ -133,7 +133,7 @@ def test_it_never_comes_back_and_the_spool_is_sent_later(
 
 
 def test_an_answer_that_is_lost_is_not_logged_twice(
-    job: Callable[[str], Job], proxy: Proxy, server: MlflowServer
+    job: Callable[[str], RunSpec], proxy: Proxy, server: MlflowServer
 ) -> None:
     """The server does what it was asked, and hangs up before it says so."""
     stop = threading.Event()

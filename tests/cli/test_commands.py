@@ -17,7 +17,7 @@ from odd_images import damaged_jpeg, write_odd_folder
 from ranks import context
 
 from pipeline.config.loading import load
-from pipeline.runs.spec import Job
+from pipeline.runs.spec import RunSpec
 from pipeline.storage import Storage
 from pipeline.training import inference
 from pipeline.training.loop import fit
@@ -53,7 +53,7 @@ def test_sync_tells_mlflow_of_a_killed_run(run: Run, tmp_path: Path, digits_inde
     cfg = load(CONFIGS / "digits.yaml", [*SMALL, "run.stop_at_step=2", "train.log_every=1"])
     folder, indexes = tmp_path / "killed", (str(digits_index("train")), str(digits_index("val")))
     folder.mkdir()
-    summary = fit(Job(cfg, Storage(folder), *indexes), context())
+    summary = fit(RunSpec(cfg, Storage(folder), *indexes), context())
     client = mlflow.MlflowClient(summary["mlflow_uri"])
     client.update_run(summary["mlflow_run_id"], status="RUNNING")
     identity = json.loads((folder / "run.json").read_text())

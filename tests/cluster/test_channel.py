@@ -101,12 +101,12 @@ def test_all_is_heard_that_was_said_before_the_end(channel: EventChannel, connec
     rank = connect()
     rank.emit({"kind": "note", "text": "é" * 100_000})
     rank.progress(5)
-    rank.fail("ConfigError", "no such file")
+    rank.fail("UserError", "no such file")
     rank.close(PATIENCE_S)
     channel.finish(PATIENCE_S)
     assert channel.ended.is_set()
     assert [len(event["text"]) for event in channel.take_events(0)] == [100_000]
-    assert (channel.step, channel.fatal) == (5, ("ConfigError", "no such file"))
+    assert (channel.step, channel.fatal) == (5, ("UserError", "no such file"))
 
 
 def test_a_stop_that_crosses_the_last_words_loses_none(channel: EventChannel, connect: Connect) -> None:
@@ -124,7 +124,7 @@ def test_after_its_end_an_attempt_is_not_heard(channel: EventChannel, connect: C
     rank = connect()
     channel.finish(0.0)
     rank.emit({"kind": "start"})
-    rank.fail("ConfigError", "late")
+    rank.fail("UserError", "late")
     rank.close(PATIENCE_S)
     wait_for(channel.ended.is_set)
     assert (channel.take_events(0), channel.fatal) == ([], None)

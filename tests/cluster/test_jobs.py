@@ -23,7 +23,7 @@ from s3 import free_port
 from pipeline.cli import app
 from pipeline.cluster.jobs import submission
 from pipeline.config.loading import load
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 
 ABSOLUTE = ["run.storage=/storage/runs", "data.train=/data/train", "data.val=/data/val"]
 NUM_STEPS = 2000  # more than the commands below take
@@ -71,13 +71,13 @@ def test_a_job_has_its_run_s_name_on_its_command_line(tree: Path) -> None:
     ],
 )
 def test_what_means_nothing_on_a_cluster_is_refused(tree: Path, settings: list[str], message: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(message)):
+    with pytest.raises(UserError, match=re.escape(message)):
         submission.plan("configs/pets.yaml", settings, [], image=False)
 
 
 def test_settings_for_an_image_are_checked_as_far_as_they_are_known(tree: Path) -> None:
     for word in ("run.storage=runs", "run.storage=s3://KEY:hush@bucket/runs", "run.name=../x"):
-        with pytest.raises(ConfigError) as told:
+        with pytest.raises(UserError) as told:
             submission.plan("conf/there.yaml", [word], [], image=True)
         assert "hush" not in str(told.value)
 
@@ -92,13 +92,13 @@ def test_only_a_small_tree_with_the_configuration_is_sent(
         ignored.parent.mkdir(exist_ok=True)
     shutil.copy("configs/pets.yaml", "big")
     for config in (str(elsewhere), "big/pets.yaml"):
-        with pytest.raises(ConfigError, match="is not in what is sent, the folder"):
+        with pytest.raises(UserError, match="is not in what is sent, the folder"):
             submission.plan(config, ABSOLUTE, [], image=False)
     monkeypatch.setattr(submission, "MAX_TREE_MB", 1)
     (tree / "photos").mkdir()
     for name in ("big/x", "photos/a.log", "photos/a", "photos/b"):
         (tree / name).write_bytes(bytes(700_000))
-    with pytest.raises(ConfigError, match=r"has 1 MB, and at most 1 MB are sent; the largest is photos, 1 MB"):
+    with pytest.raises(UserError, match=r"has 1 MB, and at most 1 MB are sent; the largest is photos, 1 MB"):
         submission.plan("configs/pets.yaml", ABSOLUTE, [], image=False)
     (tree / "photos/b").unlink()
     assert submission.plan("configs/pets.yaml", ABSOLUTE, [], image=False).tree == tree
@@ -125,7 +125,7 @@ def test_a_login_in_a_uri_is_refused_and_not_repeated(key: str, value: str, refu
     if not refused:
         load(None, settings)
         return
-    with pytest.raises(ConfigError, match=f"^{key}: leave the login out of it.*MLFLOW_TRACKING_PASSWORD") as told:
+    with pytest.raises(UserError, match=f"^{key}: leave the login out of it.*MLFLOW_TRACKING_PASSWORD") as told:
         load(None, settings)
     assert "hush" not in str(told.value)
     assert "hu/sh" not in str(told.value)

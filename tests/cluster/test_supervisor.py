@@ -20,7 +20,7 @@ from pipeline import machine
 from pipeline.cluster import connection, controller, driver, oom, ray_start, supervisor
 from pipeline.config.loading import load
 from pipeline.config.schema import Config
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 from pipeline.failures import ClusterLostError, FailureBudget, TrainingFailedError
 from pipeline.runs.spec import Event
 from pipeline.training import open_run
@@ -148,11 +148,11 @@ class FakeController:
         pass
 
 
-def other_end(cfg: Config, told: list[str], *, trained: bool) -> driver.Supervisor:
+def other_end(cfg: Config, told: list[str], *, trained: bool) -> driver.SupervisorConnection:
     """The other end of a driver that has been asked to train."""
-    request = supervisor.Request(cfg, None, FailureBudget(3), (), trained, trained, 0.0)
+    request = supervisor.TrainRequest(cfg, None, FailureBudget(3), (), trained, trained, 0.0)
     made = SimpleNamespace(request=request, wants_stop=threading.Event(), warn=told.append, event=lambda _: None)
-    return cast(driver.Supervisor, made)
+    return cast(driver.SupervisorConnection, made)
 
 
 @pytest.mark.parametrize(("trained", "late", "outcome"), [(True, 3, None), (True, 99, "lost"), (False, 1, "wrong")])
@@ -164,7 +164,7 @@ def test_what_was_right_before_is_waited_for_by_a_later_driver(
 
     def prepare(*_: object, **__: object) -> AbstractContextManager[str]:
         if next(tries) < late:
-            raise ConfigError("data.train=/mnt/x: no folder or index file")
+            raise UserError("data.train=/mnt/x: no folder or index file")
         return nullcontext("a job")
 
     monkeypatch.setattr(open_run, "prepare", prepare)
@@ -173,7 +173,7 @@ def test_what_was_right_before_is_waited_for_by_a_later_driver(
     monkeypatch.setattr(driver, "backoff", lambda: itertools.repeat(pause))
     cfg = load(None, ["data.train=x", "data.val=x", "cluster.timeout_s=10"])
     told, opened = list[str](), list[object]()
-    error = {"lost": ClusterLostError, "wrong": ConfigError, None: None}[outcome]
+    error = {"lost": ClusterLostError, "wrong": UserError, None: None}[outcome]
     refused = nullcontext() if error is None else pytest.raises(error, match="no folder or index file")
     with refused, driver._opened(other_end(cfg, told, trained=trained), lambda: None) as (job, _):
         opened.append(job)
@@ -189,8 +189,8 @@ def test_a_driver_that_hung_is_told_as_that(tmp_path: Path) -> None:
 
 def test_a_later_driver_begins_nothing_in_an_empty_mount_point(tmp_path: Path) -> None:
     cfg = load(None, [f"data.train={tmp_path}/x", f"data.val={tmp_path}/x", f"run.storage={tmp_path}", "run.name=x"])
-    with pytest.raises(ConfigError, match="checkpoint of step 4 is not seen"):
-        open_run.prepare(cfg, print, again=True, saved_step=4).__enter__()
+    with pytest.raises(UserError, match="checkpoint of step 4 is not seen"):
+        open_run.open_run(cfg, print, again=True, saved_step=4).__enter__()
     assert not (tmp_path / "x/run.json").exists()
 
 
@@ -200,11 +200,11 @@ def test_a_storage_that_fails_at_the_start_is_one_line(tmp_path: Path, monkeypat
 
     cfg = load(None, [f"data.train={tmp_path}/x", f"data.val={tmp_path}/x", f"run.storage={tmp_path}", "run.name=x"])
     monkeypatch.setattr(open_run, "is_index", fails)
-    with pytest.raises(ConfigError, match=r"data.train=.*/x: its index cannot be made or read \(Input/output error\)"):
-        open_run.prepare(cfg, print).__enter__()
+    with pytest.raises(UserError, match=r"data.train=.*/x: its index cannot be made or read \(Input/output error\)"):
+        open_run.open_run(cfg, print).__enter__()
     monkeypatch.setattr(open_run, "run_lock", fails)
-    with pytest.raises(ConfigError, match=r"run.storage=.*: cannot be used \(Input/output error\); name another place"):
-        open_run.prepare(cfg, print).__enter__()
+    with pytest.raises(UserError, match=r"run.storage=.*: cannot be used \(Input/output error\); name another place"):
+        open_run.open_run(cfg, print).__enter__()
 
 
 @pytest.mark.parametrize(("device", "kept"), [("cuda", "gpu"), ("cpu", "cpu")])
@@ -214,7 +214,9 @@ def test_a_later_driver_trains_on_the_device_of_the_first(
     """A head that is back before its GPU nodes would train on its CPU, to the end."""
     asked = list[tuple[str, bool]]()
 
-    def run(request: supervisor.Request, _: object, note: Callable[[Event], None], __: object) -> tuple[str, object]:
+    def run(
+        request: supervisor.TrainRequest, _: object, note: Callable[[Event], None], __: object
+    ) -> tuple[str, object]:
         asked.append((request.cfg.cluster.device, request.trained))
         note({"kind": "start", "device": device, "step": 0})
         return ("lost", "the cluster") if len(asked) == 1 else ("done", {})

@@ -9,7 +9,7 @@ from commands import ROOT
 from pipeline.cli import app
 from pipeline.config.fields import refuse_credentials
 from pipeline.config.loading import dump, load
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 
 CONFIGS = ROOT / "configs"
 DATA = ["data.train=a", "data.val=b"]
@@ -114,7 +114,7 @@ def test_a_batch_holds_whole_pairs_and_all_copies() -> None:
         (["data.mixup=0.2", "train.global_batch=33"], "must be a multiple of 2, for pairs for data.mixup"),
         (["data.cutmix=1", "train.global_batch=4", "cluster.workers=3"], "raise it to 6 or lower cluster.workers"),
     ):
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(UserError, match=message):
             load(None, [*DATA, *wrong])
     load(None, [*DATA, "data.repeats=4", "data.mixup=0.2", "data.cutmix=1", "cluster.workers=3"])
 
@@ -122,7 +122,7 @@ def test_a_batch_holds_whole_pairs_and_all_copies() -> None:
 def test_a_single_small_image_in_a_forward_pass_is_refused() -> None:
     small = [*DATA, "data.image_size=32", "optim.warmup_epochs=0"]
     for settings in (["train.global_batch=3", "cluster.workers=2"], ["train.global_batch=3", "train.micro_batch=2"]):
-        with pytest.raises(ConfigError, match="too few for BatchNorm"):
+        with pytest.raises(UserError, match="too few for BatchNorm"):
             load(None, [*small, *settings])
     load(None, [*small, "train.global_batch=33", "train.micro_batch=32"])  # split into 17 and 16
     load(None, [*DATA, "train.global_batch=2", "cluster.workers=2"])
@@ -131,7 +131,7 @@ def test_a_single_small_image_in_a_forward_pass_is_refused() -> None:
 def test_workers_that_would_wait_for_each_others_batch_norm_are_refused() -> None:
     synced = [*DATA, "model.sync_bn=true", "train.global_batch=10", "train.micro_batch=2"]
     for workers in ("4", "[2,4]"):
-        with pytest.raises(ConfigError, match="global_batch=10: 4 workers go through it in 1 or 2 forward passes"):
+        with pytest.raises(UserError, match="global_batch=10: 4 workers go through it in 1 or 2 forward passes"):
             load(None, [*synced, f"cluster.workers={workers}"])
     load(None, [*synced, "cluster.workers=2"])
     load(None, [*synced, "cluster.workers=4", "train.micro_batch=null"])
@@ -149,14 +149,14 @@ def test_workers_that_would_wait_for_each_others_batch_norm_are_refused() -> Non
 )
 def test_wrong_files_are_told(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "c.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         load(tmp_path / "c.yaml", DATA)
 
 
 def test_a_missing_file_names_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"no config file .*digit\.yaml; did you mean .*digits\.yaml\?"):
+    with pytest.raises(UserError, match=r"no config file .*digit\.yaml; did you mean .*digits\.yaml\?"):
         load(CONFIGS / "digit.yaml")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         load(CONFIGS)
 
 
@@ -191,10 +191,10 @@ def test_every_config_file_loads(path: Path) -> None:
 )
 def test_a_secret_in_a_uri_is_refused_and_not_told(uri: str) -> None:
     """Settings go to MLflow's parameters, checkpoints and logs."""
-    with pytest.raises(ConfigError, match="leave the login out of it") as refused:
+    with pytest.raises(UserError, match="leave the login out of it") as refused:
         refuse_credentials("run.storage", uri)
     assert "hush" not in str(refused.value)
-    with pytest.raises(ConfigError, match=r"model\.weights: leave the login out of it"):
+    with pytest.raises(UserError, match=r"model\.weights: leave the login out of it"):
         load(None, [*DATA, f"model.weights={json.dumps(uri)}"])
 
 

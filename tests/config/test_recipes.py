@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from pipeline.cli import app
 from pipeline.config.loading import load
 from pipeline.config.schema import Config
-from pipeline.data.augment_params import kept_branches, size_at
+from pipeline.data.augment_params import drop_path_masks, size_at
 from pipeline.data.loading.loader import Batch
 from pipeline.models.resnet import drop_rates
 from pipeline.training.precision import settle
@@ -40,7 +40,7 @@ def two_images(cfg: Config) -> Batch:
     if cfg.data.mixes:
         labels = 0.7 * F.one_hot(labels, NUM_CLASSES) + 0.3 * F.one_hot(labels.flip(0), NUM_CLASSES)
     rates = drop_rates(cfg.model)
-    kept = kept_branches(rates, np.random.default_rng(0).random((2, len(rates)))).astype(np.float32)
+    kept = drop_path_masks(rates, np.random.default_rng(0).random((2, len(rates)))).astype(np.float32)
     return Batch(images, labels, np.arange(2), torch.from_numpy(kept) if rates else None)
 
 

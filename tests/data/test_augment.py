@@ -14,11 +14,11 @@ from torchvision.transforms.v2 import functional as TF
 
 from pipeline.config.schema import DataConfig
 from pipeline.data.augment_params import NUM_BINS, OPERATIONS
-from pipeline.data.batch_spec import Request
+from pipeline.data.batch_spec import BatchSpec
 from pipeline.data.index import Index
 from pipeline.data.indexing.build import build_index
 from pipeline.data.loading.augment import FILL, MEAN_COLOUR
-from pipeline.data.loading.dali import Decoder
+from pipeline.data.loading.dali import DaliPipeline
 
 CPU = torch.device("cpu")
 SIZE, BATCH = 96, 4
@@ -42,10 +42,10 @@ def decode(index: Index, cfg: DataConfig, **changes: object) -> tuple[Tensor, Te
     draws = {name: np.array([values] * BATCH, dtype=np.float32) for name, values in changes.items() if name != "ops"}
     if "ops" in changes:
         draws["ops"] = np.array([changes["ops"]] * BATCH, dtype=np.int32)
-    requests = [Request(np.arange(BATCH), SIZE, zero, whole, np.zeros(BATCH, dtype=np.bool_), d) for d in ({}, draws)]
+    requests = [BatchSpec(np.arange(BATCH), SIZE, zero, whole, np.zeros(BATCH, dtype=np.bool_), d) for d in ({}, draws)]
 
-    def one(request: Request) -> Tensor:
-        decoder = Decoder(index, cfg, BATCH, 1, CPU, no_bad_image, no_warning, patience_s=1.0)
+    def one(request: BatchSpec) -> Tensor:
+        decoder = DaliPipeline(index, cfg, BATCH, 1, CPU, no_bad_image, no_warning, patience_s=1.0)
         ((_, images),) = decoder.decode(iter([request]))
         return images.clone()
 

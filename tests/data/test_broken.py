@@ -19,7 +19,7 @@ from pipeline.config.schema import DataConfig
 from pipeline.data.indexing.build import build_index
 from pipeline.data.loading.augment import MEAN_COLOUR
 from pipeline.data.loading.fetch import UnparsableError, refuse_unparsable
-from pipeline.data.loading.loader import Batch, EvalLoader, Place, TrainLoader
+from pipeline.data.loading.loader import Batch, EvalLoader, LoaderContext, TrainLoader
 from pipeline.data.verify import verify
 
 CPU = torch.device("cpu")
@@ -55,7 +55,7 @@ def check(folder: Path, how: str, batch: int, num_threads: int) -> None:
         def on_bad(path: str, _: str) -> None:
             named.append(Path(path).name)
 
-        here = Place(0, 1, CPU, num_threads)
+        here = LoaderContext(0, 1, CPU, num_threads)
         if how == "train":
             with closing(TrainLoader(index, cfg, here, on_bad, global_batch=batch, seed=0)) as train:
                 return list(train.from_step(0, 2))

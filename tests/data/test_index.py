@@ -31,7 +31,7 @@ from pipeline.data.indexing import find, rows
 from pipeline.data.indexing.build import build_index, fetch_index, index_files, open_index, without
 from pipeline.data.indexing.rows import image_file
 from pipeline.data.loading.read import Reader
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 
 
 def read(index: Index, row: int) -> bytes:
@@ -138,7 +138,7 @@ def test_exif_orientation_is_applied_as_dali_does(tmp_path: Path) -> None:
 )
 def test_unusable_folders_are_refused(tmp_path: Path, make: Callable[[Path], object], message: str) -> None:
     make(tmp_path / "data")
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         build_index(tmp_path / "data")
 
 
@@ -175,15 +175,15 @@ def test_an_index_that_cannot_be_read_is_not_called_another_file(
     monkeypatch.setattr("pipeline.data.index.pa.memory_map", fails)
     with pytest.raises(OSError, match="Stale file handle"):
         load_index(digits_index("val"))
-    with pytest.raises(ConfigError, match=r"cannot be read: .*Stale file handle"):
+    with pytest.raises(UserError, match=r"cannot be read: .*Stale file handle"):
         fetch_index(str(digits_index("val")))
 
 
 def test_files_that_are_no_index_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.arrow").write_text("not arrow")
-    with pytest.raises(ConfigError, match=r"x\.arrow is not an index file"):
+    with pytest.raises(UserError, match=r"x\.arrow is not an index file"):
         load_index(tmp_path / "x.arrow")
-    with pytest.raises(ConfigError, match=r"no folder or index file .*none\.arrow"):
+    with pytest.raises(UserError, match=r"no folder or index file .*none\.arrow"):
         load_index(tmp_path / "none.arrow")
 
 
@@ -192,7 +192,7 @@ def test_validation_classes_take_the_training_numbers(digits: Path, tmp_path: Pa
     classes = ("a", *reversed(index.classes))
     relabelled = index.with_classes(classes)
     assert [classes[k] for k in relabelled.labels] == [index.classes[k] for k in index.labels]
-    with pytest.raises(ConfigError, match="has class '9', which the training images do not have"):
+    with pytest.raises(UserError, match="has class '9', which the training images do not have"):
         index.with_classes(tuple("012345678"))
 
 
@@ -278,7 +278,7 @@ def test_single_files_keep_their_names(tmp_path: Path) -> None:
 def test_a_mixture_of_kinds_is_refused(tmp_path: Path) -> None:
     write_images(tmp_path, "a/x.jpg")
     (tmp_path / "b.tar").touch()
-    with pytest.raises(ConfigError, match=r"has images in class folders \(a/x\.jpg\) and tar shards \(b\.tar\)"):
+    with pytest.raises(UserError, match=r"has images in class folders \(a/x\.jpg\) and tar shards \(b\.tar\)"):
         build_index(tmp_path)
 
 
@@ -296,19 +296,19 @@ def test_a_mixture_of_kinds_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_sources_that_cannot_be_opened_are_refused(source: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         build_index(source)
 
 
 def test_pipes_and_links_to_nowhere_are_told_and_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.tar")
-    with pytest.raises(ConfigError, match=r"pipe\.tar is not a file"):
+    with pytest.raises(UserError, match=r"pipe\.tar is not a file"):
         build_index(tmp_path / "pipe.tar")
-    with pytest.raises(ConfigError, match=r"lacks a file that should be there: .*pipe\.tar is not a file"):
+    with pytest.raises(UserError, match=r"lacks a file that should be there: .*pipe\.tar is not a file"):
         build_index(tmp_path)
     (tmp_path / "pipe.tar").unlink()
     (tmp_path / "lost.tar").symlink_to(tmp_path / "nowhere.tar")
-    with pytest.raises(ConfigError, match=r"lacks a file that should be there: .*lost\.tar"):
+    with pytest.raises(UserError, match=r"lacks a file that should be there: .*lost\.tar"):
         build_index(tmp_path)
 
 
@@ -388,7 +388,7 @@ def test_files_that_number_classes_differently_are_refused(tmp_path: Path) -> No
     other = {**HUGGING, "label": {"_type": "ClassLabel", "names": ["dog", "cat"]}}
     write_parquet(tmp_path / "1.parquet", [image], [0], HUGGING)
     write_parquet(tmp_path / "2.parquet", [image], [0], other)
-    with pytest.raises(ConfigError, match=r"1\.parquet and 2\.parquet declare different classes"):
+    with pytest.raises(UserError, match=r"1\.parquet and 2\.parquet declare different classes"):
         build_index(tmp_path)
 
 
@@ -408,7 +408,7 @@ def test_images_and_parquet_on_s3(tmp_path: Path) -> None:
         index.save(tmp_path / "i.arrow")
         (bucket / "tables").upload(tmp_path / "i.arrow", "i.arrow")
         assert open_index((bucket / "tables" / "i.arrow").uri)[0].fingerprint == index.fingerprint
-        with pytest.raises(ConfigError, match=r"no index file s3:.*none\.arrow"):
+        with pytest.raises(UserError, match=r"no index file s3:.*none\.arrow"):
             open_index((bucket / "tables" / "none.arrow").uri)
 
 

@@ -23,9 +23,9 @@ from pipeline.data.batch_spec import stream, to_evaluate
 from pipeline.data.indexing.build import build_index
 from pipeline.data.loading import isolate
 from pipeline.data.loading.isolate import Isolation
-from pipeline.data.loading.loader import Place
-from pipeline.errors import ConfigError
-from pipeline.runs.spec import Event, Job
+from pipeline.data.loading.loader import LoaderContext
+from pipeline.errors import UserError
+from pipeline.runs.spec import Event, RunSpec
 from pipeline.storage import Storage
 from pipeline.training import inference
 from pipeline.training.crashing_images import FOLDER, STEPS_AHEAD, steps_to_search
@@ -44,7 +44,7 @@ def search(folder: Path, killers: list[int], limit_s: float = 600) -> tuple[dict
     cfg = DataConfig(train="-", val="-", image_size=32, val_resize=32, max_bad_fraction=0.1)
     requests = [to_evaluate(index, cfg, np.arange(3 * BATCH)[k * BATCH :][:BATCH]) for k in range(3)]
     warnings: list[str] = []
-    place = Place(0, 1, torch.device("cpu"), num_threads=2)
+    place = LoaderContext(0, 1, torch.device("cpu"), num_threads=2)
     found: dict[int, str] = {}
     isolation = Isolation(folder / "images.arrow", index, cfg, place, BATCH, warnings.append)
     isolation.search(requests, [], found.__setitem__, time.monotonic() + limit_s)
@@ -157,7 +157,7 @@ def test_what_is_found_is_left_out_and_known_later(
     ]
     (tmp_path / "run").mkdir()
     cfg = load(None, [*settings, f"run.storage={tmp_path}"])
-    job = Job(cfg, Storage(tmp_path / "run"), str(tmp_path / "train.arrow"), str(tmp_path / "val.arrow"))
+    job = RunSpec(cfg, Storage(tmp_path / "run"), str(tmp_path / "train.arrow"), str(tmp_path / "val.arrow"))
 
     def train(stop: int, deaths: tuple[int, ...]) -> list[Event]:
         events: list[Event] = []
@@ -175,7 +175,7 @@ def test_what_is_found_is_left_out_and_known_later(
     again = train(4, ())
     assert [e["kind"] for e in again if e["kind"] in ("killer", "note", "search")] == []
     assert [e["text"] for e in again if e["kind"] == "warning"] == named
-    with pytest.raises(ConfigError, match=r"063\.jpg cannot be decoded \(it kills the process"):
+    with pytest.raises(UserError, match=r"063\.jpg cannot be decoded \(it kills the process"):
         inference.evaluate_checkpoint(job.checkpoints / "step_00000004", None, print)
 
 

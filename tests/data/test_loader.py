@@ -26,7 +26,7 @@ from pipeline.data.index import Index, load_index
 from pipeline.data.indexing.build import build_index
 from pipeline.data.loading.augment import MEAN_COLOUR
 from pipeline.data.loading.fetch import BadDataError
-from pipeline.data.loading.loader import EvalLoader, Place, TrainLoader
+from pipeline.data.loading.loader import EvalLoader, LoaderContext, TrainLoader
 from pipeline.data.loading.read import StorageAwayError
 
 CPU = torch.device("cpu")
@@ -34,7 +34,7 @@ SMALL = DataConfig(train="-", val="-", image_size=32, val_resize=32, crop_scale=
 
 
 def loader(index: Index, rank: int = 0, world_size: int = 1, cfg: DataConfig = SMALL, batch: int = 50) -> TrainLoader:
-    return TrainLoader(index, cfg, Place(rank, world_size, CPU, 1), no_bad_image, global_batch=batch, seed=3)
+    return TrainLoader(index, cfg, LoaderContext(rank, world_size, CPU, 1), no_bad_image, global_batch=batch, seed=3)
 
 
 Step = tuple[list[int], torch.Tensor, torch.Tensor]
@@ -93,7 +93,7 @@ def test_threads_and_prefetch_do_not_change_pixels(index: Index, undisturbed: li
     cfg = DataConfig(
         train="-", val="-", image_size=32, val_resize=32, crop_scale=(0.3, 1.0), prefetch=7, read_threads=1
     )
-    many = TrainLoader(index, cfg, Place(0, 1, CPU, 3), no_bad_image, global_batch=50, seed=3)
+    many = TrainLoader(index, cfg, LoaderContext(0, 1, CPU, 3), no_bad_image, global_batch=50, seed=3)
     assert_same([(b.rows.tolist(), b.images, b.labels) for b in many.from_step(0, 20)], undisturbed)
 
 
@@ -141,7 +141,7 @@ def test_dropped_branches_do_not_depend_on_the_world_size_or_on_resumes(index: I
 
     def kept(rank: int, world_size: int, start: int) -> list[torch.Tensor]:
         rates = [0.0, 0.1, 0.5]
-        place = Place(rank, world_size, CPU, 1)
+        place = LoaderContext(rank, world_size, CPU, 1)
         loader = TrainLoader(index, SMALL, place, no_bad_image, global_batch=50, seed=3, drop_rates=rates)
         return [batch.keep for batch in loader.from_step(start, 30) if batch.keep is not None]
 
@@ -269,7 +269,7 @@ def test_a_gpus_resize_is_within_its_tolerance_of_the_cpus(pictures: Index) -> N
 def test_evaluation_crops_are_resize_then_centre_crop(pictures: Index) -> None:
     """Resizing the central square is resizing the whole and cutting the centre out, to within rounding the square."""
     cfg = DataConfig(train="-", val="-", image_size=112, val_resize=128)
-    (_, batch), *rest = EvalLoader(pictures, cfg, Place(0, 1, CPU, 1), no_bad_image, batch=6)
+    (_, batch), *rest = EvalLoader(pictures, cfg, LoaderContext(0, 1, CPU, 1), no_bad_image, batch=6)
     assert not rest
     for image, row in zip(batch.images, batch.rows, strict=True):
         whole = TF.pil_to_tensor(Image.open(file(pictures, row)))
@@ -280,7 +280,7 @@ def test_evaluation_crops_are_resize_then_centre_crop(pictures: Index) -> None:
 def test_ten_crops_are_those_of_the_resized_image(pictures: Index) -> None:
     """As torchvision cuts them, to within rounding the square; in any order, since they are averaged."""
     cfg = DataConfig(train="-", val="-", image_size=112, val_resize=128)
-    loader = EvalLoader(pictures, cfg, Place(0, 1, CPU, 1), no_bad_image, batch=6, views="ten")
+    loader = EvalLoader(pictures, cfg, LoaderContext(0, 1, CPU, 1), no_bad_image, batch=6, views="ten")
     ((_, batch),) = loader
     views = loader.views(batch.images)
     assert [len(view) for view in views] == [6] * 10
@@ -297,7 +297,7 @@ def test_evaluation_sees_every_row_once(digits_index: Callable[[str], Path], wor
     chunks = {
         chunk: batch.rows.tolist()
         for rank in range(world_size)
-        for chunk, batch in EvalLoader(index, SMALL, Place(rank, world_size, CPU, 1), no_bad_image, batch=128)
+        for chunk, batch in EvalLoader(index, SMALL, LoaderContext(rank, world_size, CPU, 1), no_bad_image, batch=128)
     }
     assert {chunk: len(rows) for chunk, rows in chunks.items()} == {0: 128, 1: 128, 2: 104}
     assert [row for chunk in sorted(chunks) for row in chunks[chunk]] == list(range(360))
@@ -308,7 +308,7 @@ def test_odd_images_decode(tmp_path: Path) -> None:
     write_odd_folder(tmp_path)
     index, _ = build_index(tmp_path)
     cfg = DataConfig(train="-", val="-", image_size=48, val_resize=48)
-    ((_, batch),) = EvalLoader(index, cfg, Place(0, 1, CPU, 1), no_bad_image, batch=100)
+    ((_, batch),) = EvalLoader(index, cfg, LoaderContext(0, 1, CPU, 1), no_bad_image, batch=100)
     for image, row in zip(batch.images, batch.rows, strict=True):
         opened: Image.Image = Image.open(file(index, row))
         if opened.mode.startswith("I"):  # PIL clips 16 bits where DALI scales them
@@ -352,7 +352,9 @@ def test_broken_images_are_replaced_and_named_once(partly_broken: Path) -> None:
     assert report.refused == []
     cfg = DataConfig(train="-", val="-", image_size=32, val_resize=32, max_bad_fraction=0.1)
     named: list[str] = []
-    train = TrainLoader(index, cfg, Place(0, 1, CPU, 1), lambda path, _: named.append(path), global_batch=10, seed=0)
+    train = TrainLoader(
+        index, cfg, LoaderContext(0, 1, CPU, 1), lambda path, _: named.append(path), global_batch=10, seed=0
+    )
     batches = list(train.from_step(0, 12))  # three epochs
     assert sorted(Path(path).stem for path in named) == ["03", "17", "18"]
     stand_in = torch.tensor(MEAN_COLOUR, dtype=torch.uint8).view(3, 1, 1)
@@ -362,7 +364,7 @@ def test_broken_images_are_replaced_and_named_once(partly_broken: Path) -> None:
             assert bool((image == stand_in).all()) == (row in (3, 17, 18))
     healthy = [b for b in batches if not set(b.rows.tolist()) & {3, 17, 18}]
     assert healthy
-    again = TrainLoader(index, cfg, Place(0, 1, CPU, 1), lambda *_: None, global_batch=10, seed=0)
+    again = TrainLoader(index, cfg, LoaderContext(0, 1, CPU, 1), lambda *_: None, global_batch=10, seed=0)
     for one, other in zip(batches, again.from_step(0, 12), strict=True):
         assert torch.equal(one.images, other.images)
 
@@ -370,7 +372,7 @@ def test_broken_images_are_replaced_and_named_once(partly_broken: Path) -> None:
 def test_too_many_broken_images_stop_the_run(partly_broken: Path) -> None:
     index, _ = build_index(partly_broken)
     cfg = DataConfig(train="-", val="-", image_size=32, val_resize=32, max_bad_fraction=0.05)
-    train = TrainLoader(index, cfg, Place(0, 1, CPU, 1), lambda *_: None, global_batch=10, seed=0)
+    train = TrainLoader(index, cfg, LoaderContext(0, 1, CPU, 1), lambda *_: None, global_batch=10, seed=0)
     with pytest.raises(BadDataError, match=r"3 of 40 images in .* are broken.*: a/03\.jpg, a/17\.jpg, a/18\.jpg"):
         list(train.from_step(0, 8))
 
@@ -382,7 +384,7 @@ def test_a_storage_that_is_away_is_no_broken_image(digits: Path, tmp_path: Path)
     with web_server(tmp_path) as server:
         index, _ = build_index(f"{server.storage}/x.tar")
     cfg = dataclasses.replace(SMALL, cache_dir=str(tmp_path / "cache"))
-    place = Place(0, 1, CPU, 1, patience_s=1.0)
+    place = LoaderContext(0, 1, CPU, 1, patience_s=1.0)
     train = TrainLoader(index, cfg, place, no_bad_image, global_batch=10, seed=0)
     with closing(train), pytest.raises(StorageAwayError, match=r"x\.tar#val/\d/.*\.jpg: "):
         list(train.from_step(0, 8))
@@ -397,7 +399,7 @@ def test_data_that_vanishes_is_no_broken_image(left: str, tmp_path: Path) -> Non
     shutil.rmtree(folder)
     if left == "an empty folder":
         folder.mkdir()
-    loader = EvalLoader(index, SMALL, Place(0, 1, CPU, 1, patience_s=0.5), no_bad_image, batch=4)
+    loader = EvalLoader(index, SMALL, LoaderContext(0, 1, CPU, 1, patience_s=0.5), no_bad_image, batch=4)
     with closing(loader), pytest.raises(StorageAwayError, match="No such file"):
         list(loader)
 
@@ -409,7 +411,7 @@ def test_a_deleted_file_is_a_broken_image(tmp_path: Path) -> None:
     index, _ = build_index(tmp_path)
     (tmp_path / "a" / "2.jpg").unlink()
     reasons: dict[str, str] = {}
-    ((_, batch),) = EvalLoader(index, SMALL, Place(0, 1, CPU, 1), reasons.__setitem__, batch=4)
+    ((_, batch),) = EvalLoader(index, SMALL, LoaderContext(0, 1, CPU, 1), reasons.__setitem__, batch=4)
     assert len(batch.images) == 4
     ((path, reason),) = reasons.items()
     assert path.endswith("a/2.jpg")

@@ -14,7 +14,7 @@ from test_index import read, write_images
 from pipeline.cli import app
 from pipeline.data.indexing.build import build_index
 from pipeline.data.pack import pack
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 
 
 def run_pack(source: Path, out: Path, **options: float) -> list[str]:
@@ -80,7 +80,7 @@ def test_a_pack_that_fails_leaves_nothing(tmp_path: Path) -> None:
     write_images(tmp_path / "data", "a/0.jpg", "a/1.jpg")
     index, _ = build_index(tmp_path / "data")
     (tmp_path / "data" / "a" / "1.jpg").unlink()
-    with pytest.raises(ConfigError, match=r"cannot pack .*/data into .*/set: .*1\.jpg"):
+    with pytest.raises(UserError, match=r"cannot pack .*/data into .*/set: .*1\.jpg"):
         pack(index, tmp_path / "set", shard_mb=1, seed=0, progress=lambda *_: None, warn=lambda _: None)
     assert [file.name for file in tmp_path.iterdir()] == ["data"]
 
@@ -88,13 +88,13 @@ def test_a_pack_that_fails_leaves_nothing(tmp_path: Path) -> None:
 def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
     write_images(tmp_path / "data", "a/0.jpg")
     (tmp_path / "set").mkdir()
-    with pytest.raises(ConfigError, match=r"set exists; name a new folder, or remove it"):
+    with pytest.raises(UserError, match=r"set exists; name a new folder, or remove it"):
         run_pack(tmp_path / "data", tmp_path / "set")
 
 
 def test_a_class_name_that_is_no_line_is_refused(tmp_path: Path) -> None:
     write_images(tmp_path / "data", "a\nb/0.jpg")
-    with pytest.raises(ConfigError, match=r"the class name 'a\\nb' does not fit on a line"):
+    with pytest.raises(UserError, match=r"the class name 'a\\nb' does not fit on a line"):
         run_pack(tmp_path / "data", tmp_path / "set")
 
 

@@ -14,7 +14,7 @@ from ranks import no_bad_image
 from pipeline.cli import app
 from pipeline.config.loading import load
 from pipeline.data.indexing.build import build_index
-from pipeline.data.loading.loader import Place, TrainLoader
+from pipeline.data.loading.loader import LoaderContext, TrainLoader
 from pipeline.data.preview import LINE, MARGIN, MIN_CELL
 
 DIGITS = ["data.image_size=32", "data.val_resize=32", "train.global_batch=16", "optim.warmup_epochs=1"]
@@ -33,7 +33,7 @@ def test_the_pictures_are_those_of_the_loader(digits: Path, tmp_path: Path, caps
     cfg = load(CONFIG, [*DIGITS, *MIXED])
     index, _ = build_index(digits / "train")
     loader = TrainLoader(
-        index, cfg.data, Place(0, 1, torch.device("cpu"), 1), no_bad_image, global_batch=16, seed=cfg.run.seed
+        index, cfg.data, LoaderContext(0, 1, torch.device("cpu"), 1), no_bad_image, global_batch=16, seed=cfg.run.seed
     )
     (batch,) = loader.from_step(7, 8)
     assert [one["row"] for one in told["images"]] == batch.rows[:9].tolist()

@@ -26,7 +26,7 @@ from web import WebServer, web_server
 from pipeline.config.schema import DataConfig
 from pipeline.data.index import Index
 from pipeline.data.loading import read
-from pipeline.data.loading.groups import Recent
+from pipeline.data.loading.groups import LruCache
 from pipeline.data.loading.read import Reader, StorageAwayError
 from pipeline.storage import Storage
 
@@ -416,7 +416,7 @@ def test_more_than_the_cache_holds_goes_through_it_where_that_is_of_use(
 
 
 def test_row_groups_in_memory_are_read_once_and_bounded() -> None:
-    recent, reads = Recent(100), list[int]()
+    recent, reads = LruCache(100), list[int]()
 
     def read_one(key: int) -> bytes:
         reads.append(key)

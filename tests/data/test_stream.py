@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from pipeline.data import stream
-from pipeline.data.stream import Purpose, Stream
-from pipeline.errors import ConfigError
+from pipeline.data.stream import DeterministicSampler, Purpose
+from pipeline.errors import UserError
 
 
 @pytest.mark.parametrize("num_samples", [1, 2, 3, 5, 64, 65, 1437, 100_003])
@@ -69,7 +69,7 @@ PINNED_DRAWS = [0.5244794198342909, 0.8160846990878203, 0.5905581336189876]
 
 @pytest.mark.parametrize(("global_batch", "world_size"), [(64, 3), (7, 4), (5, 5), (256, 1)])
 def test_shares_are_contiguous_and_even_to_one(global_batch: int, world_size: int) -> None:
-    parts = [stream.share(global_batch, rank, world_size) for rank in range(world_size)]
+    parts = [stream.shard_bounds(global_batch, rank, world_size) for rank in range(world_size)]
     assert parts[0][0] == 0
     assert parts[-1][1] == global_batch
     assert all(a[1] == b[0] for a, b in pairwise(parts))
@@ -78,7 +78,7 @@ def test_shares_are_contiguous_and_even_to_one(global_batch: int, world_size: in
 
 
 def test_an_epoch_uses_each_sample_at_most_once_and_drops_the_partial_batch() -> None:
-    stream = Stream(num_samples=1437, global_batch=64, seed=0)
+    stream = DeterministicSampler(num_samples=1437, global_batch=64, seed=0)
     per_epoch = stream.steps_per_epoch
     seen = np.concatenate([stream.rows(*stream.positions(step, 0, 1)) for step in range(per_epoch)])
     assert len(seen) == len(set(seen.tolist())) == per_epoch * 64
@@ -87,7 +87,7 @@ def test_an_epoch_uses_each_sample_at_most_once_and_drops_the_partial_batch() ->
 
 
 def test_too_few_images_for_a_batch_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"63 training images do not fill one train.global_batch=64"):
+    with pytest.raises(UserError, match=r"63 training images do not fill one train.global_batch=64"):
         stream.steps_per_epoch(63, 64)
 
 
@@ -174,7 +174,7 @@ def test_blocks_begin_elsewhere_in_each_epoch() -> None:
 
 
 def test_copies_of_an_image_are_in_one_batch_and_on_other_ranks() -> None:
-    stream = Stream(num_samples=1437, global_batch=60, seed=0, repeats=3)
+    stream = DeterministicSampler(num_samples=1437, global_batch=60, seed=0, repeats=3)
     first, second = (stream.rows(*stream.positions(step, 0, 1)) for step in (0, 1))
     assert all((np.unique(rows, return_counts=True)[1] == 3).all() for rows in (first, second))
     assert not set(first) & set(second)
@@ -185,7 +185,7 @@ def test_copies_of_an_image_are_in_one_batch_and_on_other_ranks() -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_pairs_stay_on_one_rank(world_size: int) -> None:
-    stream = Stream(num_samples=1437, global_batch=50, seed=0, unit=2)
+    stream = DeterministicSampler(num_samples=1437, global_batch=50, seed=0, unit=2)
     parts = [stream.positions(1, rank, world_size)[1:] for rank in range(world_size)]
     assert (parts[0][0], parts[-1][1]) == (50, 100)
     assert all(start % 2 == 0 and stop % 2 == 0 for start, stop in parts)

@@ -12,8 +12,8 @@ from test_index import paths, read
 from web import web_server
 
 from pipeline.data.index import Index
-from pipeline.data.indexing.build import Report, build_index
-from pipeline.errors import ConfigError
+from pipeline.data.indexing.build import IndexReport, build_index
+from pipeline.errors import UserError
 
 IMAGES = [encode(picture(20 + k, 30, seed=k), "JPEG") for k in range(8)]
 Content = bytes | tarfile.TarInfo
@@ -42,7 +42,7 @@ def numbered(*labels: int | None) -> list[tuple[str, Content]]:
     return members
 
 
-def reasons(report: Report) -> dict[str, str]:
+def reasons(report: IndexReport) -> dict[str, str]:
     """By member."""
     return {one.path.rpartition("#")[2]: one.reason for one in report.refused}
 
@@ -81,7 +81,7 @@ def test_shards_on_a_web_server(tmp_path: Path) -> None:
         assert report.refused == []
         assert paths(index) == paths(local)
         assert index.fingerprint == local.fingerprint
-        with pytest.raises(ConfigError, match=r"my%20shards lacks a file that should be there: .*x-2\.tar"):
+        with pytest.raises(UserError, match=r"my%20shards lacks a file that should be there: .*x-2\.tar"):
             build_index((server.storage / "my shards").uri + "/x-{1..2}.tar")
 
 
@@ -126,7 +126,7 @@ def test_labels_of_every_kind(tmp_path: Path) -> None:
 def test_a_class_named_twice_is_refused(tmp_path: Path) -> None:
     """Labels of two classes of one name would become one where validation takes the training's numbers."""
     (tmp_path / "classes.txt").write_text("crane\nbee\ncrane\n")
-    with pytest.raises(ConfigError, match=r"classes\.txt names the class 'crane' twice"):
+    with pytest.raises(UserError, match=r"classes\.txt names the class 'crane' twice"):
         build_index(shard(tmp_path / "x.tar", numbered(0)))
 
 
@@ -140,7 +140,7 @@ def test_the_folder_in_the_key_is_the_class_where_there_are_no_labels(tmp_path: 
 def test_names_and_numbers_do_not_mix(tmp_path: Path) -> None:
     members: list[tuple[str, Content]] = [*numbered(3), ("b.jpg", IMAGES[1]), ("b.cls", b"dog")]
     with pytest.raises(
-        ConfigError, match=r"both names and numbers for labels, such as 'dog' \(x\.tar b\.jpg\) and 3 .*classes\.txt"
+        UserError, match=r"both names and numbers for labels, such as 'dog' \(x\.tar b\.jpg\) and 3 .*classes\.txt"
     ):
         build_index(shard(tmp_path / "x.tar", members))
 
@@ -309,7 +309,7 @@ def test_tar_files_behind_one_another_are_read_to_the_end(tmp_path: Path) -> Non
 def test_compressed_shards_are_refused(tmp_path: Path, name: str) -> None:
     with tarfile.open(tmp_path / name, "w:gz") as tar:
         tar.addfile(header(tarfile.DIRTYPE))
-    with pytest.raises(ConfigError, match="compressed, so that its images cannot be read in place; unpack it"):
+    with pytest.raises(UserError, match="compressed, so that its images cannot be read in place; unpack it"):
         build_index(tmp_path)
 
 

@@ -20,15 +20,15 @@ from pipeline.config.loading import load
 from pipeline.config.schema import DataConfig, ModelConfig
 from pipeline.data.index import load_index
 from pipeline.data.indexing.build import build_index
-from pipeline.data.loading.loader import Batch, Place, TrainLoader
+from pipeline.data.loading.loader import Batch, LoaderContext, TrainLoader
 from pipeline.models.resnet import ResNet
-from pipeline.runs.spec import Job
+from pipeline.runs.spec import RunSpec
 from pipeline.storage import Storage
-from pipeline.tracking.ledger import Ledger
-from pipeline.training.ddp import as_trained, compiled
+from pipeline.tracking.ledger import TimeLedger
+from pipeline.training.ddp import compiled, wrap_model
 from pipeline.training.evaluation import log_probabilities
 from pipeline.training.loop import fit
-from pipeline.training.microbatch import InParts, MicroBatches
+from pipeline.training.microbatch import AutoMicrobatch, OomSplitter
 from pipeline.training.state import TrainState
 from pipeline.training.step import train_step
 
@@ -56,7 +56,9 @@ def test_gpu_batches_are_the_cpus_to_within_decoding(digits_index: Callable[[str
     """Same samples, crops and flips; nvJPEG's inverse DCT and chroma differ from libjpeg-turbo's by little."""
     index = load_index(digits_index("train"))
     cpu, gpu = (
-        TrainLoader(index, cfg, Place(0, 1, torch.device(d), 2), no_bad_image, global_batch=50, seed=3).from_step(0, 10)
+        TrainLoader(
+            index, cfg, LoaderContext(0, 1, torch.device(d), 2), no_bad_image, global_batch=50, seed=3
+        ).from_step(0, 10)
         for d in ("cpu", "cuda")
     )
     for one, other in zip(cpu, gpu, strict=True):
@@ -70,7 +72,7 @@ def test_gpu_batches_are_the_cpus_to_within_decoding(digits_index: Callable[[str
 @pytest.mark.parametrize("policy", ["trivial", "rand", "auto"])
 def test_automatic_augmentations_run_on_a_gpu(digits_index: Callable[[str], Path], policy: str) -> None:
     cfg = dataclasses.replace(PLAIN, auto_augment=policy)  # type: ignore[arg-type]
-    index, place = load_index(digits_index("train")), Place(0, 1, torch.device("cuda:0"), 2)
+    index, place = load_index(digits_index("train")), LoaderContext(0, 1, torch.device("cuda:0"), 2)
     one, again = (
         [
             batch.images.clone()
@@ -89,7 +91,7 @@ def test_broken_images_are_replaced_on_a_gpu(tmp_path: Path) -> None:
     loader = TrainLoader(
         build_index(tmp_path)[0],
         cfg,
-        Place(0, 1, torch.device("cuda:0"), 2),
+        LoaderContext(0, 1, torch.device("cuda:0"), 2),
         lambda place, _: named.append(place),
         global_batch=10,
         seed=0,
@@ -104,7 +106,7 @@ def test_the_ledger_follows_the_stream() -> None:
     a = torch.randn(8192, 8192, device=device)
     (a @ a)[0, 0].item()
     began = time.perf_counter()
-    ledger = Ledger("start-up", device)
+    ledger = TimeLedger("start-up", device)
 
     def batches() -> Iterator[int]:
         for i in range(20):
@@ -155,7 +157,7 @@ def test_micro_batches_are_halved_until_they_fit() -> None:
     batch = Batch(images, torch.randint(0, 10, (128,), device="cuda"), np.arange(128))
     torch.cuda.set_per_process_memory_fraction(3 * 2**30 / torch.cuda.get_device_properties(0).total_memory)
     try:
-        size = MicroBatches(cfg.train, True, said.append).size(state, state.model, batch)
+        size = AutoMicrobatch(cfg.train, True, said.append).size(state, state.model, batch)
         train_step(state, state.model, batch, cfg.train, lr=0.01, world_size=1, micro_batch=size)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
@@ -171,7 +173,7 @@ def _synchronized_step(rank: int, world_size: int, batch: tuple[Tensor, Tensor],
     settings = ["data.image_size=32", "model.depth=18", "train.global_batch=32", "train.precision=fp32"]
     cfg = load(None, ["data.train=x", "data.val=x", *settings, f"model.sync_bn={str(sync_bn).lower()}"])
     state = TrainState.create(cfg, 10, device)
-    net = as_trained(state.model, cfg, world_size, device, Ledger("start-up", device))
+    net = wrap_model(state.model, cfg, world_size, device, TimeLedger("start-up", device))
     images, labels = (tensor.chunk(world_size)[rank].to(device) for tensor in batch)
     share = Batch(images.contiguous(memory_format=torch.channels_last), labels, np.arange(len(labels)))
     train_step(state, net, share, cfg.train, lr=0.1, world_size=world_size)
@@ -205,7 +207,7 @@ def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(
         (tmp_path / name).mkdir(exist_ok=True)
         cfg = load(None, [*common, f"run.storage={tmp_path}", *overrides])
         ctx = dataclasses.replace(context(), device=torch.device("cuda:0"), num_threads=2)
-        summary = fit(Job(cfg, Storage(tmp_path / name), train, val), ctx)
+        summary = fit(RunSpec(cfg, Storage(tmp_path / name), train, val), ctx)
         lines = (tmp_path / name / "trace" / "rank_0.jsonl").read_text().splitlines()
         return summary, [json.loads(line)["rows"] for line in lines]
 
@@ -227,12 +229,12 @@ def test_an_evaluation_is_computed_in_parts_that_fit() -> None:
     torch.cuda.set_per_process_memory_fraction(2 * 2**30 / torch.cuda.get_device_properties(0).total_memory)
     try:
         with torch.inference_mode():
-            parts = log_probabilities(model, [images], "fp32", InParts(said.append))
+            parts = log_probabilities(model, [images], "fp32", OomSplitter(said.append))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert 1 <= len(said) < 10
     assert "512 instead of 1024 images at a time" in said[0]
     with torch.inference_mode():
-        whole = log_probabilities(model, [images], "fp32", InParts(pytest.fail))
+        whole = log_probabilities(model, [images], "fp32", OomSplitter(pytest.fail))
     assert (whole[0] - whole[-1]).abs().max() > 0.03
     torch.testing.assert_close(parts, whole, rtol=0, atol=0.003)  # TF32, and other kernels for other sizes

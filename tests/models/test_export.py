@@ -14,7 +14,7 @@ import torch
 from commands import Run
 from torch import Tensor, nn
 
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 from pipeline.models import export, pretrained
 from pipeline.storage import Storage
 from pipeline.training import inference
@@ -115,7 +115,7 @@ def test_what_cannot_be_written_gets_one_line(run: Run, trained: dict[str, Any],
 def test_without_the_extra_onnx_a_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)  # as if it were not installed
     with pytest.raises(
-        ConfigError, match=r"onnxscript is not installed; install it with: pip install 'pipeline\[onnx\]'"
+        UserError, match=r"onnxscript is not installed; install it with: pip install 'pipeline\[onnx\]'"
     ):
         export.require_writable("onnx", tmp_path / "m.onnx")
     export.require_writable("pt2", tmp_path / "m.pt2")

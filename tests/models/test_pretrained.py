@@ -16,11 +16,11 @@ from torch import Tensor
 from pipeline.cli import app
 from pipeline.config.loading import load
 from pipeline.config.schema import ModelConfig
-from pipeline.errors import ConfigError
-from pipeline.models.pretrained import begin_with
+from pipeline.errors import UserError
+from pipeline.models.pretrained import load_pretrained
 from pipeline.models.resnet import ResNet
 from pipeline.runs import checkpoint
-from pipeline.runs.spec import Event, Job
+from pipeline.runs.spec import Event, RunSpec
 from pipeline.storage import Storage
 from pipeline.tracking import find
 from pipeline.training.loop import fit
@@ -48,7 +48,7 @@ def test_torchvisions_file_gives_all_but_the_last_layer_to_ten_classes(
 ) -> None:
     torch.save(theirs, tmp_path / "resnet18.pth")
     model, untouched = new_model(10), new_model(10)
-    said = begin_with(model, str(tmp_path / "resnet18.pth"), TEN)
+    said = load_pretrained(model, str(tmp_path / "resnet18.pth"), TEN)
     assert said.endswith("resnet18.pth; the last layer anew: 1000 classes there, 10 here")
     assert holds(model, theirs, without=("fc.weight", "fc.bias"))
     assert torch.equal(model.fc.weight, untouched.fc.weight)
@@ -57,7 +57,7 @@ def test_torchvisions_file_gives_all_but_the_last_layer_to_ten_classes(
 def test_and_all_to_as_many_classes(theirs: dict[str, Tensor], tmp_path: Path) -> None:
     torch.save(theirs, tmp_path / "resnet18.pth")
     model = new_model(1000)
-    assert "the last layer, too" in begin_with(model, str(tmp_path / "resnet18.pth"), tuple(map(str, range(1000))))
+    assert "the last layer, too" in load_pretrained(model, str(tmp_path / "resnet18.pth"), tuple(map(str, range(1000))))
     assert holds(model, theirs)
 
 
@@ -65,7 +65,7 @@ def test_timms_file_fits_variant_d(tmp_path: Path) -> None:
     weights = timm.create_model("resnet18d", pretrained=False).state_dict()
     save_file(weights, tmp_path / "model.safetensors")
     model = new_model(1000, variant="d")
-    begin_with(model, str(tmp_path / "model.safetensors"), tuple(map(str, range(1000))))
+    load_pretrained(model, str(tmp_path / "model.safetensors"), tuple(map(str, range(1000))))
     assert holds(model, weights)
 
 
@@ -77,7 +77,7 @@ def test_what_training_programs_wrap_around_weights_is_seen_through(
     averaged["n_averaged"] = torch.tensor(3)
     torch.save({name: averaged, "optimizer": {}, "epoch": 3}, tmp_path / "checkpoint.pth")
     model = new_model(1000)
-    begin_with(model, str(tmp_path / "checkpoint.pth"), tuple(map(str, range(1000))))
+    load_pretrained(model, str(tmp_path / "checkpoint.pth"), tuple(map(str, range(1000))))
     assert holds(model, theirs)
 
 
@@ -87,7 +87,7 @@ def test_what_stands_before_all_names_is_seen_through(prefix: str, theirs: dict[
     wrapped = {f"{prefix}{key}": value for key, value in theirs.items()}
     beside = {"loss.weight": torch.ones(3), "accuracy.fc.bias": torch.ones(1), "seen": torch.tensor(3)}
     model = new_model(1000)
-    begin_with(model, write(tmp_path / "w.ckpt", {"state_dict": wrapped | beside}), tuple(map(str, range(1000))))
+    load_pretrained(model, write(tmp_path / "w.ckpt", {"state_dict": wrapped | beside}), tuple(map(str, range(1000))))
     assert holds(model, theirs)
 
 
@@ -95,7 +95,7 @@ def test_what_stands_before_all_names_is_seen_through(prefix: str, theirs: dict[
 def test_weights_of_another_precision_are_taken(dtype: torch.dtype, theirs: dict[str, Tensor], tmp_path: Path) -> None:
     model = new_model(1000)
     stored = {name: value.to(dtype) if value.is_floating_point() else value for name, value in theirs.items()}
-    begin_with(model, write(tmp_path / "w.pth", stored), tuple(map(str, range(1000))))
+    load_pretrained(model, write(tmp_path / "w.pth", stored), tuple(map(str, range(1000))))
     assert holds(model, {name: value.to(theirs[name].dtype) for name, value in stored.items()})
 
 
@@ -103,7 +103,7 @@ def test_files_from_before_batch_norms_counted_are_taken(theirs: dict[str, Tenso
     """As torchvision's first weights of each depth."""
     model = new_model(1000)
     stored = {name: value for name, value in theirs.items() if not name.endswith("num_batches_tracked")}
-    begin_with(model, write(tmp_path / "w.pth", stored), tuple(map(str, range(1000))))
+    load_pretrained(model, write(tmp_path / "w.pth", stored), tuple(map(str, range(1000))))
     assert holds(model, theirs)
 
 
@@ -147,33 +147,33 @@ def test_files_that_are_of_no_use_get_one_line(theirs: dict[str, Tensor], tmp_pa
         (b"", "is no file of tensors"),
         ([1, 2], "is no file of tensors .it holds a list"),
     ]:
-        with pytest.raises(ConfigError, match=f"model.weights={tmp_path}/w.pth: {message}") as e:
-            begin_with(new_model(10), write(tmp_path / "w.pth", content), TEN)
+        with pytest.raises(UserError, match=f"model.weights={tmp_path}/w.pth: {message}") as e:
+            load_pretrained(new_model(10), write(tmp_path / "w.pth", content), TEN)
         assert "\n" not in str(e.value)
     (tmp_path / "w.safetensors").write_bytes(b"no")
-    with pytest.raises(ConfigError, match="is no file of tensors"):
-        begin_with(new_model(10), str(tmp_path / "w.safetensors"), TEN)
+    with pytest.raises(UserError, match="is no file of tensors"):
+        load_pretrained(new_model(10), str(tmp_path / "w.safetensors"), TEN)
 
 
 @pytest.fixture
-def job(digits_index: Callable[[str], Path], tmp_path: Path) -> Callable[..., Job]:
-    def make(name: str, *overrides: str) -> Job:
+def job(digits_index: Callable[[str], Path], tmp_path: Path) -> Callable[..., RunSpec]:
+    def make(name: str, *overrides: str) -> RunSpec:
         train, val = digits_index("train"), digits_index("val")
         data = [f"data.train={train}", f"data.val={val}", "data.image_size=32", "data.val_resize=32", "model.depth=18"]
         steps = ["train.steps=2", "train.global_batch=64", "optim.warmup_epochs=0", "mlflow.log_model=false"]
         cfg = load(None, [*data, *steps, "mlflow.checkpoints=none", f"run.storage={tmp_path}", *overrides])
         (tmp_path / name).mkdir(exist_ok=True)
-        return Job(cfg, Storage(tmp_path / name), str(train), str(val))
+        return RunSpec(cfg, Storage(tmp_path / name), str(train), str(val))
 
     return make
 
 
-def test_a_run_begins_with_anothers_averaged_weights_and_resumes_with_its_own(job: Callable[..., Job]) -> None:
+def test_a_run_begins_with_anothers_averaged_weights_and_resumes_with_its_own(job: Callable[..., RunSpec]) -> None:
     first = job("first", "train.ema_decay=0.9")
     fit(first, context(0, 1))
     storage = first.run.parent
     place = find.find_weights("first", storage, None)
-    averaged = checkpoint.read(Storage(place)).state()["ema"]
+    averaged = checkpoint.load(Storage(place)).state()["ema"]
 
     frozen = ["model.freeze=layer4", "train.ema_decay=0.9", "optim.layer_decay=0.7"]
     second, events = job("second", f"model.weights={place}", *frozen), list[Event]()

@@ -18,7 +18,7 @@ import torch
 from pipeline.config.loading import load
 from pipeline.config.schema import Config
 from pipeline.runs import checkpoint, retention
-from pipeline.runs.async_checkpointer import Saver, to_host
+from pipeline.runs.async_checkpointer import AsyncCheckpointer, to_host
 from pipeline.runs.checkpoint import Checkpoint
 from pipeline.storage import Storage
 from pipeline.training.state import TrainState
@@ -42,7 +42,7 @@ class Watched:
     def __init__(self, folder: Path, cfg: Config):
         self.written: list[Checkpoint] = []
         self.reports: list[str] = []
-        self.saver = Saver(
+        self.saver = AsyncCheckpointer(
             Storage(folder),
             cfg,
             check=lambda: None,

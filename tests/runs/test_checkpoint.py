@@ -56,7 +56,7 @@ def save(tmp_path: Path, cfg: Config, state: TrainState) -> Callable[..., Path]:
 
 def test_what_is_saved_is_what_is_read(save: Callable[..., Path], cfg: Config, state: TrainState) -> None:
     path = save(7)
-    found = checkpoint.read(Storage(path))
+    found = checkpoint.load(Storage(path))
     assert found.step == 7
     restored = TrainState.create(load(None, ["run.seed=5", *_minimal()]), 2, torch.device("cpu"))
     restored.load_state_dict(found.state())
@@ -99,7 +99,7 @@ def test_it_is_written_also_where_there_is_no_git(
     """As in the image."""
     monkeypatch.setenv("PATH", str(tmp_path))
     versions.software.cache_clear()
-    assert checkpoint.read(Storage(save(1))).meta["git_commit"] is None
+    assert checkpoint.load(Storage(save(1))).meta["git_commit"] is None
     versions.software.cache_clear()
 
 
@@ -108,7 +108,7 @@ def test_damage_is_named_and_skipped(save: Callable[..., Path], tmp_path: Path, 
     older, newer = save(1), save(2)
     DAMAGES[reason](newer)
     with pytest.raises(CheckpointError, match=reason.strip()):
-        checkpoint.read(Storage(newer))
+        checkpoint.load(Storage(newer))
     reports: list[str] = []
     found = checkpoint.newest_valid(Storage(tmp_path), reports.append)
     assert found is not None
@@ -125,7 +125,7 @@ def test_a_flipped_bit_anywhere_is_found(save: Callable[..., Path]) -> None:
         whole[place] ^= 1 << random_places.randrange(8)
         (path / "state.pt").write_bytes(whole)
         with pytest.raises(CheckpointError, match=r"state\.pt is damaged"):
-            checkpoint.read(Storage(path))
+            checkpoint.load(Storage(path))
         whole = bytearray(whole)
 
 
@@ -223,14 +223,14 @@ HURTS: dict[str, Callable[[Path, Path, random.Random], object]] = {
 def test_a_state_that_does_not_fit_says_where(
     save: Callable[..., Path], settings: list[str], num_classes: int, message: str
 ) -> None:
-    saved = checkpoint.read(Storage(save(1))).state()
+    saved = checkpoint.load(Storage(save(1))).state()
     other = TrainState.create(load(None, [*_minimal(), *settings]), num_classes, torch.device("cpu"))
     with pytest.raises(ValueError, match=message):
         other.load_state_dict(saved)
 
 
 def test_an_optimizer_whose_shapes_do_not_fit_says_where(save: Callable[..., Path], state: TrainState) -> None:
-    saved = checkpoint.read(Storage(save(1))).state()
+    saved = checkpoint.load(Storage(save(1))).state()
     saved["optimizer"]["state"][0]["momentum_buffer"] = torch.zeros(5)
     with pytest.raises(ValueError, match=r"momentum_buffer of conv1\.weight is \(5,\) in the saved optimizer"):
         state.load_state_dict(saved)
@@ -238,7 +238,7 @@ def test_an_optimizer_whose_shapes_do_not_fit_says_where(save: Callable[..., Pat
 
 def test_the_optimizers_settings_are_the_configurations(save: Callable[..., Path]) -> None:
     """torch would go on with the saved ones, so that a change of weight decay had no effect."""
-    saved = checkpoint.read(Storage(save(1))).state()
+    saved = checkpoint.load(Storage(save(1))).state()
     other = TrainState.create(load(None, [*_minimal(), "optim.weight_decay=0.5"]), 2, torch.device("cpu"))
     other.load_state_dict(saved)
     assert [group["weight_decay"] for group in other.optimizer.param_groups] == [0.5, 0.0]
@@ -255,7 +255,7 @@ def test_loading_executes_nothing(save: Callable[..., Path], tmp_path: Path) -> 
     torch.save({"step": 1, "model": Attack()}, path / "state.pt")
     _edit_meta(path, files={n: checkpoint._digest(path / n) for n in ("state.pt", "config.yaml")})
     with pytest.raises(pickle.UnpicklingError):
-        checkpoint.read(Storage(path)).state()
+        checkpoint.load(Storage(path)).state()
     assert not victim.exists()
 
 
@@ -329,4 +329,4 @@ def test_an_empty_or_missing_folder_has_no_checkpoint(tmp_path: Path) -> None:
 def test_a_moved_checkpoint_still_reads(save: Callable[..., Path], tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere" / "copy"
     shutil.copytree(save(3), moved)
-    assert checkpoint.read(Storage(moved)).step == 3
+    assert checkpoint.load(Storage(moved)).step == 3

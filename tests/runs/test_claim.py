@@ -10,10 +10,10 @@ import pytest
 from interleaving import Turns, in_memory
 from s3 import s3_storage
 
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 from pipeline.failures import TrainingFailedError, retry
 from pipeline.runs.claim import FOLDER, Claim, SupersededError
-from pipeline.runs.manifest import Identity
+from pipeline.runs.manifest import RunManifest
 from pipeline.storage import Storage
 from pipeline.training import open_run
 
@@ -87,13 +87,13 @@ def test_what_an_earlier_driver_writes_at_last_ends_nothing_of_the_later_one(mon
 
     def later() -> None:
         claim = Claim.take(run)
-        read = Identity.read(run, pytest.fail)
+        read = RunManifest.read(run, pytest.fail)
         assert read is not None
         begun = read.replaced(read.begin(0), run, claim)
-        seen["run.json"] = Identity.read(run, pytest.fail)
+        seen["run.json"] = RunManifest.read(run, pytest.fail)
         seen["later"] = begun.replaced(begun.end(), run, claim)
 
-    claims, open_now = list[Claim](), Identity(training_id="t").begin(0)
+    claims, open_now = list[Claim](), RunManifest(training_id="t").begin(0)
 
     def make() -> list[Callable[[], None]]:
         seen.clear()
@@ -105,11 +105,11 @@ def test_what_an_earlier_driver_writes_at_last_ends_nothing_of_the_later_one(mon
     for _ in every_order(monkeypatch, make):
         orders += 1
         ended = seen["later"]
-        assert isinstance(ended, Identity)
+        assert isinstance(ended, RunManifest)
         assert (ended.training_id, ended.sessions, ended.open) == ("t", 2, False)
         if "earlier" in seen:
             assert seen["run.json"] == dataclasses.replace(ended, open=True)
-            assert Identity.read(run, pytest.fail) == ended
+            assert RunManifest.read(run, pytest.fail) == ended
     assert orders > 20
 
 
@@ -136,7 +136,7 @@ def test_the_last_claim_is_the_runs(kind: str, request: pytest.FixtureRequest, t
 
 def test_a_command_that_comes_second_is_told_so(tmp_path: Path) -> None:
     line = r"run.name=x: another command begins to train it just now; wait for its end"
-    with pytest.raises(ConfigError, match=line), open_run._as_second(Storage(tmp_path / "x"), again=False):
+    with pytest.raises(UserError, match=line), open_run._as_second(Storage(tmp_path / "x"), again=False):
         raise SupersededError("")
 
 
@@ -168,7 +168,7 @@ def test_a_write_whose_answer_was_lost_is_not_taken_for_another_session(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The object store has it, and the connection broke: it is tried again."""
-    run, before, write = Storage(tmp_path), Identity(), Storage.write_bytes
+    run, before, write = Storage(tmp_path), RunManifest(), Storage.write_bytes
     before.write(run)
     answers = iter([False, True])
 

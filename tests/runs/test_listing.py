@@ -19,10 +19,10 @@ from s3 import s3_storage
 
 from pipeline.cli import app
 from pipeline.config.loading import load
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 from pipeline.runs import checkpoint, listing
-from pipeline.runs.manifest import Identity
-from pipeline.runs.spec import Job
+from pipeline.runs.manifest import RunManifest
+from pipeline.runs.spec import RunSpec
 from pipeline.storage import Storage
 from pipeline.training.loop import fit
 
@@ -50,7 +50,7 @@ def stopped(digits_index: Callable[[str], Path], tmp_path_factory: pytest.TempPa
     ]
     cfg = load(None, [f"data.train={val}", f"data.val={val}", *FAST, *length, f"run.storage={storage}"])
     (storage / "stopped").mkdir()
-    summary = fit(Job(cfg, Storage(storage / "stopped"), val, train), context())
+    summary = fit(RunSpec(cfg, Storage(storage / "stopped"), val, train), context())
     assert summary["status"] == "stopped"
     return storage / "stopped"
 
@@ -81,7 +81,7 @@ def states(storage: Path) -> dict[str, tuple[str, int | None]]:
 
 def set_open(run: Path) -> None:
     """As a session leaves run.json that could not tell of its end."""
-    identity = Identity.read(Storage(run), pytest.fail)
+    identity = RunManifest.read(Storage(run), pytest.fail)
     assert identity is not None
     dataclasses.replace(identity, open=True).write(Storage(run))
 
@@ -217,14 +217,14 @@ def test_an_object_store_has_no_locks(bucket: Storage, copy: Callable[..., Path]
             "meta.json": (newest / "meta.json").read_bytes(),
         }.items():
             (there / "checkpoints" / newest.name).write_bytes(file, content)
-        identity = Identity.read(Storage(run), pytest.fail)
+        identity = RunManifest.read(Storage(run), pytest.fail)
         assert identity is not None
         dataclasses.replace(identity, open=is_open).write(there)
     found = {one.name: one for one in listing.listed(bucket)}
     assert [(found[name].state, found[name].resumes_at) for name in ("ended", "going")] == [("stopped", 2), ("open", 2)]
     assert all(one.changed is not None and time.time() - one.changed < 600 for one in found.values())
     nowhere = bucket.parent / "other"
-    with pytest.raises(ConfigError, match="no such folder; name the place where runs lie"):
+    with pytest.raises(UserError, match="no such folder; name the place where runs lie"):
         listing.listed(nowhere)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 from pipeline.failures import Interrupted
 from pipeline.runs import lock
 from pipeline.runs.lock import is_held, run_lock
@@ -41,7 +41,7 @@ def test_a_run_that_is_held_is_waited_for_and_then_refused(tmp_path: Path, monke
     with run_lock(run, told.append):
         assert is_held(run)
         holder = f"process {os.getpid()} on "
-        with pytest.raises(ConfigError, match=f"is being trained by {holder}"), run_lock(run, told.append):
+        with pytest.raises(UserError, match=f"is being trained by {holder}"), run_lock(run, told.append):
             pass
     (text,) = told
     assert text == f"waiting 0 s for process {os.getpid()} on {socket.gethostname()}, to leave the run"

@@ -13,9 +13,9 @@ from ranks import context
 from pipeline.config.loading import load
 from pipeline.config.schema import ClusterConfig, Config
 from pipeline.data.indexing.build import build_index
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 from pipeline.runs import checkpoint
-from pipeline.runs.spec import Event, Job
+from pipeline.runs.spec import Event, RunSpec
 from pipeline.storage import Storage
 from pipeline.tracking import find
 from pipeline.training import open_run
@@ -33,7 +33,7 @@ def stopped(digits_index: Callable[[str], Path], tmp_path_factory: pytest.TempPa
     storage = tmp_path_factory.mktemp("runs")
     data = [f"data.train={digits_index('train')}", f"data.val={digits_index('val')}"]
     where = [f"run.storage={storage}", "run.name=run", "run.stop_at_step=2", "checkpoint.every=1"]
-    with open_run.prepare(load(None, [*data, *SMALL, *QUIET, *where]), print) as job:
+    with open_run.open_run(load(None, [*data, *SMALL, *QUIET, *where]), print) as job:
         fit(job, context())
     return storage
 
@@ -53,10 +53,10 @@ def settings(stopped: Path, digits_index: Callable[[str], Path], tmp_path: Path)
 def refused(cfg: Config, resume_from: str | None = None) -> str:
     """The line with which driver and worker refuse a training."""
     assert cfg.run.name is not None
-    job = Job(cfg, Storage(cfg.run.storage) / cfg.run.name, cfg.data.train, cfg.data.val, resume_from)
-    with pytest.raises(ConfigError) as by_driver, open_run.prepare(cfg, print, resume_from):
+    job = RunSpec(cfg, Storage(cfg.run.storage) / cfg.run.name, cfg.data.train, cfg.data.val, resume_from)
+    with pytest.raises(UserError) as by_driver, open_run.open_run(cfg, print, resume_from):
         pass
-    with pytest.raises(ConfigError) as by_worker:
+    with pytest.raises(UserError) as by_worker:
         fit(job, context())
     assert str(by_driver.value) == str(by_worker.value)
     assert "\n" not in str(by_driver.value)
@@ -94,13 +94,13 @@ def test_the_network_and_its_optimizer_stay(settings: Settings, setting: str, me
 def test_the_images_stay_unless_others_are_allowed(settings: Settings, digits_index: Callable[[str], Path]) -> None:
     other = f"data.train={digits_index('val')}"
     assert "was trained on other images than data.train=" in refused(settings(other))
-    with open_run.prepare(settings(other, "data.allow_changed=true", "run.stop_at_step=3"), print) as job:
+    with open_run.open_run(settings(other, "data.allow_changed=true", "run.stop_at_step=3"), print) as job:
         assert fit(job, context())["step"] == 3
 
 
 def test_leave_for_one_change_is_none_for_the_next(settings: Settings, digits_index: Callable[[str], Path]) -> None:
     cfg = settings(f"data.train={digits_index('val')}", "data.allow_changed=true", "run.stop_at_step=3")
-    with open_run.prepare(cfg, print) as job:
+    with open_run.open_run(cfg, print) as job:
         fit(job, context())
     found = checkpoint.newest_valid(job.checkpoints, pytest.fail)
     assert found is not None
@@ -136,7 +136,7 @@ def test_damaged_checkpoints_are_told_by_the_workers_and_decide_nothing(settings
     (newest / checkpoint.CONFIG).write_text("model: {depth: 34}")
     assert "step_00000001 was trained with 18" in refused(settings("model.depth=34"))
     events: list[Event] = []
-    with open_run.prepare(cfg, events.append) as job:
+    with open_run.open_run(cfg, events.append) as job:
         assert [event for event in events if "damaged" in event["text"]] == []
         assert fit(job, context(events=events))["step"] == 3
     assert sum("step_00000002: config.yaml is damaged" in event.get("text", "") for event in events) == 1
@@ -162,10 +162,10 @@ def test_images_that_have_gone_are_told_before_any_worker_starts(
     (tmp_path / "images").rename(tmp_path / "away")
     cfg = settings(f"data.val={tmp_path}/images.arrow", "run.name=new")
     line = f"data.val: the index's images are not there: {tmp_path}/images is missing or empty"
-    with pytest.raises(ConfigError, match=f"{line}; bring them back"), open_run.prepare(cfg, print):
+    with pytest.raises(UserError, match=f"{line}; bring them back"), open_run.open_run(cfg, print):
         pass
     events = list[Event]()
-    with open_run.prepare(dataclasses.replace(cfg, cluster=ClusterConfig(address="head:6379")), events.append):
+    with open_run.open_run(dataclasses.replace(cfg, cluster=ClusterConfig(address="head:6379")), events.append):
         assert [event["text"] for event in events] == [f"{line} on the driver's machine"]
 
 
@@ -182,16 +182,16 @@ def test_the_driver_reads_no_state(settings: Settings) -> None:
     for place in Path(cfg.run.storage, "run", "checkpoints").glob("step_*"):
         os.truncate(place / checkpoint.STATE, 0)
         os.truncate(place / checkpoint.STATE, checkpoint.read_meta(Storage(place))["files"][checkpoint.STATE]["size"])
-    with open_run.prepare(cfg, print):
+    with open_run.open_run(cfg, print):
         pass
 
 
 def test_a_command_that_is_refused_leaves_the_runs_index(settings: Settings, digits: Path) -> None:
     """Its workers, on whatever machine, begin each attempt with it."""
     cfg = settings(f"data.train={digits}/val", f"data.val={digits}/val", "run.name=run")
-    with open_run.prepare(settings(f"data.train={digits}/train", f"data.val={digits}/val"), print) as job:
+    with open_run.open_run(settings(f"data.train={digits}/train", f"data.val={digits}/val"), print) as job:
         before = Path(job.train_index).read_bytes()
-    with pytest.raises(ConfigError, match="was trained on other images"), open_run.prepare(cfg, print):
+    with pytest.raises(UserError, match="was trained on other images"), open_run.open_run(cfg, print):
         pass
     assert Path(job.train_index).read_bytes() == before
     assert sorted(path.name for path in Path(job.train_index).parent.iterdir()) == ["train.arrow", "val.arrow"]
@@ -199,7 +199,7 @@ def test_a_command_that_is_refused_leaves_the_runs_index(settings: Settings, dig
 
 def test_an_open_run_has_nothing_left_to_do_in_its_storage(settings: Settings, digits: Path) -> None:
     """Which may be away in the end: that would hide how the training has ended."""
-    with open_run.prepare(settings(f"data.train={digits}/train", f"data.val={digits}/val"), print) as job:
+    with open_run.open_run(settings(f"data.train={digits}/train", f"data.val={digits}/val"), print) as job:
         index = Path(job.train_index).parent
         assert sorted(path.name for path in index.iterdir()) == ["train.arrow", "val.arrow"]
         index.parent.rename(index.parent.with_name("away"))
@@ -208,16 +208,16 @@ def test_an_open_run_has_nothing_left_to_do_in_its_storage(settings: Settings, d
 def test_a_run_that_was_copied_does_not_log_to_the_originals_mlflow_run(settings: Settings, tmp_path: Path) -> None:
     """Each step would have two values there. A whole storage has its own MLflow: that is what `settings` copies."""
     storage = tmp_path / "runs"
-    with open_run.prepare(settings(), print):
+    with open_run.open_run(settings(), print):
         pass
     shutil.copytree(storage / "run", storage / "copy")
     line = f"run.name=copy: {storage}/copy is a copy of {storage}/run, and both would log to one run of MLflow"
-    with pytest.raises(ConfigError, match=line), open_run.prepare(settings("run.name=copy"), print):
+    with pytest.raises(UserError, match=line), open_run.open_run(settings("run.name=copy"), print):
         pass
     link = tmp_path / "link"
     link.symlink_to(storage)
-    with open_run.prepare(settings(f"run.storage={link}"), print):  # the same folder by another path
+    with open_run.open_run(settings(f"run.storage={link}"), print):  # the same folder by another path
         pass
     (storage / "run").rename(storage / "moved")
-    with open_run.prepare(settings("run.name=moved"), print), open_run.prepare(settings("run.name=copy"), print):
+    with open_run.open_run(settings("run.name=moved"), print), open_run.open_run(settings("run.name=copy"), print):
         pass

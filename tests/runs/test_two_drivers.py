@@ -13,13 +13,13 @@ import torch
 from interleaving import Turns, in_memory
 
 from pipeline.config.loading import load
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 from pipeline.failures import TrainingFailedError
 from pipeline.runs import checkpoint, resume, retention
 from pipeline.runs.checkpoint import newest_valid
 from pipeline.runs.claim import FOLDER, Claim, SupersededError
-from pipeline.runs.manifest import Identity
-from pipeline.runs.spec import Job
+from pipeline.runs.manifest import RunManifest
+from pipeline.runs.spec import RunSpec
 from pipeline.storage import Storage
 from pipeline.training import open_run
 
@@ -45,7 +45,7 @@ class World:
 
     def __init__(self, seed: int, folder: Path, monkeypatch: pytest.MonkeyPatch):
         self._random, self._folder, self._patch = random.Random(seed), folder, monkeypatch
-        self._run = Job(CFG, Storage("s3://run"), "", "").run
+        self._run = RunSpec(CFG, Storage("s3://run"), "", "").run
         self._told, self._last = 0, 0  # the step of the newest checkpoint that somebody was told of; whose turn it is
         self.ends: dict[str, str] = {}
         self.num_deaths = 0
@@ -79,7 +79,7 @@ class World:
                 self._driver(name, again=attempt > 0)
             except Died:
                 continue
-            except (SupersededError, TrainingFailedError, ConfigError) as e:
+            except (SupersededError, TrainingFailedError, UserError) as e:
                 self.ends[name] = str(e)
             except Exception:
                 self.ends[name] = traceback.format_exc()
@@ -91,12 +91,12 @@ class World:
     def _driver(self, name: str, *, again: bool) -> None:
         """What `runs.prepare`, `fit` and `Recorder` do, in their order."""
         run, folder = self._run, self._run / "checkpoints"
-        looked, found = resume.look(run, None, quiet, whole=False)
+        looked, found = resume.find_checkpoint(run, None, quiet, whole=False)
         with open_run._as_second(run, again=again):
             claim = Claim.take(run, name, again=again)
             open_run._settled(run, looked, claim, None, None, quiet)
         saved_step = found.step if found else 0
-        identity, found = resume.look(run, None, quiet, claim=claim, saved_step=saved_step)
+        identity, found = resume.find_checkpoint(run, None, quiet, claim=claim, saved_step=saved_step)
         identity = identity.replaced(identity.begin(0), run, claim)
         assert found is None or found.state()["weights"].tolist() == [found.step] * 3
         for step in range(found.step + 1 if found else 1, LAST_STEP + 1):
@@ -117,13 +117,13 @@ class World:
         assert self.ends.pop(last) == "done", "the later one does not win"
         for text in self.ends.values():
             assert text == "done" or re.search("this one ends|another command begins to train it just now", text), text
-        identity = Identity.read(self._run, quiet)
+        identity = RunManifest.read(self._run, quiet)
         assert identity is not None
         assert not identity.open
         own = retention.own(self._run / "checkpoints", identity.training_id)
         assert [c.step for c in own][-KEEP:] == [LAST_STEP - 1, LAST_STEP], "what is kept"
         for one in own:
-            assert checkpoint.read(one.place).state()["weights"].tolist() == [one.step] * 3
+            assert checkpoint.load(one.place).state()["weights"].tolist() == [one.step] * 3
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
 from pipeline.runs import checkpoint
-from pipeline.runs.spec import Context, Event, Job
+from pipeline.runs.spec import Event, RunSpec, WorkerContext
 
 FAST = [
     "data.image_size=32",
@@ -48,10 +48,10 @@ def _rank(rank: int, function: Callable[..., Any], world_size: int, folder: str,
     dist.destroy_process_group()
 
 
-def context(rank: int = 0, world_size: int = 1, events: list[Event] | None = None) -> Context:
+def context(rank: int = 0, world_size: int = 1, events: list[Event] | None = None) -> WorkerContext:
     """A CPU rank that hands its events to a list and is never asked to stop."""
     emit = _show if events is None else events.append
-    return Context(rank, world_size, torch.device("cpu"), 1, emit)
+    return WorkerContext(rank, world_size, torch.device("cpu"), 1, emit)
 
 
 def no_bad_image(path: str, reason: str) -> None:
@@ -64,7 +64,7 @@ def _show(event: Event) -> None:
         print(event["text"])
 
 
-def final_state(job: Job) -> dict[str, Any]:
+def final_state(job: RunSpec) -> dict[str, Any]:
     found = checkpoint.newest_valid(job.checkpoints, pytest.fail)
     assert found is not None
     return found.state()

@@ -17,24 +17,24 @@ from ranks import FAST, context, run_ranks
 
 from pipeline.config.loading import load
 from pipeline.data.loading.loader import Batch, TrainLoader
-from pipeline.errors import ConfigError
-from pipeline.runs.manifest import Identity
-from pipeline.runs.spec import Event, Job
+from pipeline.errors import UserError
+from pipeline.runs.manifest import RunManifest
+from pipeline.runs.spec import Event, RunSpec
 from pipeline.storage import Storage
-from pipeline.tracking.ledger import PHASES, Ledger, goodput, summed_up, total
+from pipeline.tracking.ledger import PHASES, TimeLedger, goodput, summed_up, total
 from pipeline.tracking.metrics import Predictions
 from pipeline.training.loop import fit
 
 
 @pytest.fixture
-def job(digits_index: Callable[[str], Path], tmp_path: Path) -> Callable[..., Job]:
+def job(digits_index: Callable[[str], Path], tmp_path: Path) -> Callable[..., RunSpec]:
     """Makes the job of one run, by overrides."""
 
-    def make(*overrides: str) -> Job:
+    def make(*overrides: str) -> RunSpec:
         train = val = digits_index("few")
         cfg = load(None, [f"data.train={train}", f"data.val={val}", *FAST, f"run.storage={tmp_path}", *overrides])
         (tmp_path / "run").mkdir(exist_ok=True)
-        return Job(cfg, Storage(tmp_path / "run"), str(train), str(val))
+        return RunSpec(cfg, Storage(tmp_path / "run"), str(train), str(val))
 
     return make
 
@@ -53,7 +53,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 
 def test_phases_nest_without_overlap(clock: Callable[[float], None]) -> None:
-    ledger = Ledger("start-up", before={"recovery": 7.0})
+    ledger = TimeLedger("start-up", before={"recovery": 7.0})
     clock(1)
 
     def batches() -> Iterator[int]:
@@ -95,7 +95,7 @@ def test_phases_nest_without_overlap(clock: Callable[[float], None]) -> None:
 
 def test_marks_cost_next_to_nothing() -> None:
     """Six a step: less than 0.5% of one of 5 ms, which no network worth training is faster than."""
-    ledger, num_marks = Ledger("forward"), 20_000
+    ledger, num_marks = TimeLedger("forward"), 20_000
     costs = []
     for _ in range(5):
         began = time.perf_counter()
@@ -130,7 +130,7 @@ class SlowEvent:
 def test_marks_do_not_gather(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks but the first ask for no seconds, and rank 0 only where it logs."""
     monkeypatch.setattr("pipeline.tracking.ledger._event", SlowEvent)
-    ledger = Ledger("forward", torch.device(device))
+    ledger = TimeLedger("forward", torch.device(device))
     for _ in ledger.steps(iter(range(1000))):
         for name in ("backward", "communication wait", "optimizer"):
             ledger.switch(name)
@@ -139,7 +139,7 @@ def test_marks_do_not_gather(device: str, monkeypatch: pytest.MonkeyPatch) -> No
         assert ledger.seconds()["backward"] == 1000
 
 
-def test_sessions_add_up_to_the_wall_time_since_the_first(job: Callable[..., Job]) -> None:
+def test_sessions_add_up_to_the_wall_time_since_the_first(job: Callable[..., RunSpec]) -> None:
     """A session that ends, one whose end is never told, and one that goes on from the checkpoint before."""
     five = job("run.stop_at_step=5", "train.steps=15")
     began = time.time()
@@ -155,7 +155,7 @@ def test_sessions_add_up_to_the_wall_time_since_the_first(job: Callable[..., Job
     assert 5 < gained < 5 + time.time() - stopped, "what the command did before its workers is counted"
 
     run = job().run
-    last = Identity.read(run, pytest.fail)
+    last = RunManifest.read(run, pytest.fail)
     assert last is not None
     dataclasses.replace(last, open=True).write(run)  # as a killed process leaves it
     time.sleep(2)
@@ -168,7 +168,7 @@ def test_sessions_add_up_to_the_wall_time_since_the_first(job: Callable[..., Job
     assert total(third["seconds"], "start-up") == total(second["seconds"], "start-up")
 
 
-def test_steps_done_again_are_recovery_and_not_compute(job: Callable[..., Job]) -> None:
+def test_steps_done_again_are_recovery_and_not_compute(job: Callable[..., RunSpec]) -> None:
     """Ended by an error at step 15, and taken up again from the checkpoint of step 8."""
     settings = ["train.steps=16", "train.log_every=1", "checkpoint.every=8", "train.eval_every=100"]
     steps = list[Event]()
@@ -190,7 +190,7 @@ def test_steps_done_again_are_recovery_and_not_compute(job: Callable[..., Job]) 
     assert eighth["compute"] < again["compute"] < lost["compute"], "and count once"
 
 
-def test_a_fault_before_any_checkpoint_loses_no_time(job: Callable[..., Job]) -> None:
+def test_a_fault_before_any_checkpoint_loses_no_time(job: Callable[..., RunSpec]) -> None:
     """All since the command is recovery then, its start-up among it."""
 
     def fall(event: Event) -> None:
@@ -205,7 +205,7 @@ def test_a_fault_before_any_checkpoint_loses_no_time(job: Callable[..., Job]) ->
     assert sum(done["seconds"].values()) == pytest.approx(done["ended"] - command[0][1], rel=0.02)
 
 
-def waits(rank: int, world_size: int, job: Job) -> tuple[dict[str, float], float]:
+def waits(rank: int, world_size: int, job: RunSpec) -> tuple[dict[str, float], float]:
     """Rank 1 is late with each batch. Returns where the time went, and what the loader took."""
     ours, loading = TrainLoader.from_step, 0.0
 
@@ -223,7 +223,7 @@ def waits(rank: int, world_size: int, job: Job) -> tuple[dict[str, float], float
     return dict(fit(job, context(rank, world_size)).get("seconds", {})), loading
 
 
-def test_waiting_for_a_slow_rank_is_communication(job: Callable[..., Job]) -> None:
+def test_waiting_for_a_slow_rank_is_communication(job: Callable[..., RunSpec]) -> None:
     (seconds, loading), _ = run_ranks(waits, 2, job("train.steps=10", "train.eval_every=100"))
     late = 9 * 0.2  # the first batch is part of the start
     assert seconds["communication wait"] > late / 3, "less where rank 0 is late itself, on a busy machine"
@@ -232,7 +232,7 @@ def test_waiting_for_a_slow_rank_is_communication(job: Callable[..., Job]) -> No
 
 @pytest.mark.parametrize("log_every", [5, 10])
 def test_nothing_waits_for_the_device_but_logged_steps(
-    job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, log_every: int
+    job: Callable[..., RunSpec], monkeypatch: pytest.MonkeyPatch, log_every: int
 ) -> None:
     """`.item()`, `.tolist()` and copies to the host, as they would wait on a GPU, happen at logged and saved steps."""
     calls = Counter[str]()
@@ -257,7 +257,7 @@ def test_nothing_waits_for_the_device_but_logged_steps(
     assert sum(calls.values()) - calls["tolist"] <= ended
 
 
-def test_a_profile_names_the_parts_of_its_steps(job: Callable[..., Job]) -> None:
+def test_a_profile_names_the_parts_of_its_steps(job: Callable[..., RunSpec]) -> None:
     done = fit(job("train.profile=[3,4]", "train.steps=6"), context())
     client = mlflow.MlflowClient(done["mlflow_uri"])
     (artifact,) = client.list_artifacts(done["mlflow_run_id"], "profile")
@@ -269,7 +269,7 @@ def test_a_profile_names_the_parts_of_its_steps(job: Callable[..., Job]) -> None
         assert ranges[part] == 2, part
 
 
-def test_a_profile_is_named_by_the_steps_that_it_holds(job: Callable[..., Job]) -> None:
+def test_a_profile_is_named_by_the_steps_that_it_holds(job: Callable[..., RunSpec]) -> None:
     """A session that ends within the steps asked for, the next one, and one that comes after them."""
     settings = ["train.profile=[3,6]", "train.steps=9"]
     fit(job(*settings, "run.stop_at_step=4"), context())
@@ -284,5 +284,5 @@ def test_a_profile_is_named_by_the_steps_that_it_holds(job: Callable[..., Job]) 
 
 
 def test_a_profile_of_steps_that_end_before_they_begin_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"train.profile=\[5,4\]: must be \[first,last\] step"):
+    with pytest.raises(UserError, match=r"train.profile=\[5,4\]: must be \[first,last\] step"):
         load(None, ["data.train=x", "data.val=x", "train.profile=[5,4]"])

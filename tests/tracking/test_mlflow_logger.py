@@ -24,10 +24,10 @@ from s3 import s3_storage
 
 from pipeline.storage import Storage
 from pipeline.tracking import mlflow_logger
-from pipeline.tracking.mlflow_logger import Tracker
+from pipeline.tracking.mlflow_logger import MlflowLogger
 from pipeline.tracking.mlflow_run import SESSION, MlflowRun, Target, find_run
 from pipeline.tracking.mlflow_store import tracking_uri
-from pipeline.tracking.outbox import Spool
+from pipeline.tracking.outbox import Outbox
 
 
 def metric(step: int, value: float = 0.0, name: str = "loss") -> dict[str, object]:
@@ -35,14 +35,14 @@ def metric(step: int, value: float = 0.0, name: str = "loss") -> dict[str, objec
 
 
 def test_spool_keeps_order_and_survives_its_process(tmp_path: Path) -> None:
-    spool = Spool(tmp_path, pytest.fail)
+    spool = Outbox(tmp_path, pytest.fail)
     for step in (1, 2, 3):
         spool.append(metric(step))
     spool.mark_sent(spool.unsent()[0][1])
     spool.close()
     with spool.path.open("ab") as f:
         f.write(b'{"kind": "metr')  # a process killed while writing
-    reopened = Spool(tmp_path, pytest.fail)
+    reopened = Outbox(tmp_path, pytest.fail)
     assert [r["step"] for r, _ in reopened.unsent()] == [2, 3]
     reopened.append(metric(4))
     assert [r["step"] for r, _ in reopened.unsent()] == [2, 3, 4]
@@ -50,7 +50,7 @@ def test_spool_keeps_order_and_survives_its_process(tmp_path: Path) -> None:
 
 
 def test_spool_drops_steps_that_were_logged_before(tmp_path: Path) -> None:
-    spool = Spool(tmp_path, pytest.fail)
+    spool = Outbox(tmp_path, pytest.fail)
     spool.append(metric(10))
     spool.append(metric(20))
     spool.mark_sent(spool.unsent()[-1][1])
@@ -59,7 +59,7 @@ def test_spool_drops_steps_that_were_logged_before(tmp_path: Path) -> None:
     spool.append(metric(30))
     spool.append(metric(10, name="other"))
     spool.close()
-    reopened = Spool(tmp_path, pytest.fail)
+    reopened = Outbox(tmp_path, pytest.fail)
     reopened.append(metric(30))
     values = [(r["step"], r["values"]) for r, _ in reopened.unsent() if r["values"]]
     assert values == [(30, {"loss": 0.0}), (10, {"other": 0.0})]
@@ -70,7 +70,7 @@ def test_a_long_backlog_is_taken_in_parts_and_keeps_no_step_waiting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """MLflow was away for days: the thread that sends must not parse all of it under the lock that a step needs."""
-    spool, parse = Spool(tmp_path, print), json.loads
+    spool, parse = Outbox(tmp_path, print), json.loads
     for step in range(1000):
         spool.append(metric(step))
     spool.append({"kind": "text", "text": "x" * 10_000, "to": "large"})
@@ -93,13 +93,13 @@ def test_a_long_backlog_is_taken_in_parts_and_keeps_no_step_waiting(
 
 
 def test_spool_leaves_out_what_it_cannot_read(tmp_path: Path) -> None:
-    spool = Spool(tmp_path, pytest.fail)
+    spool = Outbox(tmp_path, pytest.fail)
     spool.append(metric(1))
     spool.close()
     with spool.path.open("ab") as f:
         f.write(b"garbage\n{}\n")
     problems: list[str] = []
-    reopened = Spool(tmp_path, problems.append)
+    reopened = Outbox(tmp_path, problems.append)
     reopened.append(metric(2))
     assert [r["step"] for r, _ in reopened.unsent()] == [1, 2]
     assert len(problems) == 1
@@ -109,7 +109,7 @@ def test_spool_leaves_out_what_it_cannot_read(tmp_path: Path) -> None:
 
 def test_a_spool_that_is_cleaned_up_is_whole_at_any_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half a record of a killed process is taken out as the spool is opened; the process may be killed in that, too."""
-    spool = Spool(tmp_path, pytest.fail)
+    spool = Outbox(tmp_path, pytest.fail)
     spool.append(metric(1))
     spool.close()
     with spool.path.open("ab") as f:
@@ -121,8 +121,8 @@ def test_a_spool_that_is_cleaned_up_is_whole_at_any_time(tmp_path: Path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", fails)
         with pytest.raises(OSError, match="Input/output error"):
-            Spool(tmp_path, pytest.fail)
-    reopened = Spool(tmp_path, pytest.fail)
+            Outbox(tmp_path, pytest.fail)
+    reopened = Outbox(tmp_path, pytest.fail)
     assert [r["step"] for r, _ in reopened.unsent()] == [1]
     reopened.close()
 
@@ -149,7 +149,7 @@ def test_a_disk_that_fails_in_the_middle_of_a_record_tears_none(
 ) -> None:
     """Nor does it reach the training: half of the record is there, and cannot even be cut off for now."""
     problems: list[str] = []
-    spool = Spool(tmp_path, problems.append)
+    spool = Outbox(tmp_path, problems.append)
     spool.append(metric(1))
     real = spool._file
 
@@ -172,7 +172,7 @@ def test_a_disk_that_fails_in_the_middle_of_a_record_tears_none(
     monkeypatch.setattr(spool, "_file", real)
     spool.append(metric(4))
     spool.close()
-    reopened = Spool(tmp_path, pytest.fail)
+    reopened = Outbox(tmp_path, pytest.fail)
     assert [record["step"] for record, _ in reopened.unsent()] == [1, 2, 3, 4]
     reopened.close()
 
@@ -189,7 +189,7 @@ def test_a_call_to_mlflow_that_never_ends_does_not_keep_the_training(
     monkeypatch.setattr(mlflow_logger, "MLFLOW_CALL_S", 0.5)
     monkeypatch.setattr(mlflow_logger, "MlflowRun", hang)
     target = Target("http://127.0.0.1:9", "x", str(tmp_path), "t")
-    tracker = Tracker(target, tmp_path / "mlflow", lambda _: None)
+    tracker = MlflowLogger(target, tmp_path / "mlflow", lambda _: None)
     tracker.metrics(1, {"loss": 0.0})
     assert tracker.close("FINISHED", 0.2, heartbeat=lambda: beats.append(time.monotonic())) == 2
     assert hanging.is_set()
@@ -199,7 +199,7 @@ def test_a_call_to_mlflow_that_never_ends_does_not_keep_the_training(
 
 
 def test_a_folder_that_is_away_for_a_while_does_not_hurt(tmp_path: Path) -> None:
-    spool = Spool(tmp_path / "here", pytest.fail)
+    spool = Outbox(tmp_path / "here", pytest.fail)
     spool.append(metric(1))
     (tmp_path / "here").rename(tmp_path / "away")
     spool.append(metric(2))
@@ -210,14 +210,14 @@ def test_a_folder_that_is_away_for_a_while_does_not_hurt(tmp_path: Path) -> None
     assert [r["step"] for r, _ in spool.unsent()] == [1, 2]
     spool.mark_sent(first)
     spool.close()
-    reopened = Spool(tmp_path / "here", pytest.fail)
+    reopened = Outbox(tmp_path / "here", pytest.fail)
     assert [r["step"] for r, _ in reopened.unsent()] == [2]
     reopened.close()
 
 
-def tracker(uri: str, run_dir: Path, problems: list[str] | None = None) -> Tracker:
+def tracker(uri: str, run_dir: Path, problems: list[str] | None = None) -> MlflowLogger:
     said: list[str] = [] if problems is None else problems
-    tracker = Tracker(Target(uri, "pipeline", str(run_dir), f"id-{run_dir.name}"), run_dir / "mlflow", said.append)
+    tracker = MlflowLogger(Target(uri, "pipeline", str(run_dir), f"id-{run_dir.name}"), run_dir / "mlflow", said.append)
     tracker.start()
     return tracker
 
@@ -231,7 +231,7 @@ def test_a_disk_that_fails_is_not_called_mlflow(tmp_path: Path, monkeypatch: pyt
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"{place}/sent.tmp")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Spool, "mark_sent", away)
+        patch.setattr(Outbox, "mark_sent", away)
         assert one.close("KILLED", 3) > 0
     assert [problem.partition(":")[0] for problem in problems] == [
         f"{place} cannot be used, records wait in {place}/spool.jsonl"
@@ -357,7 +357,7 @@ def test_a_run_that_moves_between_machines_logs_each_step_once(
             if away:
                 patch.setattr(MlflowRun, "__init__", lambda *_, **__: 1 / 0)
             target = Target(uri, "new", run, "training")
-            one = Tracker(target, tmp_path / machine, problems.append)
+            one = MlflowLogger(target, tmp_path / machine, problems.append)
             one.adopt(f"{next(sessions):08d}")
             for step in steps:
                 one.metrics(step, {"loss": 10.0 * step})

@@ -18,7 +18,7 @@ from odd_images import as_text
 from postgres import binaries, postgres
 from s3 import free_port, wait_for_port
 
-from pipeline.runs.manifest import Identity
+from pipeline.runs.manifest import RunManifest
 from pipeline.storage import Storage
 from pipeline.tracking.mlflow_run import RUN_TAG
 
@@ -145,7 +145,7 @@ def test_a_run_of_which_only_mlflow_is_left_goes_on_bitwise(
     damage_the_newest(server.uri, run_id, tmp_path)
 
     (tmp_path / "taken/left").mkdir(parents=True)
-    Identity("another training").write(Storage(tmp_path / "taken/left"))
+    RunManifest("another training").write(Storage(tmp_path / "taken/left"))
     taken = pipeline("train", "--resume", run_id, f"mlflow.uri={server.uri}", f"run.storage={tmp_path}/taken")
     assert taken.returncode == 2, taken.stderr
     assert f"run.storage={tmp_path}/taken: its left is another training; name another place" in taken.stderr

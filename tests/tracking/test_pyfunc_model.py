@@ -29,7 +29,7 @@ from web import web_server
 from pipeline.config.schema import DataConfig
 from pipeline.data.indexing.build import index_files
 from pipeline.data.indexing.rows import DECODABLE
-from pipeline.data.loading.loader import EvalLoader, Place
+from pipeline.data.loading.loader import EvalLoader, LoaderContext
 from pipeline.models import export, pretrained
 from pipeline.storage import Storage
 from pipeline.tracking import pyfunc_model
@@ -96,7 +96,7 @@ def test_odd_images_are_seen_as_the_evaluation_sees_them(tmp_path: Path) -> None
     assert refused == []
     cfg = DataConfig(train="-", val="-", image_size=40, val_resize=48)
     loader = EvalLoader(
-        index, cfg, Place.here(), lambda path, reason: pytest.fail(f"{path}: {reason}"), batch=len(files)
+        index, cfg, LoaderContext.here(), lambda path, reason: pytest.fail(f"{path}: {reason}"), batch=len(files)
     )
     ((_, batch),) = loader
     loader.close()

@@ -20,11 +20,11 @@ from servers import MlflowServer
 from pipeline.cli import app
 from pipeline.config.loading import changed_keys, dump, load, marked
 from pipeline.data.indexing.build import build_index
-from pipeline.runs.spec import Event, Job
+from pipeline.runs.spec import Event, RunSpec
 from pipeline.storage import Storage
 from pipeline.tracking import summary
 from pipeline.tracking.metrics import Predictions
-from pipeline.tracking.mlflow_logger import Tracker
+from pipeline.tracking.mlflow_logger import MlflowLogger
 from pipeline.tracking.mlflow_run import MlflowRun, Target
 from pipeline.tracking.report import charts
 from pipeline.tracking.report.page import MAX_MATRIX, NUM_MISTAKES, Facts, Mistake, write_report
@@ -243,12 +243,12 @@ def own_images(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def make_job(folder: Path, images: Path, *overrides: str) -> Job:
+def make_job(folder: Path, images: Path, *overrides: str) -> RunSpec:
     sources = [f"data.train={images}/val.arrow", f"data.val={images}/val.arrow"]
     few = ["train.steps=4", "train.log_every=1", "optim.warmup_epochs=0.1", "mlflow.report=true", "checkpoint.every=2"]
     cfg = load(None, [*sources, *FAST, "train.global_batch=64", *few, f"run.storage={folder}", *overrides])
     (folder / "drawn").mkdir(exist_ok=True)
-    return Job(cfg, Storage(folder / "drawn"), f"{images}/val.arrow", f"{images}/val.arrow")
+    return RunSpec(cfg, Storage(folder / "drawn"), f"{images}/val.arrow", f"{images}/val.arrow")
 
 
 @pytest.fixture(scope="module")
@@ -301,7 +301,7 @@ def test_a_report_that_cannot_be_drawn_is_told_and_what_follows_is_sent(
     monkeypatch.setattr("pipeline.tracking.report.page.write_report", fail)
     problems: list[str] = []
     target = Target(trained["mlflow_uri"], "pipeline", str(tmp_path), "undrawn")
-    tracker = Tracker(target, tmp_path, problems.append)
+    tracker = MlflowLogger(target, tmp_path, problems.append)
     tracker.report(facts_of(["a", "b"]))
     assert tracker.close("FINISHED", 60) == 0
     assert problems == ["no report is made: RuntimeError: no ink"]

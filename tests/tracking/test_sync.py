@@ -9,15 +9,15 @@ import mlflow
 import pytest
 from s3 import s3_storage
 
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 from pipeline.runs.claim import Claim
-from pipeline.runs.manifest import Identity
+from pipeline.runs.manifest import RunManifest
 from pipeline.storage import Storage
 from pipeline.tracking.backlog import FOLDER, Backlog
-from pipeline.tracking.mlflow_logger import Tracker
+from pipeline.tracking.mlflow_logger import MlflowLogger
 from pipeline.tracking.mlflow_run import MlflowRun, Target
 from pipeline.tracking.mlflow_store import store_beside, tracking_uri
-from pipeline.tracking.outbox import Spool
+from pipeline.tracking.outbox import Outbox
 from pipeline.tracking.sync import _moved, sync
 
 
@@ -25,7 +25,7 @@ def leave_waiting(run: Storage, uri: str, monkeypatch: pytest.MonkeyPatch, *step
     """A session that logs these steps, and a folder, and has no MLflow; it tells of its end if run.json says so."""
     with monkeypatch.context() as patch:
         patch.setattr(MlflowRun, "__init__", lambda *_, **__: 1 / 0)
-        one = Tracker(Target(uri, "pipeline", run.uri, "id"), run.scratch / "mlflow", lambda _: None)
+        one = MlflowLogger(Target(uri, "pipeline", run.uri, "id"), run.scratch / "mlflow", lambda _: None)
         one.adopt("-00000001")
         one.start()
         for step in steps:
@@ -49,7 +49,7 @@ def test_what_waits_moves_with_its_storage(tmp_path: Path, monkeypatch: pytest.M
     """The store beside the run, the folders that wait, and the address of both."""
     old, new = Storage(tmp_path / "old"), Storage(tmp_path / "new")
     leave_waiting(old / "run", tracking_uri(None, old), monkeypatch, 1, 2, folder=tmp_path / "step_1")
-    Identity(training_id="id").begin(0).end().write(old / "run")
+    RunManifest(training_id="id").begin(0).end().write(old / "run")
     (tmp_path / "old").rename(tmp_path / "new")
     target, _, waiting = sync(new / "run", pytest.fail)
     assert (target.uri, target.run, waiting) == (store_beside(new), str(new / "run"), 0)
@@ -66,10 +66,10 @@ def test_what_waits_of_a_lost_machine_is_sent_from_another(
         run = bucket / "run"
         tmp_scratch("first")
         leave_waiting(run, uri, monkeypatch, 1, 2, folder=tmp_path / "step_1")
-        ended = Identity(training_id="id").begin(0)
+        ended = RunManifest(training_id="id").begin(0)
         ended.write(run)
         tmp_scratch("second")
-        with pytest.raises(ConfigError, match="has not told of its end: it may be trained just now"):
+        with pytest.raises(UserError, match="has not told of its end: it may be trained just now"):
             sync(run, pytest.fail)
         ended.end().write(run)
         assert sync(run, pytest.fail)[2] == 0
@@ -80,8 +80,8 @@ def test_what_waits_of_a_lost_machine_is_sent_from_another(
         assert len((run / FOLDER).names()) == 1
         tmp_scratch("first")
         with monkeypatch.context() as patch:
-            patch.setattr(Identity, "read", lambda *_: ended)
-            with pytest.raises(ConfigError, match="it may be trained just now"):
+            patch.setattr(RunManifest, "read", lambda *_: ended)
+            with pytest.raises(UserError, match="it may be trained just now"):
                 sync(run, pytest.fail)  # its spool is not the newest any more
         tmp_scratch("third")
         assert sync(run, pytest.fail)[2] == 0, "nothing waits any more"
@@ -109,14 +109,14 @@ def test_what_a_full_disk_kept_from_the_spool_is_in_the_store(
         run, problems = bucket / "run", list[str]()
         with monkeypatch.context() as patch:
             patch.setattr(MlflowRun, "__init__", lambda *_, **__: 1 / 0)
-            one = Tracker(Target(uri, "pipeline", run.uri, "id"), run.scratch / "mlflow", problems.append)
+            one = MlflowLogger(Target(uri, "pipeline", run.uri, "id"), run.scratch / "mlflow", problems.append)
             one.adopt("-00000001")
             one.metrics(1, {"loss": 10.0})
             patch.setattr(one._spool, "_write", full.clear)
             one.metrics(2, {"loss": 20.0})
             one.keep()
             one.drain(0)
-        one = Tracker(Target(uri, "pipeline", run.uri, "id"), run.scratch / "mlflow", problems.append)
+        one = MlflowLogger(Target(uri, "pipeline", run.uri, "id"), run.scratch / "mlflow", problems.append)
         one.adopt("-00000002")
         one.metrics(3, {"loss": 30.0})
         assert one.drain(60) == 0
@@ -133,7 +133,7 @@ def test_a_login_that_may_not_delete_keeps_its_backlog_all_the_same(
     monkeypatch.setattr(Storage, "delete", refused)
     with s3_storage() as bucket:
         for session in ("-00000001", "-00000002"):
-            spool = Spool(tmp_path / session, pytest.fail)
+            spool = Outbox(tmp_path / session, pytest.fail)
             Backlog(bucket / "run", spool, Target("", "", "", ""), session).adopt()
             spool.close()
         assert (bucket / "run" / FOLDER).names() == ["-00000001", "-00000002"]
@@ -154,7 +154,7 @@ def test_a_training_that_begins_meanwhile_sends_the_rest(tmp_path: Path, monkeyp
     run.make()
     Claim.take(run)
     leave_waiting(run, tracking_uri(None, Storage(tmp_path)), monkeypatch, 1, 2, folder=tmp_path / "step_1")
-    Identity(training_id="id").begin(0).end().write(run)
+    RunManifest(training_id="id").begin(0).end().write(run)
 
     def begins(self: MlflowRun, records: list[dict[str, object]]) -> None:
         send(self, records)
@@ -171,16 +171,16 @@ def test_a_driver_that_was_superseded_sends_nothing_more(tmp_path: Path, monkeyp
     run, uri, problems = Storage(tmp_path / "run"), tracking_uri(None, Storage(tmp_path)), list[str]()
     run.make()
     claim = Claim.take(run)
-    one = Tracker(Target(uri, "pipeline", run.uri, "id"), run.scratch / "mlflow", problems.append, claim)
+    one = MlflowLogger(Target(uri, "pipeline", run.uri, "id"), run.scratch / "mlflow", problems.append, claim)
     one.metrics(1, {"loss": 1.0})
     assert one.drain(60) == 0
-    one = Tracker(Target(uri, "pipeline", run.uri, "id"), run.scratch / "mlflow", problems.append, claim)
+    one = MlflowLogger(Target(uri, "pipeline", run.uri, "id"), run.scratch / "mlflow", problems.append, claim)
     with monkeypatch.context() as patch:
         patch.setattr(Claim, "check", lambda _: (_ for _ in ()).throw(OSError("away")))
         one.metrics(2, {"loss": 2.0})
         assert one.drain(0.5) == 1, "it waits until it is known whose run it is"
     assert [problem.partition(",")[0] for problem in problems] == [f"{run} cannot be used"]
-    one = Tracker(Target(uri, "pipeline", run.uri, "id"), run.scratch / "mlflow", problems.append, claim)
+    one = MlflowLogger(Target(uri, "pipeline", run.uri, "id"), run.scratch / "mlflow", problems.append, claim)
     Claim.take(run)
     monkeypatch.setattr(MlflowRun, "stop_monitor", lambda _: problems.append("nor of this node's CPU"))
     one.metrics(3, {"loss": 3.0})

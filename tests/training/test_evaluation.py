@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from pipeline.config.schema import DataConfig, ModelConfig
 from pipeline.data.index import load_index
 from pipeline.data.indexing.build import build_index
-from pipeline.data.loading.loader import EvalLoader, Place
+from pipeline.data.loading.loader import EvalLoader, LoaderContext
 from pipeline.failures import NonFiniteError
 from pipeline.models.resnet import ResNet
 from pipeline.training.evaluation import evaluate, sync_buffers
-from pipeline.training.microbatch import InParts
+from pipeline.training.microbatch import OomSplitter
 
 CPU = torch.device("cpu")
 SMALL = DataConfig(train="-", val="-", image_size=32, val_resize=32)
@@ -38,8 +38,8 @@ def scores(rank: int, world_size: int, index: Path, precision: str) -> dict[str,
     torch.manual_seed(0)
     torch.set_num_threads(1)
     model = ResNet(ModelConfig(depth=18, zero_init_residual=False), 10).to(memory_format=torch.channels_last)
-    loader = EvalLoader(load_index(index), SMALL, Place(rank, world_size, CPU, 1), no_bad_image, batch=64)
-    return evaluate(model, loader, precision=precision, device=CPU, in_parts=InParts(pytest.fail)).scores()
+    loader = EvalLoader(load_index(index), SMALL, LoaderContext(rank, world_size, CPU, 1), no_bad_image, batch=64)
+    return evaluate(model, loader, precision=precision, device=CPU, in_parts=OomSplitter(pytest.fail)).scores()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -59,18 +59,18 @@ def test_more_ranks_than_chunks(index_of_359: Path) -> None:
 def scores_in_one_chunk(rank: int, world_size: int, index: Path) -> dict[str, float]:
     torch.manual_seed(0)
     model = ResNet(ModelConfig(depth=18), 10)
-    loader = EvalLoader(load_index(index), SMALL, Place(rank, world_size, CPU, 1), no_bad_image, batch=400)
-    return evaluate(model, loader, precision="fp32", device=CPU, in_parts=InParts(pytest.fail)).scores()
+    loader = EvalLoader(load_index(index), SMALL, LoaderContext(rank, world_size, CPU, 1), no_bad_image, batch=400)
+    return evaluate(model, loader, precision="fp32", device=CPU, in_parts=OomSplitter(pytest.fail)).scores()
 
 
 def test_figures_are_their_definitions(digits_index: Callable[[str], Path]) -> None:
     torch.manual_seed(0)
     model = ResNet(ModelConfig(depth=18, zero_init_residual=False), 10).train()
     index = load_index(digits_index("val"))
-    loader = EvalLoader(index, SMALL, Place(0, 1, CPU, 2), no_bad_image, batch=128)
-    found = evaluate(model, loader, precision="fp32", device=CPU, in_parts=InParts(pytest.fail)).scores()
+    loader = EvalLoader(index, SMALL, LoaderContext(0, 1, CPU, 2), no_bad_image, batch=128)
+    found = evaluate(model, loader, precision="fp32", device=CPU, in_parts=OomSplitter(pytest.fail)).scores()
     assert model.training  # as it was
-    ((_, batch),) = EvalLoader(index, SMALL, Place(0, 1, CPU, 2), no_bad_image, batch=360)
+    ((_, batch),) = EvalLoader(index, SMALL, LoaderContext(0, 1, CPU, 2), no_bad_image, batch=360)
     with torch.inference_mode():
         logits = model.eval()(batch.images)
     assert found["top1"] == (logits.argmax(1) == batch.labels).double().mean().item()
@@ -96,8 +96,8 @@ def test_views_are_averaged(digits_index: Callable[[str], Path]) -> None:
     torch.manual_seed(0)
     model = ResNet(ModelConfig(depth=18, zero_init_residual=False), 10).eval()
     index = load_index(digits_index("val"))
-    loader = EvalLoader(index, SMALL, Place(0, 1, CPU, 2), no_bad_image, batch=360, views="flip")
-    found = evaluate(model, loader, precision="fp32", device=CPU, in_parts=InParts(pytest.fail))
+    loader = EvalLoader(index, SMALL, LoaderContext(0, 1, CPU, 2), no_bad_image, batch=360, views="flip")
+    found = evaluate(model, loader, precision="fp32", device=CPU, in_parts=OomSplitter(pytest.fail))
     ((_, batch),) = loader
     with torch.inference_mode():
         images = batch.images
@@ -112,9 +112,9 @@ def test_outputs_that_are_not_finite_are_told(digits_index: Callable[[str], Path
     """As of weights whose statistics are damaged: no figure can be made of them."""
     index, model = load_index(digits_index("val")), ResNet(ModelConfig(depth=18), 10)
     model.get_buffer("bn1.running_var").fill_(-1.0)
-    loader = EvalLoader(index, SMALL, Place(0, 1, CPU, 2), no_bad_image, batch=180)
+    loader = EvalLoader(index, SMALL, LoaderContext(0, 1, CPU, 2), no_bad_image, batch=180)
     with pytest.raises(NonFiniteError, match=r"not finite for 360 of 360 evaluated images, first for 0/0020.jpg; "):
-        evaluate(model, loader, precision="fp32", device=CPU, in_parts=InParts(pytest.fail))
+        evaluate(model, loader, precision="fp32", device=CPU, in_parts=OomSplitter(pytest.fail))
 
 
 def test_buffers_become_rank_zeros() -> None:

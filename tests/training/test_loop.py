@@ -19,13 +19,13 @@ from ranks import FAST, context, final_state, run_ranks
 
 from pipeline.cluster import driver
 from pipeline.config.loading import load
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 from pipeline.failures import Interrupted, NonFiniteError, TrainingFailedError
 from pipeline.models import pretrained
 from pipeline.runs import checkpoint, listing, lock
 from pipeline.runs.claim import Claim, SupersededError
-from pipeline.runs.manifest import Identity
-from pipeline.runs.spec import Event, Job
+from pipeline.runs.manifest import RunManifest
+from pipeline.runs.spec import Event, RunSpec
 from pipeline.storage import Storage
 from pipeline.tracking.metrics import Predictions
 from pipeline.training import loop, open_run, step
@@ -42,19 +42,19 @@ RESUMED = ["train.steps=10", "checkpoint.every=4", "train.log_every=4"]  # with 
 
 
 @pytest.fixture
-def job(digits_index: Callable[[str], Path], tmp_path: Path) -> Callable[..., Job]:
+def job(digits_index: Callable[[str], Path], tmp_path: Path) -> Callable[..., RunSpec]:
     """Makes a job by run name and overrides."""
 
-    def make(name: str, *overrides: str) -> Job:
+    def make(name: str, *overrides: str) -> RunSpec:
         train = val = digits_index("few")
         cfg = load(None, [f"data.train={train}", f"data.val={val}", *FAST, f"run.storage={tmp_path}", *overrides])
         (tmp_path / name).mkdir(exist_ok=True)
-        return Job(cfg, Storage(tmp_path / name), str(train), str(val))
+        return RunSpec(cfg, Storage(tmp_path / name), str(train), str(val))
 
     return make
 
 
-def train_and_resume(rank: int, world_size: int, whole: Job, parts: Job) -> None:
+def train_and_resume(rank: int, world_size: int, whole: RunSpec, parts: RunSpec) -> None:
     """10 steps; and 5 steps, stop, resume to 10."""
     fit(whole, context(rank, world_size))
     _barrier()
@@ -68,7 +68,7 @@ def train_and_resume(rank: int, world_size: int, whole: Job, parts: Job) -> None
     _barrier()
 
 
-def _stop_at(job: Job, step: int) -> Any:
+def _stop_at(job: RunSpec, step: int) -> Any:
     return dataclasses.replace(job.cfg.run, stop_at_step=step)
 
 
@@ -78,7 +78,7 @@ def _barrier() -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_resume_mid_epoch_is_bitwise_one_worker(job: Callable[..., Job], precision: str) -> None:
+def test_resume_mid_epoch_is_bitwise_one_worker(job: Callable[..., RunSpec], precision: str) -> None:
     # Not smaller: the weight gradient of a bf16 convolution of a single pixel differs from call to call (oneDNN).
     small = [*SMALL, "data.image_size=32", "data.val_resize=32"] if precision == "bf16" else []
     whole, parts = (job(name, f"train.precision={precision}", *RESUMED, *small) for name in ("whole", "parts"))
@@ -88,14 +88,14 @@ def test_resume_mid_epoch_is_bitwise_one_worker(job: Callable[..., Job], precisi
     assert differences(final_state(whole), final_state(parts)) == []
 
 
-def test_resume_mid_epoch_is_bitwise_two_workers(job: Callable[..., Job]) -> None:
+def test_resume_mid_epoch_is_bitwise_two_workers(job: Callable[..., RunSpec]) -> None:
     whole, parts = (job(name, "cluster.workers=2", "train.micro_batch=5", *RESUMED) for name in ("whole", "parts"))
     run_ranks(train_and_resume, 2, whole, parts)
     assert final_state(whole)["step"] == 10
     assert differences(final_state(whole), final_state(parts)) == []
 
 
-def test_resume_mid_epoch_is_bitwise_three_workers(job: Callable[..., Job]) -> None:
+def test_resume_mid_epoch_is_bitwise_three_workers(job: Callable[..., RunSpec]) -> None:
     """With three, the order of a ring's sums depends on how DDP lays out its buckets."""
     whole, parts = (job(name, "cluster.workers=3", *RESUMED) for name in ("whole", "parts"))
     run_ranks(train_and_resume, 3, whole, parts)
@@ -103,7 +103,7 @@ def test_resume_mid_epoch_is_bitwise_three_workers(job: Callable[..., Job]) -> N
     assert differences(final_state(whole), final_state(parts)) == []
 
 
-def test_resume_is_bitwise_with_adamw_and_fp16(job: Callable[..., Job]) -> None:
+def test_resume_is_bitwise_with_adamw_and_fp16(job: Callable[..., RunSpec]) -> None:
     settings = ["optim.name=adamw", "optim.lr=0.001", "train.precision=fp16", "train.clip_norm=1.0"]
     whole, parts = (job(name, *settings, *RESUMED, *SMALL) for name in ("whole", "parts"))
     train_and_resume(0, 1, whole, parts)
@@ -111,7 +111,7 @@ def test_resume_is_bitwise_with_adamw_and_fp16(job: Callable[..., Job]) -> None:
     assert differences(final_state(whole), final_state(parts)) == []
 
 
-def test_mlflow_has_one_run_with_each_step_once(job: Callable[..., Job], tmp_path: Path) -> None:
+def test_mlflow_has_one_run_with_each_step_once(job: Callable[..., RunSpec], tmp_path: Path) -> None:
     """Also where steps were trained twice: the second session begins at an older checkpoint."""
     settings = ["mlflow.log_model=true", "mlflow.checkpoints=last", "train.eval_every=100"]
     settings += ["train.steps=8", "train.log_every=2", "checkpoint.every=4"]
@@ -159,7 +159,7 @@ def assert_model_predicts_like_checkpoint(client: Any, summary: dict[str, Any]) 
     np.testing.assert_allclose(answers["probabilities"].tolist(), expected.values, atol=1e-4)
 
 
-def test_a_non_finite_loss_names_step_rate_and_samples(job: Callable[..., Job]) -> None:
+def test_a_non_finite_loss_names_step_rate_and_samples(job: Callable[..., RunSpec]) -> None:
     broken = job("nan", "optim.lr=1.0e+6", "optim.warmup_epochs=0", "train.log_every=3", "checkpoint.every=1000")
     with pytest.raises(
         NonFiniteLossError, match=r"the loss of step (\d+) is (nan|inf).* rate \d+\).* batch: \d+( \d+){15}$"
@@ -170,7 +170,7 @@ def test_a_non_finite_loss_names_step_rate_and_samples(job: Callable[..., Job]) 
 
 @pytest.mark.parametrize("where", ["fc.weight", "layer1.0.bn1.running_var", "ema", "momentum"])
 def test_a_state_that_is_no_number_is_not_saved(
-    job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, where: str
+    job: Callable[..., RunSpec], monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     """By the last update: the loss does not tell of it yet, and each resume would begin with it."""
     step_of = step.train_step
@@ -210,7 +210,9 @@ def test_large_values_are_finite() -> None:
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"sessions": "many"}'])
-def test_a_lost_run_json_is_made_up_from_the_newest_checkpoint(job: Callable[..., Job], content: str | None) -> None:
+def test_a_lost_run_json_is_made_up_from_the_newest_checkpoint(
+    job: Callable[..., RunSpec], content: str | None
+) -> None:
     one = fit(job("run", "run.stop_at_step=2"), context())
     path = Path(one["run_dir"]) / "run.json"
     path.unlink()
@@ -223,7 +225,7 @@ def test_a_lost_run_json_is_made_up_from_the_newest_checkpoint(job: Callable[...
     assert any("run.json is damaged" in e.get("text", "") for e in events) == (content is not None)
 
 
-def test_a_checkpoint_of_another_training_is_not_taken(job: Callable[..., Job], tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_training_is_not_taken(job: Callable[..., RunSpec], tmp_path: Path) -> None:
     fit(job("run", "run.stop_at_step=2"), context())
     fit(job("other", "run.stop_at_step=4"), context())
     shutil.copytree(tmp_path / "other/checkpoints/step_00000004", tmp_path / "run/checkpoints/step_00000004")
@@ -232,10 +234,10 @@ def test_a_checkpoint_of_another_training_is_not_taken(job: Callable[..., Job], 
     assert any("step_00000004: belongs to another training" in e.get("text", "") for e in events)
 
 
-def test_the_later_of_two_drivers_wins(job: Callable[..., Job]) -> None:
+def test_the_later_of_two_drivers_wins(job: Callable[..., RunSpec]) -> None:
     """On machines that share no lock: the earlier one stops before it writes again, and ends nothing of the run."""
     run = job("run").run
-    Identity().write(run)
+    RunManifest().write(run)
     one = dataclasses.replace(job("run", "checkpoint.every=5"), claim=Claim.take(run))
 
     def watch(event: Event) -> None:
@@ -245,20 +247,20 @@ def test_the_later_of_two_drivers_wins(job: Callable[..., Job]) -> None:
     with pytest.raises(SupersededError, match=r"another driver has begun to train .*run; this one ends"):
         fit(one, dataclasses.replace(context(), emit=watch))
     assert [name for name in one.checkpoints.names() if name > "step_00000010"] == []
-    left = Identity.read(run, pytest.fail)
+    left = RunManifest.read(run, pytest.fail)
     assert left is not None
     assert left.open
     with pytest.raises(SupersededError):
         fit(one, context())
-    assert Identity.read(run, pytest.fail) == left
+    assert RunManifest.read(run, pytest.fail) == left
 
 
-def test_an_earlier_session_of_the_same_driver_writes_no_more(job: Callable[..., Job]) -> None:
+def test_an_earlier_session_of_the_same_driver_writes_no_more(job: Callable[..., RunSpec]) -> None:
     one = job("run", "checkpoint.every=5")
 
     def watch(event: Event) -> None:
         if event["kind"] == "step" and event["step"] == 10:
-            now = Identity.read(one.run, pytest.fail)
+            now = RunManifest.read(one.run, pytest.fail)
             assert now is not None
             now.begin(0).write(one.run)
 
@@ -266,14 +268,14 @@ def test_an_earlier_session_of_the_same_driver_writes_no_more(job: Callable[...,
         fit(one, dataclasses.replace(context(), emit=watch))
 
 
-def mlflow_status(job: Job) -> list[str]:
+def mlflow_status(job: RunSpec) -> list[str]:
     client = mlflow.MlflowClient(f"sqlite:///{job.cfg.run.storage}/mlflow.db")
     experiments = [one.experiment_id for one in client.search_experiments()]
     return [run.info.status for run in client.search_runs(experiments)]
 
 
 def test_mlflow_is_told_of_a_session_that_ends_before_its_first_step(
-    job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+    job: Callable[..., RunSpec], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: object, **__: object) -> None:
         raise RuntimeError("out of luck")
@@ -293,15 +295,15 @@ def test_mlflow_is_told_of_a_session_that_ends_before_its_first_step(
     ],
 )
 def test_mlflow_is_told_of_a_run_that_ends_between_sessions(
-    job: Callable[..., Job], error: TrainingFailedError | Interrupted, is_open: bool, status: list[str]
+    job: Callable[..., RunSpec], error: TrainingFailedError | Interrupted, is_open: bool, status: list[str]
 ) -> None:
     run = job("run").run
     driver.tell_end(job("run"), 0, error, pytest.fail)
-    Identity().write(run)
+    RunManifest().write(run)
     driver.tell_end(job("run"), 0, error, pytest.fail)  # no session has begun: there is nothing to end
     assert "mlflow.db" not in run.parent.names()
     fit(job("run", "run.stop_at_step=2"), context())
-    now = Identity.read(run, pytest.fail)
+    now = RunManifest.read(run, pytest.fail)
     assert now is not None
     dataclasses.replace(now, open=is_open).write(run)
     if is_open:  # as killed workers leave it
@@ -310,10 +312,10 @@ def test_mlflow_is_told_of_a_run_that_ends_between_sessions(
         (there,) = client.search_runs([experiment.experiment_id])
         client.update_run(there.info.run_id, status="RUNNING")
     driver.tell_end(job("run"), 1, error, pytest.fail)  # the session is an earlier command's
-    assert Identity.read(run, pytest.fail) == dataclasses.replace(now, open=is_open, place=str(run))
+    assert RunManifest.read(run, pytest.fail) == dataclasses.replace(now, open=is_open, place=str(run))
     driver.tell_end(job("run"), 0, error, pytest.fail)
     assert mlflow_status(job("run")) == status
-    ended = Identity.read(run, pytest.fail)
+    ended = RunManifest.read(run, pytest.fail)
     assert ended is not None
     assert (ended.unended(), ended.failure) == ((), "too many" if status == ["FAILED"] else "")
     (listed_run,) = listing.listed(run.parent)
@@ -322,11 +324,11 @@ def test_mlflow_is_told_of_a_run_that_ends_between_sessions(
 
 @pytest.mark.parametrize("unseen", ["drivers", "run.json", "checkpoints", "checkpoints/step_00000004"])
 def test_a_node_that_sees_the_run_late_begins_no_new_training(
-    job: Callable[..., Job], unseen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    job: Callable[..., RunSpec], unseen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a network file system shows it: an absent file stays absent for up to a minute."""
     run = job("run").run
-    Identity().write(run)
+    RunManifest().write(run)
     one = dataclasses.replace(job("run", "run.stop_at_step=4"), claim=Claim.take(run))
     fit(one, context())
     away, pauses = tmp_path / "away", list[float]()
@@ -347,7 +349,7 @@ def test_a_node_that_sees_the_run_late_begins_no_new_training(
     assert "seen" in next(event["text"] for event in events if event["kind"] == "warning")
 
 
-def test_a_finished_run_trains_no_more(job: Callable[..., Job]) -> None:
+def test_a_finished_run_trains_no_more(job: Callable[..., RunSpec]) -> None:
     done = job("run", "train.steps=4")
     first = fit(done, context())
     again = fit(done, context())
@@ -355,7 +357,7 @@ def test_a_finished_run_trains_no_more(job: Callable[..., Job]) -> None:
     assert again["images_per_s"] is None
 
 
-def test_stop_request_saves_and_ends(job: Callable[..., Job]) -> None:
+def test_stop_request_saves_and_ends(job: Callable[..., RunSpec]) -> None:
     asked = dataclasses.replace(context(), stop_reason=lambda: "interrupted")
     summary = fit(job("run"), asked)
     assert (summary["status"], summary["step"]) == ("interrupted", 1)
@@ -372,11 +374,11 @@ def test_training_runs_on_the_rest_of_an_odd_folder(tmp_path: Path, monkeypatch:
     cfg = load(None, [f"data.train={images}", f"data.val={images}", *small, *settings, "run.name=odd"])
     monkeypatch.setattr(lock, "LOCK_S", 0.5)
     events: list[Event] = []
-    with open_run.prepare(cfg, events.append) as job:
+    with open_run.open_run(cfg, events.append) as job:
         left_out = [e["text"] for e in events]
         with (
-            pytest.raises(ConfigError, match=r"run.name=odd: is being trained by process \d+"),
-            open_run.prepare(cfg, print),
+            pytest.raises(UserError, match=r"run.name=odd: is being trained by process \d+"),
+            open_run.open_run(cfg, print),
         ):
             pass
     assert len(left_out) == 2 * len(unusable)  # of train and of val
@@ -408,7 +410,7 @@ def test_the_best_checkpoint_is_uploaded_from_an_object_store(
     cfg = load(None, [*FAST, f"data.train={val}", f"data.val={val}", "run.storage=memory://best", *words])
     run = Storage("memory://best") / tmp_path.name
     events: list[Event] = []
-    summary = fit(Job(cfg, run, str(val), str(val)), context(events=events))
+    summary = fit(RunSpec(cfg, run, str(val), str(val)), context(events=events))
     assert not [event["text"] for event in events if event["kind"] == "warning"]
     client = mlflow.MlflowClient(uri)
     (best,) = client.list_artifacts(summary["mlflow_run_id"], "checkpoints")
@@ -418,7 +420,7 @@ def test_the_best_checkpoint_is_uploaded_from_an_object_store(
         shutil.rmtree(folder.scratch)
     # The next command is given on another node, and all that is left to do is the model.
     logging = load(None, [*FAST, f"data.train={val}", f"data.val={val}", *words, "mlflow.log_model=true"])
-    fit(Job(logging, run, str(val), str(val)), context(events=events))
+    fit(RunSpec(logging, run, str(val), str(val)), context(events=events))
     assert not [event["text"] for event in events if event["kind"] == "warning"]
     assert len(client.get_run(summary["mlflow_run_id"]).outputs.model_outputs) == 1
     for folder in (run, run / "checkpoints"):

@@ -17,15 +17,15 @@ from pipeline.cli import app
 from pipeline.config.loading import load
 from pipeline.config.schema import Config, ModelConfig
 from pipeline.data.index import load_index
-from pipeline.data.loading.loader import Batch, EvalLoader, Place
-from pipeline.errors import ConfigError
+from pipeline.data.loading.loader import Batch, EvalLoader, LoaderContext
+from pipeline.errors import UserError
 from pipeline.models.resnet import ResNet
-from pipeline.runs.spec import Event, Job
+from pipeline.runs.spec import Event, RunSpec
 from pipeline.storage import Storage
 from pipeline.tracking.metrics import Predictions
 from pipeline.training.evaluation import evaluate
 from pipeline.training.loop import fit
-from pipeline.training.microbatch import InParts, MicroBatches
+from pipeline.training.microbatch import AutoMicrobatch, OomSplitter
 from pipeline.training.state import TrainState
 from pipeline.training.step import train_step
 
@@ -60,7 +60,7 @@ def stepped(cfg: Config, room: int | None, said: list[str]) -> tuple[dict[str, T
     """The weights after three steps."""
     state = TrainState.create(cfg, 10, torch.device("cpu"))
     net = Short(state.model, 99 if room is None else room)
-    micro_batches = MicroBatches(cfg.train, room is not None, said.append)
+    micro_batches = AutoMicrobatch(cfg.train, room is not None, said.append)
     for seed in range(3):
         size = micro_batches.size(state, net, batch(seed, 12))
         train_step(state, net, batch(seed, 12), cfg.train, lr=0.05, world_size=1, micro_batch=size)
@@ -89,8 +89,8 @@ def test_where_memory_suffices_nothing_is_said_or_changed() -> None:
 
 def test_a_single_image_that_does_not_fit_gets_one_line() -> None:
     state = TrainState.create(config(), 10, torch.device("cpu"))
-    micro_batches = MicroBatches(config().train, True, lambda text: None)
-    with pytest.raises(ConfigError, match=r"data.image_size=64: a single image does not fit .* model.recompute=true"):
+    micro_batches = AutoMicrobatch(config().train, True, lambda text: None)
+    with pytest.raises(UserError, match=r"data.image_size=64: a single image does not fit .* model.recompute=true"):
         micro_batches.size(state, Short(state.model, 0), batch(0, 2, 64))
 
 
@@ -101,7 +101,7 @@ def rank_step(rank: int, world_size: int, room: int) -> Any:
     inner = Short(state.model, room if rank == 1 else 99)
     net = DistributedDataParallel(inner, forward_sync_buffers=False)  # which would be one more exchange a forward
     said: list[str] = []
-    micro_batches = MicroBatches(cfg.train, True, said.append)
+    micro_batches = AutoMicrobatch(cfg.train, True, said.append)
     before = deepcopy(dict(state.model.named_buffers()))
     share = batch(rank, 6)
     size = micro_batches.size(state, net, share)
@@ -117,11 +117,11 @@ def test_a_rank_that_is_short_of_memory_does_not_hold_up_the_others() -> None:
     assert torch.equal(first[3], second[3])
 
 
-def evaluated(cfg: Config, index: Path, room: int, in_parts: InParts) -> tuple[Predictions, list[int]]:
+def evaluated(cfg: Config, index: Path, room: int, in_parts: OomSplitter) -> tuple[Predictions, list[int]]:
     """What a network says for which there is memory for `room` images, and the sizes it was given."""
     torch.manual_seed(0)
     net = Short(ResNet(ModelConfig(depth=18, zero_init_residual=False), 10), room)
-    here = Place(0, 1, torch.device("cpu"), 1)
+    here = LoaderContext(0, 1, torch.device("cpu"), 1)
     with closing(EvalLoader(load_index(index), cfg.data, here, no_bad_image, batch=128, views="flip")) as loader:
         said = evaluate(net, loader, precision="fp32", device=here.device, in_parts=in_parts)
     return said, net.sizes
@@ -129,9 +129,9 @@ def evaluated(cfg: Config, index: Path, room: int, in_parts: InParts) -> tuple[P
 
 def test_an_evaluation_goes_on_in_parts_and_each_image_has_its_own_row(digits_index: Callable[[str], Path]) -> None:
     said: list[str] = []
-    in_parts = InParts(said.append)
+    in_parts = OomSplitter(said.append)
     index = digits_index("val")
-    whole, _ = evaluated(config(), index, 128, InParts(pytest.fail))
+    whole, _ = evaluated(config(), index, 128, OomSplitter(pytest.fail))
     parts, sizes = evaluated(config(), index, 40, in_parts)
     chunk, rest = [32] * 4, [32, 32, 32, 8]  # 360 images are 128, 128 and 104
     assert sizes == [128, 64, *chunk, *chunk, *chunk, *chunk, *rest, *rest]  # each chunk and its mirror image
@@ -145,8 +145,8 @@ def test_an_evaluation_goes_on_in_parts_and_each_image_has_its_own_row(digits_in
 
 
 def test_a_single_image_that_cannot_be_evaluated_gets_one_line(digits_index: Callable[[str], Path]) -> None:
-    with pytest.raises(ConfigError, match=r"data.val_size=32: a single image does not fit into the GPU's memory; low"):
-        evaluated(config(), digits_index("val"), 0, InParts(lambda text: None))
+    with pytest.raises(UserError, match=r"data.val_size=32: a single image does not fit into the GPU's memory; low"):
+        evaluated(config(), digits_index("val"), 0, OomSplitter(lambda text: None))
 
 
 def test_trainings_and_commands_evaluate_in_parts(
@@ -169,7 +169,7 @@ def test_trainings_and_commands_evaluate_in_parts(
     cfg = config(f"data.train={train}", f"data.val={val}", "train.steps=1", f"run.storage={tmp_path}", *quiet)
     (tmp_path / "run").mkdir()
     events: list[Event] = []
-    trained = fit(Job(cfg, Storage(tmp_path / "run"), str(train), str(val)), context(events=events))
+    trained = fit(RunSpec(cfg, Storage(tmp_path / "run"), str(train), str(val)), context(events=events))
     line = "the GPU's memory is short: 64 instead of 128 images at a time; the figures stay, to within rounding"
     assert [event["text"].startswith(line) for event in events if event["kind"] == "warning"] == [True]
     capsys.readouterr()

@@ -18,9 +18,9 @@ from ranks import context, run_ranks
 from pipeline.bench.planning import plan
 from pipeline.cli import app
 from pipeline.config.loading import load
-from pipeline.data.loading.loader import Place
+from pipeline.data.loading.loader import LoaderContext
 from pipeline.runs import checkpoint
-from pipeline.runs.spec import Event, Job
+from pipeline.runs.spec import Event, RunSpec
 from pipeline.storage import Storage
 from pipeline.training import inference, loop, precision
 from pipeline.training.evaluation import log_probabilities
@@ -151,14 +151,14 @@ def test_a_plan_knows_what_its_card_has(card: str, wanted: str) -> None:
 
 
 @pytest.fixture
-def job(digits_index: Callable[[str], Path], tmp_path: Path) -> Callable[..., Job]:
+def job(digits_index: Callable[[str], Path], tmp_path: Path) -> Callable[..., RunSpec]:
     """Makes a job of two steps, by overrides; each is of the same run."""
 
-    def make(*overrides: str) -> Job:
+    def make(*overrides: str) -> RunSpec:
         index = digits_index("few")
         cfg = load(None, [f"data.train={index}", f"data.val={index}", *TINY, f"run.storage={tmp_path}", *overrides])
         (tmp_path / "run").mkdir(exist_ok=True)
-        return Job(cfg, Storage(tmp_path / "run"), str(index), str(index))
+        return RunSpec(cfg, Storage(tmp_path / "run"), str(index), str(index))
 
     return make
 
@@ -174,7 +174,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[Hardware], None]:
     return become
 
 
-def trained(job: Job) -> tuple[str, str, list[str]]:
+def trained(job: RunSpec) -> tuple[str, str, list[str]]:
     """The precision of a training and its reason, by its start; the warnings."""
     events: list[Event] = []
     fit(job, context(events=events))
@@ -182,7 +182,7 @@ def trained(job: Job) -> tuple[str, str, list[str]]:
     return start["precision"], start["precision_reason"], [e["text"] for e in events if e["kind"] == "warning"]
 
 
-def saved(job: Job) -> str:
+def saved(job: RunSpec) -> str:
     """What the newest checkpoint says."""
     found = checkpoint.newest_valid(job.checkpoints, pytest.fail)
     assert found is not None
@@ -191,7 +191,7 @@ def saved(job: Job) -> str:
 
 @pytest.mark.parametrize(("hardware", "wanted"), [(ON_AVX2, "fp32"), (ON_ZEN4, "bf16")])
 def test_a_training_says_everywhere_what_auto_became(
-    job: Callable[..., Job], machine: Callable[[Hardware], None], hardware: Hardware, wanted: str
+    job: Callable[..., RunSpec], machine: Callable[[Hardware], None], hardware: Hardware, wanted: str
 ) -> None:
     machine(hardware)
     one = job()
@@ -204,7 +204,7 @@ def test_a_training_says_everywhere_what_auto_became(
 
 
 def test_a_resume_keeps_its_precision_and_warns_once_where_it_is_emulated(
-    job: Callable[..., Job], machine: Callable[[Hardware], None]
+    job: Callable[..., RunSpec], machine: Callable[[Hardware], None]
 ) -> None:
     machine(ON_ZEN4)
     trained(job())
@@ -220,7 +220,7 @@ def test_a_resume_keeps_its_precision_and_warns_once_where_it_is_emulated(
 
 
 def test_a_checkpoint_of_before_keeps_the_bf16_that_it_says(
-    job: Callable[..., Job], machine: Callable[[Hardware], None]
+    job: Callable[..., RunSpec], machine: Callable[[Hardware], None]
 ) -> None:
     """Then bf16 was the default, and run.json had no word of it."""
     machine(ON_ZEN4)
@@ -234,7 +234,7 @@ def test_a_checkpoint_of_before_keeps_the_bf16_that_it_says(
 
 
 def test_an_attempt_that_left_no_checkpoint_has_decided_all_the_same(
-    job: Callable[..., Job], machine: Callable[[Hardware], None]
+    job: Callable[..., RunSpec], machine: Callable[[Hardware], None]
 ) -> None:
     """MLflow keeps the first value of each parameter for good."""
     machine(ON_ZEN4)
@@ -246,7 +246,9 @@ def test_an_attempt_that_left_no_checkpoint_has_decided_all_the_same(
     assert trained(one)[:2] == ("bf16", "as the run began")
 
 
-def of_ranks(rank: int, world_size: int, hardware: list[Hardware], *jobs: Job) -> list[tuple[set[str], list[Event]]]:
+def of_ranks(
+    rank: int, world_size: int, hardware: list[Hardware], *jobs: RunSpec
+) -> list[tuple[set[str], list[Event]]]:
     """Each rank on a machine of its own kind: for each job what its steps computed in, and its events."""
     found = []
     for one in jobs:
@@ -266,7 +268,7 @@ def of_ranks(rank: int, world_size: int, hardware: list[Hardware], *jobs: Job) -
     return found
 
 
-def test_two_workers_decide_together_and_rank_0_warns(job: Callable[..., Job]) -> None:
+def test_two_workers_decide_together_and_rank_0_warns(job: Callable[..., RunSpec]) -> None:
     two = [ON_ZEN4, ON_AVX2]
     jobs = job("cluster.workers=2"), job("cluster.workers=2", "train.steps=3", "train.precision=bf16")
     first, second = run_ranks(of_ranks, 2, two, *jobs)
@@ -279,7 +281,7 @@ def test_two_workers_decide_together_and_rank_0_warns(job: Callable[..., Job]) -
 
 
 def test_evaluating_keeps_the_precision_and_predicting_takes_what_is_there(
-    job: Callable[..., Job], machine: Callable[[Hardware], None], digits: Path, monkeypatch: pytest.MonkeyPatch
+    job: Callable[..., RunSpec], machine: Callable[[Hardware], None], digits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine(ON_ZEN4)
     one = job()
@@ -312,7 +314,7 @@ def test_a_benchmark_settles_what_it_measures(
     words = ["bench", "step", str(ROOT / "configs/digits.yaml"), "model.depth=18", "train.global_batch=4"]
     assert app.main([*words, "--try", "train.precision=fp32"]) == 2
     assert "--try train.precision=fp32: changes nothing of the bare step" in capsys.readouterr().err
-    few = ["--rounds", "1", "--steps", "1", "--threads", str(min(2, Place.here().num_threads))]
+    few = ["--rounds", "1", "--steps", "1", "--threads", str(min(2, LoaderContext.here().num_threads))]
     assert app.main([*words, "--try", "train.precision=bf16", *few]) == 0
     out, err = capsys.readouterr()
     assert ", fp32, batch 2 on " in out

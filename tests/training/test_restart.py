@@ -13,7 +13,7 @@ from ranks import no_bad_image
 
 from pipeline.config.schema import DataConfig
 from pipeline.data.index import Index, load_index
-from pipeline.data.loading.loader import Place, TrainLoader
+from pipeline.data.loading.loader import LoaderContext, TrainLoader
 
 NUM_ROWS = 10_000_000
 BATCH = 64
@@ -32,7 +32,7 @@ def seconds_to_first_batch(path: Path, step: int) -> tuple[float, np.ndarray]:
     began = time.perf_counter()
     index = load_index(path)
     cfg = DataConfig(train="-", val="-", image_size=32, val_resize=32)
-    place = Place(rank=0, world_size=1, device=torch.device("cpu"), num_threads=1)
+    place = LoaderContext(rank=0, world_size=1, device=torch.device("cpu"), num_threads=1)
     loader = TrainLoader(index, cfg, place, no_bad_image, global_batch=BATCH, seed=0)
     batch = next(loader.from_step(step, step + 1))
     return time.perf_counter() - began, batch.rows

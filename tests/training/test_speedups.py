@@ -13,8 +13,8 @@ import pytest
 from ranks import FAST, context, run_ranks
 
 from pipeline.config.loading import load
-from pipeline.errors import ConfigError
-from pipeline.runs.spec import Event, Job
+from pipeline.errors import UserError
+from pipeline.runs.spec import Event, RunSpec
 from pipeline.storage import Storage
 from pipeline.training.loop import fit
 
@@ -22,20 +22,20 @@ STEPS = 5
 
 
 @pytest.fixture
-def job(digits_index: Callable[[str], Path], tmp_path: Path) -> Callable[..., Job]:
+def job(digits_index: Callable[[str], Path], tmp_path: Path) -> Callable[..., RunSpec]:
     """Makes a job of a few logged steps, by run name and overrides."""
     return partial(make_job, digits_index, tmp_path)
 
 
-def make_job(digits_index: Callable[[str], Path], folder: Path, name: str, *overrides: str) -> Job:
+def make_job(digits_index: Callable[[str], Path], folder: Path, name: str, *overrides: str) -> RunSpec:
     train, val = digits_index("train"), digits_index("few")
     few = [f"train.steps={STEPS}", "train.log_every=1", "train.ema_decay=null", f"run.storage={folder}"]
     cfg = load(None, [f"data.train={train}", f"data.val={val}", *FAST, *few, *overrides])
     (folder / name).mkdir(exist_ok=True)
-    return Job(cfg, Storage(folder / name), str(train), str(val))
+    return RunSpec(cfg, Storage(folder / name), str(train), str(val))
 
 
-def train(rank: int, world_size: int, *jobs: Job) -> list[tuple[list[float], dict[str, Any]]]:
+def train(rank: int, world_size: int, *jobs: RunSpec) -> list[tuple[list[float], dict[str, Any]]]:
     """The losses and the summary of each."""
     found = []
     for one in jobs:
@@ -74,7 +74,7 @@ def test_buckets_of_another_size_train_the_same(losses: dict[str, list[float]]) 
 @pytest.mark.e2e
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.thorough), 2])
-def test_a_compiled_network_trains_alike(job: Callable[..., Job], world_size: int) -> None:
+def test_a_compiled_network_trains_alike(job: Callable[..., RunSpec], world_size: int) -> None:
     """Its fused operations round otherwise. The first step, in which it is compiled, is told apart."""
     settings = "train.precision=fp32", "optim.lr=0.002"
     jobs = job("eager", *settings), job("compiled", *settings, "model.compile=default")
@@ -108,11 +108,11 @@ def test_kernels_that_another_kind_of_cpu_compiled_are_not_taken(tmp_path: Path)
     assert hits() > 0
 
 
-def test_compiling_without_a_compiler_is_refused(job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiling_without_a_compiler_is_refused(job: Callable[..., RunSpec], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     one = job("run", "model.compile=default")
     wanted = (
         r"model.compile=default: needs a C\+\+ compiler on every node, and no-such-compiler is not here; install it"
     )
-    with pytest.raises(ConfigError, match=wanted):
+    with pytest.raises(UserError, match=wanted):
         fit(one, context())

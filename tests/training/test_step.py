@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.config.loading import load
 from pipeline.config.schema import Config
 from pipeline.data.index import load_index
-from pipeline.data.loading.loader import Batch, Place, TrainLoader
+from pipeline.data.loading.loader import Batch, LoaderContext, TrainLoader
 from pipeline.training.optim import make_optimizer
 from pipeline.training.schedule import Schedule, lr_at
 from pipeline.training.state import TrainState
@@ -59,7 +59,7 @@ def loss_curve(rank: int, world_size: int, cfg: Config, index: Path, num_steps: 
     net: nn.Module = state.model
     if world_size > 1:
         net = DistributedDataParallel(net)
-    place = Place(rank, world_size, CPU, 1)
+    place = LoaderContext(rank, world_size, CPU, 1)
     loader = TrainLoader(samples, cfg.data, place, no_bad_image, global_batch=cfg.train.global_batch, seed=0)
     losses = []
     for batch in loader.from_step(0, num_steps):

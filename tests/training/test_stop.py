@@ -13,7 +13,7 @@ from ranks import FAST, context, final_state, run_ranks
 
 from pipeline.config.loading import load
 from pipeline.runs.checkpoint import META
-from pipeline.runs.spec import Context, Event, Job, StopReason
+from pipeline.runs.spec import Event, RunSpec, StopReason, WorkerContext
 from pipeline.storage import Storage
 from pipeline.training import loop
 from pipeline.training.loop import fit
@@ -24,17 +24,17 @@ SETTINGS = ["train.global_batch=65", "train.steps=5", "train.eval_batch=40", "ch
 
 
 @pytest.fixture
-def job(digits_index: Callable[[str], Path], tmp_path: Path) -> Callable[..., Job]:
-    def make(name: str) -> Job:
+def job(digits_index: Callable[[str], Path], tmp_path: Path) -> Callable[..., RunSpec]:
+    def make(name: str) -> RunSpec:
         few = digits_index("few")
         cfg = load(None, [f"data.train={few}", f"data.val={few}", *FAST, *SETTINGS, f"run.storage={tmp_path}"])
         (tmp_path / name).mkdir()
-        return Job(cfg, Storage(tmp_path / name), str(few), str(few))
+        return RunSpec(cfg, Storage(tmp_path / name), str(few), str(few))
 
     return make
 
 
-def metas(job: Job) -> dict[str, dict[str, Any]]:
+def metas(job: RunSpec) -> dict[str, dict[str, Any]]:
     """The scores and the best so far, by checkpoint."""
     found = {name: json.loads((job.checkpoints / name).read_bytes(META)) for name in job.checkpoints.names()}
     return {name: meta["metrics"] for name, meta in found.items()}
@@ -44,7 +44,7 @@ def scores(events: list[Event]) -> list[tuple[int, float]]:
     return [(e["step"], e["loss"]) for e in events if e["kind"] == "evaluation"]
 
 
-def stopping(events: list[Event], when: Callable[[Event], bool], rank: int = 0, world_size: int = 1) -> Context:
+def stopping(events: list[Event], when: Callable[[Event], bool], rank: int = 0, world_size: int = 1) -> WorkerContext:
     """A rank that is asked to stop from the first such event on."""
     asked = list[Event]()
 
@@ -67,7 +67,7 @@ def barrier() -> None:
         dist.barrier()
 
 
-def stop_and_resume(rank: int, world_size: int, whole: Job, parts: Job) -> list[Any]:
+def stop_and_resume(rank: int, world_size: int, whole: RunSpec, parts: RunSpec) -> list[Any]:
     """Whole; and stopped where the loop has logged the step, in the middle of its evaluation or just before it."""
     undisturbed, first, second = list[Event](), list[Event](), list[Event]()
     fit(whole, context(rank, world_size, undisturbed))
@@ -80,7 +80,9 @@ def stop_and_resume(rank: int, world_size: int, whole: Job, parts: Job) -> list[
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_stop_in_an_evaluation_saves_at_once_and_evaluates_later(job: Callable[..., Job], world_size: int) -> None:
+def test_a_stop_in_an_evaluation_saves_at_once_and_evaluates_later(
+    job: Callable[..., RunSpec], world_size: int
+) -> None:
     whole, parts = job("whole"), job("parts")
     results = run_ranks(stop_and_resume, world_size, whole, parts)[0]
     stopped, done, between, undisturbed, first, second = results
@@ -96,7 +98,7 @@ def test_a_stop_in_an_evaluation_saves_at_once_and_evaluates_later(job: Callable
     assert done["best_checkpoint"].rpartition("/")[2] in ours
 
 
-def test_a_stop_at_the_last_evaluation_is_no_end(job: Callable[..., Job]) -> None:
+def test_a_stop_at_the_last_evaluation_is_no_end(job: Callable[..., RunSpec]) -> None:
     one, events = job("run"), list[Event]()
     stopped = fit(one, stopping(events, lambda event: event["kind"] == "step" and event["step"] == 5))
     assert (stopped["status"], stopped["step"]) == ("interrupted", 5)
@@ -110,7 +112,7 @@ def test_a_stop_at_the_last_evaluation_is_no_end(job: Callable[..., Job]) -> Non
 
 
 def test_a_session_that_dies_in_an_evaluation_has_its_checkpoint(
-    job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+    job: Callable[..., RunSpec], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, events = job("run"), list[Event]()
 

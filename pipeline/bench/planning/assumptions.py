@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 
 Origin = Literal["measured", "published", "assumed", "counted", "given"]
 TINY, HUGE = 1e-6, 1e9  # beyond these nothing in the table is real
@@ -98,16 +98,16 @@ def assume(gpu: str, words: Sequence[str]) -> tuple[Assumptions, dict[str, Origi
     """The assumptions of a card with `name=value` words on top, and each one's origin.
 
     Raises:
-        ConfigError: an unknown card or name, or a value that cannot be.
+        UserError: an unknown card or name, or a value that cannot be.
     """
     if gpu.upper() not in CARDS:
-        raise ConfigError(f"--gpu {gpu}: not in the table; use one of {', '.join(CARDS)}{_near(gpu.upper(), CARDS)}")
+        raise UserError(f"--gpu {gpu}: not in the table; use one of {', '.join(CARDS)}{_near(gpu.upper(), CARDS)}")
     made = Assumptions(**asdict(CARDS[gpu.upper()]))
     origins: dict[str, Origin] = {name: meta["origin"] for name, meta in NAMES.items()}
     for word in words:
         name, _, text = word.partition("=")
         if name not in NAMES:
-            raise ConfigError(f"--assume {word}: no assumption {name!r}{_near(name, NAMES)}; `pipeline plan` lists all")
+            raise UserError(f"--assume {word}: no assumption {name!r}{_near(name, NAMES)}; `pipeline plan` lists all")
         made, origins[name] = replace(made, **{name: _number(word, name, text)}), "given"
     return made, origins
 
@@ -116,12 +116,12 @@ def _number(word: str, name: str, text: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        raise ConfigError(f"--assume {word}: must be a number, such as {name}={getattr(Assumptions, name):g}") from None
+        raise UserError(f"--assume {word}: must be a number, such as {name}={getattr(Assumptions, name):g}") from None
     low, high = NAMES[name]["low"], NAMES[name]["high"]
     if not (low <= value <= high):
-        raise ConfigError(f"--assume {word}: must be a number, at least {low:g} and at most {high:g}")
+        raise UserError(f"--assume {word}: must be a number, at least {low:g} and at most {high:g}")
     if name == "gpus_per_node" and value != int(value):
-        raise ConfigError(f"--assume {word}: must be a whole number")
+        raise UserError(f"--assume {word}: must be a whole number")
     return value
 
 

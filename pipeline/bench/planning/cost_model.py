@@ -17,14 +17,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline.bench.planning import failure_model
 from pipeline.bench.planning.assumptions import Assumptions
 from pipeline.config.schema import Config, ModelConfig
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 from pipeline.models.resnet import ResNet
 
 RESNET50_MACS, RESNET50_ELEMENTS = 4.089e9, 11.11e6  # an image of 224 pixels, forward
 
 
 @dataclass(frozen=True)
-class Network:
+class ModelCost:
     """macs: multiply-adds of one image, forward. elements: that its convolutions write. layers: kernels, about."""
 
     parameters: int
@@ -34,13 +34,13 @@ class Network:
 
 
 @dataclass(frozen=True)
-class Case:
+class Scenario:
     """What a prediction is of. batch_per_gpu: weak scaling; None keeps the recipe's global batch. rate: images/s of
     one GPU alone, where it is known."""
 
     cfg: Config
     a: Assumptions
-    net: Network
+    net: ModelCost
     images: int
     batch_per_gpu: int | None = None
     rate: float | None = None
@@ -65,7 +65,7 @@ class Row:
     bound: str
 
 
-def count_network(model: ModelConfig, image_size: int, num_classes: int = 1000) -> Network:
+def count_network(model: ModelConfig, image_size: int, num_classes: int = 1000) -> ModelCost:
     """Count our own model on torch's meta device, which computes shapes alone."""
     written, layers = 0, 0
 
@@ -82,10 +82,10 @@ def count_network(model: ModelConfig, image_size: int, num_classes: int = 1000) 
         with FlopCounterMode(display=False) as counter:
             net(torch.empty(1, 3, image_size, image_size))
     parameters = sum(p.numel() for p in net.parameters())
-    return Network(parameters, counter.get_total_flops() / 2, written, layers)
+    return ModelCost(parameters, counter.get_total_flops() / 2, written, layers)
 
 
-def card_rate(net: Network, precision: str, a: Assumptions) -> float:
+def card_rate(net: ModelCost, precision: str, a: Assumptions) -> float:
     """Images/s of one GPU alone, at a large batch: the published A100's, in proportion to memory bandwidth.
 
     ResNets write and read much for little arithmetic. By bandwidth alone a T4 would keep 0.36 of a V100's speed in AMP
@@ -132,25 +132,25 @@ def exposed_s(all_reduce: float, buckets: int, backward_s: float, a: Assumptions
     return last + max(0.0, all_reduce - last - a.overlap * backward_s * (buckets - 1) / buckets)
 
 
-def batches(case: Case, gpus: int) -> tuple[int, int]:
+def batches(case: Scenario, gpus: int) -> tuple[int, int]:
     """The global batch, and the largest share of it.
 
     Raises:
-        ConfigError: fewer images than GPUs.
+        UserError: fewer images than GPUs.
     """
     unit = 2 if case.cfg.data.mixes else 1
     if case.batch_per_gpu and case.batch_per_gpu % unit:
-        raise ConfigError(f"--batch-per-gpu {case.batch_per_gpu}: must be even, for pairs of data.mixup or data.cutmix")
+        raise UserError(f"--batch-per-gpu {case.batch_per_gpu}: must be even, for pairs of data.mixup or data.cutmix")
     total = case.batch_per_gpu * gpus if case.batch_per_gpu else case.cfg.train.global_batch
     if total < gpus * unit:
-        raise ConfigError(
+        raise UserError(
             f"--gpus {gpus}: train.global_batch={total} gives some of them nothing; ask for at most {total // unit}, "
             "or give --batch-per-gpu"
         )
     return total, -(-total // unit // gpus) * unit
 
 
-def predict(case: Case, gpus: int) -> Row:
+def predict(case: Scenario, gpus: int) -> Row:
     """The row of a number of GPUs."""
     cfg, a = case.cfg, case.a
     total, share = batches(case, gpus)
@@ -200,22 +200,20 @@ def predict(case: Case, gpus: int) -> Row:
     )
 
 
-def num_steps(case: Case, gpus: int) -> int:
+def num_steps(case: Scenario, gpus: int) -> int:
     total, _ = batches(case, gpus)
     if case.images < total:
         mend = "--batch-per-gpu" if case.batch_per_gpu else "train.global_batch"
-        raise ConfigError(
-            f"--gpus {gpus}: a global batch of {total} is more than the {case.images} images; lower {mend}"
-        )
+        raise UserError(f"--gpus {gpus}: a global batch of {total} is more than the {case.images} images; lower {mend}")
     return case.cfg.train.steps or case.cfg.train.epochs * (case.images // total)
 
 
-def num_evaluations(case: Case, gpus: int) -> int:
+def num_evaluations(case: Scenario, gpus: int) -> int:
     total, _ = batches(case, gpus)
     return math.ceil(num_steps(case, gpus) / (case.images // total) / case.cfg.train.eval_every)
 
 
-def failures(case: Case, gpus: int) -> failure_model.Outages:
+def failures(case: Scenario, gpus: int) -> failure_model.Outages:
     """The state is weights, the optimizer's copies, and averages, 4 bytes each."""
     optim = case.cfg.optim
     moments = 2 if optim.name in ("adamw", "lamb") else int(optim.momentum > 0)
@@ -225,19 +223,19 @@ def failures(case: Case, gpus: int) -> failure_model.Outages:
     return failure_model.Outages(mtbf, case.a.restart_s, state_gb / case.a.hold_gb_s, state_gb / case.a.write_gb_s)
 
 
-def interval_s(case: Case, gpus: int, step_s: float, every: int) -> float:
+def interval_s(case: Scenario, gpus: int, step_s: float, every: int) -> float:
     """Between two checkpoints: one that is due while another is being written is postponed."""
     return max(min(every, num_steps(case, gpus)) * step_s, failures(case, gpus).write)
 
 
-def best_every(case: Case, row: Row) -> int:
+def best_every(case: Scenario, row: Row) -> int:
     """The checkpoint.every that loses least, to two digits, since the optimum is flat."""
     steps = failure_model.best_interval(failures(case, row.gpus)) / row.step_s
     rounded = float(f"{max(1.0, steps):.2g}")
     return min(math.ceil(rounded), num_steps(case, row.gpus))
 
 
-def checkpoints(case: Case, row: Row) -> dict[str, Any]:
+def checkpoints(case: Scenario, row: Row) -> dict[str, Any]:
     """The configured interval beside the best, by the closed form and by simulation."""
     o = failures(case, row.gpus)
     work = num_steps(case, row.gpus) * row.step_s

@@ -13,8 +13,8 @@ from typing import Any
 
 from pipeline.bench.planning.assumptions import NAMES, Assumptions, Origin, assume
 from pipeline.bench.planning.cost_model import (
-    Case,
     Row,
+    Scenario,
     all_reduce_s,
     batches,
     best_every,
@@ -30,7 +30,7 @@ from pipeline.bench.planning.cost_model import (
 from pipeline.config.schema import Config
 from pipeline.data.index import load_index
 from pipeline.data.indexing.find import is_index
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 from pipeline.storage import Storage
 from pipeline.training import precision
 
@@ -66,7 +66,7 @@ def plan(
         measured: the JSON of `pipeline bench scale`, to be predicted.
 
     Raises:
-        ConfigError: anything in these that cannot be.
+        UserError: anything in these that cannot be.
     """
     a, origins = assume(gpu, assumed)
     card = precision.gpu(BEFORE_BF16.get(gpu.upper(), (8, 0)))
@@ -83,7 +83,7 @@ def plan(
     if origins["launch_us"] != "given" and cfg.model.compile in GRAPHS:
         a = replace(a, launch_us=a.launch_us / 5)
     images = num_images or (len(index) if index is not None else IMAGENET)
-    case = Case(cfg, a, net, images, batch_per_gpu, rate)
+    case = Scenario(cfg, a, net, images, batch_per_gpu, rate)
     row = predict(case, gpus)
     rows = [row if n == gpus else predict(case, n) for n in sorted({*SIZES, gpus}) if n == gpus or _fits(case, n)]
     notes = [WARNING]
@@ -131,10 +131,10 @@ def _index(source: str) -> Any:
     return load_index(place.local) if is_index(source) and place.local and place.local.is_file() else None
 
 
-def _fits(case: Case, gpus: int) -> bool:
+def _fits(case: Scenario, gpus: int) -> bool:
     try:
         num_steps(case, gpus)
-    except ConfigError:
+    except UserError:
         return False
     return True
 
@@ -144,7 +144,7 @@ def _row(row: Row) -> dict[str, Any]:
     return {k: None if v == math.inf else v for k, v in asdict(row).items()}
 
 
-def changes(case: Case, row: Row) -> list[dict[str, Any]]:
+def changes(case: Scenario, row: Row) -> list[dict[str, Any]]:
     """What one change each would make of the hours, the most helpful first."""
     a, cfg = case.a, case.cfg
     best = best_every(case, row)
@@ -206,16 +206,16 @@ def check(found: dict[str, Any], a: Assumptions, origins: dict[str, Origin]) -> 
         if "allreduce_gb_s" in found and origins["network_gb_s"] != "given":
             a = replace(a, network_gb_s=float(found["allreduce_gb_s"]))
         elif origins["network_gb_s"] != "given":
-            raise ConfigError("--measured: the file has no allreduce_gb_s; give --assume network_gb_s=GB/s of the link")
+            raise UserError("--measured: the file has no allreduce_gb_s; give --assume network_gb_s=GB/s of the link")
         if "images_per_s_quartiles" in one and origins["jitter"] != "given":
             low, high = one["images_per_s_quartiles"]
             a = replace(a, jitter=(high - low) / 1.349 / alone)  # of a normal law
         if min(alone, compute_s, parameters, a.network_gb_s, *speeds.values()) <= 0 or a.jitter < 0:
             raise ValueError("figures must be above 0")
     except (KeyError, TypeError, AttributeError, ValueError) as e:
-        if isinstance(e, ConfigError):
+        if isinstance(e, UserError):
             raise
-        raise ConfigError("--measured: not what `pipeline bench scale --json` writes; give its file") from e
+        raise UserError("--measured: not what `pipeline bench scale --json` writes; give its file") from e
     return {
         "network_gb_s": a.network_gb_s,
         "jitter": a.jitter,
@@ -235,5 +235,5 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
-        raise ConfigError(f"--measured {path}: cannot be read ({e}); give the JSON of `pipeline bench scale`") from None
+        raise UserError(f"--measured {path}: cannot be read ({e}); give the JSON of `pipeline bench scale`") from None
     return found if isinstance(found, dict) else {}

@@ -14,7 +14,7 @@ from pipeline.cluster.doctor.check_results import Check
 from pipeline.cluster.ray_cluster import Node
 from pipeline.config.fields import show
 from pipeline.config.schema import Config
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 from pipeline.storage import Storage
 from pipeline.tracking.mlflow_store import with_absolute_uri
 from pipeline.versions import versions
@@ -32,7 +32,7 @@ def examine(cfg: Config) -> list[Check]:
     """All checks, on the cluster that training would use.
 
     Raises:
-        ConfigError: it cannot be reached, or the configuration names a storage that is not known.
+        UserError: it cannot be reached, or the configuration names a storage that is not known.
     """
     from pipeline.cluster.connection import connected
     from pipeline.tracking import find  # late: torch takes seconds
@@ -63,7 +63,7 @@ def of_workers(cfg: Config) -> Check:
     settings = cfg.cluster
     try:
         size = ray_cluster.size_of_worker(settings)
-    except ConfigError as e:
+    except UserError as e:
         text, _, mend = str(e).partition("; ")
         return Check("workers", False, text, mend)
     room = ray_cluster.room(size)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.schema import Config
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 from pipeline.storage import Storage
 from pipeline.versions import versions
 
@@ -79,7 +79,7 @@ def read(source: str, cfg: Config) -> None:
         files = (Path(parent, name) for parent, _, names in os.walk(place.local) for name in names if kind_of(name))
         first = next(files, None)
         if first is None:
-            raise ConfigError(f"no images, tar shards or Parquet files in {source}")
+            raise UserError(f"no images, tar shards or Parquet files in {source}")
         with first.open("rb") as f:
             f.read(1)
     else:

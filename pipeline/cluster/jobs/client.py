@@ -15,7 +15,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobSubmissionClient
 
 from pipeline.cluster.jobs.submission import Submission
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 
 for _name in ("modules.dashboard_sdk", "modules.job.sdk"):
     logging.getLogger(f"ray.dashboard.{_name}").setLevel(logging.ERROR)  # they tell of each upload and connection
@@ -38,7 +38,7 @@ class Client(JobSubmissionClient):  # type: ignore[misc]
         try:
             return super()._do_request(method, endpoint, timeout=REQUEST_S, **options)
         except AuthenticationError:
-            raise ConfigError(f"{self._address} refuses the token, or got none; {TOKEN}") from None
+            raise UserError(f"{self._address} refuses the token, or got none; {TOKEN}") from None
         except OSError:  # also of `requests`
             raise ConnectionError(f"{self._address} does not answer; is the address right, and the head up?") from None
 
@@ -52,25 +52,25 @@ def connect(address: str | None) -> Client:
     """A client of the cluster whose dashboard is at `address`, a URL.
 
     Raises:
-        ConfigError: a wrong address or token.
+        UserError: a wrong address or token.
         ConnectionError: it does not answer.
     """
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS")
     if not address and _is_url(os.environ.get("RAY_ADDRESS")):
         address = os.environ["RAY_ADDRESS"]
     if not address:
-        raise ConfigError("name the cluster: --address http://HEAD:8265, or $RAY_API_SERVER_ADDRESS")
+        raise UserError("name the cluster: --address http://HEAD:8265, or $RAY_API_SERVER_ADDRESS")
     if not _is_url(address):
-        raise ConfigError(f"--address {address}: give the URL of Ray's dashboard, such as http://HEAD:8265")
+        raise UserError(f"--address {address}: give the URL of Ray's dashboard, such as http://HEAD:8265")
     os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray looks there before it looks at its argument
     try:
         return Client(address)
     except AuthenticationError:
-        raise ConfigError(f"Ray asks for a token, and there is none; {TOKEN}") from None
-    except (ConfigError, ConnectionError):
+        raise UserError(f"Ray asks for a token, and there is none; {TOKEN}") from None
+    except (UserError, ConnectionError):
         raise
     except (RuntimeError, KeyError, OSError, ValueError):
-        raise ConfigError(f"{address} is not Ray's dashboard; give its URL, such as http://HEAD:8265") from None
+        raise UserError(f"{address} is not Ray's dashboard; give its URL, such as http://HEAD:8265") from None
 
 
 def _is_url(text: str | None) -> bool:
@@ -84,12 +84,12 @@ def submit(client: Client, what: Submission) -> str:
         Its id: the run's name, with a number from the second job on.
 
     Raises:
-        ConfigError: another job trains the run.
+        UserError: another job trains the run.
     """
     jobs = listed(client)
     for job in jobs:
         if run_of(job) == what.run and not job.status.is_terminal():
-            raise ConfigError(
+            raise UserError(
                 f"run.name={what.run}: is being trained by job {job.submission_id}, {job.status}; "
                 f"pipeline stop {job.submission_id} stops it; or use another name"
             )
@@ -118,14 +118,14 @@ def find(jobs: Sequence[JobDetails], name: str) -> JobDetails:
     """The job with the id `name`, or of the run `name`: the active one, else the newest.
 
     Raises:
-        ConfigError: there is none.
+        UserError: there is none.
     """
     if found := [job for job in jobs if name in (job.submission_id, run_of(job))]:
         return max(found, key=lambda job: (not job.status.is_terminal(), job.start_time or 0))
     known = [job.submission_id for job in jobs]
     near = get_close_matches(name, known)
     hint = f"did you mean {' or '.join(near)}?" if near else f"jobs there: {', '.join(known[-5:]) or 'none'}"
-    raise ConfigError(f"no job {name} ({hint})")
+    raise UserError(f"no job {name} ({hint})")
 
 
 def follow(client: Client, job: str, write: Callable[[str], Any], say: Callable[[str], None]) -> JobDetails:

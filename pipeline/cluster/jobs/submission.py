@@ -20,7 +20,7 @@ from ray._private.runtime_env import packaging  # Ray does not tell what it woul
 from pipeline.config.fields import refuse_credentials
 from pipeline.config.loading import flatten, load, parse_override
 from pipeline.config.schema import RunConfig
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 
 logging.getLogger("ray._private.runtime_env").setLevel(logging.ERROR)  # it tells of each .gitignore, several times
 
@@ -45,7 +45,7 @@ def plan(config: str, overrides: Sequence[str], secrets: Sequence[str], image: b
         image: `config` is a path in the cluster's image; else one in the working tree.
 
     Raises:
-        ConfigError: it would not work.
+        UserError: it would not work.
     """
     if image and not Path(config).exists():  # only the job can check the rest
         settings = dict(map(parse_override, overrides))
@@ -69,11 +69,11 @@ def _check_places(settings: Mapping[str, Any]) -> None:
         refuse_credentials(key, value)
         relative = key in PLACES and isinstance(value, str) and "://" not in value and not value.startswith("/")
         if relative or (key == "mlflow.uri" and re.match(r"sqlite:///(?!/)", str(value))):
-            raise ConfigError(
+            raise UserError(
                 f"{key}={value}: means nothing on a cluster; give an absolute path that every node mounts, or a URI"
             )
     if settings.get("cluster.address"):
-        raise ConfigError(f"cluster.address={settings['cluster.address']}: leave it out; a job trains where it is sent")
+        raise UserError(f"cluster.address={settings['cluster.address']}: leave it out; a job trains where it is sent")
 
 
 def _in_tree(config: str, tree: Path) -> str:
@@ -89,13 +89,13 @@ def _in_tree(config: str, tree: Path) -> str:
     excludes = [packaging._get_excludes(tree, get_runtime_env_default_excludes())]
     packaging._dir_travel(tree, excludes, add, include_gitignore=True)
     if (path := Path(config).resolve()) not in files:
-        raise ConfigError(
+        raise UserError(
             f"{config}: is not in what is sent, the folder {tree} without what its .gitignore names; "
             "submit from the folder that holds it, or use --image"
         )
     if (total := sizes.total() / 1e6) > MAX_TREE_MB:
         largest, size = sizes.most_common(1)[0]
-        raise ConfigError(
+        raise UserError(
             f"{tree} has {total:.0f} MB, and at most {MAX_TREE_MB} MB are sent; the largest is {largest}, "
             f"{size / 1e6:.0f} MB; name it in .gitignore or .rayignore, or use --image"
         )

@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.data.index import FORMAT, SCHEMA, Index, load_index
-from pipeline.data.indexing.find import Found, find, is_index, kind_of
+from pipeline.data.indexing.find import Source, find, is_index, kind_of
 from pipeline.data.indexing.rows import Label, Row, image_file, printable
 from pipeline.data.indexing.scan import read_part, scan, scan_into
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 from pipeline.storage import Storage
 
 NUM_THREADS = 8  # without a pool of the caller's: more than cores, as they wait for files
@@ -27,7 +27,7 @@ Progress = Callable[[int, int, str], None]  # units done, units in all, in words
 
 
 @dataclass(frozen=True)
-class Refused:
+class SkippedInput:
     """An input that is left out, and why."""
 
     path: str
@@ -38,45 +38,45 @@ class Refused:
 
 
 @dataclass(frozen=True)
-class Report:
+class IndexReport:
     """What building an index has found.
 
     refused: what is left out. cmyk: rows that are converted to RGB; turned: that are turned upright, as their EXIF
     orientation says. reused, units: how many units were done before, of how many.
     """
 
-    refused: list[Refused] = field(default_factory=list)
+    refused: list[SkippedInput] = field(default_factory=list)
     cmyk: list[int] = field(default_factory=list)
     turned: list[int] = field(default_factory=list)
     reused: int = 0
     units: int = 0
 
 
-def open_index(source: str, *, progress: Progress = lambda done, total, text: None) -> tuple[Index, Report]:
+def open_index(source: str, *, progress: Progress = lambda done, total, text: None) -> tuple[Index, IndexReport]:
     """The index that `source` is, or that of the images there.
 
     Raises:
-        ConfigError: none can be read or built.
+        UserError: none can be read or built.
     """
     if not is_index(source):
         return build_index(source, progress=progress)
-    return fetch_index(source), Report()
+    return fetch_index(source), IndexReport()
 
 
 def fetch_index(source: str) -> Index:
     """The index file at a path or URI.
 
     Raises:
-        ConfigError: it cannot be read.
+        UserError: it cannot be read.
     """
     try:
         return load_index(Storage(source).fetch())
-    except ConfigError:
+    except UserError:
         raise
     except FileNotFoundError:
-        raise ConfigError(f"no index file {source}") from None
+        raise UserError(f"no index file {source}") from None
     except (OSError, ValueError) as e:
-        raise ConfigError(f"the index {source} cannot be read: {str(e).splitlines()[0]}") from None
+        raise UserError(f"the index {source} cannot be read: {str(e).splitlines()[0]}") from None
 
 
 def build_index(
@@ -85,7 +85,7 @@ def build_index(
     pool: Executor | None = None,
     parts: Path | None = None,
     progress: Progress = lambda done, total, text: None,
-) -> tuple[Index, Report]:
+) -> tuple[Index, IndexReport]:
     """Index a source, in an order that depends on its names alone.
 
     Args:
@@ -93,14 +93,14 @@ def build_index(
         parts: a folder that keeps what is done, for the next try; the caller removes it. None: only in memory.
 
     Raises:
-        ConfigError: nothing there, several kinds, no usable image, or storage that does not answer.
+        UserError: nothing there, several kinds, no usable image, or storage that does not answer.
     """
     found = find(str(source))
     if parts:
         try:
             parts.mkdir(parents=True, exist_ok=True)
         except OSError as e:
-            raise ConfigError(f"cannot write to {parts} ({e.strerror}); name another file with --out") from None
+            raise UserError(f"cannot write to {parts} ({e.strerror}); name another file with --out") from None
     own = ThreadPoolExecutor(NUM_THREADS) if pool is None else None
     try:
         done = (own or pool).map(partial(scan_into, parts) if parts else scan, found.units)  # type: ignore[union-attr]
@@ -110,9 +110,9 @@ def build_index(
             own.shutdown(cancel_futures=True)
 
 
-def _collect(source: str, found: Found, done: Iterator[Any], progress: Progress) -> tuple[Index, Report]:
+def _collect(source: str, found: Source, done: Iterator[Any], progress: Progress) -> tuple[Index, IndexReport]:
     kept: list[pa.Table] = []
-    refused: list[Refused] = []
+    refused: list[SkippedInput] = []
     names: dict[str, str] = {}  # class names as JSON -> a file that declares them
     num_images = reused = 0
     for number, (unit, part) in enumerate(zip(found.units, done, strict=True), 1):
@@ -135,23 +135,25 @@ def _collect(source: str, found: Found, done: Iterator[Any], progress: Progress)
         known = pc.invert(unknown)
         rows, labels = rows.filter(known).combine_chunks(), labels.filter(known)
     void = sorted(set(found.folders) - set(classes))
-    refused += [Refused(f"{found.root}/{printable(name)}", "a class without a usable image") for name in void]
+    refused += [SkippedInput(f"{found.root}/{printable(name)}", "a class without a usable image") for name in void]
     if not len(rows):
         first = f"; first of {len(refused)} refused: {refused[0]}" if refused else ""
-        raise ConfigError(f"{source} has no usable image{first}")
+        raise UserError(f"{source} has no usable image{first}")
     cmyk, turned = (np.flatnonzero(rows[n].combine_chunks().to_numpy(zero_copy_only=False)) for n in ("cmyk", "turned"))
     columns = {name: rows[name] for name in SCHEMA.names if name != "label"} | {"label": labels}
     del rows, kept
     index = make_index(columns, found.root.uri, classes)
-    return index, Report(refused, cmyk.tolist(), turned.tolist(), reused, len(found.units))
+    return index, IndexReport(refused, cmyk.tolist(), turned.tolist(), reused, len(found.units))
 
 
-def _refused(root: Storage, rows: pa.Table, reason: Callable[[dict[str, Any]], str] | None = None) -> list[Refused]:
+def _refused(
+    root: Storage, rows: pa.Table, reason: Callable[[dict[str, Any]], str] | None = None
+) -> list[SkippedInput]:
     found = []
     for row in rows.to_pylist():
         number = f"#row {row['offset']}" if kind_of(row["file"]) == "parquet" and row["offset"] >= 0 else ""
         part = f"#{row['name']}" if row["name"] else number
-        found.append(Refused(f"{root}/{row['file']}{part}", reason(row) if reason else row["reason"]))
+        found.append(SkippedInput(f"{root}/{row['file']}{part}", reason(row) if reason else row["reason"]))
     return found
 
 
@@ -159,7 +161,7 @@ def _text(row: dict[str, Any]) -> str:
     return repr(row["text"])[:60] if row["number"] is None else str(row["number"])
 
 
-def _class_names(found: Found, declared: dict[str, str]) -> list[str] | None:
+def _class_names(found: Source, declared: dict[str, str]) -> list[str] | None:
     """The classes by number, as classes.txt or else the files themselves declare them."""
     if found.kind == "images":
         return None
@@ -168,23 +170,23 @@ def _class_names(found: Found, declared: dict[str, str]) -> list[str] | None:
     except FileNotFoundError:
         text = ""
     except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"{found.root}/{CLASSES_FILE} cannot be read ({e}); mend or remove it") from None
+        raise UserError(f"{found.root}/{CLASSES_FILE} cannot be read ({e}); mend or remove it") from None
     if names := text.replace("\r\n", "\n").rstrip("\n"):
         return _distinct(names.split("\n"), f"{found.root}/{CLASSES_FILE}")
     declared = {names: file for names, file in declared.items() if names != "null"}
     if len(declared) > 1:
         one, other = list(declared.values())[:2]
-        raise ConfigError(f"{found.root}: {one} and {other} declare different classes; index them apart")
+        raise UserError(f"{found.root}: {one} and {other} declare different classes; index them apart")
     return next((_distinct(json.loads(names), f"{found.root}/{file}") for names, file in declared.items()), None)
 
 
 def _distinct(names: list[str], file: str) -> list[str]:
     if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise ConfigError(f"{file} names the class {twice[0]!r} twice; give each a name of its own")
+        raise UserError(f"{file} names the class {twice[0]!r} twice; give each a name of its own")
     return names
 
 
-def _labels(found: Found, rows: pa.Table, names: list[str] | None) -> tuple[pa.Array, list[str]]:
+def _labels(found: Source, rows: pa.Table, names: list[str] | None) -> tuple[pa.Array, list[str]]:
     """int32 class numbers, null where a label is not among the classes; and the classes."""
     texts, numbers = rows["text"].combine_chunks(), rows["number"].combine_chunks()
     if names is None and texts.null_count == len(texts):
@@ -194,7 +196,7 @@ def _labels(found: Found, rows: pa.Table, names: list[str] | None) -> tuple[pa.A
         if texts.null_count:
             one, other = (rows.filter(pc.is_valid(column)).slice(0, 1).to_pylist()[0] for column in (texts, numbers))
             examples = " and ".join(f"{_text(row)} ({row['file']} {row['name']})" for row in (one, other))
-            raise ConfigError(
+            raise UserError(
                 f"{found.root} has both names and numbers for labels, such as {examples}; mend those that are wrong, "
                 f"or give the names by number in {CLASSES_FILE} there, one a line"
             )
@@ -245,10 +247,10 @@ def _fingerprint(arrays: list[pa.Array], classes: list[str]) -> str:
     return digest.hexdigest()
 
 
-def index_files(paths: Sequence[Path]) -> tuple[Index | None, list[Refused]]:
+def index_files(paths: Sequence[Path]) -> tuple[Index | None, list[SkippedInput]]:
     """Index single image files, without labels; None where none is usable. Paths stay as given."""
     rows = [Row.of(str(p), "", 0, partial(Label, text=""), partial(image_file, p)) for p in dict.fromkeys(paths)]
-    refused = [Refused(row.file, row.reason) for row in rows if row.reason is not None]
+    refused = [SkippedInput(row.file, row.reason) for row in rows if row.reason is not None]
     kept = [row for row in rows if row.reason is None]
     columns = {name: pa.array([getattr(row, name, 0) for row in kept]) for name in SCHEMA.names}
     for name in ("file", "name"):

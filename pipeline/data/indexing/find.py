@@ -21,7 +21,7 @@ from braceexpand import braceexpand
 
 from pipeline.config.fields import refuse_credentials
 from pipeline.data.indexing.rows import SUFFIXES
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 from pipeline.storage import Storage
 
 UNIT_IMAGES = 1000
@@ -41,7 +41,7 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Found:
+class Source:
     """A source's kind, its work in the order of the index, and its class folders, where there are such."""
 
     root: Storage
@@ -68,18 +68,18 @@ def is_index(source: str) -> bool:
     return not place.local.is_dir() if place.local else place.name.endswith(".arrow")
 
 
-def find(source: str) -> Found:
+def find(source: str) -> Source:
     """What is in a source.
 
     Raises:
-        ConfigError: nothing, or several kinds, or no such place.
+        UserError: nothing, or several kinds, or no such place.
     """
     if not source.strip():
-        raise ConfigError("the source of images is an empty text; give a folder, a file, a pattern or a URI")
+        raise UserError("the source of images is an empty text; give a folder, a file, a pattern or a URI")
     place = Storage(source)
     refuse_credentials("the images' URI", source)
     if not place.local and not urlsplit(source).netloc:
-        raise ConfigError(f"{source} names no bucket or server; write it as s3://BUCKET/PATH")
+        raise UserError(f"{source} names no bucket or server; write it as s3://BUCKET/PATH")
     sizes: dict[str, int] = {}
     folders: list[str] = []
     try:
@@ -90,11 +90,11 @@ def find(source: str) -> Found:
             root = place
             files, folders, sizes = _list(place)
     except ValueError as e:
-        if isinstance(e, ConfigError):
+        if isinstance(e, UserError):
             raise
-        raise ConfigError(f"{source}: {str(e).splitlines()[0]}; use a path, s3://..., gs://... or http(s)://") from None
+        raise UserError(f"{source}: {str(e).splitlines()[0]}; use a path, s3://..., gs://... or http(s)://") from None
     except OSError as e:
-        raise ConfigError(f"{source} cannot be listed ({e})") from None
+        raise UserError(f"{source} cannot be listed ({e})") from None
     by_kind: dict[Kind, list[str]] = {kind: [] for kind in get_args(Kind)}
     for file in files:
         kind = kind_of(file)
@@ -103,33 +103,33 @@ def find(source: str) -> Found:
     kinds = [kind for kind, some in by_kind.items() if some]
     if len(kinds) > 1:
         listed = " and ".join(f"{KIND_NAMES[kind]} ({by_kind[kind][0]})" for kind in kinds)
-        raise ConfigError(f"{source} has {listed}; give one kind alone, such as DIR/train-{{000..146}}.tar")
+        raise UserError(f"{source} has {listed}; give one kind alone, such as DIR/train-{{000..146}}.tar")
     if not kinds:
         lacks = "no usable image in its folders" if folders else "no class folders, no tar shards and no Parquet files"
-        raise ConfigError(f"{source} has {lacks}; expected {source}/CLASS/image.jpg")
+        raise UserError(f"{source} has {lacks}; expected {source}/CLASS/image.jpg")
     kind, step = kinds[0], UNIT_IMAGES if kinds[0] == "images" else 1
     cut = [by_kind[kind][k : k + step] for k in range(0, len(by_kind[kind]), step)]
     units = [Unit(root.uri, kind, tuple(some), tuple(sizes[f] for f in some if f in sizes)) for some in cut]
-    return Found(root, kind, units, folders if kind == "images" else [])
+    return Source(root, kind, units, folders if kind == "images" else [])
 
 
 def _expand(source: str, place: Storage) -> list[str]:
     """The files that a pattern names."""
     if "{" in place.parent.uri:
-        raise ConfigError(f"{source}: braces may be in the files' names alone, as in DIR/train-{{000..146}}.tar")
+        raise UserError(f"{source}: braces may be in the files' names alone, as in DIR/train-{{000..146}}.tar")
     for first, last in re.findall(r"\{(\d+)\.\.(\d+)", place.name):
         if len(first + last) > 18 or abs(int(last) - int(first)) > MAX_SHARDS:
-            raise ConfigError(
+            raise UserError(
                 f"{source}: stands for more than {MAX_SHARDS} files; write it as DIR/train-{{000..146}}.tar"
             )
     try:
         files = list(dict.fromkeys(braceexpand(place.name)))
     except ValueError as e:
-        raise ConfigError(f"{source}: {e}; write it as DIR/train-{{000..146}}.tar") from None
+        raise UserError(f"{source}: {e}; write it as DIR/train-{{000..146}}.tar") from None
     for file in files if place.local else []:
         if not (path := place.parent.local / file).is_file():  # type: ignore[operator]
             there = "is not a file" if path.exists() else "does not exist"
-            raise ConfigError(f"{path} {there}; give a folder, a file, or several as DIR/train-{{000..146}}.tar")
+            raise UserError(f"{path} {there}; give a folder, a file, or several as DIR/train-{{000..146}}.tar")
     return files
 
 
@@ -148,7 +148,7 @@ def _list(root: Storage) -> tuple[list[str], list[str], dict[str, int]]:
         by_folder[""] = [entry.name for entry in entries if not entry.is_dir()]  # also links that lead nowhere
         by_folder |= {entry.name: _below(root.local, entry.name) for entry in entries if entry.is_dir()}
     else:
-        raise ConfigError(f"no folder {root}; expected {root}/CLASS/image.jpg")
+        raise UserError(f"no folder {root}; expected {root}/CLASS/image.jpg")
     files = [file for _, some in sorted(by_folder.items()) for file in sorted(some, key=posixpath.split)]
     return files, sorted(name for name in by_folder if name), sizes
 
@@ -157,7 +157,7 @@ def images_at(path: Path) -> list[Path]:
     """The image files in a folder of this machine, at any depth, by their names, in torchvision's order; else `path`.
 
     Raises:
-        ConfigError: a folder without any, or that cannot be listed.
+        UserError: a folder without any, or that cannot be listed.
     """
     try:
         is_folder = path.is_dir()
@@ -168,9 +168,9 @@ def images_at(path: Path) -> list[Path]:
     try:
         found = [file for file in _below(path, "") if kind_of(file) == "images"]
     except OSError as e:
-        raise ConfigError(f"{path} cannot be listed ({e.strerror})") from None
+        raise UserError(f"{path} cannot be listed ({e.strerror})") from None
     if not found:
-        raise ConfigError(f"{path} has no image file at any depth; their names end in {', '.join(sorted(SUFFIXES))}")
+        raise UserError(f"{path} has no image file at any depth; their names end in {', '.join(sorted(SUFFIXES))}")
     return [path / file for file in sorted(found, key=posixpath.split)]
 
 

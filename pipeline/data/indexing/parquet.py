@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import parquet
 
-from pipeline.data.indexing.rows import Header, Row, Unusable, label_of, look
+from pipeline.data.indexing.rows import Header, InvalidImage, Row, label_of, look
 
 WHOLE = -1  # in place of a row's number, for a file that is refused as a whole
 BATCH_ROWS = 64  # of images in memory at once
@@ -69,7 +69,7 @@ def _fault(schema: pa.Schema, image: str | None, label: str | None) -> str:
 def _row(file: str, number: int, data: bytes | None, value: Any) -> Row:
     def header() -> Header:
         if data is None:
-            raise Unusable("no image's bytes in it")
+            raise InvalidImage("no image's bytes in it")
         return look(io.BytesIO(data))
 
     return Row.of(file, "", number, lambda: label_of(value), header)

@@ -32,7 +32,7 @@ TAIL_BYTES = 4096
 MAX_CLASSES = 1_000_000  # a label beyond is a hash or an id, not a class
 
 
-class Unusable(Exception):  # noqa: N818
+class InvalidImage(Exception):  # noqa: N818
     """Why an image cannot be trained on."""
 
 
@@ -70,15 +70,15 @@ class Row(NamedTuple):
 
     @classmethod
     def of(cls, file: str, name: str, offset: int, label: Callable[[], Label], header: Callable[[], Header]) -> "Row":
-        """The row of an image whose label and header may raise Unusable."""
+        """The row of an image whose label and header may raise InvalidImage."""
         try:
             try:
                 f"{file}{name}".encode()
             except UnicodeEncodeError:
-                raise Unusable("the name is not UTF-8; rename it") from None
+                raise InvalidImage("the name is not UTF-8; rename it") from None
             number, text = label()
             return cls(file, name, offset, number, text, **header()._asdict())
-        except Unusable as e:
+        except InvalidImage as e:
             return cls.refused(file, str(e), name, offset)
 
     @classmethod
@@ -93,18 +93,18 @@ def image_file(path: Path, root: Path | None = None) -> Header:
         root: the folder that it was found in, of which a mount may go.
 
     Raises:
-        Unusable: it cannot be trained on. OSError: nothing can be said of it, as the storage fails.
+        InvalidImage: it cannot be trained on. OSError: nothing can be said of it, as the storage fails.
     """
     try:
         if not path.is_file():
             if path.exists():
-                raise Unusable("not a file")
+                raise InvalidImage("not a file")
             raise FileNotFoundError(errno.ENOENT, "no such file")
         f = path.open("rb")
     except OSError as e:
         if root is not None and not says_of_one_file(e, root):
             raise
-        raise Unusable("no such file" if e.errno == errno.ENOENT else f"not readable ({e.strerror})") from None
+        raise InvalidImage("no such file" if e.errno == errno.ENOENT else f"not readable ({e.strerror})") from None
     with f:
         return look(f)
 
@@ -113,32 +113,32 @@ def look(f: BinaryIO) -> Header:
     """The header of an encoded image.
 
     Raises:
-        Unusable: it cannot be trained on.
+        InvalidImage: it cannot be trained on.
     """
     try:
         size = f.seek(0, os.SEEK_END)
         if size == 0:
-            raise Unusable("empty file")
+            raise InvalidImage("empty file")
         f.seek(max(0, size - TAIL_BYTES))
         tail = f.read()
         f.seek(0)
         return _header(f, size, tail)
-    except Unusable:
+    except InvalidImage:
         raise
     except UnidentifiedImageError:
-        raise Unusable("not an image in a known format") from None
+        raise InvalidImage("not an image in a known format") from None
     except OSError as e:
         if e.errno is not None:  # the storage's; PIL's own have none
             raise
-        raise Unusable(f"not a readable image ({e})") from None
+        raise InvalidImage(f"not a readable image ({e})") from None
     except Exception as e:  # PIL raises what its format plug-ins raise: SyntaxError, struct.error, ...
-        raise Unusable(f"not a readable image ({e})") from None
+        raise InvalidImage(f"not a readable image ({e})") from None
 
 
 def _header(f: BinaryIO, size: int, tail: bytes) -> Header:
     with Image.open(f) as image:
         if image.format not in DECODABLE:
-            raise Unusable(f"format {image.format} is not decoded by DALI; convert it to JPEG or PNG")
+            raise InvalidImage(f"format {image.format} is not decoded by DALI; convert it to JPEG or PNG")
         width, height = image.size
         orientation = _orientation(f, image)
         if orientation in EXIF_TRANSPOSED and image.format != "TIFF":  # whose size PIL gives turned already
@@ -173,15 +173,17 @@ def label_of(value: Any) -> Label:
     """A class number or name as found in a file.
 
     Raises:
-        Unusable: it is neither.
+        InvalidImage: it is neither.
     """
     if isinstance(value, str) and value:
         return Label(text=value)
     if isinstance(value, int) and not isinstance(value, bool):
         if not 0 <= value < MAX_CLASSES:
-            raise Unusable(f"label {str(value)[:20]} is not a class number from 0 to {MAX_CLASSES - 1}")
+            raise InvalidImage(f"label {str(value)[:20]} is not a class number from 0 to {MAX_CLASSES - 1}")
         return Label(number=value)
-    raise Unusable("no label" if value is None or value == "" else f"label {value!r} is neither a number nor a name")
+    raise InvalidImage(
+        "no label" if value is None or value == "" else f"label {value!r} is neither a number nor a name"
+    )
 
 
 def whole_number(text: str) -> bool:

@@ -26,7 +26,7 @@ from pipeline.data.index import write_table
 from pipeline.data.indexing import parquet, shards
 from pipeline.data.indexing.find import Unit
 from pipeline.data.indexing.rows import Header, Label, Row, image_file, look
-from pipeline.errors import ConfigError
+from pipeline.errors import UserError
 from pipeline.failures import READ_SOURCE_S, retry, says_of_one_file
 from pipeline.storage import Storage
 
@@ -55,7 +55,7 @@ def scan(unit: Unit) -> pa.Table:
     """The rows of a unit, usable or not, with the class names that its files themselves declare as metadata.
 
     Raises:
-        ConfigError: a shard or a remote file cannot be read.
+        UserError: a shard or a remote file cannot be read.
     """
     root = Storage(unit.root)
 
@@ -63,16 +63,16 @@ def scan(unit: Unit) -> pa.Table:
         try:
             return _scan(root, unit)
         except FileNotFoundError as e:
-            raise ConfigError(f"{root} lacks a file that should be there: {e}") from None
+            raise UserError(f"{root} lacks a file that should be there: {e}") from None
         except OSError as e:
             if not says_of_one_file(e, root.local):
                 raise
-            raise ConfigError(f"{root} has a file that cannot be read: {e}") from None
+            raise UserError(f"{root} has a file that cannot be read: {e}") from None
 
     try:
         return retry(attempt, lambda text: print(text, file=sys.stderr), READ_SOURCE_S)
     except OSError as e:
-        raise ConfigError(f"{root} cannot be read ({e}); try again, what is done is kept") from None
+        raise UserError(f"{root} cannot be read ({e}); try again, what is done is kept") from None
 
 
 def _scan(root: Storage, unit: Unit) -> pa.Table:
@@ -110,7 +110,7 @@ def scan_into(folder: Path, unit: Unit) -> tuple[Path, bool]:
     """Scan a unit into a file of `folder`, unless that is there; whether it was.
 
     Raises:
-        ConfigError: a shard or a remote file cannot be read, or the folder cannot be written to.
+        UserError: a shard or a remote file cannot be read, or the folder cannot be written to.
     """
     part = folder / f"{_digest(unit)}.arrow"
     with contextlib.suppress(OSError, pa.ArrowInvalid):  # not there, or spoilt by a machine that went down
@@ -120,7 +120,7 @@ def scan_into(folder: Path, unit: Unit) -> tuple[Path, bool]:
     try:
         write_table(table, part)
     except OSError as e:
-        raise ConfigError(f"cannot write to {folder} ({e.strerror or e}); name another file with --out") from None
+        raise UserError(f"cannot write to {folder} ({e.strerror or e}); name another file with --out") from None
     return part, False
 
 
@@ -158,13 +158,13 @@ def processes(number: int) -> Iterator[Executor]:
     """A pool of processes, which end when this one does, also when it is killed.
 
     Raises:
-        ConfigError: one of them died.
+        UserError: one of them died.
     """
     pool = ProcessPoolExecutor(number, mp_context=get_context("spawn"), initializer=_end_with_parent)
     try:
         yield pool
     except BrokenProcessPool:
-        raise ConfigError(
+        raise UserError(
             "a process died, perhaps for lack of memory; try fewer --workers, what is done is kept"
         ) from None
     finally:

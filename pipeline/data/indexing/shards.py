@@ -12,7 +12,7 @@ import tarfile
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
-from pipeline.data.indexing.rows import SUFFIXES, Label, Row, Unusable, label_of, look, whole_number
+from pipeline.data.indexing.rows import SUFFIXES, InvalidImage, Label, Row, label_of, look, whole_number
 
 BLOCK = tarfile.BLOCKSIZE
 MAGIC, MAGIC_AT = b"ustar", 257
@@ -40,7 +40,7 @@ def rows(file: str, f: BinaryIO) -> list[Row]:
     found: list[Row] = []
     images: dict[str, int] = {}  # key -> place in `found`
     dotted: dict[str, str] = {}  # key -> name of an image such as a.5.jpg
-    labels: dict[tuple[str, str], Label | Unusable] = {}  # by key and kind
+    labels: dict[tuple[str, str], Label | InvalidImage] = {}  # by key and kind
     for name, offset, size, fault in _members(f):
         folder, base = posixpath.split(posixpath.normpath(name))
         stem, _, kind = base.partition(".")
@@ -69,7 +69,7 @@ def rows(file: str, f: BinaryIO) -> list[Row]:
     return found
 
 
-def _labelled(row: Row, key: str, labels: dict[tuple[str, str], Label | Unusable]) -> Row:
+def _labelled(row: Row, key: str, labels: dict[tuple[str, str], Label | InvalidImage]) -> Row:
     """The row with the label of its key. The folder's name counts only in a shard that has no other labels."""
     label = labels.get((key, "cls")) or labels.get((key, "json"))
     if row.reason is not None:
@@ -81,7 +81,7 @@ def _labelled(row: Row, key: str, labels: dict[tuple[str, str], Label | Unusable
     return Row.refused(row.file, str(label) if label else "no label", row.name, row.offset)
 
 
-def _label(kind: str, data: bytes) -> Label | Unusable | None:
+def _label(kind: str, data: bytes) -> Label | InvalidImage | None:
     """What a label file says; None where a JSON has no label in it."""
     try:
         text = data.decode().strip()
@@ -90,10 +90,10 @@ def _label(kind: str, data: bytes) -> Label | Unusable | None:
         found: Any = json.loads(text)
         values = [found[key] for key in JSON_KEYS if key in found] if isinstance(found, dict) else []
         return label_of(values[0]) if values else None
-    except Unusable as e:
+    except InvalidImage as e:
         return e
     except (ValueError, RecursionError) as e:
-        return Unusable(f"its .{kind} is not readable ({e})")
+        return InvalidImage(f"its .{kind} is not readable ({e})")
 
 
 def _members(f: BinaryIO) -> Iterator[Member]:

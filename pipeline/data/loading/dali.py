@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils.dlpack import from_dlpack
 
 from pipeline.config.schema import DataConfig
-from pipeline.data.batch_spec import Request
+from pipeline.data.batch_spec import BatchSpec
 from pipeline.data.index import Index
 from pipeline.data.loading.augment import MEAN_COLOUR, augment
 from pipeline.data.loading.fetch import BadDataError, BadImages, Encoded, Fetcher
@@ -58,7 +58,7 @@ def _augment_graph(source: Source, draws: Sequence[str], cfg: DataConfig) -> Any
     return augment(images, {name: values[i] for i, name in enumerate(draws)}, cfg)
 
 
-def to_decode(request: Request, encoded: Encoded) -> tuple[Any, ...]:
+def to_decode(request: BatchSpec, encoded: Encoded) -> tuple[Any, ...]:
     """What `decode_graph` takes of a request: of a broken image, one pixel of another."""
     data = [np.frombuffer(one or STAND_IN, dtype=np.uint8) for one in encoded]
     broken = np.array([one is None for one in encoded])[:, None]
@@ -69,7 +69,7 @@ def _inputs(source: Source, number: int, **options: Any) -> Any:
     return fn.external_source(source=source, num_outputs=number, batch=True, no_copy=True, **options)
 
 
-class Decoder:
+class DaliPipeline:
     """Decodes a stream of requests, reading and decoding the next ones while the caller uses one.
 
     Args:
@@ -96,7 +96,7 @@ class Decoder:
         self._fetcher = Fetcher(index, cfg, self._bad, warn, patience_s)
         self._resizing = _threads(num_threads, "resize")
 
-    def decode(self, requests: Iterator[Request]) -> Iterator[tuple[Request, Tensor]]:
+    def decode(self, requests: Iterator[BatchSpec]) -> Iterator[tuple[BatchSpec, Tensor]]:
         """Yield each request with its (B, 3, size, size) uint8 pixels, channels_last, on the device.
 
         Raises:
@@ -105,11 +105,11 @@ class Decoder:
         """
         yield from self.pixels(self.read(requests))
 
-    def read(self, requests: Iterator[Request]) -> Iterator[tuple[Request, Encoded]]:
+    def read(self, requests: Iterator[BatchSpec]) -> Iterator[tuple[BatchSpec, Encoded]]:
         """The first half of `decode`: what is to be decoded."""
         return self._fetcher.ahead(requests)
 
-    def pixels(self, encoded: Iterator[tuple[Request, Encoded]]) -> Iterator[tuple[Request, Tensor]]:
+    def pixels(self, encoded: Iterator[tuple[BatchSpec, Encoded]]) -> Iterator[tuple[BatchSpec, Tensor]]:
         """The second half of `decode`."""
         first = next(encoded, None)
         if first is None:
@@ -132,10 +132,10 @@ class Decoder:
         self._resizing.shutdown(cancel_futures=True)
 
     def _survive(
-        self, encoded_ahead: Iterator[tuple[Request, Encoded]], like: Request
-    ) -> Iterator[tuple[Request, Any]]:
+        self, encoded_ahead: Iterator[tuple[BatchSpec, Encoded]], like: BatchSpec
+    ) -> Iterator[tuple[BatchSpec, Any]]:
         """Each request with what the graph makes of it: DALI's list of images, or a list of tensors."""
-        in_flight: deque[tuple[Request, Encoded]] = deque()
+        in_flight: deque[tuple[BatchSpec, Encoded]] = deque()
 
         def source() -> Any:
             in_flight.append(next(encoded_ahead))
@@ -157,7 +157,7 @@ class Decoder:
                 continue
             yield in_flight.popleft()[0], images
 
-    def _salvage(self, request: Request, encoded: Encoded) -> list[Tensor]:
+    def _salvage(self, request: BatchSpec, encoded: Encoded) -> list[Tensor]:
         """Decode a request that may hold broken images: by halves, down to the broken ones alone."""
         once = iter([self._decode_inputs(request, encoded)])
         try:
@@ -172,14 +172,14 @@ class Decoder:
             halves = [(request.part(a, b), encoded[a:b]) for a, b in ((0, half), (half, end))]
             return [image for part in halves for image in self._salvage(*part)]
 
-    def _decode_inputs(self, request: Request, encoded: Encoded) -> tuple[Any, ...]:
+    def _decode_inputs(self, request: BatchSpec, encoded: Encoded) -> tuple[Any, ...]:
         inputs = to_decode(request, encoded)
         if self._device.type == "cpu":
             return inputs
         sizes = np.full((len(request), 2), request.size, dtype=np.float32)
         return (*inputs, sizes, request.flips.astype(np.int32), *request.draws.values())
 
-    def _resize(self, decoded: tuple[Request, Any]) -> tuple[Request, Tensor]:
+    def _resize(self, decoded: tuple[BatchSpec, Any]) -> tuple[BatchSpec, Tensor]:
         """Images of any size, resized and flipped; each thread takes a part of them."""
         request, images = decoded
         shape = (len(request), 3, request.size, request.size)
@@ -195,12 +195,14 @@ class Decoder:
         list(self._resizing.map(part, bounds[:-1], bounds[1:]))
         return request, out
 
-    def _augment(self, resized: Iterator[tuple[Request, Tensor]], like: Request) -> Iterator[tuple[Request, Tensor]]:
+    def _augment(
+        self, resized: Iterator[tuple[BatchSpec, Tensor]], like: BatchSpec
+    ) -> Iterator[tuple[BatchSpec, Tensor]]:
         """Images of the final size, augmented as their draws say."""
         if not like.draws:
             yield from resized
             return
-        in_flight: deque[tuple[Request, Tensor]] = deque()  # and so kept in memory, which DALI reads from
+        in_flight: deque[tuple[BatchSpec, Tensor]] = deque()  # and so kept in memory, which DALI reads from
 
         def source() -> Any:
             in_flight.append(next(resized))
@@ -215,13 +217,13 @@ class Decoder:
                 return
             yield in_flight.popleft()[0], _nchw(images)
 
-    def _build(self, source: Source, max_batch: int, like: Request) -> Any:
+    def _build(self, source: Source, max_batch: int, like: BatchSpec) -> Any:
         """The graph that decodes requests like this one; on a GPU it does all the rest, too."""
         if self._device.type == "cpu":
             return decode_graph(source, **self._options(max_batch))
         return self._augmenting(_gpu_graph, source, max_batch, like)
 
-    def _augmenting(self, graph: Any, source: Source, max_batch: int, like: Request) -> Any:
+    def _augmenting(self, graph: Any, source: Source, max_batch: int, like: BatchSpec) -> Any:
         return graph(source, list(like.draws), self._cfg, **self._options(max_batch))
 
     def _options(self, max_batch: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")  # what it refuses is told 
 from nvidia import nvimgcodec
 
 from pipeline.config.schema import DataConfig
-from pipeline.data.batch_spec import Request
+from pipeline.data.batch_spec import BatchSpec
 from pipeline.data.index import Index
 from pipeline.data.loading.read import Reader, StorageAwayError
 from pipeline.failures import FatalError
@@ -84,15 +84,15 @@ class Fetcher:
         self._reader = Reader(index, cfg, warn, patience_s=patience_s)
         self._pool = ThreadPoolExecutor(cfg.read_threads, thread_name_prefix="read")
 
-    def ahead(self, requests: Iterator[Request]) -> Iterator[tuple[Request, Encoded]]:
+    def ahead(self, requests: Iterator[BatchSpec]) -> Iterator[tuple[BatchSpec, Encoded]]:
         """Each request with its images' bytes, None where an image is broken; further ones are on their way.
 
         Raises:
             StorageAwayError: the images' storage does not answer.
         """
-        fetching, reading = deque[Request](), deque[tuple[Request, Iterator[bytes | None]]]()
+        fetching, reading = deque[BatchSpec](), deque[tuple[BatchSpec, Iterator[bytes | None]]]()
 
-        def read(request: Request) -> None:
+        def read(request: BatchSpec) -> None:
             reading.append((request, self._pool.map(self._read, request.rows)))
 
         for request in requests:

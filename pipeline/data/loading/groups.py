@@ -57,7 +57,7 @@ def _opened(root: Storage, file: str) -> Iterator[parquet.ParquetFile]:
         raise DamagedError(f"cannot be read as Parquet: {e}") from e
 
 
-class Recent:
+class LruCache:
     """The contents used last, of all together at most `max_bytes`, or a single larger one; for several threads."""
 
     def __init__(self, max_bytes: int):

@@ -28,11 +28,11 @@ import numpy as np
 import torch
 
 from pipeline.config.schema import DataConfig
-from pipeline.data.batch_spec import Request
+from pipeline.data.batch_spec import BatchSpec
 from pipeline.data.index import Index, load_index
-from pipeline.data.loading.dali import Decoder
+from pipeline.data.loading.dali import DaliPipeline
 from pipeline.data.loading.fetch import most_broken
-from pipeline.data.loading.loader import Place
+from pipeline.data.loading.loader import LoaderContext
 
 START_S = 120.0  # for the imports, on a busy machine
 DECODE_S = 60.0  # for one batch that is in memory; what takes longer hangs
@@ -40,7 +40,7 @@ POLL_S = 2.0
 NUM_PARTS = 8  # of a request, in each round: 512 images are three rounds, and a round is a process of seconds
 NUM_TRIES = 3  # of each part, as a crash may depend on chance
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
-Trial = tuple[Request, frozenset[int]]  # what to decode, and the rows that stand-ins take the place of
+Trial = tuple[BatchSpec, frozenset[int]]  # what to decode, and the rows that stand-ins take the place of
 
 
 class CannotTellError(RuntimeError):
@@ -67,13 +67,13 @@ class Isolation:
     path: Path
     index: Index
     cfg: DataConfig
-    place: Place
+    place: LoaderContext
     max_batch: int
     warn: Callable[[str], None]
     heartbeat: Callable[[], None] = lambda: None
 
     def search(
-        self, requests: Sequence[Request], known: Sequence[int], keep: Callable[[int, str], None], until: float
+        self, requests: Sequence[BatchSpec], known: Sequence[int], keep: Callable[[int, str], None], until: float
     ) -> None:
         """Find the rows that kill the process that decodes these requests, or that DALI refuses.
 
@@ -113,7 +113,7 @@ class Isolation:
         except CannotTellError as e:
             self.warn(f"whether an image kills the process that decodes it cannot be found out: {e}")
 
-    def _killers(self, request: Request, avoided: frozenset[int]) -> set[int]:
+    def _killers(self, request: BatchSpec, avoided: frozenset[int]) -> set[int]:
         """The rows of a request that killed a child; none where they do not do it again."""
         everything = frozenset(request.rows.tolist()) | avoided
         suspects = sorted(everything - avoided)
@@ -197,13 +197,15 @@ def _end_of(process: "subprocess.Popen[bytes]") -> str:
     return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
-def _decode(path: Path, cfg: DataConfig, place: Place, max_batch: int, trials: Sequence[Trial], tell: Any) -> None:
+def _decode(
+    path: Path, cfg: DataConfig, place: LoaderContext, max_batch: int, trials: Sequence[Trial], tell: Any
+) -> None:
     """The child's work: after each reading, tell what went wrong, or None; after each decoding, what DALI refused."""
     index, refused = load_index(path), dict[str, str]()
     for request, avoided in trials:
         rows = {index.place(row): row for row in request.rows.tolist()}
         with closing(
-            Decoder(
+            DaliPipeline(
                 index,
                 cfg,
                 max_batch,

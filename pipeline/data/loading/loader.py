@@ -13,10 +13,10 @@ from torch import Tensor
 from pipeline import machine
 from pipeline.config.schema import DataConfig
 from pipeline.data import batch_spec
-from pipeline.data.augment_params import CENTRE, FIVE, kept_branches
-from pipeline.data.batch_spec import Request
+from pipeline.data.augment_params import CENTRE, FIVE, drop_path_masks
+from pipeline.data.batch_spec import BatchSpec
 from pipeline.data.index import Index
-from pipeline.data.loading.dali import Decoder
+from pipeline.data.loading.dali import DaliPipeline
 from pipeline.data.loading.mix import mix
 from pipeline.data.stream import IntArray, Purpose, uniforms
 
@@ -49,7 +49,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Place:
+class LoaderContext:
     """Where a loader works: the rank among how many, the device, the threads for decoding.
 
     patience_s: how long it waits for a storage that does not answer.
@@ -62,7 +62,7 @@ class Place:
     patience_s: float = 60.0
 
     @classmethod
-    def here(cls) -> "Place":
+    def here(cls) -> "LoaderContext":
         """All of this machine, for one process."""
         device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
         return cls(rank=0, world_size=1, device=device, num_threads=machine.cpu_count())
@@ -86,7 +86,7 @@ class TrainLoader:
         self,
         index: Index,
         cfg: DataConfig,
-        place: Place,
+        place: LoaderContext,
         on_bad: OnBad,
         *,
         global_batch: int,
@@ -113,7 +113,7 @@ class TrainLoader:
     def _kept(self, step: int, device: torch.device) -> Tensor:
         epoch, start, stop = self._order.positions(step, self._place.rank, self._place.world_size)
         drawn = uniforms(Purpose.DROP_PATH, self._order.seed, epoch, start, stop, len(self._drop_rates))
-        factors = torch.from_numpy(kept_branches(self._drop_rates, drawn).astype(np.float32))
+        factors = torch.from_numpy(drop_path_masks(self._drop_rates, drawn).astype(np.float32))
         return factors.to(device, non_blocking=True)
 
     def avoid(self, known: Mapping[int, str]) -> None:
@@ -124,7 +124,7 @@ class TrainLoader:
         """End its threads."""
         self._decoder.close()
 
-    def request(self, step: int) -> Request:
+    def request(self, step: int) -> BatchSpec:
         """What this rank trains on in `step`: a pure function of seed, step and index."""
         return batch_spec.to_train(self.index, self._cfg, self._order, step, self._place.rank, self._place.world_size)
 
@@ -143,7 +143,7 @@ class EvalLoader:
         self,
         index: Index,
         cfg: DataConfig,
-        place: Place,
+        place: LoaderContext,
         on_bad: OnBad,
         *,
         batch: int,
@@ -186,16 +186,18 @@ class EvalLoader:
         """End its threads."""
         self._decoder.close()
 
-    def request(self, chunk: int) -> Request:
+    def request(self, chunk: int) -> BatchSpec:
         """The crops of one chunk."""
         rows = np.arange(chunk * self._batch, min((chunk + 1) * self._batch, len(self.index)))
         return batch_spec.to_evaluate(self.index, self._cfg, rows, self._places)
 
 
-def _decoder(index: Index, cfg: DataConfig, max_batch: int, place: Place, on_bad: OnBad, warn: Warn) -> Decoder:
-    return Decoder(index, cfg, max_batch, place.num_threads, place.device, on_bad, warn, place.patience_s)
+def _decoder(
+    index: Index, cfg: DataConfig, max_batch: int, place: LoaderContext, on_bad: OnBad, warn: Warn
+) -> DaliPipeline:
+    return DaliPipeline(index, cfg, max_batch, place.num_threads, place.device, on_bad, warn, place.patience_s)
 
 
-def _batch(index: Index, asked: Request, images: Tensor) -> Batch:
+def _batch(index: Index, asked: BatchSpec, images: Tensor) -> Batch:
     labels = torch.from_numpy(index.labels[asked.rows].astype(np.int64))
     return Batch(images, labels.to(images.device, non_blocking=True), asked.rows)

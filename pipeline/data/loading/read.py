@@ -16,7 +16,7 @@ import numpy as np
 from pipeline.config.schema import DataConfig
 from pipeline.data.index import Index
 from pipeline.data.loading.cache import CHUNK_BYTES, Cache
-from pipeline.data.loading.groups import PLACE_BYTES, Recent, read_group, row_group_ends
+from pipeline.data.loading.groups import PLACE_BYTES, LruCache, read_group, row_group_ends
 from pipeline.failures import READ_SOURCE_S, backoff, says_of_one_file
 from pipeline.storage import Storage, scratch_folder
 
@@ -59,7 +59,7 @@ class Reader:
         self._told_at, self._closed = -TELL_EVERY_S, threading.Event()
         self._away_since: float | None = None
         self._ends: dict[str, list[int]] = {}
-        self._recent = Recent(GROUP_BYTES)
+        self._recent = LruCache(GROUP_BYTES)
         self._lock, self._decoding = threading.Lock(), threading.Lock()
         self._ahead: set[tuple[str, int]] = set()
         self._pool = ThreadPoolExecutor(cfg.read_threads, thread_name_prefix="ahead")
