@@ -63,7 +63,7 @@ class Storage:
         return Storage(parts._replace(path=parts.path.rstrip("/").rpartition("/")[0]).geturl())
 
     @property
-    def scratch(self) -> Path:
+    def local_dir(self) -> Path:
         """A directory of this machine for what belongs to this folder: itself, where it is one."""
         if self.local:
             return self.local
@@ -167,7 +167,7 @@ class Storage:
         (info,) = system.get_file_info([path])
         if not info.is_file:
             raise FileNotFoundError(f"no file {self}")
-        copy = self.parent.scratch / self.name
+        copy = self.parent.local_dir / self.name
         status = copy.stat() if copy.exists() else None
         written_s = info.mtime.timestamp() if info.mtime else 0.0
         if status is None or status.st_size != info.size or status.st_mtime < written_s:

@@ -210,7 +210,7 @@ class Bench:
             "mlflow.checkpoints=none",
             f"cluster.workers={ranks}",
             "cluster.device=cpu",
-            "cluster.timeout_s=86400",  # the others' turns are no fault
+            "cluster.timeout_s=86400",  # the others' turns are no failure
         ]
 
 

@@ -61,7 +61,7 @@ def checkpoint(folder: Path, num_threads: int, rounds: int) -> dict[str, Any]:
     ratios = [a / b for a, b in zip(held[1:], plain[1:], strict=True)]
     return {
         "bytes": (folder / "plain.pt").stat().st_size,
-        "held_s": statistics.median(held[1:]),
+        "blocking_s": statistics.median(held[1:]),
         "held_first_s": held[0],  # it also makes the buffers
         "torch_save_fsync_s": statistics.median(plain[1:]),
         "written_beside_s": statistics.median(wrote[1:]),

@@ -181,7 +181,7 @@ def _is_alike(name: str, found: Any, wanted: Any, kind: str) -> bool:
 
 def _is_same_metric(key: str, found: Any, wanted: Any) -> bool:
     """Once each step; of attempts and of checkpoints written there may be more or fewer."""
-    if key.startswith(("session/", "checkpoint/")):
+    if key.startswith(("attempt/", "checkpoint/")):
         return len(found) == len({step for step, _ in found})
     return bool(found == wanted)
 

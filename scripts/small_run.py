@@ -49,7 +49,7 @@ SETTINGS = f"""run.name={NAME} model.depth=18 model.freeze=layer4 train.steps={N
     checkpoint.keep=2 mlflow.log_model=false mlflow.report=false cluster.workers=1 cluster.timeout_s=120
     data.image_size=16 data.val_resize=16 data.read_threads=1 data.decode_threads=1""".split()
 SAVE_BOUND_S = 1.5
-VARYING = ("perf/", "time/", "checkpoint/", "session/")  # metrics whose values are another in each run
+VARYING = ("perf/", "time/", "checkpoint/", "attempt/")  # metrics whose values are another in each run
 
 
 def is_fatal(error: BaseException, begun: bool) -> bool:

@@ -56,7 +56,7 @@ def test_driver_and_supervisor_count_as_one(monkeypatch: pytest.MonkeyPatch) -> 
         assert callable(note)
         note({"kind": "start", "device": "cpu", "step": 0})
         left.append(request.budget.num_failures)
-        note({"kind": "fault", "text": "worker 0 failed"})
+        note({"kind": "failure", "text": "worker 0 failed"})
         return "lost", "the driver was killed"
 
     monkeypatch.setattr(supervisor, "_run_driver", run)
@@ -65,7 +65,7 @@ def test_driver_and_supervisor_count_as_one(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(TrainingFailedError, match="the driver was killed"):
         supervisor.train(load(None, ["data.train=x", "data.val=x"]), "x", None, events.append)
     assert left == [0, 2]
-    assert [event["kind"] for event in events].count("fault") == 3
+    assert [event["kind"] for event in events].count("failure") == 3
 
 
 @pytest.mark.parametrize(

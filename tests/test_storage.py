@@ -190,7 +190,7 @@ def test_old_ones_are_deleted_everywhere(folder: Storage, save: Callable[[int], 
     steps = ["step_00000002", "step_00000003"]
     assert [name for name in folder.names() if name.startswith("step")] == steps
     copies = steps if folder.local else steps[-1:]
-    assert sorted(p.name for p in folder.scratch.glob("step*")) == copies
+    assert sorted(p.name for p in folder.local_dir.glob("step*")) == copies
 
 
 @pytest.mark.parametrize("folder", ["s3"], indirect=True)
@@ -207,19 +207,19 @@ def test_the_ranks_of_a_node_fetch_a_checkpoint_once_and_leave_no_older_ones(
         download(self, name, to)
 
     places = [save(step) for step in (1, 2, 3)]
-    shutil.rmtree(places[0].parent.scratch)
+    shutil.rmtree(places[0].parent.local_dir)
     monkeypatch.setattr(Storage, "download", counted)
     for place in places:
         with ThreadPoolExecutor(4) as ranks:
             found = list(ranks.map(lambda _: checkpoint.load(place, use_copy=True), range(4)))  # noqa: B023
         assert [one.state()["step"] for one in found] == [found[0].step] * 4
         retention.forget_copies(found[0].place.parent, found[0].place.name)
-    with alone(places[0].parent.scratch):  # another process fetches one
+    with alone(places[0].parent.local_dir):  # another process fetches one
         retention.forget_copies(places[0].parent)
-    assert [path.name for path in places[0].parent.scratch.glob("step_*")] == ["step_00000003"]
+    assert [path.name for path in places[0].parent.local_dir.glob("step_*")] == ["step_00000003"]
     large = [f"step_0000000{step}/{name}" for step in (1, 2, 3) for name in ("state-", "config-")]
     assert [name.partition("-")[0] + "-" for name in fetched if "meta.json" not in name] == large
-    assert [path.name for path in places[0].parent.scratch.glob("step_*")] == ["step_00000003"]
+    assert [path.name for path in places[0].parent.local_dir.glob("step_*")] == ["step_00000003"]
 
 
 def test_a_store_that_is_away_is_no_reason_to_take_an_older_checkpoint(
@@ -267,16 +267,16 @@ def test_a_file_system_that_syncs_no_directories_is_used(tmp_path: Path, monkeyp
 def test_what_a_machine_keeps_is_its_users_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a folder where all may write, another user could have named the MLflow server that gets the records."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    folder = Storage("s3://bucket/runs").scratch.parent
+    folder = Storage("s3://bucket/runs").local_dir.parent
     assert folder.stat().st_mode & 0o777 == 0o700
     folder.chmod(0o755)
-    assert Storage("s3://bucket/runs").scratch.parent.stat().st_mode & 0o777 == 0o700
+    assert Storage("s3://bucket/runs").local_dir.parent.stat().st_mode & 0o777 == 0o700
     monkeypatch.setattr("os.geteuid", lambda: os.getuid() + 1)
     with pytest.raises(PermissionError, match=rf"{folder} is not a folder of this user's; have it removed, or set"):
-        _ = Storage("s3://bucket/runs").scratch
+        _ = Storage("s3://bucket/runs").local_dir
     monkeypatch.undo()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     folder.rmdir()
     folder.symlink_to(tmp_path)
     with pytest.raises(PermissionError):
-        _ = Storage("s3://bucket/runs").scratch
+        _ = Storage("s3://bucket/runs").local_dir

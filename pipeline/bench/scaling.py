@@ -123,13 +123,13 @@ def _train(cfg: Config) -> list[Event]:
     def watch(event: Event) -> None:
         if event["kind"] in ("start", "step"):
             seen.append(event)
-        elif event["kind"] in ("warning", "fault"):
+        elif event["kind"] in ("warning", "failure"):
             print(event["text"], file=sys.stderr)
 
     if supervisor.train(cfg, "bench", None, watch)["status"] == "interrupted":
         raise KeyboardInterrupt
     if sum(event["kind"] == "start" for event in seen) != 1:
-        raise TrainingFailedError("a fault interrupted the measurement; run it again")
+        raise TrainingFailedError("a failure interrupted the measurement; run it again")
     return seen
 
 

@@ -69,8 +69,8 @@ class Stepper:
 
     def parts(self, num_steps: int) -> dict[str, float]:
         """Each part's share of so many steps."""
-        self.seconds(num_steps, self.ledger.switch)
-        self.ledger.switch("outside")
+        self.seconds(num_steps, self.ledger.start_phase)
+        self.ledger.start_phase("outside")
         seconds = self.ledger.seconds()
         return {part: seconds[part] / total(seconds, *COMPUTE) for part in COMPUTE}
 
@@ -278,5 +278,5 @@ def _mark_s(device: torch.device) -> float:
     ledger, num_marks = TimeLedger("outside", device), 1000
     began = time.perf_counter()
     for _ in range(num_marks):
-        ledger.switch("outside")
+        ledger.start_phase("outside")
     return (time.perf_counter() - began) / num_marks

@@ -69,7 +69,7 @@ def sync(args: argparse.Namespace) -> Outcome:
     run = find.find_run(args.run, storage, args.mlflow_uri)
     if run is None:
         raise find.no_such_run(args.run, storage, args.mlflow_uri)
-    run.scratch.mkdir(parents=True, exist_ok=True)
+    run.local_dir.mkdir(parents=True, exist_ok=True)
     with run_lock(run, say):
         target, run_id, waiting = sync.sync(run, say)
     result = {"run": run.uri, "mlflow_uri": target.uri, "mlflow_run_id": run_id, "waiting": waiting}

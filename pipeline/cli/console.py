@@ -96,11 +96,11 @@ class TrainingView(_View):
             case "stopping":
                 how = "saving a checkpoint at the next step" if self._num_steps else "ending, as no step is done"
                 self.say(f"{event['signal']}: {how}; once more to stop at once")
-            case "regroup":
+            case "resize":
                 self.say(f"{event['text']}: saving a checkpoint, then going on with the workers there are")
-            case "fault":
+            case "failure":
                 how = "going on from the newest checkpoint" if self._saved else "starting again"
-                self.say(f"fault: {event['text']}; {how}")
+                self.say(f"failure: {event['text']}; {how}")
             case "note" | "search":
                 self.say(event["text"])
             case "warning" | "killer":
@@ -111,7 +111,7 @@ class TrainingView(_View):
         self._saved = self._saved or bool(event["resumed_from"])
         where = f"resumed from {event['resumed_from']}" if event["resumed_from"] else "from the start"
         self.say(
-            f"session {event['session']}: step {event['step']} of {self._num_steps}, {where}; "
+            f"attempt {event['attempt']}: step {event['step']} of {self._num_steps}, {where}; "
             f"{event['world_size']} workers x {event['num_threads']} threads on {event['device']} "
             f"in {event['precision']} ({event['precision_reason']}), "
             f"ready {_recovery(event) or f'after {time.monotonic() - self._began:.1f} s'}"
@@ -137,7 +137,7 @@ class TrainingView(_View):
 def _recovery(event: Event) -> str:
     if "lost_steps" not in event:
         return ""
-    return f"{event['recovery_s']:.0f} s after the fault, {event['lost_steps']} steps to do again"
+    return f"{event['recovery_s']:.0f} s after the failure, {event['lost_steps']} steps to do again"
 
 
 def summary_lines(summary: dict[str, Any]) -> list[str]:
@@ -151,7 +151,7 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
         f"  top-1       {_figure(summary['top1'])}   top-5 {_figure(summary['top5'])}",
         f"  speed       {_figure(summary['images_per_s'], '.1f')} images/s",
         f"  time        {seconds}",
-        f"  goodput     {summary['goodput']:.1%} of all time, in all sessions, computed steps that count",
+        f"  goodput     {summary['goodput']:.1%} of all time, in all attempts, computed steps that count",
         f"  checkpoint  {summary['checkpoint']}",
         f"  MLflow run  {run_id or 'not reached'}",
     ]
@@ -181,7 +181,7 @@ def report_lines(head: Mapping[str, Any], worst: Sequence[Mapping[str, Any]], nu
         "  ".join([*top, f"calibration error {head['ece']:.4f}"]),
         f"on {int(head['count'])} images, after step {head['step']}{of}",
         f"{_figure(head['images_per_s'], '.1f')} images/s, goodput {goodput}, "
-        f"sessions {_figure(head['sessions'], 'd')}, faults {_figure(head['faults'], 'd')}",
+        f"attempts {_figure(head['attempts'], 'd')}, failures {_figure(head['failures'], 'd')}",
         "",
         f"{f'worst of {num_classes} classes':26}  images  accuracy  precision  taken for",
     ]

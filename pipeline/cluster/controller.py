@@ -1,8 +1,8 @@
 """Runs `fit` on the workers of a Ray cluster, and watches over them.
 
-A training is a chain of sessions. For each one the driver sees how many workers there is room for, and has
+A training is a chain of attempts. For each one the driver sees how many workers there is room for, and has
 Ray Train place them, set up torch's process group and run them. They find the newest valid checkpoint in the
-run's folder themselves. A session ends at the last step, or by a fault, or, with a checkpoint, when a node
+run's folder themselves. An attempt ends at the last step, or by a failure, or, with a checkpoint, when a node
 that a worker runs on is drained and when there is room for more workers: the next one goes on from there.
 
 Ray's own restarts and resizing are not used: they go by what the autoscaler last knew of the cluster, which
@@ -35,18 +35,18 @@ from pipeline.runs.spec import Event, Failure, Marks, RunSpec
 
 POLL_SECONDS = 0.5
 CLUSTER_POLL_SECONDS = 2.0
-FINISH_SECONDS = 5.0  # for what the workers of a session had still to say; a host that is cut off says nothing
+FINISH_SECONDS = 5.0  # for what the workers of an attempt had still to say; a host that is cut off says nothing
 WAITING_SECONDS = 60.0  # without room for workers, before it is told what they wait for
 
 
 class TrainController:
-    """Runs the sessions of a training, one group of workers after the other, on the cluster that is connected to.
+    """Runs the attempts of a training, one group of workers after the other, on the cluster that is connected to.
 
     Args:
         watch: called with each event in turn, in the thread that calls `run`.
         wants_stop: set from outside to have a checkpoint saved and the training end as "interrupted".
         budget: of failures, as far as it is used up.
-        faults: what ended earlier drivers since the last session began.
+        failures: what ended earlier drivers since the last attempt began.
         restarted: an earlier driver had begun.
 
     Raises:
@@ -60,11 +60,11 @@ class TrainController:
         wants_stop: threading.Event,
         budget: FailureBudget,
         *,
-        faults: tuple[Failure, ...],
+        failures: tuple[Failure, ...],
         restarted: bool,
     ):
         self._job, self._settings, self._watch, self._wants_stop = job, job.cfg.cluster, watch, wants_stop
-        self._faults, self._restarted = faults, restarted
+        self._failures, self._restarted = failures, restarted
         self._gauges = Gauges(job.run.name)
         self._size = ray_cluster.size_of_worker(self._settings)
         self._channel = EventChannel(ray.util.get_node_ip_address(), self._settings.timeout_s)
@@ -72,11 +72,11 @@ class TrainController:
         self._deaths: tuple[int, ...] = ()  # steps at which workers' processes died, no checkpoint being newer
         self._attempt = 0
         self._has_trained, self._saved_step = restarted, job.saved_step  # at any time
-        self._trains = False  # in this session
-        self._started: float | None = None  # when this session's workers began to train, as long as it is to go on
+        self._trains = False  # in this attempt
+        self._started: float | None = None  # when this attempt's workers began to train, as long as it is to go on
 
     def run(self, marks: Marks) -> dict[str, Any]:
-        """Run sessions until the training is done or stopped.
+        """Run attempts until the training is done or stopped.
 
         Args:
             marks: of the start so far.
@@ -88,28 +88,28 @@ class TrainController:
             UserError: a checkpoint does not fit the configuration.
             TrainingFailedError: the workers failed more often than cluster.max_failures allows, or for good.
             ray.exceptions.RayError: the cluster is lost.
-            Interrupted: it was to stop while no session ran.
+            Interrupted: it was to stop while no attempt ran.
         """
         with closing(self._channel):
-            return self._run_sessions(marks)
+            return self._run_attempts(marks)
 
-    def _run_sessions(self, marks: Marks) -> dict[str, Any]:
+    def _run_attempts(self, marks: Marks) -> dict[str, Any]:
         while True:
             if self._wants_stop.is_set():
                 raise Interrupted
             with self._wait_for_room() as place:
                 self._attempt, self._trains, self._started = self._attempt + 1, False, None
-                outcome = self._run_session(place, marks)
-            marks, self._restarted = (("end of the last session", time.time()),), True
+                outcome = self._run_attempt(place, marks)
+            marks, self._restarted = (("end of the last attempt", time.time()),), True
             if self._channel.fatal is not None and not attempt_is_repeated(self._channel.fatal[0], self._has_trained):
                 kind, text = self._channel.fatal
                 raise UserError(text) if kind == UserError.__name__ else TrainingFailedError(text)
             if isinstance(outcome, ray.train.TrainingFailedError):
-                self._note_fault(outcome)
+                self._note_failure(outcome)
                 self._wants_stop.wait(self._budget.pause_s)
             elif isinstance(outcome, BaseException):
                 raise outcome
-            elif outcome["status"] != "regroup":
+            elif outcome["status"] != "resize":
                 return dict(outcome)
 
     def _wait_for_room(self) -> ray_cluster.Reservation:
@@ -126,7 +126,7 @@ class TrainController:
                 since = time.monotonic()
                 self._tell({"kind": "warning", "text": ray_cluster.why_waiting(settings, self._size)})
 
-    def _run_session(self, place: ray_cluster.Reservation, marks: Marks) -> Any:
+    def _run_attempt(self, place: ray_cluster.Reservation, marks: Marks) -> Any:
         """Train until rank 0's `fit` returns.
 
         Returns:
@@ -136,7 +136,7 @@ class TrainController:
             "job": dataclasses.replace(self._job, saved_step=self._saved_step),
             "channel": {"address": self._channel.address, "key": self._channel.key},
             "attempt": self._attempt,
-            "faults": self._faults,
+            "failures": self._failures,
             "marks": marks,
             "restarted": self._restarted,
             "deaths": self._deaths if len(self._deaths) > 1 else (),
@@ -170,7 +170,7 @@ class TrainController:
     def _pass_on(self, events: list[Event]) -> None:
         for event in events:
             if event["kind"] == "start":
-                self._trains, self._started, self._faults = True, time.monotonic(), ()
+                self._trains, self._started, self._failures = True, time.monotonic(), ()
                 self._has_trained = True
                 self._budget.started(event["step"])
             elif event["kind"] == "checkpoint":
@@ -188,7 +188,7 @@ class TrainController:
         self._gauges.event(event)
         self._watch(event)
 
-    def _note_fault(self, error: "ray.train.TrainingFailedError") -> None:
+    def _note_failure(self, error: "ray.train.TrainingFailedError") -> None:
         cause = getattr(error, "controller_failure", None)
         if isinstance(cause, ImportError) and not self._has_trained:  # else it may be that of one new node
             raise TrainingFailedError(f"a worker cannot start: {last_line(cause)}")
@@ -200,11 +200,11 @@ class TrainController:
         text = "; ".join(workers) or last_line(error)
         if self._budget.failed():
             raise TrainingFailedError(f"{text}; this is one failure too many without a checkpoint in between")
-        self._faults = (*self._faults, Failure(text, self._channel.step, time.time()))
-        self._tell({"kind": "fault", "text": text})
+        self._failures = (*self._failures, Failure(text, self._channel.step, time.time()))
+        self._tell({"kind": "failure", "text": text})
 
     def _look_at_cluster(self, started: float, another: ray_cluster.Reservation | None) -> None:
-        """End the session where its nodes are to go, or one more worker has its place."""
+        """End the attempt where its nodes are to go, or one more worker has its place."""
         why, ready = "", time.monotonic() - started > self._settings.grow_after_s
         if ray_cluster.draining() & self._channel.nodes:
             why = "a node that workers run on is drained"
@@ -212,8 +212,8 @@ class TrainController:
             why = "there is room for more workers"
         if why:
             self._started = None  # it is about to end; look no more
-            self._tell({"kind": "regroup", "text": why})
-            self._channel.request_stop("regroup")
+            self._tell({"kind": "resize", "text": why})
+            self._channel.request_stop("resize")
 
     def _fit(self, place: ray_cluster.Reservation, config: dict[str, Any], outcome: list[Any]) -> None:
         """Fit in a thread, so that the driver's main thread can watch."""

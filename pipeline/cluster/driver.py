@@ -59,32 +59,32 @@ class SupervisorConnection:
 
 
 def tell_end(
-    job: RunSpec, sessions: int, error: TrainingFailedError | Interrupted, warn: Callable[[str], None]
+    job: RunSpec, attempts: int, error: TrainingFailedError | Interrupted, warn: Callable[[str], None]
 ) -> None:
     """Write down how a training has ended, in run.json and MLflow, from outside it: its workers may be dead.
 
     Args:
-        sessions: that the run had had before the command; what became of these is not this one's to tell.
+        attempts: that the run had had before the command; what became of these is not this one's to tell.
     """
     try:
-        _tell_end(job, sessions, error)
+        _tell_end(job, attempts, error)
     except (OSError, RuntimeError, UserError) as e:
         warn(f"run.json and MLflow are not told: {e}")
 
 
-def _tell_end(job: RunSpec, sessions: int, error: TrainingFailedError | Interrupted) -> None:
+def _tell_end(job: RunSpec, attempts: int, error: TrainingFailedError | Interrupted) -> None:
     from pipeline.runs.manifest import RunManifest
     from pipeline.tracking.mlflow_logger import MlflowLogger
 
     identity = RunManifest.read(job.run, lambda _: None)
     has_failed = isinstance(error, TrainingFailedError)
-    # Nothing has begun; or it was stopped between two sessions, of which the first has told of its own end.
-    if identity is None or identity.sessions <= sessions or not (has_failed or identity.open):
+    # Nothing has begun; or it was stopped between two attempts, of which the first has told of its own end.
+    if identity is None or identity.attempts <= attempts or not (has_failed or identity.open):
         return
     failure = str(error)[:500] if has_failed else ""
     identity.replaced(identity.end(failure), job.run, job.claim)
     tracker = MlflowLogger.of_run(job.cfg.mlflow, job.run, identity.training_id, lambda _: None, job.claim)
-    tracker.adopt(job.session_name(identity.sessions))
+    tracker.adopt(job.attempt_name(identity.attempts))
     if has_failed:
         tracker.tags({"pipeline.failure": failure})
     tracker.close("FAILED" if has_failed else "KILLED", *MLFLOW_HANDOVER_S)
@@ -111,7 +111,7 @@ def train(supervisor: SupervisorConnection) -> dict[str, Any]:
                 return controller.run(marks)
             except (TrainingFailedError, Interrupted) as e:
                 # The storage may be away, or hang; a new driver would not help.
-                before = 0 if request.trained else job.sessions
+                before = 0 if request.trained else job.attempts
                 telling = threading.Thread(target=tell_end, args=(job, before, e, supervisor.warn), daemon=True)
                 telling.start()
                 telling.join(DRIVER_END_S)
@@ -175,7 +175,7 @@ def _opened(
                         supervisor.event,
                         stop,
                         request.budget,
-                        faults=request.faults,
+                        failures=request.failures,
                         restarted=request.again,
                     )
                     stack.enter_context(tried.pop_all())

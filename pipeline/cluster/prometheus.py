@@ -15,17 +15,17 @@ GAUGES = {  # name -> the events' key, and what it is
     "data_wait_ratio": ("perf/data_wait_share", "Share of the time since the last logged step spent waiting for data"),
     "loss": ("train/loss", "Mean training loss over the global batch of the last logged step"),
     "learning_rate": ("train/lr", "Learning rate of the last logged step"),
-    "broken_images": ("data/bad_images", "Broken images that this session's workers have met"),
+    "broken_images": ("data/bad_images", "Broken images that this attempt's workers have met"),
     "top1_ratio": ("top1", "Top-1 accuracy on the validation images at the last evaluation"),
     "step": ("step", "Steps done"),
     "steps": ("num_steps", "Steps of the whole training"),
     "workers": ("world_size", "Workers that train now"),
-    "sessions": ("session", "Sessions of the run so far: its start, and each restart and resume"),
-    "faults": ("faults", "Faults of the run so far"),
+    "attempts": ("attempt", "Attempts of the run so far: its start, and each restart and resume"),
+    "failures": ("failures", "Failures of the run so far"),
     "checkpoint_step": ("", "Step of the newest checkpoint"),
     "goodput_ratio": (
         "perf/goodput",
-        "Share of a training's wall time, in all sessions, that computed steps that count",
+        "Share of a training's wall time, in all attempts, that computed steps that count",
     ),
 }
 
@@ -48,8 +48,8 @@ class Gauges:
             self._values["checkpoint_step"] = event["step"]  # written beside training, which is further by now
             return
         self._values |= {name: event[key] for name, (key, _) in GAUGES.items() if key in event}
-        if event["kind"] == "fault":
-            self._values |= {"faults": self._values.get("faults", 0) + 1, "workers": 0, "images_per_second": 0}
+        if event["kind"] == "failure":
+            self._values |= {"failures": self._values.get("failures", 0) + 1, "workers": 0, "images_per_second": 0}
 
     def export(self) -> None:
         """Set all gauges; to be called every few seconds."""

@@ -51,7 +51,7 @@ PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 class TrainRequest:
     """What a driver is to do.
 
-    budget: of failures, as far as it is used up. faults: since the last session began. again: an earlier driver had
+    budget: of failures, as far as it is used up. failures: since the last attempt began. again: an earlier driver had
     begun. trained: so had workers, so that the configuration is right. began: the user's command, Unix time.
     command: a name of its own.
     """
@@ -59,7 +59,7 @@ class TrainRequest:
     cfg: Config
     resume_from: str | None
     budget: FailureBudget
-    faults: tuple[Failure, ...]
+    failures: tuple[Failure, ...]
     again: bool
     trained: bool
     began: float
@@ -85,7 +85,7 @@ def train(
     Raises:
         UserError: the data, the cluster or a checkpoint does not fit the configuration.
         TrainingFailedError: it failed more often than cluster.max_failures allows, or for good.
-        Interrupted: a second signal came, or a first one while no session ran.
+        Interrupted: a second signal came, or a first one while no attempt ran.
     """
     name = cfg.run.name or f"{label}-{time.strftime('%Y%m%d-%H%M%S')}"
     cfg = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, name=name))
@@ -100,22 +100,22 @@ def train(
     if not joins and clock.NEIGHBOURS.crowd() and "OMP_WAIT_POLICY" not in environment:
         environment["OMP_WAIT_POLICY"] = "PASSIVE"
         watch({"kind": "note", "text": BUSY})
-    faults: tuple[Failure, ...] = ()
+    failures: tuple[Failure, ...] = ()
     kills, begun = OutOfMemoryKills(), False
 
     def note(event: Event) -> None:
-        nonlocal cfg, step, faults, begun
-        if event["kind"] == "fault":
+        nonlocal cfg, step, failures, begun
+        if event["kind"] == "failure":
             event = event | {"text": kills.explain(event["text"])}
         step = event.get("step", step)
-        if event["kind"] == "fault":
+        if event["kind"] == "failure":
             budget.failed()  # the driver decides what comes of it
         elif event["kind"] == "checkpoint":
             budget.saved(event["step"])
         elif event["kind"] == "killer":
             budget.forgive()
         elif event["kind"] == "start":
-            faults, begun = (), True
+            failures, begun = (), True
             budget.started(event["step"])
             # It belongs to the training: a head that is back before its GPUs is no reason to go on without them.
             cluster = dataclasses.replace(cfg.cluster, device="gpu" if event["device"] == "cuda" else "cpu")
@@ -125,7 +125,7 @@ def train(
     with _signals() as received:
         again, command = False, uuid.uuid4().hex
         while True:
-            request = TrainRequest(cfg, resume_from, budget, faults, again, begun, began, command)
+            request = TrainRequest(cfg, resume_from, budget, failures, again, begun, began, command)
             end, content = _run_driver(request, environment, note, received)
             if end == "done":
                 return dict(content)
@@ -137,8 +137,8 @@ def train(
             if not driver_is_replaced(end, again or begun) or budget.failed():
                 raise TrainingFailedError(content)
             again = True
-            faults = (*faults, Failure(content, step, time.time()))
-            watch({"kind": "fault", "text": content})
+            failures = (*failures, Failure(content, step, time.time()))
+            watch({"kind": "failure", "text": content})
             _wait(budget.pause_s, received)
 
 

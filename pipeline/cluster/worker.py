@@ -1,4 +1,4 @@
-"""What each of Ray's workers runs: one rank of a session."""
+"""What each of Ray's workers runs: one rank of an attempt."""
 
 import time
 from typing import Any
@@ -38,7 +38,7 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
             emit=driver.emit,
             stop_reason=lambda: driver.stop_reason,
             progress=driver.progress,
-            faults=config["faults"],
+            failures=config["failures"],
             marks=(*config["marks"], ("processes", entered), ("imports of workers", time.time())),
             restarted=config["restarted"],
             deaths=config["deaths"],

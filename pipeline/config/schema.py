@@ -17,7 +17,7 @@ class RunConfig(Section):
     name: str | None = None  # a name used before resumes that run; null makes a new one
     storage: str = "runs"  # of all runs: a directory that every node mounts, or a URI such as s3://bucket/runs
     seed: int = num(0, low=0, high=2**63 - 1)
-    stop_at_step: int | None = num(None, low=1)  # end this session there, after a checkpoint
+    stop_at_step: int | None = num(None, low=1)  # end this attempt there, after a checkpoint
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -24,7 +24,7 @@ QUIET_S = 10.0  # to wait for a checkpoint before that is told
 
 
 class AsyncCheckpointer:
-    """Writes the checkpoints of one session.
+    """Writes the checkpoints of one attempt.
 
     Args:
         folder: where they go; it must exist.
@@ -34,12 +34,12 @@ class AsyncCheckpointer:
         scored: called in that thread with a checkpoint that has got its scores.
         report: called in that thread with a line for the user.
         free: called on a full disk where no checkpoint can give way; says what did, if anything.
-        newest: the checkpoint that the session goes on from.
+        newest: the checkpoint that the attempt goes on from.
 
     Attributes:
-        newest: the checkpoint written last, or the one before this session.
+        newest: the checkpoint written last, or the one before this attempt.
         is_scored_later: the weights of the one saved last are being evaluated.
-        num_postponed, num_failed_tries: so far. held_s: what the loop paid for the one saved last, seconds.
+        num_postponed, num_failed_tries: so far. blocking_s: what the loop paid for the one saved last, seconds.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class AsyncCheckpointer:
         self._is_postponed = self.is_scored_later = False
         self._unscored: dict[int, tuple[Checkpoint, dict[str, float]]] = {}  # by step: whose scores are not in it yet
         self.num_postponed = self.num_failed_tries = 0
-        self.held_s = 0.0
+        self.blocking_s = 0.0
 
     @property
     def busy(self) -> bool:
@@ -114,7 +114,7 @@ class AsyncCheckpointer:
         self._step, self.is_scored_later, self._is_postponed = step, is_scored_later, False
         self._host = to_host(state, self._host)
         self._writing, self._begun = self._thread.submit(self._write, self._host, meta()), time.monotonic()
-        self.held_s = self._begun - began
+        self.blocking_s = self._begun - began
 
     def has(self, step: int) -> bool:
         """Whether the checkpoint of this step has been saved, if perhaps not written yet."""

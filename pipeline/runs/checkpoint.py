@@ -111,16 +111,16 @@ def save(
     Args:
         state: of `TrainState.state_dict()`; nothing may change it meanwhile.
         meta: what else belongs into meta.json: "fingerprint", "classes", "metrics", and of the training its
-            "training_id", "sessions", "faults".
-        check: raises where the run is not this session's to write any more; called before each change in the folder.
+            "training_id", "attempts", "failures".
+        check: raises where the run is not this attempt's to write any more; called before each change in the folder.
 
     Raises:
         OSError: it could not be written; what is left of it has no meta.json.
     """
     name = name_of(state["step"])
-    place, staging = folder / name, folder.scratch / f".{name}.{os.getpid()}"
+    place, staging = folder / name, folder.local_dir / f".{name}.{os.getpid()}"
     if not folder.local:  # a local folder that has vanished, as with its mount, must not be made anew
-        folder.scratch.mkdir(parents=True, exist_ok=True)
+        folder.local_dir.mkdir(parents=True, exist_ok=True)
     try:
         staging.mkdir()
         write_state(state, staging / STATE)
@@ -141,10 +141,10 @@ def save(
                 check()
                 place.upload(staging / file, files.get(file, {}).get("stored", file))
         check()
-        local = folder.scratch / name
+        local = folder.local_dir / name
         shutil.rmtree(local, ignore_errors=True)  # a damaged one, or we would have resumed from it
         staging.rename(local)
-        fsync(folder.scratch)
+        fsync(folder.local_dir)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -188,7 +188,7 @@ def load(place: Storage, *, whole: bool = True, use_copy: bool = False) -> Check
             raise CheckpointError(f"{place}: {stored} is missing")
         if sizes[stored] != files[name]["size"]:
             raise CheckpointError(f"{place}: {stored} is damaged (its size differs from {META})")
-    path = place.local or place.parent.scratch / place.name
+    path = place.local or place.parent.local_dir / place.name
     with nullcontext() if place.local else _fetching(path):
         for name in (STATE, CONFIG) if whole else (CONFIG,):
             file = path / (names[name] if place.local else name)

@@ -15,8 +15,8 @@ from pipeline.runs import checkpoint, lock
 from pipeline.runs.manifest import FILE, RunManifest
 from pipeline.storage import Storage
 
-# training: a live process of a machine that shares the directory holds it. died: a session has not ended, and nobody
-# holds it. open: a session has not ended, and an object store has no locks to tell more. stopped: before its last step.
+# training: a live process of a machine that shares the directory holds it. died: an attempt has not ended, and nobody
+# holds it. open: an attempt has not ended, and an object store has no locks to tell more. stopped: before its last step.
 # failed: by an error that no new attempt was to follow. new: it has no checkpoint.
 State = Literal["training", "died", "open", "failed", "new", "stopped", "done"]
 

@@ -29,7 +29,7 @@ def run_lock(
     """Keep other processes of this machine from the run; the lock goes with the process, however it ends.
 
     Between machines that share no directory, and where a file system knows no locks (some of NFS and Lustre), the later
-    session wins, see `Identity.check`.
+    attempt wins, see `Identity.check`.
 
     Args:
         ending: set when this process is to end; who waits for the lock is told.
@@ -38,7 +38,7 @@ def run_lock(
     Raises:
         UserError: another process has the run. Interrupted: this one was to end meanwhile.
     """
-    with (run.scratch / FILE).open("a+", encoding="utf-8") as file:
+    with (run.local_dir / FILE).open("a+", encoding="utf-8") as file:
         began, told = time.monotonic(), ""
         while not _taken(file, fcntl.LOCK_EX, warn):
             file.seek(0)
@@ -75,7 +75,7 @@ def _write(file: IO[str], text: str) -> None:
 def is_held(run: Storage) -> bool:
     """Whether a process of this machine has the run's lock; where it is free, it is taken for a moment."""
     try:
-        with (run.scratch / FILE).open("rb") as file:
+        with (run.local_dir / FILE).open("rb") as file:
             return not _taken(file, fcntl.LOCK_SH, lambda _: None)
     except FileNotFoundError:
         return False

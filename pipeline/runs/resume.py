@@ -1,7 +1,7 @@
 """Which checkpoint a run goes on from, and what of its configuration and its images must then be as it was.
 
 The driver refuses what does not fit before it starts anything. The workers choose and check once more: between these
-two a checkpoint may be damaged, and later sessions go on from later ones.
+two a checkpoint may be damaged, and later attempts go on from later ones.
 """
 
 import time
@@ -58,10 +58,10 @@ def find_checkpoint(
         raise OSError(f"{run / FILE} is not seen here, which the driver has written")
     try:
         # One that has trained nothing has no checkpoints: an earlier driver wrote it late, in the place of theirs.
-        own = identity.training_id if identity and identity.sessions else None
+        own = identity.training_id if identity and identity.attempts else None
         found = checkpoint.newest_valid(run / "checkpoints", report, own, whole=whole)
         if identity is None or (found is not None and own is None):  # a new run, or one whose run.json is lost
-            known = ("training_id", "sessions", "faults")
+            known = ("training_id", "attempts", "failures")
             kept: dict[str, Any] = {key: found.meta[key] for key in known if key in found.meta} if found else {}
             identity = RunManifest(**kept, began=began or time.time())
         seen = found.step if found is not None else 0

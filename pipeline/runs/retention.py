@@ -1,4 +1,4 @@
-"""Which checkpoints of a run stay: the newest, the best, and what a session has written or goes on from.
+"""Which checkpoints of a run stay: the newest, the best, and what an attempt has written or goes on from.
 
 What is damaged, of another training or of a later version is nobody's to delete here, and takes no other's place.
 """
@@ -21,7 +21,7 @@ def own(folder: Storage, training_id: str | None) -> list[Checkpoint]:
             except CheckpointError:  # left to `newest_valid` to report
                 continue
             if meta["format"] == FORMAT and is_whole(meta, sizes) and training_id in (None, meta["training_id"]):
-                found.append(Checkpoint(folder / name, folder.scratch / name, meta))
+                found.append(Checkpoint(folder / name, folder.local_dir / name, meta))
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
@@ -44,7 +44,7 @@ def prune(folder: Storage, keep: int, training_id: str | None, valid: int) -> No
             (folder / name).remove()
     for checkpoint in _old(found, keep, (valid,)):
         checkpoint.place.remove()
-    for leftover in folder.scratch.glob(".step_*"):  # of a killed process: only one process writes here at a time
+    for leftover in folder.local_dir.glob(".step_*"):  # of a killed process: only one process writes here at a time
         shutil.rmtree(leftover, ignore_errors=True)
     _forget(folder, lambda name: name != name_of(valid))  # that may be uploaded to MLflow, or be resumed from
 
@@ -75,10 +75,10 @@ def forget_copies(folder: Storage, oldest_kept: str | None = None) -> None:
 
 def _forget(folder: Storage, is_old: Callable[[str], bool]) -> None:
     """Delete copies, but for now not where another process just fetches one, such as `pipeline evaluate`."""
-    if folder.local or not folder.scratch.is_dir():
+    if folder.local or not folder.local_dir.is_dir():
         return
-    with alone(folder.scratch, wait=False) as is_alone:
-        for copy in folder.scratch.glob("step_*") if is_alone else ():
+    with alone(folder.local_dir, wait=False) as is_alone:
+        for copy in folder.local_dir.glob("step_*") if is_alone else ():
             if is_old(copy.name):
                 shutil.rmtree(copy, ignore_errors=True)
 

@@ -11,15 +11,15 @@ from pipeline.storage import Storage
 if TYPE_CHECKING:  # the driver starts faster without
     import torch
 
-# {"kind": ...}: run, start, step, evaluation, checkpoint, fault, search, killer, note, warning, stopping, end
+# {"kind": ...}: run, start, step, evaluation, checkpoint, failure, search, killer, note, warning, stopping, end
 Event = dict[str, Any]
-# Why a session ends before the last step: the user wants it, or workers are to come or go.
-StopReason = Literal["interrupted", "regroup"]
+# Why an attempt ends before the last step: the user wants it, or workers are to come or go.
+StopReason = Literal["interrupted", "resize"]
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What ended a session without a checkpoint. step: the last one known to be done. time: seen, Unix seconds."""
+    """What ended an attempt without a checkpoint. step: the last one known to be done. time: seen, Unix seconds."""
 
     text: str
     step: int | None
@@ -32,7 +32,7 @@ class RunSpec:
 
     run: its folder. train_index, val_index: paths or URIs of index files. resume_from: path or URI of a
     checkpoint to begin with where the run has none of its own. claim: the driver's to the run, where there is one.
-    saved_step: of the run's own newest checkpoint, as the driver has seen it; 0: there was none. sessions: of the run,
+    saved_step: of the run's own newest checkpoint, as the driver has seen it; 0: there was none. attempts: of the run,
     before this driver's first one.
     """
 
@@ -43,14 +43,14 @@ class RunSpec:
     resume_from: str | None = None
     claim: Claim | None = None
     saved_step: int = 0
-    sessions: int = 0
+    attempts: int = 0
 
     @property
     def checkpoints(self) -> Storage:
         return self.run / "checkpoints"
 
-    def session_name(self, number: int) -> str:
-        """Of a session of this driver; later ones', also of later drivers, are higher."""
+    def attempt_name(self, number: int) -> str:
+        """Of an attempt of this driver; later ones', also of later drivers, are higher."""
         return f"{self.claim.name if self.claim else ''}-{number:08d}"
 
 
@@ -63,7 +63,7 @@ class WorkerContext:
 
     num_threads: CPU threads for computing. emit: hands an event to whoever watches; returns at once.
     stop_reason: why to save a checkpoint and end, if so; asked at every step. progress: told the steps done.
-    faults: those since the last session began. marks: of this session's start. restarted: not by the user.
+    failures: those since the last attempt began. marks: of this attempt's start. restarted: not by the user.
     deaths: where workers' processes died twice or more since the last checkpoint, the steps known to be done by then.
     """
 
@@ -74,7 +74,7 @@ class WorkerContext:
     emit: Callable[[Event], None]
     stop_reason: Callable[[], StopReason | None] = lambda: None
     progress: Callable[[int], None] = lambda step: None
-    faults: tuple[Failure, ...] = ()
+    failures: tuple[Failure, ...] = ()
     marks: Marks = ()
     restarted: bool = False
     deaths: tuple[int, ...] = ()

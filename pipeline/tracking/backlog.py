@@ -15,7 +15,7 @@ class Backlog:
     """What waits in a spool, kept in its run on an object store, too: the machine of the spool may be lost.
 
     Args:
-        name: of the session's file. Later sessions' are higher: one that was superseded, and whose write comes late,
+        name: of the attempt's file. Later attempts' are higher: one that was superseded, and whose write comes late,
             replaces no later one's.
     """
 
@@ -54,7 +54,7 @@ class Backlog:
 
 
 def read(run: Storage) -> tuple[str, list[outbox.Record]]:
-    """What the run's folder on an object store has of a spool: the last session's name, if any, and the records.
+    """What the run's folder on an object store has of a spool: the last attempt's name, if any, and the records.
 
     The first one says whose it is, and what for.
     """

@@ -127,7 +127,7 @@ def _fetch(run: Storage, uri: str, mlflow_id: str, report: Callable[[str], None]
     why = (
         problems[0]
         if problems
-        else "they are there with mlflow.checkpoints=all, or best or last once a session has ended"
+        else "they are there with mlflow.checkpoints=all, or best or last once an attempt has ended"
     )
     raise UserError(f"{run} is gone, and MLflow run {mlflow_id} has no valid checkpoint among its artifacts: {why}")
 

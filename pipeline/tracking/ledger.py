@@ -20,7 +20,7 @@ PHASES = (
 
 
 class TimeLedger:
-    """Seconds per phase, over all sessions of a training. Phases nest: an inner one's time is not the outer one's.
+    """Seconds per phase, over all attempts of a training. Phases nest: an inner one's time is not the outer one's.
 
     On a GPU the clock is its stream's: a phase lasts from when the device comes to its first mark to when it comes to
     the next one. So waiting for data counts only where the device ran dry, and computing where it computes. The marks
@@ -39,7 +39,7 @@ class TimeLedger:
         self._compiling = False
         self.listener: Callable[[str], None] | None = None  # told of each phase that begins
 
-    def switch(self, name: str) -> str:
+    def start_phase(self, name: str) -> str:
         """Count the time from now on to `name`; return what was counted until now. It costs a microsecond or less."""
         previous = self._marks[-1][0]
         self._marks.append(("compile" if self._compiling and name in COMPUTE else name, self._now()))
@@ -50,11 +50,11 @@ class TimeLedger:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Count the time inside to `name`."""
-        outer = self.switch(name)
+        outer = self.start_phase(name)
         try:
             yield
         finally:
-            self.switch(outer)
+            self.start_phase(outer)
 
     def steps(self, batches: Iterator[T], *, compiling: bool = False) -> Iterator[T]:
         """`batches`, with the time that each is waited for as "data wait", and the first one's left where it was.
@@ -64,15 +64,15 @@ class TimeLedger:
         """
         self._compiling = compiling
         for batch in batches:
-            self.switch("forward")
+            self.start_phase("forward")
             yield batch
             self._compiling = False
-            self.switch("data wait")
+            self.start_phase("data wait")
             self._count_ended()
 
     def seconds(self) -> dict[str, float]:
         """Per phase, up to now. On a GPU this waits for the device."""
-        self.switch(self._marks[-1][0])
+        self.start_phase(self._marks[-1][0])
         if not isinstance(end := self._marks[-1][1], float):
             end.synchronize()
         self._count_ended()
@@ -117,7 +117,7 @@ def summed_up(seconds: Mapping[str, float]) -> dict[str, float]:
 
 
 def for_mlflow(seconds: Mapping[str, float]) -> dict[str, float]:
-    """Metrics of the ledger up to now, over all sessions."""
+    """Metrics of the ledger up to now, over all attempts."""
     names = {phase: f"time/{phase.replace(' ', '_').replace('-', '_')}_s" for phase in PHASES if phase != "shut-down"}
     grouped = summed_up(seconds)
     return {"perf/goodput": goodput(seconds)} | {name: grouped[phase] for phase, name in names.items()}

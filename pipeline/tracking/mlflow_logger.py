@@ -22,7 +22,7 @@ from pipeline.failures import MLFLOW_CALL_S, READ_CHECKPOINT_S, mlflow_refuses, 
 from pipeline.runs.claim import Claim, SupersededError
 from pipeline.storage import Storage
 from pipeline.tracking.backlog import Backlog
-from pipeline.tracking.mlflow_run import REPORT, SESSION, MlflowRun, ReportError, Target
+from pipeline.tracking.mlflow_run import REPORT, ATTEMPT, MlflowRun, ReportError, Target
 from pipeline.tracking.mlflow_store import reason, tracking_uri
 from pipeline.tracking.outbox import Outbox, Record, leading_metrics
 from pipeline.tracking.staging import Staging
@@ -43,7 +43,7 @@ class MlflowLogger:
     Args:
         folder: where the spool lies.
         on_problem: called with a line for the user when MLflow cannot be reached or refuses a record.
-        claim: to the run. A session that has lost it sends nothing more.
+        claim: to the run. An attempt that has lost it sends nothing more.
     """
 
     def __init__(self, target: Target, folder: Path, on_problem: Callable[[str], None], claim: Claim | None = None):
@@ -75,15 +75,15 @@ class MlflowLogger:
     ) -> "MlflowLogger":
         """For the training `training_id` in the folder `run`."""
         target = Target(tracking_uri(cfg.uri, run.parent), cfg.experiment, run.uri, training_id)
-        return cls(target, run.scratch / FOLDER, on_problem, claim)
+        return cls(target, run.local_dir / FOLDER, on_problem, claim)
 
     def connect(self) -> None:
         """Begin to send. Until then, or until the end, MLflow is not even imported: that takes a core for seconds."""
         self._may_connect.set()
 
     def start(self) -> None:
-        """Begin a session: the MLflow run is running, and this machine's system metrics are logged to it."""
-        self._put({"kind": "start", "session": SESSION})
+        """Begin an attempt: the MLflow run is running, and this machine's system metrics are logged to it."""
+        self._put({"kind": "start", "attempt": ATTEMPT})
 
     @property
     def run_id(self) -> str | None:
@@ -104,18 +104,18 @@ class MlflowLogger:
         """The file of what MLflow has not got yet."""
         return self._spool.path
 
-    def adopt(self, session: str) -> None:
+    def adopt(self, attempt: str) -> None:
         """Send what waited on the machine that had the run before, where that was another one.
 
         Args:
-            session: see `Backlog`.
+            attempt: see `Backlog`.
 
         Raises:
             OSError: the storage does not tell.
         """
         run = Storage(self._target.run)
         if not run.local:
-            self._backlog = Backlog(run, self._spool, self._target, session)
+            self._backlog = Backlog(run, self._spool, self._target, attempt)
             self._backlog.adopt()
 
     def keep(self) -> None:

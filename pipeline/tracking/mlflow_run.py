@@ -20,7 +20,7 @@ from pipeline.tracking.report.charts import METRICS, History
 TRAINING_ID_TAG = "pipeline.training_id"
 RUN_TAG = "pipeline.run_dir"
 CHECKPOINTS, REPORT = "checkpoints", "report"  # folders of artifacts
-SESSION = uuid.uuid4().hex  # this process: a session's start that is sent by a later one is past
+ATTEMPT = uuid.uuid4().hex  # this process: an attempt's start that is sent by a later one is past
 
 
 class ReportError(RuntimeError):
@@ -124,7 +124,7 @@ class MlflowRun:
             case "start":
                 client.update_run(self.id, status="RUNNING")
                 client.set_tag(self.id, RUN_TAG, self._folder)  # it may lie elsewhere now
-                if record["session"] == SESSION and self._monitor is None:  # else it is sent once more
+                if record["attempt"] == ATTEMPT and self._monitor is None:  # else it is sent once more
                     self._monitor_system()
             case "end":
                 self.stop_monitor()

@@ -24,7 +24,7 @@ class Outbox:
     """Records in a file, one JSON object a line, and beside it how much of them was sent.
 
     A metric's steps only rise: one at or below the last is dropped, so that steps which are trained again
-    after a fault are not logged again (their values are the same: training is deterministic).
+    after a failure are not logged again (their values are the same: training is deterministic).
 
     Attributes:
         id: tells it from the spools that the same training has on other machines.

@@ -18,7 +18,7 @@ from pipeline.tracking.mlflow_store import is_missing, store_beside
 def sync(run: Storage, report: Callable[[str], None], patience_s: float = 10.0) -> tuple[Target, str | None, int]:
     """Send what waits for MLflow of the run in a folder: on this machine, and of one on an object store there.
 
-    A last session that has not told of its end was killed, which MLflow is told.
+    A last attempt that has not told of its end was killed, which MLflow is told.
 
     Args:
         patience_s: how long to go on trying an MLflow that fails.
@@ -31,11 +31,11 @@ def sync(run: Storage, report: Callable[[str], None], patience_s: float = 10.0) 
         OSError: the storage does not answer.
     """
     claim, last = Claim.last(run), RunManifest.read(run, report)
-    folder, is_open = run.scratch / FOLDER, last is not None and last.open
+    folder, is_open = run.local_dir / FOLDER, last is not None and last.open
     name, kept = ("", []) if run.local else backlog.read(run)
     if outbox.is_in_use(folder) or (is_open and kept and kept[0]["id"] != outbox.owner(folder)):
         raise UserError(
-            f"the last session of {run} has not told of its end: it may be trained just now; where it is not, "
+            f"the last attempt of {run} has not told of its end: it may be trained just now; where it is not, "
             "train it again, which sends all that waits"
         )
     target = Target(**kept[0]["target"]) if kept else _target(folder / TARGET)

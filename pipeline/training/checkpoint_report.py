@@ -53,7 +53,7 @@ def report(found: Checkpoint, out: Path, data: str | None, mlflow_uri: str | Non
     """
     run, cfg = found.place.parent.parent, load(found.file(checkpoint.CONFIG))
     make_folder(out)
-    waiting = [*outbox.kept(run.scratch / FOLDER), *backlog.read(run)[1]]
+    waiting = [*outbox.kept(run.local_dir / FOLDER), *backlog.read(run)[1]]
     quicker = "`pipeline evaluate RUN train.precision=fp32` gives the scores sooner"
     said, index = evaluate_checkpoint(found.place, data, say, fix=quicker)
     with closing(EvalLoader(index, cfg.data, LoaderContext.here(), _sound, batch=NUM_MISTAKES)) as loader:

@@ -1,4 +1,4 @@
-"""Images that kill workers: when a session looks for them, and how all later ones know of them.
+"""Images that kill workers: when an attempt looks for them, and how all later ones know of them.
 
 What is found is kept in the run's folder, a file for each image, so that every attempt, driver, resume and world size
 has it. The files' names hold the fingerprint of the index: another data set has other rows.
@@ -37,7 +37,7 @@ def avoid_killers(
     Called by all ranks; each looks into its own share.
 
     Args:
-        first_step: that this session begins with. heartbeat: called every few seconds of a search.
+        first_step: that this attempt begins with. heartbeat: called every few seconds of a search.
     """
     timeout_s = float(job.cfg.cluster.timeout_s)
     known = retry(lambda: _known(job.run), ctx.warn, timeout_s)

@@ -1,4 +1,4 @@
-"""The network as a session trains it: exchanging gradients with other ranks, compiled. `state.model` is inside it."""
+"""The network as an attempt trains it: exchanging gradients with other ranks, compiled. `state.model` is inside it."""
 
 import os
 import shutil
@@ -58,7 +58,7 @@ def _watch_communication(model: nn.Module, ledger: TimeLedger) -> None:
     """Count the rest of a backward pass as waiting for other ranks once the last gradient is there."""
 
     def there(parameter: Tensor) -> None:
-        ledger.switch("communication wait")
+        ledger.start_phase("communication wait")
 
     last = next(p for p in model.parameters() if p.requires_grad)  # the first layer's
     last.register_post_accumulate_grad_hook(there)  # type: ignore[no-untyped-call]

@@ -41,7 +41,7 @@ def evaluate(
     Call it on all ranks, with equal weights and statistics (see `sync_buffers`).
 
     Args:
-        in_parts: of the session, which knows how many images fit.
+        in_parts: of the attempt, which knows how many images fit.
         heartbeat: called with each chunk.
         stopped: whether to leave off, asked before each chunk; equally often on all ranks, which must hear the same.
 

@@ -102,7 +102,7 @@ def _fit(job: RunSpec, ctx: WorkerContext, watchdog: Watchdog, stack: ExitStack)
         SampleLog(job, ctx) as trace,
     ):
         profile.step(state.step)
-        # A session that had to end between saving and evaluating has left that to this one.
+        # An attempt that had to end between saving and evaluating has left that to this one.
         unscored = resumed is not None and state.step > 0 and not resumed.meta["metrics"]
         owes_evaluation = unscored and due(eval_every) and not evaluated()
         batches = train_loader.from_step(state.step, state.step if owes_evaluation else stop_step)
@@ -117,7 +117,7 @@ def _fit(job: RunSpec, ctx: WorkerContext, watchdog: Watchdog, stack: ExitStack)
                 lr=lr,
                 world_size=ctx.world_size,
                 micro_batch=micro_batch,
-                mark=ledger.switch,
+                mark=ledger.start_phase,
             )
             losses.append(loss)
             profile.step(state.step)

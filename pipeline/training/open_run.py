@@ -81,7 +81,7 @@ def open_run(
 
     with _as_mistake(f"run.storage={storage}: cannot be used", "name another place"):
         retry(run.make, tell, timeout_s)
-        run.scratch.mkdir(parents=True, exist_ok=True)
+        run.local_dir.mkdir(parents=True, exist_ok=True)
         # What is damaged the workers tell.
         look = partial(
             resume.find_checkpoint, run, resume_from, lambda _: None, began=began, whole=False, saved_step=saved_step
@@ -112,14 +112,14 @@ def open_run(
             resume.check_data_compatible(found, cfg, train, num_steps)
         with _as_mistake(f"run.storage={storage}: cannot be used", "name another place"):
             built = {split: index for split, index in indexes.items() if not is_index(sources[split])}
-            with _as_second(run, again=again), _saved(built, folder.scratch) as files:
+            with _as_second(run, again=again), _saved(built, folder.local_dir) as files:
                 claim = retry(partial(Claim.take, run, command, again=again), tell, timeout_s)
                 now = _settled(run, identity, claim, cfg.mlflow.uri, began, tell)
                 for split, file in files.items():  # not before: this command may be refused, or come second
                     retry(partial(_store, file, folder, f"{split}.arrow", claim), tell, timeout_s)
                     sources[split] = (folder / f"{split}.arrow").uri
         saved_step = found.step if found is not None and found.place.parent.parent.uri == run.uri else 0
-        yield RunSpec(cfg, run, sources["train"], sources["val"], resume_from, claim, saved_step, now.sessions)
+        yield RunSpec(cfg, run, sources["train"], sources["val"], resume_from, claim, saved_step, now.attempts)
 
 
 def _refuse_missing(split: str, index: Index, cfg: Config, tell: Callable[[str], None]) -> None:
@@ -167,7 +167,7 @@ def _settled(
     if now is not None:
         _refuse_copy(run, now, claim, mlflow_uri)
     settled = now or looked
-    if settled.sessions == 0:  # an earlier command has trained nothing
+    if settled.attempts == 0:  # an earlier command has trained nothing
         settled = dataclasses.replace(settled, began=began or time.time())
     if settled != now or settled.place != run.uri:
         claim.check()
@@ -239,4 +239,4 @@ def _store(file: Path, folder: Storage, name: str, claim: Claim) -> None:
     claim.check()
     if not folder.local:
         folder.upload(file, name)
-    file.replace(folder.scratch / name)
+    file.replace(folder.local_dir / name)

@@ -17,7 +17,7 @@ class Profiler:
     """Profiles the steps `train.profile` of rank 0, with the ledger's phases as named ranges (NVTX's, too, on a GPU).
 
     The trace is profile/steps_FIRST_LAST.json.gz in the run's folder (of this machine), for https://ui.perfetto.dev. A
-    session that begins or ends within these steps traces those that it trains, and names the file by them.
+    attempt that begins or ends within these steps traces those that it trains, and names the file by them.
 
     Args:
         publish: called with the folder, once the trace is in it.
@@ -25,7 +25,7 @@ class Profiler:
 
     def __init__(self, job: RunSpec, ctx: WorkerContext, ledger: TimeLedger, publish: Callable[[Path], None]):
         self._steps = job.cfg.train.profile if ctx.rank == 0 else None
-        self._folder, self._ledger, self._publish = job.run.scratch / "profile", ledger, publish
+        self._folder, self._ledger, self._publish = job.run.local_dir / "profile", ledger, publish
         self._warn, self._on_gpu = ctx.warn, ctx.device.type == "cuda"
         self._profiler: Any = None
         self._range: Any = None
@@ -53,7 +53,7 @@ class Profiler:
             return
         if self._profiler is None or self._done < self._first:
             asked = ",".join(map(str, self._steps))
-            self._warn(f"train.profile=[{asked}]: this session trained none of these steps; there is no trace")
+            self._warn(f"train.profile=[{asked}]: this attempt trained none of these steps; there is no trace")
         else:
             self.close()
             with self._ledger.phase("logging"):

@@ -31,11 +31,11 @@ from pipeline.versions import device_name
 
 
 class Recorder:
-    """Writes down one session of a training.
+    """Writes down one attempt of a training.
 
     Args:
-        index: of the training images. identity: of the training, before this session.
-        resumed: the checkpoint that this session goes on from.
+        index: of the training images. identity: of the training, before this attempt.
+        resumed: the checkpoint that this attempt goes on from.
         num_steps: of the whole training. precision: why it is the one that cfg says. heartbeat: called in long waits.
     """
 
@@ -55,7 +55,7 @@ class Recorder:
         self._data = {"fingerprint": index.fingerprint, "classes": index.classes}
         self.num_bad = 0  # broken images that this rank has met
         self._scores = dict(resumed.meta["metrics"]) if resumed else {}
-        self._said: Predictions | None = None  # of this session's last evaluation
+        self._said: Predictions | None = None  # of this attempt's last evaluation
         self._first_step = self._logged_step = resumed.step if resumed else 0
         self._first = self._logged = ledger.seconds()  # per phase
         marks = (*ctx.marks, ("state", time.time()))
@@ -66,8 +66,8 @@ class Recorder:
 
     def _begin(self, resumed: Checkpoint | None, precision: str) -> None:
         cfg, ctx, run, timeout_s = self._job.cfg, self._ctx, self._job.run, self._job.cfg.cluster.timeout_s
-        faults = ctx.faults or self._identity.unended()
-        self._replace_identity(self._identity.begin(len(faults), cfg.train.precision))
+        failures = ctx.failures or self._identity.unended()
+        self._replace_identity(self._identity.begin(len(failures), cfg.train.precision))
         retry(self._job.checkpoints.make, ctx.warn, timeout_s)
         self._saver = AsyncCheckpointer(
             self._job.checkpoints,
@@ -83,21 +83,21 @@ class Recorder:
         make = partial(MlflowLogger.of_run, cfg.mlflow, run, self._identity.training_id, ctx.warn, self._job.claim)
         self._tracker = retry(make, ctx.warn, timeout_s)
         self._uploads = Uploads(self._tracker, ctx.warn, min(UPLOAD_S, timeout_s))
-        retry(partial(self._tracker.adopt, self._job.session_name(self._identity.sessions)), ctx.warn, timeout_s)
+        retry(partial(self._tracker.adopt, self._job.attempt_name(self._identity.attempts)), ctx.warn, timeout_s)
         self._tracker.start()
         self._tracker.params(flatten(cfg))
-        session = self._identity.sessions
-        self._tracker.text(dump(cfg), f"config/session_{session}.yaml")
-        tags = self._identity.tags(faults, self._first_step, ctx.world_size)
+        attempt = self._identity.attempts
+        self._tracker.text(dump(cfg), f"config/attempt_{attempt}.yaml")
+        tags = self._identity.tags(failures, self._first_step, ctx.world_size)
         self._tracker.tags({**tags, "pipeline.data_fingerprint": self._data["fingerprint"]})
-        story = self._identity.story(faults, self._first_step, ctx.world_size)
-        self._tracker.metrics(session, {f"session/{name}": value for name, value in story.items()})  # step: session
+        story = self._identity.story(failures, self._first_step, ctx.world_size)
+        self._tracker.metrics(attempt, {f"attempt/{name}": value for name, value in story.items()})  # step: attempt
         where = {"world_size": ctx.world_size, "num_threads": ctx.num_threads, "device": ctx.device.type}
         where |= {"precision": cfg.train.precision, "precision_reason": precision}
         steps = {"step": self._first_step, "num_steps": self._num_steps, "global_batch": cfg.train.global_batch}
         told: dict[str, float] = {k: story[k] for k in ("lost_steps", "recovery_s") if k in story}
-        start = {"kind": "start", "session": session, **steps, "resumed_from": resumed and str(resumed.place)}
-        ctx.emit({**start, "startup": self._startup, **where, **told, "faults": self._identity.faults})
+        start = {"kind": "start", "attempt": attempt, **steps, "resumed_from": resumed and str(resumed.place)}
+        ctx.emit({**start, "startup": self._startup, **where, **told, "failures": self._identity.failures})
 
     def _replace_identity(self, new: RunManifest) -> None:
         replace = partial(self._identity.replaced, new, self._job.run, self._job.claim)
@@ -177,7 +177,7 @@ class Recorder:
         if self._job.cfg.mlflow.checkpoints == "all" and not self._saver.is_scored_later:
             self._uploads.checkpoint(saved)
         metrics = {
-            "checkpoint/held_s": self._saver.held_s,
+            "checkpoint/blocking_s": self._saver.blocking_s,
             "checkpoint/write_s": seconds,
             "checkpoint/postponed": float(self._saver.num_postponed),
             "checkpoint/failed_tries": float(self._saver.num_failed_tries),
@@ -199,14 +199,14 @@ class Recorder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        """Save what can be saved of a session that ends by an error, and tell MLflow of it."""
+        """Save what can be saved of an attempt that ends by an error, and tell MLflow of it."""
         if error is None or self._ctx.rank != 0:
             return
         if isinstance(error, SupersededError):  # not its to end
             self._tracker.abandon()
             return
         self._tracker.tags(
-            {f"pipeline.session_{self._identity.sessions}.error": f"{type(error).__name__}: {error}"[:500]}
+            {f"pipeline.attempt_{self._identity.attempts}.error": f"{type(error).__name__}: {error}"[:500]}
         )
         try:
             self._saver.finish(MLFLOW_HANDOVER_S[0])
@@ -215,7 +215,7 @@ class Recorder:
         self._tracker.close("FAILED", *MLFLOW_HANDOVER_S, self._heartbeat)
 
     def finished(self, state: TrainState, val_loader: EvalLoader, *, owes_evaluation: bool) -> dict[str, Any]:
-        """Publish what the configuration asks for, end the session and return its summary.
+        """Publish what the configuration asks for, end the attempt and return its summary.
 
         Args:
             val_loader: of the last evaluation's images.
@@ -237,9 +237,9 @@ class Recorder:
             self._replace_identity(self._identity.end())
             top = retention.best_of(retention.own(self._job.checkpoints, self._identity.training_id))
         newest = self._saver.newest
-        assert newest is not None, "a session ends with a checkpoint"
+        assert newest is not None, "an attempt ends with a checkpoint"
         chosen = {"last": newest, "best": top}.get(cfg.mlflow.checkpoints)
-        if chosen and status != "regroup":
+        if chosen and status != "resize":
             self._uploads.checkpoint(chosen)
         self._heartbeat()
         if done and cfg.mlflow.log_model:
@@ -249,11 +249,11 @@ class Recorder:
             with self._ledger.phase("logging"):
                 self._report(newest.meta, self._said, val_loader)
         with self._ledger.phase("logging"):
-            limits = MLFLOW_HANDOVER_S if status == "regroup" else (MLFLOW_END_S, math.inf)
+            limits = MLFLOW_HANDOVER_S if status == "resize" else (MLFLOW_END_S, math.inf)
             waiting = self._tracker.close("FINISHED" if done else "KILLED", *limits, self._heartbeat)
         if not waiting:
             retention.forget_copies(self._job.checkpoints)
-        elif status != "regroup":
+        elif status != "resize":
             self._ctx.warn(
                 f"MLflow is away; {waiting} records wait in {self._tracker.spool}; "
                 f"to send them: pipeline sync {self._job.run}"
@@ -280,7 +280,7 @@ class Recorder:
         }
 
     def _images_per_s(self, step: int, seconds: dict[str, float]) -> float | None:
-        images = (step - self._first_step) * self._job.cfg.train.global_batch  # of this session
+        images = (step - self._first_step) * self._job.cfg.train.global_batch  # of this attempt
         return images / (total(seconds, *STEP) - total(self._first, *STEP)) if images else None
 
     def _report(self, meta: dict[str, Any], said: Predictions, val_loader: EvalLoader) -> None:

@@ -14,7 +14,7 @@ class SampleLog:
     {"step": counted from 1, "rank": R, "world_size": W, "time": T, "rows": rows of the index, in order}
 
     T is when it was done, by the machine's monotonic clock in seconds, which all its processes share; on a GPU, when
-    its work was handed over. A step that is trained again after a fault is in it again.
+    its work was handed over. A step that is trained again after a failure is in it again.
     """
 
     def __init__(self, job: RunSpec, ctx: WorkerContext):
@@ -35,6 +35,6 @@ class SampleLog:
 
 
 def _open(job: RunSpec, ctx: WorkerContext) -> TextIO:
-    folder = job.run.scratch / "trace"
+    folder = job.run.local_dir / "trace"
     folder.mkdir(parents=True, exist_ok=True)
     return (folder / f"rank_{ctx.rank}.jsonl").open("a", encoding="utf-8")

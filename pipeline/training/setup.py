@@ -92,10 +92,10 @@ def restore(state: TrainState, found: Checkpoint, cfg: Config, index: Index) -> 
 
 
 def make_ledger(ctx: WorkerContext, identity: RunManifest, resumed: Checkpoint | None, entered: float) -> TimeLedger:
-    """What this training has counted so far, and the time since, in which this session was started.
+    """What this training has counted so far, and the time since, in which this attempt was started.
 
-    After a fault, what came after the checkpoint is lost, the steps to be done again like the time without training:
-    all of it is recovery. A session that its user starts counts from the command on.
+    After a failure, what came after the checkpoint is lost, the steps to be done again like the time without training:
+    all of it is recovery. An attempt that its user starts counts from the command on.
     """
     own = resumed if resumed is not None and resumed.meta["training_id"] == identity.training_id else None
     if ctx.restarted or identity.open:

@@ -1,4 +1,4 @@
-"""A rank that hangs becomes a fault, which is recovered from, and not a night of waiting."""
+"""A rank that hangs becomes a failure, which is recovered from, and not a night of waiting."""
 
 import faulthandler
 

@@ -68,19 +68,19 @@ def test_shrinks_grows_and_makes_way_with_the_same_data(
         place = [f"cluster.address={nodes.address}", f"run.storage={storage}", "run.name=elastic"]
         size = ["cluster.workers=[1,3]", "cluster.grow_after_s=3", "cluster.timeout_s=60"]
         training = start([PIPELINE, "train", config, *data, *SETTINGS, *place, *size], AUTHENTICATION)
-        training.wait_for(r"session 1: .*; 2 workers")
+        training.wait_for(r"attempt 1: .*; 2 workers")
         training.wait_for_step(35)
         kill(second.raylet())
-        killed = training.wait_for(r"session 2: step (\d+) of .*; 1 workers .* (\d+) s after the fault")
+        killed = training.wait_for(r"attempt 2: step (\d+) of .*; 1 workers .* (\d+) s after the failure")
         training.wait_for_step(int(killed.group(1)) + 20)
         third = nodes.add()
-        grown = training.wait_for(r"session 3: step (\d+) of .*; 2 workers")
+        grown = training.wait_for(r"attempt 3: step (\d+) of .*; 2 workers")
         training.wait_for_step(int(grown.group(1)) + 20)
         third.terminate()
-        drained = training.wait_for(r"session 4: step (\d+) of .*; 1 workers")
+        drained = training.wait_for(r"attempt 4: step (\d+) of .*; 1 workers")
         assert training.finish() == 0, training.said
         first.terminate()
-    for line in re.findall(r"^(?:fault|session|there is|a node).*", training.said, re.MULTILINE):
+    for line in re.findall(r"^(?:failure|attempt|there is|a node).*", training.said, re.MULTILINE):
         print(line[:200])
 
     alone = load(ROOT / "configs/digits.yaml", [*data, *SETTINGS])
@@ -100,10 +100,10 @@ def test_shrinks_grows_and_makes_way_with_the_same_data(
     assert [step for step, _ in loss_series(uri, "elastic")] == list(range(1, NUM_STEPS + 1))
     client = mlflow.MlflowClient(uri)
     (run,) = client.search_runs(["1"])
-    workers = [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "session/workers")]
+    workers = [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "attempt/workers")]
     assert workers == [(1, 2), (2, 1), (3, 2), (4, 1)]
-    assert run.data.tags["pipeline.faults"] == "1"
-    assert "worker" in run.data.tags["pipeline.fault_1"]
+    assert run.data.tags["pipeline.failures"] == "1"
+    assert "worker" in run.data.tags["pipeline.failure_1"]
     schedule = Schedule.create(alone, 1437)
     rates = {m.step: m.value for m in client.get_metric_history(run.info.run_id, "train/lr")}
     assert rates == {step: lr_at(step - 1, alone.optim, schedule) for step in range(1, NUM_STEPS + 1)}

@@ -90,13 +90,13 @@ def test_a_host_that_is_cut_off_is_noticed_and_done_without(
     size = ["cluster.workers=[1,2]", f"cluster.timeout_s={TIMEOUT_S}", "mlflow.log_model=false"]
     command = [PIPELINE, "train", str(ROOT / "configs/digits.yaml"), *data, *model, *place, *size]
     training = start([*head.inside, *command], AUTHENTICATION)
-    training.wait_for(r"session 1: .*; 2 workers")
+    training.wait_for(r"attempt 1: .*; 2 workers")
     training.wait_for_step(30)
     began = time.monotonic()
     other.cut_off()
-    training.wait_for(r"^fault: ")
+    training.wait_for(r"^failure: ")
     noticed_s = time.monotonic() - began
-    training.wait_for(r"session 2: step \d+ of .*; 1 workers")
+    training.wait_for(r"attempt 2: step \d+ of .*; 1 workers")
     recovered_s = time.monotonic() - began
     assert training.finish() == 0, training.said
     again = re.search(r"(\d+) steps to do again", training.said)

@@ -101,12 +101,12 @@ class Run:
     def tell(self) -> None:
         """For docs/reliability.md."""
         for line in self.training.said.splitlines():
-            if line.startswith(("fault", "session", "interrupted", "warning: waiting")):
+            if line.startswith(("failure", "attempt", "interrupted", "warning: waiting")):
                 print(re.sub(r"resumed from \S+", "resumed", line)[:200])
 
 
 def assert_all_time_is_counted(uri: str, run: str) -> None:
-    """From the first step to the last, the fault in between: the phases' growth is the time that passed."""
+    """From the first step to the last, the failure in between: the phases' growth is the time that passed."""
     grown, passed = 0.0, 0.0
     for phase in PHASES[:-1]:  # MLflow does not see the shut-down
         found = {m.step: m for m in history(uri, run, f"time/{phase.replace(' ', '_').replace('-', '_')}_s")}
@@ -122,7 +122,7 @@ def worker_killed(run: Run, server: MlflowServer) -> None:
     run.kill_one("RayTrainWorker")
     run.end()
     assert run.codes == [0], run.training.said
-    assert re.search(r"fault: .*worker \d failed", run.training.said)
+    assert re.search(r"failure: .*worker \d failed", run.training.said)
     assert_all_time_is_counted(server.uri, run.name)
 
 
@@ -134,7 +134,7 @@ def worker_frozen(run: Run, _: MlflowServer) -> None:
     frozen = run.rng.choice(run.training.find("RayTrainWorker"))
     began = time.monotonic()
     kill(frozen, signal.SIGSTOP)
-    run.training.wait_for("^fault: ")
+    run.training.wait_for("^failure: ")
     noticed_s = time.monotonic() - began
     print(f"noticed after {noticed_s:.1f} s")
     assert noticed_s < 20 + 40  # Ray takes some 10 s to kill the group
@@ -148,7 +148,7 @@ def driver_killed(run: Run, server: MlflowServer) -> None:
     run.kill_one("pipeline.cluster.driver")
     run.end()
     assert run.codes == [0], run.training.said
-    assert "fault: the driver was killed by SIGKILL" in run.training.said
+    assert "failure: the driver was killed by SIGKILL" in run.training.said
     assert_all_time_is_counted(server.uri, run.name)
 
 
@@ -160,7 +160,7 @@ def everything_killed_and_started_again(run: Run, server: MlflowServer) -> None:
     run.begin()
     run.end()
     assert run.codes == [0], run.training.said
-    assert "session 2: step" in run.training.said
+    assert "attempt 2: step" in run.training.said
     assert_all_time_is_counted(server.uri, run.name)
 
 
@@ -174,7 +174,7 @@ def supervisor_killed_and_started_again(run: Run, _: MlflowServer) -> None:
     run.begin()
     run.end()
     assert run.codes == [0], run.training.said
-    resumed = run.training.wait_for(r"session 2: step (\d+)")
+    resumed = run.training.wait_for(r"attempt 2: step (\d+)")
     assert int(resumed.group(1)) >= seen
 
 
@@ -185,7 +185,7 @@ def terminated_and_started_again(run: Run, _: MlflowServer) -> None:
     run.end()
     stopped = run.training.wait_for(r"interrupted at step (\d+)")
     run.begin()
-    run.training.wait_for(f"session 2: step {stopped.group(1)} of {NUM_STEPS}")  # not a step is lost
+    run.training.wait_for(f"attempt 2: step {stopped.group(1)} of {NUM_STEPS}")  # not a step is lost
     run.end()
     assert run.codes == [130, 0], run.training.said
 
@@ -198,7 +198,7 @@ def mlflow_killed(run: Run, server: MlflowServer) -> None:
     server.start()
     run.end()
     assert run.codes == [0], run.training.said
-    assert "fault" not in run.training.said
+    assert "failure" not in run.training.said
     # On a busy machine the server may not have been up again when the run ended.
     if told := re.search(r"to send them: pipeline sync (\S+)", run.training.said):
         subprocess.run([PIPELINE, "sync", told.group(1)], check=True, capture_output=True)
@@ -267,7 +267,7 @@ def test_a_killed_node_changes_nothing(
     victim.stop()
     run.tell()
     assert run.codes == [0], run.training.said
-    assert "session 2: step" in run.training.said
+    assert "attempt 2: step" in run.training.said
     assert differences(undisturbed[0], state_of(storage / run.name)) == []
     assert loss_series(server.uri, run.name) == undisturbed[1]
 

@@ -100,7 +100,7 @@ def test_everything_arrives_once_in_order(
     logging_s, compute_s = (run.data.metrics[f"time/{phase}_s"] for phase in ("logging", "compute"))
     print(f"{story}: {1000 * logging_s / NUM_STEPS:.2f} ms of logging a step")
     assert logging_s < 0.05 * compute_s
-    assert run.data.tags["pipeline.session_1"] == "from step 0, 1 workers"
+    assert run.data.tags["pipeline.attempt_1"] == "from step 0, 1 workers"
     assert {a.path for a in client.list_artifacts(run.info.run_id, "checkpoints")} == {"checkpoints/step_00000060"}
 
 
@@ -117,7 +117,7 @@ def test_it_never_comes_back_and_the_spool_is_sent_later(
     summary, warnings = train(one, proxy, {0: "up", 30: "down"})
     assert summary["status"] == "done"
     assert summary["mlflow_waiting"] > 30
-    spool = one.run.scratch / "mlflow" / "spool.jsonl"
+    spool = one.run.local_dir / "mlflow" / "spool.jsonl"
     assert f"records wait in {spool}; to send them: pipeline sync {one.run}" in warnings[-1]
     capsys.readouterr()
     assert app.main(["sync", str(one.run)]) == 1

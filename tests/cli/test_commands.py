@@ -49,7 +49,7 @@ def test_a_secret_in_a_uri_is_refused_and_not_repeated(run: Run) -> None:
 
 
 def test_sync_tells_mlflow_of_a_killed_run(run: Run, tmp_path: Path, digits_index: Callable[[str], Path]) -> None:
-    """A session that was killed could not say so: its MLflow run seems to run for ever."""
+    """An attempt that was killed could not say so: its MLflow run seems to run for ever."""
     cfg = load(CONFIGS / "digits.yaml", [*SMALL, "run.stop_at_step=2", "train.log_every=1"])
     folder, indexes = tmp_path / "killed", (str(digits_index("train")), str(digits_index("val")))
     folder.mkdir()

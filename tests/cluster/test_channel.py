@@ -89,11 +89,11 @@ def test_a_wait_for_events_can_be_ended(channel: EventChannel) -> None:
 
 def test_a_stop_reaches_all_also_who_comes_later(channel: EventChannel, connect: Connect) -> None:
     ranks = [connect(0), connect(1)]
-    channel.request_stop("regroup")
-    wait_for(lambda: all(rank.stop_reason == "regroup" for rank in ranks))
+    channel.request_stop("resize")
+    wait_for(lambda: all(rank.stop_reason == "resize" for rank in ranks))
     ranks.append(connect(2))
     channel.request_stop("interrupted")
-    channel.request_stop("regroup")  # a user's wish is not replaced
+    channel.request_stop("resize")  # a user's wish is not replaced
     wait_for(lambda: all(rank.stop_reason == "interrupted" for rank in ranks))
 
 

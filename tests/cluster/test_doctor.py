@@ -251,7 +251,7 @@ def test_a_training_is_among_the_metrics_of_its_node(
     assert shown() - set(samples) == OF_GPUS
     assert samples["ray_pipeline_steps"] == 3000
     assert samples["ray_pipeline_workers"] == 2
-    assert samples["ray_pipeline_faults"] == 0
+    assert samples["ray_pipeline_failures"] == 0
     assert samples["ray_pipeline_images_per_second"] > 0
     assert 0 < samples["ray_pipeline_goodput_ratio"] < 1
     assert 0 <= samples["ray_pipeline_data_wait_ratio"] < 1

@@ -330,7 +330,7 @@ def test_followed_cut_off_stopped_and_resumed_each_step_is_trained_once(outside:
         # What is started in the background ignores Ctrl-C, and so would its children.
         interactive = ["env", "--default-signal=INT"]
         follower = start([*interactive, PIPELINE, *submit, f"run.stop_at_step={last}"], outside.env)
-        follower.wait_for(rf"session 2: step {step} of .*, resumed from .*step_{step:08d}; 2 workers")
+        follower.wait_for(rf"attempt 2: step {step} of .*, resumed from .*step_{step:08d}; 2 workers")
         follower.process.send_signal(signal.SIGINT)
         assert follower.finish() == 130, follower.said
         assert (

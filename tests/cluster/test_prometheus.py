@@ -57,8 +57,8 @@ class Told(prometheus.Gauges):
         self.export()
 
 
-def start(step: int, session: int, faults: int) -> dict[str, Any]:
-    there = {"kind": "start", "step": step, "session": session, "faults": faults}
+def start(step: int, attempt: int, failures: int) -> dict[str, Any]:
+    there = {"kind": "start", "step": step, "attempt": attempt, "failures": failures}
     return {**there, "num_steps": 100, "world_size": 2}
 
 
@@ -69,21 +69,21 @@ def step(number: int) -> dict[str, Any]:
 
 def test_gauges_show_the_newest_event_of_each_kind(recorded: Recorded) -> None:
     told = Told("pets")
-    told.event(start(10, session=3, faults=1))
+    told.event(start(10, attempt=3, failures=1))
     assert "goodput_ratio" not in recorded
     told.event(step(30))
     assert recorded["goodput_ratio"] == 0.8
     told.event({"kind": "checkpoint", "step": 20, "path": "..."})
     assert (recorded["step"], recorded["checkpoint_step"]) == (30, 20)
-    told.event({"kind": "fault", "text": "..."})
-    assert (recorded["faults"], recorded["workers"], recorded["images_per_second"]) == (2, 0, 0)
-    told.event(start(20, session=4, faults=2))
-    assert (recorded["workers"], recorded["faults"], recorded["sessions"]) == (2, 2, 4)
+    told.event({"kind": "failure", "text": "..."})
+    assert (recorded["failures"], recorded["workers"], recorded["images_per_second"]) == (2, 0, 0)
+    told.event(start(20, attempt=4, failures=2))
+    assert (recorded["workers"], recorded["failures"], recorded["attempts"]) == (2, 2, 4)
 
 
 def test_an_evaluation_is_no_training_loss(recorded: Recorded) -> None:
     told = Told("pets")
-    told.event(start(0, session=1, faults=0))
+    told.event(start(0, attempt=1, failures=0))
     told.event(step(1))
     told.event({"kind": "evaluation", "step": 1, "top1": 0.75, "top5": 0.9, "loss": 9.0, "count": 10})
     assert (recorded["top1_ratio"], recorded["loss"]) == (0.75, 2.0)

@@ -55,7 +55,7 @@ def test_what_cannot_start_is_not_tried_again(
         supervisor.train(cfg, "x", None, events.append)
     said, _, place = str(told.value).partition(" (log: ")
     assert said == f"{how}ImportError: a.so: bad ELF header"
-    assert [event for event in events if event["kind"] == "fault"] == []
+    assert [event for event in events if event["kind"] == "failure"] == []
     if log:
         Path(place.rstrip(")")).unlink()
 
@@ -236,7 +236,7 @@ def test_a_failure_that_mlflow_cannot_be_told_of_stays_that_failure(monkeypatch:
     def away(*_: object) -> None:
         raise OSError("the storage is away")
 
-    here = SimpleNamespace(run=SimpleNamespace(name="x"), sessions=0)
+    here = SimpleNamespace(run=SimpleNamespace(name="x"), attempts=0)
     monkeypatch.setattr(driver, "connected", lambda *_: nullcontext())
     monkeypatch.setattr(driver, "_tell_end", away)
     monkeypatch.setattr(controller, "TrainController", Failing)

@@ -1,4 +1,4 @@
-"""Images that kill the process that decodes them: found in a child, left out by all sessions, and the run goes on."""
+"""Images that kill the process that decodes them: found in a child, left out by all attempts, and the run goes on."""
 
 import os
 import subprocess
@@ -83,7 +83,7 @@ def test_an_image_that_never_ends_is_found(
     assert search(tmp_path, [70]) == ({70: "it kills the process that decodes it (no end after 4 s)"}, [])
 
 
-def test_the_machines_faults_are_no_images(patched: Callable[[str], None], tmp_path: Path) -> None:
+def test_the_machines_failures_are_no_images(patched: Callable[[str], None], tmp_path: Path) -> None:
     """Where a child dies of anything, as for lack of memory, no image is accused."""
     patched(ANY_BATCH)
     found, (warning,) = search(tmp_path, [])
@@ -137,7 +137,7 @@ def test_a_search_has_an_end(patched: Callable[[str], None], tmp_path: Path) -> 
 def test_what_is_found_is_left_out_and_known_later(
     patched: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the training and the evaluation images, by this session and by the next, and by `evaluate`."""
+    """Of the training and the evaluation images, by this attempt and by the next, and by `evaluate`."""
     patched(ALWAYS)
     monkeypatch.setattr("pipeline.data.loading.fetch.refuse_unparsable", lambda encoded: None)
     for name in ("train", "val"):
@@ -182,7 +182,7 @@ def test_what_is_found_is_left_out_and_known_later(
 @pytest.mark.e2e
 @pytest.mark.timeout(400)
 def test_a_run_goes_on_without_an_image_that_kills_its_workers(digits: Path, start: Start, tmp_path: Path) -> None:
-    """Its weights are those of a run in which the same image is gone. No checkpoint comes between: two faults."""
+    """Its weights are those of a run in which the same image is gone. No checkpoint comes between: two failures."""
     index, _ = build_index(digits / "train")
     index.save(tmp_path / "train.arrow")
     settings = ["model.depth=18", "train.global_batch=128", "train.steps=11", "train.log_every=1"]
@@ -209,7 +209,7 @@ def test_a_run_goes_on_without_an_image_that_kills_its_workers(digits: Path, sta
         image.write_bytes(sound)
     assert (gone.process.returncode, killed.process.returncode) == (0, 0), killed.said
     assert "done at step 11 of 11" in killed.said
-    assert killed.said.count("fault: worker 1 failed") == 2, killed.said
+    assert killed.said.count("failure: worker 1 failed") == 2, killed.said
     assert killed.said.count("looking for images that kill them") == 1
     assert killed.said.count(f"{image}: {REASON}; a uniform image takes its place") == 1
     assert killed.said.count(f"{image} is broken, a uniform image takes its place: {REASON}") == 1

@@ -90,7 +90,7 @@ def test_every_row_of_every_source_from_everywhere(
     rows = WRITERS[kind](tmp_path / "data")
     index = index_of(place(), rows)
     reader = open_reader(index, config)
-    reader.ahead(range(0, NUM_IMAGES, 2))
+    reader.prefetch(range(0, NUM_IMAGES, 2))
     order = random.Random(0).sample(range(NUM_IMAGES), NUM_IMAGES)
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(reader.read, order)) == [IMAGES[k] for k in order]
@@ -111,7 +111,7 @@ def test_each_chunk_is_fetched_once_by_all_processes_of_a_node(tmp_path: Path, c
         "index = index_of(Storage(sys.argv[1]), write_tar(Path(sys.argv[4])))\n"
         "reader = Reader(index, cfg, sys.exit, chunk_bytes=CHUNK)\n"
         "order = random.Random(int(sys.argv[3])).sample(range(NUM_IMAGES), NUM_IMAGES)\n"
-        "reader.ahead(order)\n"
+        "reader.prefetch(order)\n"
         "assert [reader.read(k) for k in order] == [IMAGES[k] for k in order]\n"
         "reader.close()\n"
     )
@@ -163,7 +163,7 @@ def test_what_was_fetched_ahead_is_not_fetched_again(
         with stack:
             reader = open_reader(index_of(server.storage, rows), config)
             for _ in range(3):
-                reader.ahead(range(NUM_IMAGES))
+                reader.prefetch(range(NUM_IMAGES))
             deadline = time.monotonic() + 20
             while reader._ahead:
                 assert time.monotonic() < deadline
@@ -226,7 +226,7 @@ def test_a_server_that_stays_away_is_an_error_that_names_the_place(
     rows, server, stack = served(tmp_path, "tar")
     stack.close()
     reader = open_reader(index_of(server.storage, rows), config)
-    reader.ahead(range(NUM_IMAGES))
+    reader.prefetch(range(NUM_IMAGES))
     with pytest.raises(OSError, match=rf"127\.0\.0\.1:{server.server_port}/x\.tar#5\.jpg: .*Connect"):
         reader.read(5)
 
@@ -236,7 +236,7 @@ def test_close_does_not_wait_for_a_server_that_is_away(tmp_path: Path, config: D
     stack.close()
     before = threading.active_count()
     reader = Reader(index_of(server.storage, rows), config, lambda _: None, patience_s=600)
-    reader.ahead(range(NUM_IMAGES))
+    reader.prefetch(range(NUM_IMAGES))
     time.sleep(0.2)
     start = time.monotonic()
     reader.close()
@@ -391,7 +391,7 @@ def test_a_full_shuffle_of_more_than_the_cache_holds_reads_just_the_images(
     told: list[str] = []
     with stack:
         reader = open_reader(index_of(server.storage, rows), small, told.append)
-        reader.ahead(range(NUM_IMAGES))
+        reader.prefetch(range(NUM_IMAGES))
         assert [reader.read(k) for k in range(NUM_IMAGES)] == IMAGES
     assert len(told) == 1
     assert "more than data.cache_gb=0.0001" in told[0]

@@ -58,8 +58,8 @@ def test_what_others_left_over_stops_no_training(digits: Path, tmp_path: Path) -
     settings = [f"run.storage={tmp_path}/café", "run.name=odd", "mlflow.uri=sqlite:///here.db"]
     code, summary, said = finish(command(digits, *settings), env, here)
     assert code == 0, said
-    assert (summary["sessions"], summary["step"]) == (1, 5)
-    assert "fault" not in said
+    assert (summary["attempts"], summary["step"]) == (1, 5)
+    assert "failure" not in said
     for note in ("TORCHELASTIC_USE_AGENT_STORE", "RAY_TRAIN_V2_ENABLED=0", "HOME=/no/such/home", "Ray uses /tmp"):
         assert said.count(note) == 1, said
     assert history(f"sqlite:///{here}/here.db", "odd", "val/top1"), "beside the command, not beside the workers"

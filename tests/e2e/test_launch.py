@@ -26,7 +26,7 @@ from commands import (
 )
 from s3 import s3_storage
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]  # three sessions in one test, on a busy machine
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]  # three attempts in one test, on a busy machine
 
 
 Command = Callable[..., list[str]]
@@ -62,7 +62,7 @@ def undisturbed(command: Command) -> tuple[dict[str, Any], str]:
 
 def test_train_tells_its_progress_and_its_result(undisturbed: tuple[dict[str, Any], str]) -> None:
     summary, said = undisturbed
-    assert (summary["status"], summary["step"], summary["sessions"]) == ("done", 60, 1)
+    assert (summary["status"], summary["step"], summary["attempts"]) == ("done", 60, 1)
     assert summary["top1"] > 0.5
     assert "2 workers x 1 threads on cpu" in said
     assert re.search(r"step 60/60 .* \d+ images/s  \d:\d\d:\d\d left", said)
@@ -91,7 +91,7 @@ def test_stopped_twice_and_resumed_is_bitwise_the_same(
     assert f"go on with  pipeline train --resume {storage}/parts" in training.said
 
     training = start(command("parts"))
-    training.wait_for(f"session 2: step {first.group(1)} of 60, resumed from")
+    training.wait_for(f"attempt 2: step {first.group(1)} of 60, resumed from")
     training.wait_for("^step ")
     training.signal_group(signal.SIGTERM)
     assert training.finish() == 130, training.said
@@ -110,7 +110,7 @@ def test_stopped_twice_and_resumed_is_bitwise_the_same(
 
 def test_a_second_signal_stops_at_once_and_leaves_no_process(command: Command, start: Start) -> None:
     training = start(command("hasty", "train.steps=5000", "train.log_every=1000", "train.global_batch=512"))
-    training.wait_for("session 1")
+    training.wait_for("attempt 1")
     started = descendants(training.process.pid)
     assert any("RayTrainWorker" in command_line(pid) for pid in started)
     (gcs,) = (pid for pid in started if "gcs_server" in command_line(pid))
@@ -128,7 +128,7 @@ def test_an_error_that_a_restart_would_meet_again_ends_at_once(command: Command,
     training = start([*command("nan", "optim.lr=1e6", "optim.warmup_epochs=0"), "--json"])
     assert training.finish() == 1
     assert re.search(r"the loss of step \d+ is (nan|inf)", json.loads("".join(training.out))["error"])
-    assert "".join(training.err).count("session") == 1
+    assert "".join(training.err).count("attempt") == 1
     assert "Traceback" not in training.said
 
 
@@ -178,16 +178,16 @@ def test_on_s3_killed_stopped_and_resumed_is_the_same(
         training = start(command("cloud", *settings))
         training.wait_for("^step 20: saved s3://bucket/runs/cloud/checkpoints/step_00000020")
         kill(training.find("RayTrainWorker")[0])
-        training.wait_for("session 2: step .*, resumed from s3://")
+        training.wait_for("attempt 2: step .*, resumed from s3://")
         training.signal_group(signal.SIGINT)  # as Ctrl-C in a terminal
         assert training.finish() == 130, training.said
         assert "SIGINT: saving a checkpoint" in training.said
-        shutil.rmtree((s3 / "cloud").scratch)  # the next machine has an empty disk
-        shutil.rmtree((s3 / "cloud" / "checkpoints").scratch)
+        shutil.rmtree((s3 / "cloud").local_dir)  # the next machine has an empty disk
+        shutil.rmtree((s3 / "cloud" / "checkpoints").local_dir)
         training = start([PIPELINE, "train", "--resume", "cloud", f"run.storage={s3}"])
         assert training.finish() == 0, training.said
-        training.wait_for(r"session 3: step \d+ of 60, resumed from s3://")
-        assert list((s3 / "cloud" / "checkpoints").scratch.iterdir()) == [], "this machine's copies"
+        training.wait_for(r"attempt 3: step \d+ of 60, resumed from s3://")
+        assert list((s3 / "cloud" / "checkpoints").local_dir.iterdir()) == [], "this machine's copies"
         assert differences(state_of(storage / "whole"), state_of(s3 / "cloud")) == []
         place = str(s3 / "cloud")
         scored = subprocess.run([PIPELINE, "evaluate", place, "--json"], capture_output=True, text=True, check=True)

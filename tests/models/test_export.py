@@ -61,7 +61,7 @@ def test_a_file_says_of_the_validation_set_what_the_checkpoint_says(
 
 
 class OtherWhenExported(nn.Module):
-    """A network whose graph is not what it computes, as a fault of an exporter would have it."""
+    """A network whose graph is not what it computes, as a failure of an exporter would have it."""
 
     def __init__(self, factor: float):
         super().__init__()

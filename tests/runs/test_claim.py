@@ -76,7 +76,7 @@ def test_of_two_that_come_at_once_one_goes_on(ids: str, monkeypatch: pytest.Monk
 
 
 def test_what_an_earlier_driver_writes_at_last_ends_nothing_of_the_later_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its session's end, written between any two calls of the later one's start."""
+    """Its attempt's end, written between any two calls of the later one's start."""
     run, seen = Storage("s3://run"), dict[str, object]()
 
     def earlier() -> None:
@@ -106,7 +106,7 @@ def test_what_an_earlier_driver_writes_at_last_ends_nothing_of_the_later_one(mon
         orders += 1
         ended = seen["later"]
         assert isinstance(ended, RunManifest)
-        assert (ended.training_id, ended.sessions, ended.open) == ("t", 2, False)
+        assert (ended.training_id, ended.attempts, ended.open) == ("t", 2, False)
         if "earlier" in seen:
             assert seen["run.json"] == dataclasses.replace(ended, open=True)
             assert RunManifest.read(run, pytest.fail) == ended
@@ -164,7 +164,7 @@ def test_a_login_that_may_not_delete_claims_runs_all_the_same(tmp_path: Path, mo
         first.check()
 
 
-def test_a_write_whose_answer_was_lost_is_not_taken_for_another_session(
+def test_a_write_whose_answer_was_lost_is_not_taken_for_another_attempt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The object store has it, and the connection broke: it is tried again."""
@@ -181,5 +181,5 @@ def test_a_write_whose_answer_was_lost_is_not_taken_for_another_session(
     monkeypatch.setattr("pipeline.failures.time.sleep", lambda _: None)
     new = before.begin(0)
     assert retry(lambda: before.replaced(new, run, None), lambda _: None, 30) == new
-    with pytest.raises(RuntimeError, match=r"session 1 of .* has begun; session 0 ends"):
+    with pytest.raises(RuntimeError, match=r"attempt 1 of .* has begun; attempt 0 ends"):
         before.check(run, None)

@@ -80,7 +80,7 @@ def states(storage: Path) -> dict[str, tuple[str, int | None]]:
 
 
 def set_open(run: Path) -> None:
-    """As a session leaves run.json that could not tell of its end."""
+    """As an attempt leaves run.json that could not tell of its end."""
     identity = RunManifest.read(Storage(run), pytest.fail)
     assert identity is not None
     dataclasses.replace(identity, open=True).write(Storage(run))
@@ -184,7 +184,7 @@ def test_what_comes_after_a_trainings_end_is_no_change_of_it(
     set_open(run)
     (one,) = listing.listed(Storage(run.parent))
     assert one.changed is not None
-    assert time.time() - one.changed < 600, "a session that goes on has more to change than checkpoints"
+    assert time.time() - one.changed < 600, "an attempt that goes on has more to change than checkpoints"
 
 
 def test_the_command(copy: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

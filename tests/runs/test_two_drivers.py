@@ -101,7 +101,7 @@ class World:
         assert found is None or found.state()["weights"].tolist() == [found.step] * 3
         for step in range(found.step + 1 if found else 1, LAST_STEP + 1):
             # On GPUs not the same bits, even with as many workers.
-            state = {"step": step, "weights": torch.full((3,), step), "session": claim.name}
+            state = {"step": step, "weights": torch.full((3,), step), "attempt": claim.name}
             meta: dict[str, Any] = {"fingerprint": "", "classes": [], "metrics": {}, **identity.facts()}
             saved = checkpoint.save(folder, state, CFG, meta, lambda: identity.check(run, claim))
             self._told = max(self._told, saved.step)

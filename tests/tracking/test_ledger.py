@@ -1,4 +1,4 @@
-"""The ledger: no second counted twice or lost, through faults and resumes; nearly free; nothing waits in a step."""
+"""The ledger: no second counted twice or lost, through failures and resumes; nearly free; nothing waits in a step."""
 
 import dataclasses
 import gzip
@@ -63,11 +63,11 @@ def test_phases_nest_without_overlap(clock: Callable[[float], None]) -> None:
 
     for _ in ledger.steps(batches(), compiling=True):
         clock(10)
-        ledger.switch("backward")
+        ledger.start_phase("backward")
         clock(20)
-        ledger.switch("communication wait")
+        ledger.start_phase("communication wait")
         clock(0.5)
-        ledger.switch("optimizer")
+        ledger.start_phase("optimizer")
         with ledger.phase("checkpoint"):
             clock(5)
             with ledger.phase("logging"):
@@ -100,7 +100,7 @@ def test_marks_cost_next_to_nothing() -> None:
     for _ in range(5):
         began = time.perf_counter()
         for _ in range(num_marks):
-            ledger.switch("backward")
+            ledger.start_phase("backward")
         costs.append((time.perf_counter() - began) / num_marks)
         ledger.seconds()
     print(f"{1e6 * min(costs):.2f} us a mark")
@@ -133,14 +133,14 @@ def test_marks_do_not_gather(device: str, monkeypatch: pytest.MonkeyPatch) -> No
     ledger = TimeLedger("forward", torch.device(device))
     for _ in ledger.steps(iter(range(1000))):
         for name in ("backward", "communication wait", "optimizer"):
-            ledger.switch(name)
+            ledger.start_phase(name)
     assert len(ledger._marks) < 30
     if device == "cuda":
         assert ledger.seconds()["backward"] == 1000
 
 
-def test_sessions_add_up_to_the_wall_time_since_the_first(job: Callable[..., RunSpec]) -> None:
-    """A session that ends, one whose end is never told, and one that goes on from the checkpoint before."""
+def test_attempts_add_up_to_the_wall_time_since_the_first(job: Callable[..., RunSpec]) -> None:
+    """An attempt that ends, one whose end is never told, and one that goes on from the checkpoint before."""
     five = job("run.stop_at_step=5", "train.steps=15")
     began = time.time()
     first = fit(five, context())
@@ -190,7 +190,7 @@ def test_steps_done_again_are_recovery_and_not_compute(job: Callable[..., RunSpe
     assert eighth["compute"] < again["compute"] < lost["compute"], "and count once"
 
 
-def test_a_fault_before_any_checkpoint_loses_no_time(job: Callable[..., RunSpec]) -> None:
+def test_a_failure_before_any_checkpoint_loses_no_time(job: Callable[..., RunSpec]) -> None:
     """All since the command is recovery then, its start-up among it."""
 
     def fall(event: Event) -> None:
@@ -270,14 +270,14 @@ def test_a_profile_names_the_parts_of_its_steps(job: Callable[..., RunSpec]) -> 
 
 
 def test_a_profile_is_named_by_the_steps_that_it_holds(job: Callable[..., RunSpec]) -> None:
-    """A session that ends within the steps asked for, the next one, and one that comes after them."""
+    """An attempt that ends within the steps asked for, the next one, and one that comes after them."""
     settings = ["train.profile=[3,6]", "train.steps=9"]
     fit(job(*settings, "run.stop_at_step=4"), context())
     fit(job(*settings, "run.stop_at_step=7"), context())
     events: list[Event] = []
     done = fit(job(*settings), context(events=events))
     told = [event["text"] for event in events if event["kind"] == "warning"]
-    assert told == ["train.profile=[3,6]: this session trained none of these steps; there is no trace"]
+    assert told == ["train.profile=[3,6]: this attempt trained none of these steps; there is no trace"]
     client = mlflow.MlflowClient(done["mlflow_uri"])
     names = [a.path for a in client.list_artifacts(done["mlflow_run_id"], "profile")]
     assert names == ["profile/steps_3_4.json.gz", "profile/steps_5_6.json.gz"]

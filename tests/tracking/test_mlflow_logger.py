@@ -25,7 +25,7 @@ from s3 import s3_storage
 from pipeline.storage import Storage
 from pipeline.tracking import mlflow_logger
 from pipeline.tracking.mlflow_logger import MlflowLogger
-from pipeline.tracking.mlflow_run import SESSION, MlflowRun, Target, find_run
+from pipeline.tracking.mlflow_run import ATTEMPT, MlflowRun, Target, find_run
 from pipeline.tracking.mlflow_store import tracking_uri
 from pipeline.tracking.outbox import Outbox
 
@@ -238,7 +238,7 @@ def test_a_disk_that_fails_is_not_called_mlflow(tmp_path: Path, monkeypatch: pyt
     ]
 
 
-def test_everything_logged_arrives_in_one_run_over_two_sessions(tmp_path: Path) -> None:
+def test_everything_logged_arrives_in_one_run_over_two_attempts(tmp_path: Path) -> None:
     uri = tracking_uri(None, Storage(tmp_path))
     source = tmp_path / "checkpoint"
     source.mkdir()
@@ -318,7 +318,7 @@ def test_system_metrics_go_on_after_a_call_that_fails(tmp_path: Path, monkeypatc
         return ask(client, run_id)
 
     monkeypatch.setattr(mlflow.MlflowClient, "get_run", get_run)
-    run.send([{"kind": "start", "session": SESSION}])
+    run.send([{"kind": "start", "attempt": ATTEMPT}])
     deadline = time.monotonic() + 60
     while not any(key.startswith("system/") for key in run.last_steps()):
         assert time.monotonic() < deadline
@@ -349,16 +349,16 @@ def test_a_run_that_moves_between_machines_logs_each_step_once(
     """On an object store each machine has a spool of its own, and MLflow is away all the time."""
     uri, problems = tracking_uri(None, Storage(tmp_path)), list[str]()
 
-    sessions = itertools.count(1)
+    attempts = itertools.count(1)
 
-    def session(machine: str, steps: Iterable[int], kept: int, *, away: bool = True) -> None:
+    def attempt(machine: str, steps: Iterable[int], kept: int, *, away: bool = True) -> None:
         """Train on a machine that is lost; its last checkpoint comes after step `kept`."""
         with monkeypatch.context() as patch:
             if away:
                 patch.setattr(MlflowRun, "__init__", lambda *_, **__: 1 / 0)
             target = Target(uri, "new", run, "training")
             one = MlflowLogger(target, tmp_path / machine, problems.append)
-            one.adopt(f"{next(sessions):08d}")
+            one.adopt(f"{next(attempts):08d}")
             for step in steps:
                 one.metrics(step, {"loss": 10.0 * step})
                 if step == kept:
@@ -370,12 +370,12 @@ def test_a_run_that_moves_between_machines_logs_each_step_once(
 
     with s3_storage() as bucket:
         run = (bucket / "run").uri
-        session("A", range(1, 5), kept=3)
-        session("B", range(4, 8), kept=6)
+        attempt("A", range(1, 5), kept=3)
+        attempt("B", range(4, 8), kept=6)
         if back == "as a new machine":
             shutil.rmtree(tmp_path / "A")
-        session("A", range(7, 9), kept=8)
-        session("B", range(9, 10), kept=9, away=False)
+        attempt("A", range(7, 9), kept=8)
+        attempt("B", range(9, 10), kept=9, away=False)
     store = mlflow.MlflowClient(uri)
     found = store.search_runs([store.get_experiment_by_name("new").experiment_id])
     history = store.get_metric_history(found[0].info.run_id, "loss")

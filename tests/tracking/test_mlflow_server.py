@@ -152,12 +152,12 @@ def test_a_run_of_which_only_mlflow_is_left_goes_on_bitwise(
 
     resumed = pipeline("train", "--resume", run_id, f"mlflow.uri={server.uri}", f"run.storage={tmp_path}/second")
     assert resumed.returncode == 0, resumed.stderr
-    assert "session 2: step 10 of 16, resumed from" in resumed.stdout  # 12's is damaged
+    assert "attempt 2: step 10 of 16, resumed from" in resumed.stdout  # 12's is damaged
     assert differences(state_of(tmp_path / "whole/whole"), state_of(tmp_path / "second/left")) == []
     assert run_id_of(server.uri, "left") == run_id
     assert loss_series(server.uri, "left") == loss_series(server.uri, "whole")
     tags = mlflow.MlflowClient(server.uri).get_run(run_id).data.tags
-    assert (tags[RUN_TAG], tags["pipeline.sessions"]) == (str(tmp_path / "second/left"), "2")
+    assert (tags[RUN_TAG], tags["pipeline.attempts"]) == (str(tmp_path / "second/left"), "2")
     (model,) = mlflow.MlflowClient(server.uri).search_logged_models(
         [mlflow.MlflowClient(server.uri).get_run(run_id).info.experiment_id], f"source_run_id = '{run_id}'"
     )

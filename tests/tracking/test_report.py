@@ -88,8 +88,8 @@ def facts_of(classes: list[str], num_images: int = 600) -> Facts:
         "classes": classes,
         "step": 40,
         "num_steps": 50,
-        "sessions": 2,
-        "faults": 1,
+        "attempts": 2,
+        "failures": 1,
         "best_top1": 0.7,
     }
     meta |= {"seconds": {"forward": 30.0, "data wait": 10.0}, "images_per_s": 123.4, "versions": {"torch": "9.9"}}
@@ -137,7 +137,7 @@ def test_the_page_shows_the_facts(tmp_path: Path) -> None:
     assert page.cards["top-1 accuracy"] == f"{scores['top1']:.2%}"
     assert page.cards["loss, nats"] == f"{scores['loss']:.4f}"
     assert page.cards["calibration error"] == f"{scores['ece']:.4f}"
-    assert (page.cards["goodput"], page.cards["images/s"], page.cards["sessions"]) == ("75.0%", "123", "2")
+    assert (page.cards["goodput"], page.cards["images/s"], page.cards["attempts"]) == ("75.0%", "123", "2")
     assert ["data wait", "10.0", "25.0%", ""] in page.table("phase")
     accuracies = [float(row[2].rstrip("%")) for row in page.table("accuracy")]
     assert len(accuracies) == 10
@@ -220,7 +220,7 @@ def test_an_early_checkpoint_of_a_perfect_model(tmp_path: Path) -> None:
         tmp_path,
     )
     page = page_of(tmp_path)
-    assert (page.cards["top-1 accuracy"], page.cards["goodput"], page.cards["faults"]) == ("100.00%", "-", "-")
+    assert (page.cards["top-1 accuracy"], page.cards["goodput"], page.cards["failures"]) == ("100.00%", "-", "-")
     assert "There are none." in page.text
 
 

@@ -22,10 +22,10 @@ from pipeline.tracking.sync import _moved, sync
 
 
 def leave_waiting(run: Storage, uri: str, monkeypatch: pytest.MonkeyPatch, *steps: int, folder: Path) -> None:
-    """A session that logs these steps, and a folder, and has no MLflow; it tells of its end if run.json says so."""
+    """An attempt that logs these steps, and a folder, and has no MLflow; it tells of its end if run.json says so."""
     with monkeypatch.context() as patch:
         patch.setattr(MlflowRun, "__init__", lambda *_, **__: 1 / 0)
-        one = MlflowLogger(Target(uri, "pipeline", run.uri, "id"), run.scratch / "mlflow", lambda _: None)
+        one = MlflowLogger(Target(uri, "pipeline", run.uri, "id"), run.local_dir / "mlflow", lambda _: None)
         one.adopt("-00000001")
         one.start()
         for step in steps:
@@ -109,14 +109,14 @@ def test_what_a_full_disk_kept_from_the_spool_is_in_the_store(
         run, problems = bucket / "run", list[str]()
         with monkeypatch.context() as patch:
             patch.setattr(MlflowRun, "__init__", lambda *_, **__: 1 / 0)
-            one = MlflowLogger(Target(uri, "pipeline", run.uri, "id"), run.scratch / "mlflow", problems.append)
+            one = MlflowLogger(Target(uri, "pipeline", run.uri, "id"), run.local_dir / "mlflow", problems.append)
             one.adopt("-00000001")
             one.metrics(1, {"loss": 10.0})
             patch.setattr(one._spool, "_write", full.clear)
             one.metrics(2, {"loss": 20.0})
             one.keep()
             one.drain(0)
-        one = MlflowLogger(Target(uri, "pipeline", run.uri, "id"), run.scratch / "mlflow", problems.append)
+        one = MlflowLogger(Target(uri, "pipeline", run.uri, "id"), run.local_dir / "mlflow", problems.append)
         one.adopt("-00000002")
         one.metrics(3, {"loss": 30.0})
         assert one.drain(60) == 0
@@ -132,9 +132,9 @@ def test_a_login_that_may_not_delete_keeps_its_backlog_all_the_same(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(Storage, "delete", refused)
     with s3_storage() as bucket:
-        for session in ("-00000001", "-00000002"):
-            spool = Outbox(tmp_path / session, pytest.fail)
-            Backlog(bucket / "run", spool, Target("", "", "", ""), session).adopt()
+        for attempt in ("-00000001", "-00000002"):
+            spool = Outbox(tmp_path / attempt, pytest.fail)
+            Backlog(bucket / "run", spool, Target("", "", "", ""), attempt).adopt()
             spool.close()
         assert (bucket / "run" / FOLDER).names() == ["-00000001", "-00000002"]
 
@@ -171,16 +171,16 @@ def test_a_driver_that_was_superseded_sends_nothing_more(tmp_path: Path, monkeyp
     run, uri, problems = Storage(tmp_path / "run"), tracking_uri(None, Storage(tmp_path)), list[str]()
     run.make()
     claim = Claim.take(run)
-    one = MlflowLogger(Target(uri, "pipeline", run.uri, "id"), run.scratch / "mlflow", problems.append, claim)
+    one = MlflowLogger(Target(uri, "pipeline", run.uri, "id"), run.local_dir / "mlflow", problems.append, claim)
     one.metrics(1, {"loss": 1.0})
     assert one.drain(60) == 0
-    one = MlflowLogger(Target(uri, "pipeline", run.uri, "id"), run.scratch / "mlflow", problems.append, claim)
+    one = MlflowLogger(Target(uri, "pipeline", run.uri, "id"), run.local_dir / "mlflow", problems.append, claim)
     with monkeypatch.context() as patch:
         patch.setattr(Claim, "check", lambda _: (_ for _ in ()).throw(OSError("away")))
         one.metrics(2, {"loss": 2.0})
         assert one.drain(0.5) == 1, "it waits until it is known whose run it is"
     assert [problem.partition(",")[0] for problem in problems] == [f"{run} cannot be used"]
-    one = MlflowLogger(Target(uri, "pipeline", run.uri, "id"), run.scratch / "mlflow", problems.append, claim)
+    one = MlflowLogger(Target(uri, "pipeline", run.uri, "id"), run.local_dir / "mlflow", problems.append, claim)
     Claim.take(run)
     monkeypatch.setattr(MlflowRun, "stop_monitor", lambda _: problems.append("nor of this node's CPU"))
     one.metrics(3, {"loss": 3.0})

@@ -1,4 +1,4 @@
-"""Whole trainings through `fit`, without Ray: resuming is exact, faults are told, MLflow gets each step once."""
+"""Whole trainings through `fit`, without Ray: resuming is exact, failures are told, MLflow gets each step once."""
 
 import dataclasses
 import shutil
@@ -112,7 +112,7 @@ def test_resume_is_bitwise_with_adamw_and_fp16(job: Callable[..., RunSpec]) -> N
 
 
 def test_mlflow_has_one_run_with_each_step_once(job: Callable[..., RunSpec], tmp_path: Path) -> None:
-    """Also where steps were trained twice: the second session begins at an older checkpoint."""
+    """Also where steps were trained twice: the second attempt begins at an older checkpoint."""
     settings = ["mlflow.log_model=true", "mlflow.checkpoints=last", "train.eval_every=100"]
     settings += ["train.steps=8", "train.log_every=2", "checkpoint.every=4"]
     first = job("run", *settings)
@@ -132,7 +132,7 @@ def test_mlflow_has_one_run_with_each_step_once(job: Callable[..., RunSpec], tmp
     run = client.get_run(two["mlflow_run_id"])
     assert run.info.status == "FINISHED"
     assert run.data.params["model.depth"] == "18"
-    assert run.data.tags["pipeline.sessions"] == "2"
+    assert run.data.tags["pipeline.attempts"] == "2"
     for key in ("train/loss", "train/lr", "perf/images_per_s"):
         history = client.get_metric_history(run.info.run_id, key)
         assert sorted(m.step for m in history) == [2, 4, 6, 8], key
@@ -140,8 +140,8 @@ def test_mlflow_has_one_run_with_each_step_once(job: Callable[..., RunSpec], tmp
     artifacts = {a.path for a in client.list_artifacts(run.info.run_id, "checkpoints/step_00000008")}
     assert {Path(a).name for a in artifacts} == {"state.pt", "config.yaml", "meta.json"}
     assert {a.path for a in client.list_artifacts(run.info.run_id, "config")} == {
-        "config/session_1.yaml",
-        "config/session_2.yaml",
+        "config/attempt_1.yaml",
+        "config/attempt_2.yaml",
     }
     assert_model_predicts_like_checkpoint(client, two)
 
@@ -209,7 +209,7 @@ def test_large_values_are_finite() -> None:
         state.check_finite()
 
 
-@pytest.mark.parametrize("content", [None, "{", '{"sessions": "many"}'])
+@pytest.mark.parametrize("content", [None, "{", '{"attempts": "many"}'])
 def test_a_lost_run_json_is_made_up_from_the_newest_checkpoint(
     job: Callable[..., RunSpec], content: str | None
 ) -> None:
@@ -220,7 +220,7 @@ def test_a_lost_run_json_is_made_up_from_the_newest_checkpoint(
         path.write_text(content)
     events: list[Event] = []
     two = fit(job("run", "run.stop_at_step=3"), context(events=events))
-    assert [(e["session"], e["step"]) for e in events if e["kind"] == "start"] == [(2, 2)]
+    assert [(e["attempt"], e["step"]) for e in events if e["kind"] == "start"] == [(2, 2)]
     assert two["mlflow_run_id"] == one["mlflow_run_id"]
     assert any("run.json is damaged" in e.get("text", "") for e in events) == (content is not None)
 
@@ -255,7 +255,7 @@ def test_the_later_of_two_drivers_wins(job: Callable[..., RunSpec]) -> None:
     assert RunManifest.read(run, pytest.fail) == left
 
 
-def test_an_earlier_session_of_the_same_driver_writes_no_more(job: Callable[..., RunSpec]) -> None:
+def test_an_earlier_attempt_of_the_same_driver_writes_no_more(job: Callable[..., RunSpec]) -> None:
     one = job("run", "checkpoint.every=5")
 
     def watch(event: Event) -> None:
@@ -264,7 +264,7 @@ def test_an_earlier_session_of_the_same_driver_writes_no_more(job: Callable[...,
             assert now is not None
             now.begin(0).write(one.run)
 
-    with pytest.raises(RuntimeError, match=r"session 2 of .*run has begun; session 1 ends"):
+    with pytest.raises(RuntimeError, match=r"attempt 2 of .*run has begun; attempt 1 ends"):
         fit(one, dataclasses.replace(context(), emit=watch))
 
 
@@ -274,7 +274,7 @@ def mlflow_status(job: RunSpec) -> list[str]:
     return [run.info.status for run in client.search_runs(experiments)]
 
 
-def test_mlflow_is_told_of_a_session_that_ends_before_its_first_step(
+def test_mlflow_is_told_of_a_attempt_that_ends_before_its_first_step(
     job: Callable[..., RunSpec], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: object, **__: object) -> None:
@@ -294,13 +294,13 @@ def test_mlflow_is_told_of_a_session_that_ends_before_its_first_step(
         (Interrupted(), False, ["KILLED"]),
     ],
 )
-def test_mlflow_is_told_of_a_run_that_ends_between_sessions(
+def test_mlflow_is_told_of_a_run_that_ends_between_attempts(
     job: Callable[..., RunSpec], error: TrainingFailedError | Interrupted, is_open: bool, status: list[str]
 ) -> None:
     run = job("run").run
     driver.tell_end(job("run"), 0, error, pytest.fail)
     RunManifest().write(run)
-    driver.tell_end(job("run"), 0, error, pytest.fail)  # no session has begun: there is nothing to end
+    driver.tell_end(job("run"), 0, error, pytest.fail)  # no attempt has begun: there is nothing to end
     assert "mlflow.db" not in run.parent.names()
     fit(job("run", "run.stop_at_step=2"), context())
     now = RunManifest.read(run, pytest.fail)
@@ -311,7 +311,7 @@ def test_mlflow_is_told_of_a_run_that_ends_between_sessions(
         (experiment,) = [one for one in client.search_experiments() if one.name == "pipeline"]
         (there,) = client.search_runs([experiment.experiment_id])
         client.update_run(there.info.run_id, status="RUNNING")
-    driver.tell_end(job("run"), 1, error, pytest.fail)  # the session is an earlier command's
+    driver.tell_end(job("run"), 1, error, pytest.fail)  # the attempt is an earlier command's
     assert RunManifest.read(run, pytest.fail) == dataclasses.replace(now, open=is_open, place=str(run))
     driver.tell_end(job("run"), 0, error, pytest.fail)
     assert mlflow_status(job("run")) == status
@@ -345,7 +345,7 @@ def test_a_node_that_sees_the_run_late_begins_no_new_training(
         patch.setattr("pipeline.failures.time.sleep", appears)
         fit(one, context(events=events))
     (start,) = [event for event in events if event["kind"] == "start"]
-    assert (start["session"], start["step"]) == (2, 4)
+    assert (start["attempt"], start["step"]) == (2, 4)
     assert "seen" in next(event["text"] for event in events if event["kind"] == "warning")
 
 
@@ -417,11 +417,11 @@ def test_the_best_checkpoint_is_uploaded_from_an_object_store(
     assert best.path == "checkpoints/step_00000002"
     assert len(client.list_artifacts(summary["mlflow_run_id"], best.path)) == 3
     for folder in (run, run / "checkpoints"):
-        shutil.rmtree(folder.scratch)
+        shutil.rmtree(folder.local_dir)
     # The next command is given on another node, and all that is left to do is the model.
     logging = load(None, [*FAST, f"data.train={val}", f"data.val={val}", *words, "mlflow.log_model=true"])
     fit(RunSpec(logging, run, str(val), str(val)), context(events=events))
     assert not [event["text"] for event in events if event["kind"] == "warning"]
     assert len(client.get_run(summary["mlflow_run_id"]).outputs.model_outputs) == 1
     for folder in (run, run / "checkpoints"):
-        shutil.rmtree(folder.scratch)
+        shutil.rmtree(folder.local_dir)

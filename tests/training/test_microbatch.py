@@ -139,7 +139,7 @@ def test_an_evaluation_goes_on_in_parts_and_each_image_has_its_own_row(digits_in
     assert "the figures stay" in said[0]
     assert parts.best.tolist() == whole.best.tolist()
     assert parts.losses == pytest.approx(whole.losses, abs=1e-5)
-    again, sizes = evaluated(config(), index, 40, in_parts)  # the next one of the session
+    again, sizes = evaluated(config(), index, 40, in_parts)  # the next one of the attempt
     assert (len(said), max(sizes)) == (2, 32)
     assert again.losses.tolist() == parts.losses.tolist()
 

@@ -200,7 +200,7 @@ def test_a_training_says_everywhere_what_auto_became(
     uri = f"sqlite:///{one.run.local.parent}/mlflow.db" if one.run.local else ""
     (run,) = mlflow.MlflowClient(uri).search_runs(["1"])
     assert run.data.params["train.precision"] == wanted
-    assert f"precision: {wanted}\n" in mlflow.artifacts.load_text(f"{run.info.artifact_uri}/config/session_1.yaml")
+    assert f"precision: {wanted}\n" in mlflow.artifacts.load_text(f"{run.info.artifact_uri}/config/attempt_1.yaml")
 
 
 def test_a_resume_keeps_its_precision_and_warns_once_where_it_is_emulated(

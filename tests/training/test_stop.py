@@ -111,7 +111,7 @@ def test_a_stop_at_the_last_evaluation_is_no_end(job: Callable[..., RunSpec]) ->
     assert done["top1"] is not None
 
 
-def test_a_session_that_dies_in_an_evaluation_has_its_checkpoint(
+def test_a_attempt_that_dies_in_an_evaluation_has_its_checkpoint(
     job: Callable[..., RunSpec], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, events = job("run"), list[Event]()

@@ -107,7 +107,7 @@ class DaliPipeline:
 
     def read(self, requests: Iterator[BatchSpec]) -> Iterator[tuple[BatchSpec, Encoded]]:
         """The first half of `decode`: what is to be decoded."""
-        return self._fetcher.ahead(requests)
+        return self._fetcher.prefetch(requests)
 
     def pixels(self, encoded: Iterator[tuple[BatchSpec, Encoded]]) -> Iterator[tuple[BatchSpec, Tensor]]:
         """The second half of `decode`."""

@@ -84,7 +84,7 @@ class Fetcher:
         self._reader = Reader(index, cfg, warn, patience_s=patience_s)
         self._pool = ThreadPoolExecutor(cfg.read_threads, thread_name_prefix="read")
 
-    def ahead(self, requests: Iterator[BatchSpec]) -> Iterator[tuple[BatchSpec, Encoded]]:
+    def prefetch(self, requests: Iterator[BatchSpec]) -> Iterator[tuple[BatchSpec, Encoded]]:
         """Each request with its images' bytes, None where an image is broken; further ones are on their way.
 
         Raises:
@@ -96,7 +96,7 @@ class Fetcher:
             reading.append((request, self._pool.map(self._read, request.rows)))
 
         for request in requests:
-            self._reader.ahead(request.rows)
+            self._reader.prefetch(request.rows)
             fetching.append(request)
             if len(fetching) > self._num_fetched:
                 read(fetching.popleft())

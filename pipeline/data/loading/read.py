@@ -112,7 +112,7 @@ class Reader:
             raise OSError(f"{index.place(row)}: {len(data)} bytes where the index has {size}")
         return data
 
-    def ahead(self, rows: Iterable[int]) -> None:
+    def prefetch(self, rows: Iterable[int]) -> None:
         """Begin to fetch into the cache what these rows need; what goes wrong is left to `read`."""
         if self._usable_cache is None:
             return

@@ -75,7 +75,7 @@ def ledger(seconds: Mapping[str, float], file: Path) -> None:
     axes.bar_label(bars, [f" {s:,.1f} s, {s / whole:.1%}" for s in values], fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.18)
-    axes.set_xlabel("seconds, over all sessions", fontsize=9)
+    axes.set_xlabel("seconds, over all attempts", fontsize=9)
     axes.tick_params(labelsize=9)
     figure.savefig(file)
 

@@ -79,10 +79,10 @@ class Facts:
         """The figures that come first; None for what an earlier version's checkpoint does not tell.
 
         {"top1", "top5", "loss", "ece", "count": see `Predictions.scores`, "step", "num_steps", "best_top1": of the
-         training's evaluations, "images_per_s": of its last session, "goodput", "seconds": per phase, "counted": up to
-         when, in words, "sessions", "faults"}
+         training's evaluations, "images_per_s": of its last attempt, "goodput", "seconds": per phase, "counted": up to
+         when, in words, "attempts", "failures"}
         """
-        known = ("step", "num_steps", "best_top1", "images_per_s", "sessions", "faults")
+        known = ("step", "num_steps", "best_top1", "images_per_s", "attempts", "failures")
         seconds = self.meta.get("seconds") or {}
         told = {name: self.meta.get(name) for name in known}
         told["counted"] = self.meta.get("counted", f"until step {self.meta['step']:,}")
