@@ -45,9 +45,9 @@ PAUSES_BEFORE_ATTEMPT_S = (0, 2, 10, 30)  # after the first failure without a ne
 
 # Come of the installation, the environment or a mistake in the code: another process would meet them again.
 BROKEN = (ArithmeticError, AttributeError, ImportError, LookupError, NameError, TypeError, ValueError)
-# How a driver ends: "wrong": by a user's mistake; "broken": by one of BROKEN; "stillborn": by itself, before it said
-# anything; "lost": in any other way that a new one may do better than.
-DriverEnd = Literal["done", "wrong", "failed", "interrupted", "lost", "broken", "stillborn"]
+# How a driver ends. "user error": by a user's mistake. "internal error": by one of BROKEN. "never started": by itself,
+# before it said anything. "lost": in any other way that a new one may do better than.
+DriverEnd = Literal["done", "user error", "failed", "interrupted", "lost", "internal error", "never started"]
 
 
 class FatalError(RuntimeError):
@@ -85,18 +85,18 @@ class ClusterLostError(ConnectionError):
 def driver_end(error: BaseException) -> DriverEnd | None:
     """What a driver tells its supervisor of the error that ends it; None: nothing, its log says what is known."""
     kinds: dict[DriverEnd, type[BaseException] | tuple[type[BaseException], ...]] = {
-        "wrong": UserError,
+        "user error": UserError,
         "failed": TrainingFailedError,
         "interrupted": Interrupted,
         "lost": ClusterLostError,
-        "broken": BROKEN,
+        "internal error": BROKEN,
     }
     return next((end for end, classes in kinds.items() if isinstance(error, classes)), None)
 
 
 def driver_is_replaced(end: DriverEnd, begun: bool) -> bool:
     """Whether a new driver may do better; `begun`: something was trained, so that the installation is sound."""
-    return end == "lost" or (begun and end in ("broken", "stillborn"))
+    return end == "lost" or (begun and end in ("internal error", "never started"))
 
 
 def attempt_is_repeated(kind: str, begun: bool) -> bool:

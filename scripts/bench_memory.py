@@ -40,7 +40,7 @@ KINDS: dict[str, dict[str, Any]] = {
         **SIZE,
         "start_size": 32,
         "grow_epochs": (0.0, 20.0),
-        "repeats": 2,
+        "repeated_aug": 2,
         "jitter": (0.4, 0.4, 0.4, 0.1),
         "auto_augment": "trivial",
         "erase": 0.25,

@@ -161,7 +161,7 @@ class Bench:
         env |= {"RAY_grpc_client_keepalive_timeout_ms": "86400000"}
         env |= {"RAY_worker_niceness": "0"}  # 15 by default: others' work on the machine would hurt ours more
         if kind in (OURS, FIT):
-            progress = place / "runs" / "race" / "trace" / "rank_0.jsonl"
+            progress = place / "runs" / "race" / "samples" / "rank_0.jsonl"
             env = {k: v for k, v in env.items() if k not in ("OMP_NUM_THREADS", "MLFLOW_TRACKING_URI", "RAY_ADDRESS")}
         if kind == OURS:
             command = [str(Path(sys.executable).with_name("pipeline")), "train", str(CONFIG), *overrides]
@@ -196,7 +196,7 @@ class Bench:
             f"data.val={self._photos}",
             f"data.image_size={case.size}",
             f"data.val_resize={case.size}",
-            "data.trace=true",
+            "data.log_samples=true",
             f"model.depth={case.depth}",
             f"optim.lr={LR}",
             "optim.lr_scaling=none",

@@ -41,15 +41,15 @@ def checkpoint(folder: Path, num_threads: int, rounds: int) -> dict[str, Any]:
     cfg = load(None, ["data.train=none", "data.val=none", "train.ema_decay=0.9999", "checkpoint.keep=1"])
     state = TrainState.create(cfg, 1000, CPU)
     wrote: list[float] = []
-    saver = AsyncCheckpointer(
+    checkpointer = AsyncCheckpointer(
         Storage(folder), cfg, check=lambda: None, written=lambda _, seconds: wrote.append(seconds), report=print
     )
     held, plain = list[float](), list[float]()
     for state.step in range(rounds + 1):
         began = time.perf_counter()
-        saver.save(state.step, state.finite_state_dict, lambda: META, now=True)
+        checkpointer.save(state.step, state.finite_state_dict, lambda: META, now=True)
         held.append(time.perf_counter() - began)
-        while saver.busy:
+        while checkpointer.busy:
             time.sleep(0.01)
         began = time.perf_counter()
         with (folder / "plain.pt").open("wb") as f:
@@ -57,7 +57,7 @@ def checkpoint(folder: Path, num_threads: int, rounds: int) -> dict[str, Any]:
             f.flush()
             os.fsync(f.fileno())
         plain.append(time.perf_counter() - began)
-    saver.finish(60)
+    checkpointer.finish(60)
     ratios = [a / b for a, b in zip(held[1:], plain[1:], strict=True)]
     return {
         "bytes": (folder / "plain.pt").stat().st_size,

@@ -203,7 +203,7 @@ class Slot:
     def _result(self, code: int | None, *, heard: bool) -> tuple[Any, str]:
         file = self.place.control / "result.json"
         if not file.exists():  # it was killed, or its watchdog ended it
-            return "lost" if heard or (code or 0) < 0 else "stillborn", f"exit code {code}"
+            return "lost" if heard or (code or 0) < 0 else "never started", f"exit code {code}"
         result = json.loads(file.read_text(encoding="utf-8"))
         file.unlink()
         return result["kind"], result["text"]

@@ -194,12 +194,12 @@ def fit(peer: Peer, rank: int) -> None:
     with mock.patch.object(MlflowLogger, "_send_all"):
         context = WorkerContext(rank, peer.ranks, CPU, peer.threads, lambda event: None)
         cfg = load(Path(peer.config), peer.overrides)
-        with open_run.open_run(cfg, lambda event: None) if rank == 0 else nullcontext() as job:
-            jobs: list[RunSpec | None] = [job]
+        with open_run.open_run(cfg, lambda event: None) if rank == 0 else nullcontext() as spec:
+            specs: list[RunSpec | None] = [spec]
             if peer.ranks > 1:
-                dist.broadcast_object_list(jobs, src=0)
-            assert jobs[0] is not None
-            loop.fit(jobs[0], context)
+                dist.broadcast_object_list(specs, src=0)
+            assert specs[0] is not None
+            loop.fit(specs[0], context)
 
 
 if __name__ == "__main__":

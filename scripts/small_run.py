@@ -123,18 +123,18 @@ def attempt(
     kind, text = "done", ""
     try:
         request = TrainRequest(cfg, None, FailureBudget(0), faults, again, begun, clock.time())
-        with _opened(request, emit) as job:
+        with _opened(request, emit) as spec:
             emit({"kind": "run"})
             marks = (("command", clock.time()), ("run", clock.time()))
-            context = WorkerContext(0, 1, torch.device("cpu"), 1, emit, faults=faults, marks=marks, restarted=again)
+            context = WorkerContext(0, 1, torch.device("cpu"), 1, emit, failures=faults, marks=marks, restarted=again)
             try:
-                fit(job, context)
+                fit(spec, context)
             except Exception as e:
                 traceback.print_exc()
                 kind, text = "fatal" if is_fatal(e, begun or started) else "raised", f"{type(e).__name__}: {e}"
     except Exception as e:
         traceback.print_exc()
-        kind, text = driver_end(e) or ("lost" if heard else "stillborn"), f"{type(e).__name__}: {e}"
+        kind, text = driver_end(e) or ("lost" if heard else "never started"), f"{type(e).__name__}: {e}"
     (place.control / "result.json").write_text(json.dumps({"kind": kind, "text": text}), encoding="utf-8")
     (place.control / "operations.json").write_text(json.dumps(seam.operations), encoding="utf-8")
 
@@ -150,18 +150,18 @@ def _opened(request: TrainRequest, watch: Callable[[Event], None]) -> Iterator[R
     controller.TrainController = lambda *_, **__: None  # type: ignore[assignment, misc]
     with contextlib.ExitStack() as stack:
         with driver._watched(supervisor) as heartbeat:
-            job, _ = stack.enter_context(driver._opened(supervisor, heartbeat))
-        yield job
+            spec, _ = stack.enter_context(driver._opened(supervisor, heartbeat))
+        yield spec
 
 
 def _settle_saves(clock: Clock) -> None:
     """Have each save wait until it is done: how fast a disk is must not choose the steps that are saved."""
     save = AsyncCheckpointer.save
 
-    def settled(saver: AsyncCheckpointer, *state: Any, **options: Any) -> None:
-        save(saver, *state, **options)
+    def settled(checkpointer: AsyncCheckpointer, *state: Any, **options: Any) -> None:
+        save(checkpointer, *state, **options)
         began = clock.real_monotonic()
-        while saver._writing and not saver._writing.done():
+        while checkpointer._writing and not checkpointer._writing.done():
             if clock.since is not None and clock.real_monotonic() - began > SAVE_BOUND_S:
                 break
             clock.real_sleep(0.005)
@@ -172,7 +172,7 @@ def _settle_saves(clock: Clock) -> None:
 def end(place: Place) -> dict[str, Any]:
     """What came of a run, after `pipeline sync` for what still waits for MLflow."""
     tempfile.tempdir = str(place.tmp)
-    identity = RunManifest.read(place.run, print)
+    manifest = RunManifest.read(place.run, print)
     _, _, waiting = sync.sync(place.run, print)
     newest = checkpoint.newest_valid(place.run / "checkpoints", print)
     assert newest is not None
@@ -185,7 +185,7 @@ def end(place: Place) -> dict[str, Any]:
     kept = place.database.parent / "mlartifacts"
     artifacts = [path.relative_to(kept).parts[2:] for path in kept.rglob("*") if path.is_file()]
     return {
-        "run.json has ended": identity is not None and not identity.open,
+        "run.json has ended": manifest is not None and not manifest.open,
         "waiting": waiting,
         "checkpoints": (place.run / "checkpoints").names(),
         "weights": digest.hexdigest(),

@@ -71,13 +71,13 @@ def test_driver_and_supervisor_count_as_one(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("error", "end", "replaced_at_first", "replaced_later"),
     [
-        (UserError("x"), "wrong", False, False),
+        (UserError("x"), "user error", False, False),
         (TrainingFailedError("x"), "failed", False, False),
         (RayStartError("x"), "failed", False, False),
         (Interrupted(), "interrupted", False, False),
         (ClusterLostError("x"), "lost", True, True),
-        (ImportError("x"), "broken", False, True),
-        (KeyError("x"), "broken", False, True),
+        (ImportError("x"), "internal error", False, True),
+        (KeyError("x"), "internal error", False, True),
     ],
 )
 def test_how_a_driver_ends(error: BaseException, end: str, replaced_at_first: bool, replaced_later: bool) -> None:

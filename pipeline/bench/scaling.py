@@ -157,7 +157,7 @@ def verdict(found: dict[str, Any]) -> str:
         return text
     costs = {part: many[f"{part}_s_per_step"] - one[f"{part}_s_per_step"] for part in PARTS}
     worst = max(costs, key=lambda part: costs[part])
-    mends = {
+    fixes = {
         "compute": "each computes more slowly beside the others: cores, caches and memory bandwidth are shared, and "
         "on CPUs summing gradients takes them, too; give fewer workers more cores each (cluster.workers)",
         "communication": "waiting for the others' gradients; try cluster.gradients=bf16, another cluster.bucket_mb, "
@@ -165,7 +165,7 @@ def verdict(found: dict[str, Any]) -> str:
         "data": "waiting for images; raise data.decode_threads or data.prefetch, or give workers more cores",
         "logging": "logging; raise train.log_every",
     }
-    return f"{text}; of what a step takes longer, most is {worst} ({1000 * costs[worst]:.0f} ms): {mends[worst]}"
+    return f"{text}; of what a step takes longer, most is {worst} ({1000 * costs[worst]:.0f} ms): {fixes[worst]}"
 
 
 def table(result: dict[str, Any]) -> list[str]:

@@ -44,7 +44,7 @@ class Stepper:
     """Our training step over one batch that lies on the device: no data, no logging, one worker."""
 
     def __init__(self, cfg: Config, place: LoaderContext):
-        self._cfg, self._place = cfg, place
+        self._cfg, self._context = cfg, place
         self.batch = -(-cfg.train.global_batch // cfg.cluster.max_workers)
         self._train = replace(cfg.train, global_batch=self.batch)
         self._state = TrainState.create(cfg, NUM_CLASSES, place.device)
@@ -59,7 +59,7 @@ class Stepper:
 
     def seconds(self, num_steps: int, mark: Callable[[str], object] = unmarked) -> float:
         """That so many steps take."""
-        torch.set_num_threads(self._place.num_threads)
+        torch.set_num_threads(self._context.num_threads)
         began = time.perf_counter()
         for _ in range(num_steps):
             lr = self._cfg.optim.lr

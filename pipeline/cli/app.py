@@ -163,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     sync = add("sync", commands.sync, "Send what a run has not been able to log to MLflow.")
     add_run(sync)
 
-    doctor = add("doctor", commands.doctor, "Say whether a cluster can train a configuration, and what to mend if not.")
+    doctor = add("doctor", commands.doctor, "Say whether a cluster can train a configuration, and what to fix if not.")
     text = "look at the cluster of cluster.address or $RAY_ADDRESS, else at this machine as one; always to be given"
     doctor.add_argument("--cluster", action="store_true", required=True, help=text)
     add_config(doctor, optional="; by default no data is read")
@@ -243,7 +243,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, such as data.val_size=288")
     evaluate.add_argument("--data", metavar="SRC", help=f"{SOURCES}, or an index; the run's own val by default")
     text = "of each image, averaged: itself, with its mirror image, or the ten crops of He et al. 2015"
-    evaluate.add_argument("--views", choices=["one", "flip", "ten"], default="one", help=text)
+    evaluate.add_argument("--tta", choices=["one", "flip", "ten"], default="one", help=text)
 
     text = "A run's report as one HTML page and its figures: of the newest checkpoint, or of a given one."
     report = add("report", reports.report, text)

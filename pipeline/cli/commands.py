@@ -31,8 +31,8 @@ def train(args: argparse.Namespace) -> Outcome:
     from pipeline.tracking import summary
 
     if lacking := [name for name in args.needs if not os.environ.get(name)]:
-        mend = "give it to the cluster, from a Kubernetes Secret or in the environment of `ray start`"
-        raise UserError(f"{', '.join(lacking)}: not set in the environment here, and this training needs it; {mend}")
+        fix = "give it to the cluster, from a Kubernetes Secret or in the environment of `ray start`"
+        raise UserError(f"{', '.join(lacking)}: not set in the environment here, and this training needs it; {fix}")
     cfg, label, resume_from = config_to_train(args)
     with TrainingView(_people(args)) as view:
         try:
@@ -109,8 +109,8 @@ def index(args: argparse.Namespace) -> Outcome:
     lines = [f"{args.out}: {len(index)} images of {len(index.classes)} classes, {len(report.refused)} left out"]
     if report.cmyk:
         lines.append(f"{len(report.cmyk)} CMYK images, which DALI converts to RGB")
-    if report.turned:
-        lines.append(f"{len(report.turned)} images with an EXIF orientation, which DALI applies")
+    if report.exif_rotated:
+        lines.append(f"{len(report.exif_rotated)} images with an EXIF orientation, which DALI applies")
     if report.reused:
         lines.append(f"{report.reused} of {report.units} parts were there already")
     return result, [*lines, f"fingerprint {index.fingerprint}"], DONE
@@ -140,7 +140,7 @@ def _indexed(index: Any, report: Any) -> dict[str, Any]:
         "classes": list(index.classes),
         "refused": [{"path": one.path, "reason": one.reason} for one in report.refused],
         "cmyk": [index.place(row) for row in report.cmyk],
-        "exif_rotated": [index.place(row) for row in report.turned],
+        "exif_rotated": [index.place(row) for row in report.exif_rotated],
     }
 
 
@@ -148,11 +148,11 @@ def evaluate(args: argparse.Namespace) -> Outcome:
     from pipeline.training import inference
 
     found = found_by(args)
-    said, _ = inference.evaluate_checkpoint(found.place, args.data, say, views=args.views, overrides=args.overrides)
+    said, _ = inference.evaluate_checkpoint(found.place, args.data, say, views=args.tta, overrides=args.overrides)
     scores = said.scores()
     figures = f"top-1 {scores['top1']:.4f}  top-5 {scores['top5']:.4f}  loss {scores['loss']:.4f}"
-    text = f"{figures}  calibration error {scores['ece']:.4f}  on {scores['count']} images, views: {args.views}"
-    return {"checkpoint": str(found.place), "views": args.views, **scores}, [str(found.place), text], DONE
+    text = f"{figures}  calibration error {scores['ece']:.4f}  on {scores['count']} images, tta: {args.tta}"
+    return {"checkpoint": str(found.place), "tta": args.tta, **scores}, [str(found.place), text], DONE
 
 
 def doctor(args: argparse.Namespace) -> Outcome:

@@ -103,7 +103,7 @@ class TrainingView(_View):
                 self.say(f"failure: {event['text']}; {how}")
             case "note" | "search":
                 self.say(event["text"])
-            case "warning" | "killer":
+            case "warning" | "crashing image":
                 self.say(f"warning: {event['text']}")
 
     def _start(self, event: Event) -> None:

@@ -10,7 +10,7 @@ import torch
 PCI = Path("/sys/bus/pci/devices")
 
 
-def pin(
+def pin_threads(
     how: Literal["none", "numa", "cores"], device: torch.device, local_rank: int, local_size: int, num_threads: int
 ) -> list[int]:
     """Keep this thread, and those that it starts from now on, on cores that suit the worker.

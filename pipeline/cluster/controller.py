@@ -55,7 +55,7 @@ class TrainController:
 
     def __init__(
         self,
-        job: RunSpec,
+        spec: RunSpec,
         watch: Callable[[Event], None],
         wants_stop: threading.Event,
         budget: FailureBudget,
@@ -63,15 +63,15 @@ class TrainController:
         failures: tuple[Failure, ...],
         restarted: bool,
     ):
-        self._job, self._settings, self._watch, self._wants_stop = job, job.cfg.cluster, watch, wants_stop
+        self._spec, self._settings, self._watch, self._wants_stop = spec, spec.cfg.cluster, watch, wants_stop
         self._failures, self._restarted = failures, restarted
-        self._gauges = Gauges(job.run.name)
+        self._gauges = Gauges(spec.run.name)
         self._size = ray_cluster.size_of_worker(self._settings)
         self._channel = EventChannel(ray.util.get_node_ip_address(), self._settings.timeout_s)
         self._budget = budget
         self._deaths: tuple[int, ...] = ()  # steps at which workers' processes died, no checkpoint being newer
         self._attempt = 0
-        self._has_trained, self._saved_step = restarted, job.saved_step  # at any time
+        self._has_trained, self._saved_step = restarted, spec.saved_step  # at any time
         self._trains = False  # in this attempt
         self._started: float | None = None  # when this attempt's workers began to train, as long as it is to go on
 
@@ -133,7 +133,7 @@ class TrainController:
             Its summary, or the exception that ended it.
         """
         config = {
-            "job": dataclasses.replace(self._job, saved_step=self._saved_step),
+            "job": dataclasses.replace(self._spec, saved_step=self._saved_step),
             "channel": {"address": self._channel.address, "key": self._channel.key},
             "attempt": self._attempt,
             "failures": self._failures,
@@ -180,7 +180,7 @@ class TrainController:
                     self._deaths = ()
             elif event["kind"] == "search":  # once for these deaths
                 self._deaths = ()
-            elif event["kind"] == "killer":  # without that image it goes another way
+            elif event["kind"] == "crashing image":  # without that image it goes another way
                 self._budget.forgive()
             self._tell(event)
 

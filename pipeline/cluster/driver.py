@@ -59,7 +59,7 @@ class SupervisorConnection:
 
 
 def tell_end(
-    job: RunSpec, attempts: int, error: TrainingFailedError | Interrupted, warn: Callable[[str], None]
+    spec: RunSpec, attempts: int, error: TrainingFailedError | Interrupted, warn: Callable[[str], None]
 ) -> None:
     """Write down how a training has ended, in run.json and MLflow, from outside it: its workers may be dead.
 
@@ -67,27 +67,27 @@ def tell_end(
         attempts: that the run had had before the command; what became of these is not this one's to tell.
     """
     try:
-        _tell_end(job, attempts, error)
+        _tell_end(spec, attempts, error)
     except (OSError, RuntimeError, UserError) as e:
         warn(f"run.json and MLflow are not told: {e}")
 
 
-def _tell_end(job: RunSpec, attempts: int, error: TrainingFailedError | Interrupted) -> None:
+def _tell_end(spec: RunSpec, attempts: int, error: TrainingFailedError | Interrupted) -> None:
     from pipeline.runs.manifest import RunManifest
     from pipeline.tracking.mlflow_logger import MlflowLogger
 
-    identity = RunManifest.read(job.run, lambda _: None)
+    manifest = RunManifest.read(spec.run, lambda _: None)
     has_failed = isinstance(error, TrainingFailedError)
     # Nothing has begun; or it was stopped between two attempts, of which the first has told of its own end.
-    if identity is None or identity.attempts <= attempts or not (has_failed or identity.open):
+    if manifest is None or manifest.attempts <= attempts or not (has_failed or manifest.open):
         return
     failure = str(error)[:500] if has_failed else ""
-    identity.replaced(identity.end(failure), job.run, job.claim)
-    tracker = MlflowLogger.of_run(job.cfg.mlflow, job.run, identity.training_id, lambda _: None, job.claim)
-    tracker.adopt(job.attempt_name(identity.attempts))
+    manifest.replaced(manifest.end(failure), spec.run, spec.claim)
+    logger = MlflowLogger.of_run(spec.cfg.mlflow, spec.run, manifest.training_id, lambda _: None, spec.claim)
+    logger.adopt(spec.attempt_name(manifest.attempts))
     if has_failed:
-        tracker.tags({"pipeline.failure": failure})
-    tracker.close("FAILED" if has_failed else "KILLED", *MLFLOW_HANDOVER_S)
+        logger.tags({"pipeline.failure": failure})
+    logger.close("FAILED" if has_failed else "KILLED", *MLFLOW_HANDOVER_S)
 
 
 def train(supervisor: SupervisorConnection) -> dict[str, Any]:
@@ -103,16 +103,16 @@ def train(supervisor: SupervisorConnection) -> dict[str, Any]:
         ready = time.time()
         with contextlib.ExitStack() as stack:
             with _watched(supervisor) as heartbeat:
-                job, controller = stack.enter_context(_opened(supervisor, heartbeat))
-            supervisor.event({"kind": "run", "name": job.run.name, "place": str(job.run)})
+                spec, controller = stack.enter_context(_opened(supervisor, heartbeat))
+            supervisor.event({"kind": "run", "name": spec.run.name, "place": str(spec.run)})
             first = "earlier driver" if request.again else "driver"
             marks = (("command", request.began), (first, began), ("Ray and imports", ready), ("run", time.time()))
             try:
                 return controller.run(marks)
             except (TrainingFailedError, Interrupted) as e:
                 # The storage may be away, or hang; a new driver would not help.
-                before = 0 if request.trained else job.attempts
-                telling = threading.Thread(target=tell_end, args=(job, before, e, supervisor.warn), daemon=True)
+                before = 0 if request.trained else spec.attempts
+                telling = threading.Thread(target=tell_end, args=(spec, before, e, supervisor.warn), daemon=True)
                 telling.start()
                 telling.join(DRIVER_END_S)
                 raise
@@ -157,7 +157,7 @@ def _opened(
             heartbeat()
             try:
                 with contextlib.ExitStack() as tried:
-                    job = tried.enter_context(
+                    spec = tried.enter_context(
                         open_run.open_run(
                             request.cfg,
                             supervisor.event,
@@ -171,7 +171,7 @@ def _opened(
                         )
                     )
                     controller = TrainController(
-                        job,
+                        spec,
                         supervisor.event,
                         stop,
                         request.budget,
@@ -190,7 +190,7 @@ def _opened(
                 told = str(e)
             if stop.wait(pause):
                 raise Interrupted
-        yield job, controller
+        yield spec, controller
 
 
 def _import() -> None:
@@ -206,8 +206,8 @@ def main() -> None:
     except BaseException as e:
         end = driver_end(e)
         if end is not None:
-            supervisor.tell(end, _in_a_line(e) if end == "broken" else str(e))
-        if end in (None, "broken"):
+            supervisor.tell(end, _in_a_line(e) if end == "internal error" else str(e))
+        if end in (None, "internal error"):
             raise  # the log has it all
     else:
         supervisor.tell("done", summary)

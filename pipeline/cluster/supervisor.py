@@ -112,7 +112,7 @@ def train(
             budget.failed()  # the driver decides what comes of it
         elif event["kind"] == "checkpoint":
             budget.saved(event["step"])
-        elif event["kind"] == "killer":
+        elif event["kind"] == "crashing image":
             budget.forgive()
         elif event["kind"] == "start":
             failures, begun = (), True
@@ -129,7 +129,7 @@ def train(
             end, content = _run_driver(request, environment, note, received)
             if end == "done":
                 return dict(content)
-            if end == "wrong":
+            if end == "user error":
                 raise UserError(content)
             if end == "interrupted":
                 raise Interrupted
@@ -175,7 +175,7 @@ def _run_driver(
             end, content = _attend(mine, process, Path(log.name), note, received)
         finally:
             kill_descendants(others)
-            keep = end in ("lost", "broken", "stillborn")
+            keep = end in ("lost", "internal error", "never started")
             if not keep:
                 Path(log.name).unlink(missing_ok=True)  # whoever cleans /tmp may have been there
     return end, f"{content} (log: {log.name})" if keep else content
@@ -209,7 +209,7 @@ def _attend(
             if -code in FROM_OUTSIDE:
                 return "lost", f"the driver {how}"
             last = _last_line(log)
-            return "lost" if heard else "stillborn", f"the driver {how}{last and f': {last}'}"
+            return "lost" if heard else "never started", f"the driver {how}{last and f': {last}'}"
 
 
 def _last_line(log: Path) -> str:

@@ -19,7 +19,7 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
     import torch
     from ray.train.torch import get_device
 
-    from pipeline.cluster.affinity import pin
+    from pipeline.cluster.affinity import pin_threads
     from pipeline.training.loop import fit
 
     job, here = config["job"], ray.train.get_context()
@@ -29,7 +29,13 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
         device = get_device()
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        pin(job.cfg.cluster.pin, device, here.get_local_rank(), here.get_local_world_size(), config["num_threads"])
+        pin_threads(
+            job.cfg.cluster.cpu_affinity,
+            device,
+            here.get_local_rank(),
+            here.get_local_world_size(),
+            config["num_threads"],
+        )
         context = WorkerContext(
             rank=rank,
             world_size=here.get_world_size(),

@@ -39,10 +39,10 @@ class Section:
                     wanted = _out_of_bounds(number, f.metadata)
                     self.require(not wanted, f.name, f"must be {wanted}")
 
-    def require(self, holds: bool, name: str, mend: str) -> None:
-        """Raise UserError naming this section's field `name`, its value, and `mend`."""
+    def require(self, holds: bool, name: str, fix: str) -> None:
+        """Raise UserError naming this section's field `name`, its value, and `fix`."""
         if not holds:
-            raise UserError(f"{self.key(name)}={show(getattr(self, name))}: {mend}")
+            raise UserError(f"{self.key(name)}={show(getattr(self, name))}: {fix}")
 
 
 # scheme://NAME:SECRET@ with any SECRET, also with slashes, as AWS's have; but not host:port/x@y, nor [v6 address].

@@ -1,6 +1,6 @@
 """The configuration: its schema, its only defaults, and every check that needs no data.
 
-What is wrong is told in one line that names the key, the value and the mend.
+What is wrong is told in one line that names the key, the value and the fix.
 """
 
 import re
@@ -41,7 +41,7 @@ class DataConfig(Section):
     val_resize: int = num(256, low=8, high=4096)  # evaluation: short side before the centre crop, pixels
     shuffle_block: int | None = num(None, low=1)  # shuffle blocks of so many rows, read in sequence; null: all rows
     shuffle_window: int = num(64, low=1)  # blocks that are shuffled into each other
-    repeats: int = num(1, low=1)  # repeated augmentation: copies of each image in a global batch
+    repeated_aug: int = num(1, low=1)  # repeated augmentation: copies of each image in a global batch
     crop_scale: tuple[float, float] = num((0.08, 1.0), above=0, high=1)  # area of the random crop
     # The paper's scale augmentation instead: the short side's length is drawn, then a square of image_size cut out.
     crop_short: tuple[int, int] | None = num(None, low=8, high=4096)  # pixels
@@ -66,7 +66,7 @@ class DataConfig(Section):
     cache_dir: str | None = None  # for data at a URI, one a node; null: in the machine's temporary directory
     cache_gb: float = num(20.0, above=0)  # at most, of all data in cache_dir
     max_bad_fraction: float = num(0.01, low=0, high=1)  # of all images; a worker that meets more stops the run
-    trace: bool = False  # write down each step's time and rows of the index, in the run's folder
+    log_samples: bool = False  # write down each step's time and rows of the index, in the run's folder
     allow_changed: bool = False  # resume although the images' index is another than the checkpoint's
 
     def __post_init__(self) -> None:
@@ -105,7 +105,9 @@ class ModelConfig(Section):
     zero_init_residual: bool = True  # the last BN of each branch starts at 0, so blocks start as identity
     drop_path: float = num(0.0, low=0, high=0.9)  # stochastic depth: of the last block; rises from 0 at the first
     sync_bn: bool = False  # BatchNorm over all workers' images; needs GPUs
-    recompute: bool = False  # activations in the backward pass, block by block, instead of keeping them in memory
+    activation_checkpointing: bool = (
+        False  # activations in the backward pass, block by block, instead of keeping them in memory
+    )
     weights: str | None = None  # to begin with: a file of torchvision's or timm's, or a run, as RUN of `--resume`
     # This part and all before it stay as they are: for fine-tuning. Their BatchNorms do not follow the data either.
     freeze: Literal["none", "stem", "layer1", "layer2", "layer3", "layer4"] = "none"
@@ -206,7 +208,7 @@ class ClusterConfig(Section):
     max_failures: int = num(3, low=-1)  # to recover from without a new checkpoint in between; -1: without end
     timeout_s: int = num(600, low=10)  # a rank, a storage or a cluster silent for so long counts as failed
     # Where a worker's threads run: near its GPU; or on cores of its own, if nothing else runs on the nodes.
-    pin: Literal["none", "numa", "cores"] = "numa"
+    cpu_affinity: Literal["none", "numa", "cores"] = "numa"
     gradients: Literal["fp32", "bf16"] = "fp32"  # as workers exchange them; bf16 cost accuracy
     bucket_mb: int = num(25, low=1)  # of gradients that are exchanged together, while others are being computed
     grow_after_s: float = num(60.0, low=0)  # at the earliest, after workers have started, more are taken in
@@ -247,21 +249,26 @@ class Config:
                 bool(getattr(self.data, name).strip()), name, "give a folder of class/image files or an index"
             )
         train, workers, unit = self.train, self.cluster.max_workers, self._unit
-        for number, why in ((self.data.repeats, "data.repeats copies"), (unit, "pairs for data.mixup or data.cutmix")):
+        for number, why in (
+            (self.data.repeated_aug, "data.repeated_aug copies"),
+            (unit, "pairs for data.mixup or data.cutmix"),
+        ):
             train.require(
                 train.global_batch % number == 0, "global_batch", f"must be a multiple of {number}, for {why}"
             )
         some = f"gives some of cluster.workers={show(self.cluster.workers)} nothing"
-        mend = f"{some}; raise it to {workers * unit} or lower cluster.workers"
-        train.require(train.global_batch >= workers * unit, "global_batch", mend)
+        fix = f"{some}; raise it to {workers * unit} or lower cluster.workers"
+        train.require(train.global_batch >= workers * unit, "global_batch", fix)
         smallest = min(n // self._num_passes(n) for n in self._shares(workers))
         size = self.data.start_size or self.data.image_size
         single = f"gives some forward pass a single image, which at a size of {size} is one value a channel"
-        mend = f"{single}, too few for BatchNorm; raise it or train.micro_batch"
-        train.require(smallest > 1 or size > 32, "global_batch", mend)
+        fix = f"{single}, too few for BatchNorm; raise it or train.micro_batch"
+        train.require(smallest > 1 or size > 32, "global_batch", fix)
         self._require_equal_passes()
-        goes = not self.model.recompute or self.model.compile == "none"
-        self.model.require(goes, "recompute", "does not go together with model.compile; choose one of them")
+        goes = not self.model.activation_checkpointing or self.model.compile == "none"
+        self.model.require(
+            goes, "activation_checkpointing", "does not go together with model.compile; choose one of them"
+        )
         fits = train.steps is not None or self.optim.warmup_epochs <= train.epochs
         self.optim.require(fits, "warmup_epochs", f"longer than train.epochs={train.epochs}")
 
@@ -269,9 +276,9 @@ class Config:
         """With model.sync_bn each forward pass waits for one of every other worker."""
         for workers in range(self.cluster.min_workers, self.cluster.max_workers + 1) if self.model.sync_bn else ():
             passes = sorted({self._num_passes(share) for share in self._shares(workers)})
-            mend = f"{workers} workers go through it in {passes[0]} or {passes[-1]} forward passes, and would wait for"
-            mend += " each other for ever with model.sync_bn=true; change it or train.micro_batch"
-            self.train.require(len(passes) == 1, "global_batch", mend)
+            fix = f"{workers} workers go through it in {passes[0]} or {passes[-1]} forward passes, and would wait for"
+            fix += " each other for ever with model.sync_bn=true; change it or train.micro_batch"
+            self.train.require(len(passes) == 1, "global_batch", fix)
 
     @property
     def _unit(self) -> int:

@@ -44,7 +44,7 @@ def stream(cfg: DataConfig, num_samples: int, global_batch: int, seed: int) -> D
     """The order that a configuration gives to a data set of `num_samples` images."""
     unit = 2 if cfg.mixes else 1  # the two images of a pair are mixed on one rank
     return DeterministicSampler(
-        num_samples, global_batch, seed, cfg.shuffle_block, cfg.shuffle_window, cfg.repeats, unit
+        num_samples, global_batch, seed, cfg.shuffle_block, cfg.shuffle_window, cfg.repeated_aug, unit
     )
 
 

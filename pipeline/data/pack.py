@@ -68,7 +68,7 @@ def pack(
         temporary.rename(out)
         fsync(out.parent)
     except OSError as e:
-        raise UserError(f"cannot pack {index} into {out}: {e}; mend that, or index the images anew") from None
+        raise UserError(f"cannot pack {index} into {out}: {e}; fix that, or index the images anew") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return shards

@@ -53,7 +53,7 @@ def verify(index: Index, report: IndexReport, progress: Progress) -> tuple[Index
         return [int(row) for row in kept - np.searchsorted(broken, kept)]
 
     refused = [SkippedInput(place, f"cannot be decoded: {reason}") for place, reason in sorted(reasons.items())]
-    cmyk, turned = renumbered(report.cmyk), renumbered(report.turned)
+    cmyk, exif_rotated = renumbered(report.cmyk), renumbered(report.exif_rotated)
     return without(index, broken), dataclasses.replace(
-        report, refused=report.refused + refused, cmyk=cmyk, turned=turned
+        report, refused=report.refused + refused, cmyk=cmyk, exif_rotated=exif_rotated
     )

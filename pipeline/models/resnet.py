@@ -57,10 +57,10 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(planes)
         self.downsample = downsample
 
-    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, drop_path_mask: Tensor | None = None) -> Tensor:
         """keep: (N,) factors of the residual branch, for stochastic depth."""
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        out = _scaled(self.bn2(self.conv2(out)), keep)
+        out = _scaled(self.bn2(self.conv2(out)), drop_path_mask)
         out += x if self.downsample is None else self.downsample(x)
         return F.relu(out, inplace=True)
 
@@ -81,11 +81,11 @@ class Bottleneck(nn.Module):
         self.bn3 = nn.BatchNorm2d(planes * self.expansion)
         self.downsample = downsample
 
-    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, drop_path_mask: Tensor | None = None) -> Tensor:
         """keep: (N,) factors of the residual branch, for stochastic depth."""
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         out = F.relu(self.bn2(self.conv2(out)), inplace=True)
-        out = _scaled(self.bn3(self.conv3(out)), keep)
+        out = _scaled(self.bn3(self.conv3(out)), drop_path_mask)
         out += x if self.downsample is None else self.downsample(x)
         return F.relu(out, inplace=True)
 
@@ -181,7 +181,7 @@ class ResNet(nn.Module):
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(1, 3, 1, 1), persistent=False)
         self._initialise(cfg.zero_init_residual)
-        self._recompute = cfg.recompute
+        self._recompute = cfg.activation_checkpointing
         parts = ["none", *PARTS]
         frozen = parts[1 : parts.index(cfg.freeze) + 1]
         self._frozen = [name for part in frozen for name in PARTS[part]]
@@ -218,12 +218,12 @@ class ResNet(nn.Module):
         """All residual blocks, in the images' order."""
         return [block for stage in (self.layer1, self.layer2, self.layer3, self.layer4) for block in stage]
 
-    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, drop_path_mask: Tensor | None = None) -> Tensor:
         """Map images to logits.
 
         Args:
             x: (N, 3, H, W); uint8 pixels in 0..255, or floats that are normalised already.
-            keep: (N, blocks) factors of the residual branches, for stochastic depth; None for all 1.
+            drop_path_mask: (N, blocks) factors of the residual branches, for stochastic depth; None for all 1.
 
         Returns:
             (N, num_classes) logits.
@@ -234,7 +234,7 @@ class ResNet(nn.Module):
         x = self.maxpool(x)
         recompute = self._recompute and self.training and torch.is_grad_enabled()
         for i, block in enumerate(self.blocks):
-            factors = None if keep is None else keep[:, i]
+            factors = None if drop_path_mask is None else drop_path_mask[:, i]
             if recompute:
                 x = checkpoint(block, x, factors, use_reentrant=False, context_fn=lambda block=block: _contexts(block))
             else:

@@ -24,14 +24,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.loading import dump, load
+from pipeline.config.loading import dump
+from pipeline.config.loading import load as load_config
 from pipeline.config.schema import Config
 from pipeline.failures import READ_CHECKPOINT_S, CheckpointError, IncompleteError, retry
 from pipeline.runs.state_file import write_state
 from pipeline.storage import Storage, alone, fsync
 from pipeline.versions import software
 
-FORMAT = 1
+FORMAT = 2
 STATE, CONFIG, META = "state.pt", "config.yaml", "meta.json"
 
 
@@ -59,7 +60,7 @@ class Checkpoint:
     @cached_property
     def cfg(self) -> Config:
         """What it was trained with. Read once: that takes half a second."""
-        return load(self.file(CONFIG))
+        return load_config(self.file(CONFIG))
 
     def file(self, name: str) -> Path:
         """STATE or CONFIG; a folder that was copied from an object store has it by its name there."""
@@ -167,11 +168,11 @@ def with_scores(found: Checkpoint, metrics: dict[str, Any]) -> Checkpoint:
     return Checkpoint(found.place, found.path, meta)
 
 
-def load(place: Storage, *, whole: bool = True, use_copy: bool = False) -> Checkpoint:
+def load(place: Storage, *, verify_state: bool = True, use_copy: bool = False) -> Checkpoint:
     """Open a checkpoint after checking every byte of it, fetching it first where it lies elsewhere.
 
     Args:
-        whole: False: its state is neither fetched nor checked but for its size, and must not be asked for.
+        verify_state: False: its state is neither fetched nor checked but for its size, and must not be asked for.
         use_copy: a sound copy on this machine will do; the one in the store is known to be sound.
 
     Raises:
@@ -190,13 +191,13 @@ def load(place: Storage, *, whole: bool = True, use_copy: bool = False) -> Check
             raise CheckpointError(f"{place}: {stored} is damaged (its size differs from {META})")
     path = place.local or place.parent.local_dir / place.name
     with nullcontext() if place.local else _fetching(path):
-        for name in (STATE, CONFIG) if whole else (CONFIG,):
+        for name in (STATE, CONFIG) if verify_state else (CONFIG,):
             file = path / (names[name] if place.local else name)
             if not (place.local or (use_copy and file.exists() and _is_sound(file, files[name]))):
                 place.download(names[name], file)
             if not _is_sound(file, files[name]):
                 raise CheckpointError(f"{place}: {name} is damaged (its SHA-256 differs from {META})")
-        if whole and not place.local:
+        if verify_state and not place.local:
             place.download(META, path / META)  # a whole copy: MLflow is sent it
     return Checkpoint(place, path, meta)
 
@@ -210,7 +211,7 @@ def _fetching(path: Path) -> Iterator[None]:
 
 
 def newest_valid(
-    folder: Storage, report: Callable[[str], None], training_id: str | None = None, *, whole: bool = True
+    folder: Storage, report: Callable[[str], None], training_id: str | None = None, *, verify_state: bool = True
 ) -> Checkpoint | None:
     """The newest usable checkpoint in `folder`; newer ones that are not are reported and skipped.
 
@@ -219,7 +220,7 @@ def newest_valid(
 
     Args:
         training_id: of the run that goes on; checkpoints of another one are not its own.
-        whole: see `load`.
+        verify_state: see `load`.
 
     Returns:
         None where there is none, or none that was ever complete.
@@ -233,7 +234,7 @@ def newest_valid(
     names = folder.names()
     for name in sorted((n for n in names if n.startswith("step_")), reverse=True):
         try:
-            return retry(lambda: _read_own(folder / name, training_id, whole), report, READ_CHECKPOINT_S)  # noqa: B023
+            return retry(lambda: _read_own(folder / name, training_id, verify_state), report, READ_CHECKPOINT_S)  # noqa: B023
         except CheckpointError as e:
             problems.append(e)
         except OSError as e:
@@ -244,7 +245,7 @@ def newest_valid(
     if unread is not None:
         raise unread
     if problems and folder.names() != names:  # someone trains the run, and deletes old ones
-        return newest_valid(folder, report, training_id, whole=whole)
+        return newest_valid(folder, report, training_id, verify_state=verify_state)
     if not all(isinstance(problem, IncompleteError) for problem in problems):
         raise CheckpointError(
             f"none of the {len(problems)} checkpoints in {folder} can be used (the newest: {problems[0]}); "
@@ -253,9 +254,9 @@ def newest_valid(
     return None
 
 
-def _read_own(place: Storage, training_id: str | None, whole: bool) -> Checkpoint:
+def _read_own(place: Storage, training_id: str | None, verify_state: bool) -> Checkpoint:
     try:
-        found = load(place, whole=whole)
+        found = load(place, verify_state=verify_state)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as e:
         place.parent.names()  # raises where it is the whole storage that has gone
         raise CheckpointError(f"{place}: cannot be read ({e})") from e

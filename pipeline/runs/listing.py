@@ -16,8 +16,8 @@ from pipeline.runs.manifest import FILE, RunManifest
 from pipeline.storage import Storage
 
 # training: a live process of a machine that shares the directory holds it. died: an attempt has not ended, and nobody
-# holds it. open: an attempt has not ended, and an object store has no locks to tell more. stopped: before its last step.
-# failed: by an error that no new attempt was to follow. new: it has no checkpoint.
+# holds it. open: an attempt has not ended, and an object store has no locks to tell more. stopped: before its last
+# step. failed: by an error that no new attempt was to follow. new: it has no checkpoint.
 State = Literal["training", "died", "open", "failed", "new", "stopped", "done"]
 
 
@@ -60,17 +60,17 @@ def _look(run: Storage) -> Listed | None:
     if not {FILE, lock.FILE, "checkpoints"} & names:
         return None
     problems: list[str] = []
-    identity = RunManifest.read(run, lambda _: problems.append(f"{FILE} is damaged")) if FILE in names else None
+    manifest = RunManifest.read(run, lambda _: problems.append(f"{FILE} is damaged")) if FILE in names else None
     meta = _newest(run / "checkpoints", problems)
     step, num_steps = int(meta["step"]) if meta else 0, _number(meta, "num_steps")
     # Of the last step, too, the evaluation belongs to it.
     done = meta is not None and num_steps is not None and step >= num_steps and bool(meta["metrics"])
     state: State
-    if lock.is_held(run) and not (done and identity is not None and not identity.open):  # a done run may be synced
+    if lock.is_held(run) and not (done and manifest is not None and not manifest.open):  # a done run may be synced
         state = "training"
-    elif identity is not None and identity.open:
+    elif manifest is not None and manifest.open:
         state = "died" if run.local else "open"
-    elif identity is not None and identity.failure:
+    elif manifest is not None and manifest.failure:
         state = "failed"
     else:
         state = "done" if done else "stopped" if meta else "new"

@@ -68,7 +68,9 @@ class RunManifest:
         """With one attempt more."""
         attempts, failures = self.attempts + 1, self.failures + new_failures
         precision = precision or self.precision
-        return dataclasses.replace(self, attempts=attempts, failures=failures, open=True, precision=precision, failure="")
+        return dataclasses.replace(
+            self, attempts=attempts, failures=failures, open=True, precision=precision, failure=""
+        )
 
     def end(self, failure: str = "") -> "RunManifest":
         return dataclasses.replace(self, open=False, failure=failure)
@@ -83,7 +85,10 @@ class RunManifest:
             "pipeline.attempts": self.attempts,
             f"pipeline.attempt_{self.attempts}": f"from step {first_step}, {workers} workers",
             "pipeline.failures": self.failures,
-            **{f"pipeline.failure_{self.failures - i}": failure.text[:500] for i, failure in enumerate(reversed(failures))},
+            **{
+                f"pipeline.failure_{self.failures - i}": failure.text[:500]
+                for i, failure in enumerate(reversed(failures))
+            },
         }
 
     def story(self, failures: Sequence[Failure], first_step: int, workers: int) -> dict[str, float]:

@@ -21,7 +21,7 @@ from pipeline.runs.manifest import FILE, RunManifest
 from pipeline.storage import Storage
 
 # With the step they say which images come next.
-STREAM_KEYS = ("run.seed", "train.global_batch", "data.shuffle_block", "data.shuffle_window", "data.repeats")
+STREAM_KEYS = ("run.seed", "train.global_batch", "data.shuffle_block", "data.shuffle_window", "data.repeated_aug")
 NETWORK_KEYS = ("model.depth", "model.variant", "model.stride_on")  # what the weights mean
 OPTIMIZER_KEYS = ("model.freeze", "optim.name", "optim.layer_decay")  # what its state is, and of which parameters
 
@@ -32,7 +32,7 @@ def find_checkpoint(
     report: Callable[[str], None],
     *,
     began: float | None = None,
-    whole: bool = True,
+    verify_state: bool = True,
     claim: Claim | None = None,
     saved_step: int = 0,
 ) -> tuple[RunManifest, Checkpoint | None]:
@@ -43,7 +43,7 @@ def find_checkpoint(
         resume_from: path or URI of a checkpoint to begin with, where the run has none.
         report: told of what is damaged.
         began: of a training that is new, Unix time; None: now.
-        whole: see `checkpoint.load`.
+        verify_state: see `checkpoint.load`.
         claim: of the driver, which has written run.json. saved_step: of a checkpoint that the run is known to have.
 
     Raises:
@@ -53,26 +53,26 @@ def find_checkpoint(
     """
     if claim is not None:
         claim.check()
-    identity = RunManifest.read(run, report)
-    if claim is not None and identity is None:
+    manifest = RunManifest.read(run, report)
+    if claim is not None and manifest is None:
         raise OSError(f"{run / FILE} is not seen here, which the driver has written")
     try:
         # One that has trained nothing has no checkpoints: an earlier driver wrote it late, in the place of theirs.
-        own = identity.training_id if identity and identity.attempts else None
-        found = checkpoint.newest_valid(run / "checkpoints", report, own, whole=whole)
-        if identity is None or (found is not None and own is None):  # a new run, or one whose run.json is lost
+        own = manifest.training_id if manifest and manifest.attempts else None
+        found = checkpoint.newest_valid(run / "checkpoints", report, own, verify_state=verify_state)
+        if manifest is None or (found is not None and own is None):  # a new run, or one whose run.json is lost
             known = ("training_id", "attempts", "failures")
             kept: dict[str, Any] = {key: found.meta[key] for key in known if key in found.meta} if found else {}
-            identity = RunManifest(**kept, began=began or time.time())
+            manifest = RunManifest(**kept, began=began or time.time())
         seen = found.step if found is not None else 0
         if seen < saved_step and not checkpoint.is_seen(run / "checkpoints", saved_step):
             # To begin anew would write over it. One that is damaged is seen, and told of.
             raise OSError(f"the checkpoint of step {saved_step} is not seen in {run}, which has it")
         if found is None and resume_from is not None:
-            found = checkpoint.load(Storage(resume_from), whole=whole)
+            found = checkpoint.load(Storage(resume_from), verify_state=verify_state)
     except CheckpointError as e:
         raise UserError(str(e)) from None
-    return identity, found
+    return manifest, found
 
 
 def check_config_compatible(found: Checkpoint, cfg: Config) -> None:

@@ -11,7 +11,7 @@ from pipeline.storage import Storage
 if TYPE_CHECKING:  # the driver starts faster without
     import torch
 
-# {"kind": ...}: run, start, step, evaluation, checkpoint, failure, search, killer, note, warning, stopping, end
+# {"kind": ...}: run, start, step, evaluation, checkpoint, failure, search, crashing image, note, warning, stopping, end
 Event = dict[str, Any]
 # Why an attempt ends before the last step: the user wants it, or workers are to come or go.
 StopReason = Literal["interrupted", "resize"]

@@ -22,7 +22,7 @@ from pipeline.failures import MLFLOW_CALL_S, READ_CHECKPOINT_S, mlflow_refuses, 
 from pipeline.runs.claim import Claim, SupersededError
 from pipeline.storage import Storage
 from pipeline.tracking.backlog import Backlog
-from pipeline.tracking.mlflow_run import REPORT, ATTEMPT, MlflowRun, ReportError, Target
+from pipeline.tracking.mlflow_run import ATTEMPT, REPORT, MlflowRun, ReportError, Target
 from pipeline.tracking.mlflow_store import reason, tracking_uri
 from pipeline.tracking.outbox import Outbox, Record, leading_metrics
 from pipeline.tracking.staging import Staging
@@ -50,11 +50,11 @@ class MlflowLogger:
         self._run: MlflowRun | None = None
         self._target, self._folder, self._on_problem = target, folder, on_problem
         self._claim, self._checked = claim, -math.inf
-        self._spool = Outbox(folder, on_problem)
+        self._outbox = Outbox(folder, on_problem)
         self._backlog: Backlog | None = None
         self._staging = Staging(folder)
         try:
-            self._staging.remove_others(self._spool.staged)
+            self._staging.remove_others(self._outbox.staged)
         except OSError as e:
             on_problem(f"{folder} cannot be read: {e}")
         (folder / TARGET).write_text(json.dumps(asdict(target)), encoding="utf-8")
@@ -100,9 +100,9 @@ class MlflowLogger:
         return self._run.experiment_id if self._run else None
 
     @property
-    def spool(self) -> Path:
+    def outbox(self) -> Path:
         """The file of what MLflow has not got yet."""
-        return self._spool.path
+        return self._outbox.path
 
     def adopt(self, attempt: str) -> None:
         """Send what waited on the machine that had the run before, where that was another one.
@@ -115,7 +115,7 @@ class MlflowLogger:
         """
         run = Storage(self._target.run)
         if not run.local:
-            self._backlog = Backlog(run, self._spool, self._target, attempt)
+            self._backlog = Backlog(run, self._outbox, self._target, attempt)
             self._backlog.adopt()
 
     def keep(self) -> None:
@@ -202,13 +202,13 @@ class MlflowLogger:
                 deadline = time.monotonic() + patience_s
         self._abandoned.set()
         self._thread.join(1)
-        waiting = len(retry(self._spool.unsent, self._on_problem, READ_CHECKPOINT_S))
+        waiting = len(retry(self._outbox.unsent, self._on_problem, READ_CHECKPOINT_S))
         try:
             self.keep()
         except OSError as e:
-            self._on_problem(f"{waiting} records for MLflow wait on this machine alone, in {self.spool}: {e}")
+            self._on_problem(f"{waiting} records for MLflow wait on this machine alone, in {self.outbox}: {e}")
         if not self._thread.is_alive():
-            self._spool.close()
+            self._outbox.close()
         return waiting
 
     def abandon(self) -> None:
@@ -219,14 +219,14 @@ class MlflowLogger:
         self._thread.join(1)
         self._stop_monitor()
         if not self._thread.is_alive():
-            self._spool.close()
+            self._outbox.close()
 
     def _stop_monitor(self) -> None:
         if self._run is not None:
             self._run.stop_monitor()
 
     def _put(self, record: Record) -> None:
-        self._spool.append(record)
+        self._outbox.append(record)
         self._wake.set()
 
     def _send_all(self) -> None:
@@ -246,7 +246,7 @@ class MlflowLogger:
                     file = str(getattr(e, "filename", None) or "")
                     ours = [place for place in (str(self._folder), self._target.run) if file.startswith(place)]
                     what = f"{ours[0]} cannot be used" if ours else f"MLflow at {self._target.uri} fails"
-                    self._on_problem(f"{what}, records wait in {self.spool}: {reason(e)}")
+                    self._on_problem(f"{what}, records wait in {self.outbox}: {reason(e)}")
                 self._failing = True
                 if self._closing.is_set():  # somebody waits
                     self._abandoned.wait(RETRY_SECONDS[0])
@@ -255,17 +255,17 @@ class MlflowLogger:
                 failures += 1
                 continue
             self._failing, failures = False, 0
-            if self._closing.is_set() and not self._spool.head():
+            if self._closing.is_set() and not self._outbox.head():
                 return
             self._wake.wait()
 
     def _send_waiting(self) -> None:
         if self._run is None:
             run = MlflowRun(self._target, follow=True)
-            if self._spool.is_new or self._backlog:  # perhaps another machine has sent some of it
-                self._spool.skip(run.last_steps())
+            if self._outbox.is_new or self._backlog:  # perhaps another machine has sent some of it
+                self._outbox.skip(run.last_steps())
             self._run = run
-        waiting = self._spool.head()
+        waiting = self._outbox.head()
         while waiting and not self._abandoned.is_set():
             batch = leading_metrics(waiting, MAX_METRICS) or waiting[:1]
             records = [self._staging.placed(record) for record, _ in batch]
@@ -283,9 +283,9 @@ class MlflowLogger:
                     shutil.rmtree(records[0]["source"], ignore_errors=True)
             self._staging.in_use = None
             self._answered = time.monotonic()
-            self._spool.mark_sent(batch[-1][1])
+            self._outbox.mark_sent(batch[-1][1])
             self._failing = False
-            waiting = waiting[len(batch) :] or self._spool.head()
+            waiting = waiting[len(batch) :] or self._outbox.head()
 
     def _check_claim(self) -> None:
         if self._claim is None or time.monotonic() < self._checked + CHECK_CLAIM_S:

@@ -42,11 +42,11 @@ def sync(run: Storage, report: Callable[[str], None], patience_s: float = 10.0) 
     if target is None:
         raise UserError(f"{folder} holds nothing that waits for MLflow")
     target = _moved(target, run)
-    tracker = MlflowLogger(target, folder, report, claim)  # a training that begins now sends what is left
+    logger = MlflowLogger(target, folder, report, claim)  # a training that begins now sends what is left
     if name:
-        tracker.adopt(name)
-    waiting = tracker.close("KILLED", patience_s) if is_open else tracker.drain(patience_s)
-    return target, tracker.run_id, waiting
+        logger.adopt(name)
+    waiting = logger.close("KILLED", patience_s) if is_open else logger.drain(patience_s)
+    return target, logger.run_id, waiting
 
 
 def _target(file: Path) -> Target | None:

@@ -18,18 +18,18 @@ class Uploads:
         warn: called with a line for the user. timeout_s: how long a storage that does not answer is waited for.
     """
 
-    def __init__(self, tracker: MlflowLogger, warn: Callable[[str], None], timeout_s: float):
-        self._tracker, self._warn, self._timeout_s = tracker, warn, timeout_s
+    def __init__(self, logger: MlflowLogger, warn: Callable[[str], None], timeout_s: float):
+        self._mlflow, self._warn, self._timeout_s = logger, warn, timeout_s
 
     def folder(self, folder: Path) -> None:
         """A folder's files, below its name."""
-        self._hand_over(folder, lambda: self._tracker.folder(folder, folder.name))
+        self._hand_over(folder, lambda: self._mlflow.folder(folder, folder.name))
 
     def checkpoint(self, saved: Checkpoint) -> None:
         def log() -> None:
             if not (saved.path / META).exists():  # of an object store only what was written last is here, and whole
                 checkpoint.load(saved.place, use_copy=True)
-            self._tracker.folder(saved.path, f"{CHECKPOINTS}/{saved.path.name}")
+            self._mlflow.folder(saved.path, f"{CHECKPOINTS}/{saved.path.name}")
 
         self._hand_over(saved.place, log)
 

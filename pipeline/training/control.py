@@ -30,12 +30,12 @@ class ControlBroadcast:
         self._group: Any = None if self._alone else dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         self._sent: tuple[torch.Tensor, Any] | None = None
 
-    def exchange(self, word: ControlFlags) -> ControlFlags:
+    def exchange(self, flags: ControlFlags) -> ControlFlags:
         """Give this step's word (rank 0's counts) and take the one that holds now."""
         if self._alone:
-            return word
+            return flags
         arrived = self.finish()
-        sent = torch.tensor([word.stop, word.save], dtype=torch.uint8)
+        sent = torch.tensor([flags.stop, flags.save], dtype=torch.uint8)
         self._sent = sent, dist.broadcast(sent, 0, group=self._group, async_op=True)
         return arrived
 

@@ -23,8 +23,8 @@ FOLDER = "bad_images"
 STEPS_AHEAD = 128
 
 
-def avoid_killers(
-    job: RunSpec,
+def avoid_crashing_images(
+    spec: RunSpec,
     ctx: WorkerContext,
     place: LoaderContext,
     train: TrainLoader,
@@ -39,10 +39,10 @@ def avoid_killers(
     Args:
         first_step: that this attempt begins with. heartbeat: called every few seconds of a search.
     """
-    timeout_s = float(job.cfg.cluster.timeout_s)
-    known = retry(lambda: _known(job.run), ctx.warn, timeout_s)
+    timeout_s = float(spec.cfg.cluster.timeout_s)
+    known = retry(lambda: _known(spec.run), ctx.warn, timeout_s)
     if ctx.deaths:
-        found = _look(job, ctx, place, train, val, first_step, known, heartbeat)
+        found = _look(spec, ctx, place, train, val, first_step, known, heartbeat)
         every: list[dict[str, str]] = [found] * ctx.world_size
         if ctx.world_size > 1:  # by this, too, as a folder that nodes mount shows new files late
             dist.all_gather_object(every, found)
@@ -51,7 +51,7 @@ def avoid_killers(
     val.avoid(rows_of(val.index, known))
 
 
-def known_killers(run: Storage, index: Index) -> dict[int, str]:
+def known_crashing_images(run: Storage, index: Index) -> dict[int, str]:
     """The rows of an index that have killed workers of this run, with the reason.
 
     Raises:
@@ -83,7 +83,7 @@ def _keep(run: Storage, name: str, reason: str) -> None:
 
 
 def _look(
-    job: RunSpec,
+    spec: RunSpec,
     ctx: WorkerContext,
     place: LoaderContext,
     train: TrainLoader,
@@ -93,27 +93,29 @@ def _look(
     heartbeat: Callable[[], None],
 ) -> dict[str, str]:
     """What this rank finds in its share of the steps at which workers died, and of the evaluations among them."""
-    schedule = Schedule.create(job.cfg, len(train.index))
+    schedule = Schedule.create(spec.cfg, len(train.index))
     steps = steps_to_search(ctx.deaths, first_step, schedule.num_steps)
     if ctx.rank == 0:
         text = f"workers died twice without a newer checkpoint: looking for images that kill them in {len(steps)} steps"
         ctx.emit({"kind": "search", "text": text})
-    asked = [(train.index, job.train_index, train.max_batch, [train.request(step) for step in steps])]
-    if evaluates(job.cfg.train, schedule, steps):
-        asked.append((val.index, job.val_index, val.max_batch, [val.request(chunk) for chunk in val.chunks]))
+    asked = [(train.index, spec.train_index, train.max_batch, [train.request(step) for step in steps])]
+    if evaluates(spec.cfg.train, schedule, steps):
+        asked.append((val.index, spec.val_index, val.max_batch, [val.request(chunk) for chunk in val.chunks]))
     found: dict[str, str] = {}
-    until = time.monotonic() + job.cfg.cluster.timeout_s / 2  # the other ranks wait
+    until = time.monotonic() + spec.cfg.cluster.timeout_s / 2  # the other ranks wait
     for index, uri, max_batch, requests in asked:
 
-        def keep(row: int, reason: str, index: Index = index) -> None:
+        def record(row: int, reason: str, index: Index = index) -> None:
             """At once: this process may not live to the end of the search."""
             name = f"{_data(index)}{row}"
             found[name] = reason
-            retry(lambda: _keep(job.run, name, reason), ctx.warn, job.cfg.cluster.timeout_s / 4)
-            ctx.emit({"kind": "killer", "text": f"{index.place(row)}: {reason}; a uniform image takes its place"})
+            retry(lambda: _keep(spec.run, name, reason), ctx.warn, spec.cfg.cluster.timeout_s / 4)
+            ctx.emit(
+                {"kind": "crashing image", "text": f"{index.place(row)}: {reason}; a uniform image takes its place"}
+            )
 
-        isolation = Isolation(Storage(uri).fetch(), index, job.cfg.data, place, max_batch, ctx.warn, heartbeat)
-        isolation.search(requests, list(rows_of(index, known)), keep, until)
+        isolation = Isolation(Storage(uri).fetch(), index, spec.cfg.data, place, max_batch, ctx.warn, heartbeat)
+        isolation.search(requests, list(rows_of(index, known)), record, until)
     return found
 
 

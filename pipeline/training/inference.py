@@ -20,7 +20,7 @@ from pipeline.failures import NonFiniteError
 from pipeline.models import pretrained
 from pipeline.storage import Storage
 from pipeline.tracking.metrics import Predictions
-from pipeline.training.crashing_images import known_killers
+from pipeline.training.crashing_images import known_crashing_images
 from pipeline.training.evaluation import evaluate, log_probabilities
 from pipeline.training.microbatch import OomSplitter
 from pipeline.training.precision import emulation, hardware_of, settle
@@ -57,7 +57,7 @@ def evaluate_checkpoint(
         say(f"warning: {text}")
     index = open_index(data or cfg.data.val)[0].with_classes(classes)
     with closing(EvalLoader(index, cfg.data, here, _refuse, batch=cfg.train.eval_batch, views=views)) as loader:
-        loader.avoid(known_killers(place.parent.parent, index))
+        loader.avoid(known_crashing_images(place.parent.parent, index))
         try:
             said = evaluate(
                 model.to(here.device),
@@ -149,6 +149,6 @@ def _predict(
 
 def _refuse(path: str, reason: str) -> None:
     raise UserError(
-        f"{path} cannot be decoded ({reason}); mend it, or have what is broken or missing left out by a new index: "
+        f"{path} cannot be decoded ({reason}); fix it, or have what is broken or missing left out by a new index: "
         "--data FOLDER"
     )

@@ -31,7 +31,7 @@ class NonFiniteLossError(NonFiniteError):
     """The loss became NaN or infinite; the text says at which step and on which samples."""
 
 
-def fit(job: RunSpec, ctx: WorkerContext) -> dict[str, Any]:
+def fit(spec: RunSpec, ctx: WorkerContext) -> dict[str, Any]:
     """Train to the last step, from the newest valid checkpoint if there is one.
 
     Returns:
@@ -40,36 +40,38 @@ def fit(job: RunSpec, ctx: WorkerContext) -> dict[str, Any]:
     Raises:
         UserError: a checkpoint that does not fit. NonFiniteError. BadDataError.
     """
-    with Watchdog(job.cfg.cluster.timeout_s) as watchdog, ExitStack() as stack:
-        return _fit(job, ctx, watchdog, stack)
+    with Watchdog(spec.cfg.cluster.timeout_s) as watchdog, ExitStack() as stack:
+        return _fit(spec, ctx, watchdog, stack)
 
 
-def _fit(job: RunSpec, ctx: WorkerContext, watchdog: Watchdog, stack: ExitStack) -> dict[str, Any]:
+def _fit(spec: RunSpec, ctx: WorkerContext, watchdog: Watchdog, stack: ExitStack) -> dict[str, Any]:
     entered = time.time()
     torch.set_num_threads(ctx.num_threads)
     if ctx.device.type == "cuda":
         torch.cuda.set_device(ctx.device)
         torch.backends.cudnn.benchmark = True  # shapes stay the same
-    job, identity, resumed, precision = find_checkpoint(job, ctx)
+    spec, manifest, resumed, precision = find_checkpoint(spec, ctx)
     watchdog.feed()
-    cfg = job.cfg
-    index, val_index = (open_index(uri, job, ctx, resumed) for uri in (job.train_index, job.val_index))
+    cfg = spec.cfg
+    index, val_index = (open_index(uri, spec, ctx, resumed) for uri in (spec.train_index, spec.val_index))
     watchdog.feed()
     schedule = Schedule.create(cfg, len(index))
     eval_every = cfg.train.eval_every * schedule.steps_per_epoch
     stop_step = min(schedule.num_steps, cfg.run.stop_at_step or schedule.num_steps)
     state = TrainState.create(cfg, len(index.classes), ctx.device)
     begin(state, cfg, index, ctx, resumed, precision)
-    ledger = make_ledger(ctx, identity, resumed, entered)
-    recorder = Recorder(job, ctx, index, identity, resumed, ledger, schedule.num_steps, precision.reason, watchdog.feed)
+    ledger = make_ledger(ctx, manifest, resumed, entered)
+    recorder = Recorder(
+        spec, ctx, index, manifest, resumed, ledger, schedule.num_steps, precision.reason, watchdog.feed
+    )
     stack.enter_context(recorder)  # from now on MLflow is told of any end
-    train_loader, val_loader = make_loaders(job, ctx, index, val_index, recorder, state.step, watchdog.feed)
+    train_loader, val_loader = make_loaders(spec, ctx, index, val_index, recorder, state.step, watchdog.feed)
     net = wrap_model(state.model, cfg, ctx.world_size, ctx.device, ledger)
     # A rank that tries a size out alone would wait for the others' statistics of BatchNorm.
     tries = ctx.device.type == "cuda" and not (cfg.model.sync_bn and ctx.world_size > 1)
     micro_batches = AutoMicrobatch(cfg.train, tries, ctx.warn)
     in_parts = OomSplitter(ctx.warn)
-    votes = ControlBroadcast(ctx.world_size, cfg.cluster.timeout_s)
+    control = ControlBroadcast(ctx.world_size, cfg.cluster.timeout_s)
 
     def due(every: int) -> bool:
         return state.step % every == 0 or state.step == schedule.num_steps
@@ -86,7 +88,7 @@ def _fit(job: RunSpec, ctx: WorkerContext, watchdog: Watchdog, stack: ExitStack)
                     device=ctx.device,
                     in_parts=in_parts,
                     heartbeat=watchdog.feed,
-                    stopped=lambda: votes.exchange(ControlFlags(stop=ctx.stop_reason() is not None)).stop,
+                    stopped=lambda: control.exchange(ControlFlags(stop=ctx.stop_reason() is not None)).stop,
                 )
             except StoppedError:
                 return False
@@ -98,8 +100,8 @@ def _fit(job: RunSpec, ctx: WorkerContext, watchdog: Watchdog, stack: ExitStack)
     with (
         closing(train_loader),
         closing(val_loader),
-        closing(Profiler(job, ctx, ledger, recorder.publish)) as profile,
-        SampleLog(job, ctx) as trace,
+        closing(Profiler(spec, ctx, ledger, recorder.publish)) as profile,
+        SampleLog(spec, ctx) as sample_log,
     ):
         profile.step(state.step)
         # An attempt that had to end between saving and evaluating has left that to this one.
@@ -121,14 +123,14 @@ def _fit(job: RunSpec, ctx: WorkerContext, watchdog: Watchdog, stack: ExitStack)
             )
             losses.append(loss)
             profile.step(state.step)
-            trace.step(state.step, batch)
+            sample_log.step(state.step, batch)
             watchdog.feed()
             recorder.progress(state.step)
-            word = votes.exchange(ControlFlags(stop=ctx.stop_reason() is not None, save=recorder.wants_save))
+            flags = control.exchange(ControlFlags(stop=ctx.stop_reason() is not None, save=recorder.wants_save))
 
             logging, evaluating = due(cfg.train.log_every), due(eval_every)
-            ending = word.stop or state.step == stop_step
-            saving = due(cfg.checkpoint.every) or word.save or ending
+            ending = flags.stop or state.step == stop_step
+            saving = due(cfg.checkpoint.every) or flags.save or ending
             if not (logging or evaluating or saving):
                 continue
             values, num_bad = _gather(losses, recorder.num_bad, ctx)  # the only wait for the device
@@ -139,11 +141,11 @@ def _fit(job: RunSpec, ctx: WorkerContext, watchdog: Watchdog, stack: ExitStack)
                     recorder.step(state.step, values[-1], lr, state.step / schedule.steps_per_epoch, num_bad)
             if saving:  # before an evaluation, which may take longer than a node has that is to go
                 with ledger.phase("checkpoint"):
-                    recorder.save(state, now=ending, is_scored_later=evaluating and not word.stop)
-            owes_evaluation = evaluating and (word.stop or not evaluated())
+                    recorder.save(state, now=ending, is_scored_later=evaluating and not flags.stop)
+            owes_evaluation = evaluating and (flags.stop or not evaluated())
             if ending or owes_evaluation:
                 break
-        votes.finish()
+        control.finish()
         with ledger.phase("checkpoint"):
             recorder.save(state, now=True)
         watchdog.feed()

@@ -46,7 +46,9 @@ class AutoMicrobatch:
         if shape not in self._fitting:
             while not self._fits(state, net, batch, size):
                 if size == 1:
-                    raise _too_large(f"data.image_size={shape[-1]}", "lower it, or set model.recompute=true")
+                    raise _too_large(
+                        f"data.image_size={shape[-1]}", "lower it, or set model.activation_checkpointing=true"
+                    )
                 size = _half(size, self._say, "the global batch stays, and this step is computed anew")
             self._fitting[shape] = size
         return self._fitting[shape]
@@ -105,5 +107,5 @@ def _half(size: int, say: Callable[[str], None], then: str) -> int:
     return -(-size // 2)
 
 
-def _too_large(setting: str, mend: str) -> UserError:
-    return UserError(f"{setting}: a single image does not fit into the GPU's memory; {mend}")
+def _too_large(setting: str, fix: str) -> UserError:
+    return UserError(f"{setting}: a single image does not fit into the GPU's memory; {fix}")

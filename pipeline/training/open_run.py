@@ -3,7 +3,7 @@
 STORAGE/NAME/
     index/{train,val}.arrow   where data.train or data.val is no index itself
     checkpoints/step_*/       see `checkpoint`
-    run.json                  see `identity`
+    run.json                  see `manifest`
     drivers/                  see `claim`
     summary.json              see `summary`
     mlflow-backlog/           of a run on an object store, see `backlog`
@@ -84,9 +84,15 @@ def open_run(
         run.local_dir.mkdir(parents=True, exist_ok=True)
         # What is damaged the workers tell.
         look = partial(
-            resume.find_checkpoint, run, resume_from, lambda _: None, began=began, whole=False, saved_step=saved_step
+            resume.find_checkpoint,
+            run,
+            resume_from,
+            lambda _: None,
+            began=began,
+            verify_state=False,
+            saved_step=saved_step,
         )
-        identity, found = retry(look, tell, timeout_s)
+        manifest, found = retry(look, tell, timeout_s)
     heartbeat()
     if found is not None:
         resume.check_config_compatible(found, cfg)
@@ -114,7 +120,7 @@ def open_run(
             built = {split: index for split, index in indexes.items() if not is_index(sources[split])}
             with _as_second(run, again=again), _saved(built, folder.local_dir) as files:
                 claim = retry(partial(Claim.take, run, command, again=again), tell, timeout_s)
-                now = _settled(run, identity, claim, cfg.mlflow.uri, began, tell)
+                now = _settled(run, manifest, claim, cfg.mlflow.uri, began, tell)
                 for split, file in files.items():  # not before: this command may be refused, or come second
                     retry(partial(_store, file, folder, f"{split}.arrow", claim), tell, timeout_s)
                     sources[split] = (folder / f"{split}.arrow").uri
@@ -175,21 +181,21 @@ def _settled(
     return settled
 
 
-def _refuse_copy(run: Storage, identity: RunManifest, claim: Claim, mlflow_uri: str | None) -> None:
+def _refuse_copy(run: Storage, manifest: RunManifest, claim: Claim, mlflow_uri: str | None) -> None:
     """Raise UserError where the folder was not moved from where run.json was written, but copied.
 
     A storage that was copied as a whole, MLflow's SQLite file among it, has its own records.
     """
-    if identity.place in ("", run.uri):
+    if manifest.place in ("", run.uri):
         return
-    there = Storage(identity.place)
+    there = Storage(manifest.place)
     try:
         has_own_mlflow = tracking_uri(mlflow_uri, there.parent) != tracking_uri(mlflow_uri, run.parent)
         other = RunManifest.read(there, lambda _: None)
         is_same_folder = claim.name in (there / FOLDER).names()
     except (OSError, ValueError):  # the place is no more, or of no use here (UserError is a ValueError)
         return
-    if other is None or other.training_id != identity.training_id or is_same_folder or has_own_mlflow:
+    if other is None or other.training_id != manifest.training_id or is_same_folder or has_own_mlflow:
         return
     raise UserError(
         f"run.name={run.name}: {run} is a copy of {there}, and both would log to one run of MLflow; branch off "

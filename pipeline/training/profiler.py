@@ -23,9 +23,9 @@ class Profiler:
         publish: called with the folder, once the trace is in it.
     """
 
-    def __init__(self, job: RunSpec, ctx: WorkerContext, ledger: TimeLedger, publish: Callable[[Path], None]):
-        self._steps = job.cfg.train.profile if ctx.rank == 0 else None
-        self._folder, self._ledger, self._publish = job.run.local_dir / "profile", ledger, publish
+    def __init__(self, spec: RunSpec, ctx: WorkerContext, ledger: TimeLedger, publish: Callable[[Path], None]):
+        self._steps = spec.cfg.train.profile if ctx.rank == 0 else None
+        self._folder, self._ledger, self._publish = spec.run.local_dir / "profile", ledger, publish
         self._warn, self._on_gpu = ctx.warn, ctx.device.type == "cuda"
         self._profiler: Any = None
         self._range: Any = None

@@ -34,24 +34,24 @@ class Recorder:
     """Writes down one attempt of a training.
 
     Args:
-        index: of the training images. identity: of the training, before this attempt.
+        index: of the training images. manifest: of the training, before this attempt.
         resumed: the checkpoint that this attempt goes on from.
         num_steps: of the whole training. precision: why it is the one that cfg says. heartbeat: called in long waits.
     """
 
     def __init__(
         self,
-        job: RunSpec,
+        spec: RunSpec,
         ctx: WorkerContext,
         index: Index,
-        identity: RunManifest,
+        manifest: RunManifest,
         resumed: Checkpoint | None,
         ledger: TimeLedger,
         num_steps: int,
         precision: str,
         heartbeat: Callable[[], None] = lambda: None,
     ):
-        self._job, self._ctx, self._ledger, self._num_steps, self._heartbeat = job, ctx, ledger, num_steps, heartbeat
+        self._spec, self._ctx, self._ledger, self._num_steps, self._heartbeat = spec, ctx, ledger, num_steps, heartbeat
         self._data = {"fingerprint": index.fingerprint, "classes": index.classes}
         self.num_bad = 0  # broken images that this rank has met
         self._scores = dict(resumed.meta["metrics"]) if resumed else {}
@@ -61,58 +61,58 @@ class Recorder:
         marks = (*ctx.marks, ("state", time.time()))
         self._startup = {name: ended - began for (_, began), (name, ended) in pairwise(marks)}
         if ctx.rank == 0:
-            self._identity = identity
+            self._manifest = manifest
             self._begin(resumed, precision)
 
     def _begin(self, resumed: Checkpoint | None, precision: str) -> None:
-        cfg, ctx, run, timeout_s = self._job.cfg, self._ctx, self._job.run, self._job.cfg.cluster.timeout_s
-        failures = ctx.failures or self._identity.unended()
-        self._replace_identity(self._identity.begin(len(failures), cfg.train.precision))
-        retry(self._job.checkpoints.make, ctx.warn, timeout_s)
-        self._saver = AsyncCheckpointer(
-            self._job.checkpoints,
+        cfg, ctx, run, timeout_s = self._spec.cfg, self._ctx, self._spec.run, self._spec.cfg.cluster.timeout_s
+        failures = ctx.failures or self._manifest.unended()
+        self._replace_identity(self._manifest.begin(len(failures), cfg.train.precision))
+        retry(self._spec.checkpoints.make, ctx.warn, timeout_s)
+        self._checkpointer = AsyncCheckpointer(
+            self._spec.checkpoints,
             cfg,
-            check=lambda: self._identity.check(self._job.run, self._job.claim),
-            keep=lambda: self._tracker.keep(),
-            free=lambda: self._tracker.give_way(),
+            check=lambda: self._manifest.check(self._spec.run, self._spec.claim),
+            keep=lambda: self._mlflow.keep(),
+            free=lambda: self._mlflow.give_way(),
             written=self._written,
             scored=self._scored,
             report=ctx.warn,
             newest=resumed,
         )
-        make = partial(MlflowLogger.of_run, cfg.mlflow, run, self._identity.training_id, ctx.warn, self._job.claim)
-        self._tracker = retry(make, ctx.warn, timeout_s)
-        self._uploads = Uploads(self._tracker, ctx.warn, min(UPLOAD_S, timeout_s))
-        retry(partial(self._tracker.adopt, self._job.attempt_name(self._identity.attempts)), ctx.warn, timeout_s)
-        self._tracker.start()
-        self._tracker.params(flatten(cfg))
-        attempt = self._identity.attempts
-        self._tracker.text(dump(cfg), f"config/attempt_{attempt}.yaml")
-        tags = self._identity.tags(failures, self._first_step, ctx.world_size)
-        self._tracker.tags({**tags, "pipeline.data_fingerprint": self._data["fingerprint"]})
-        story = self._identity.story(failures, self._first_step, ctx.world_size)
-        self._tracker.metrics(attempt, {f"attempt/{name}": value for name, value in story.items()})  # step: attempt
+        make = partial(MlflowLogger.of_run, cfg.mlflow, run, self._manifest.training_id, ctx.warn, self._spec.claim)
+        self._mlflow = retry(make, ctx.warn, timeout_s)
+        self._uploads = Uploads(self._mlflow, ctx.warn, min(UPLOAD_S, timeout_s))
+        retry(partial(self._mlflow.adopt, self._spec.attempt_name(self._manifest.attempts)), ctx.warn, timeout_s)
+        self._mlflow.start()
+        self._mlflow.params(flatten(cfg))
+        attempt = self._manifest.attempts
+        self._mlflow.text(dump(cfg), f"config/attempt_{attempt}.yaml")
+        tags = self._manifest.tags(failures, self._first_step, ctx.world_size)
+        self._mlflow.tags({**tags, "pipeline.data_fingerprint": self._data["fingerprint"]})
+        story = self._manifest.story(failures, self._first_step, ctx.world_size)
+        self._mlflow.metrics(attempt, {f"attempt/{name}": value for name, value in story.items()})  # step: attempt
         where = {"world_size": ctx.world_size, "num_threads": ctx.num_threads, "device": ctx.device.type}
         where |= {"precision": cfg.train.precision, "precision_reason": precision}
         steps = {"step": self._first_step, "num_steps": self._num_steps, "global_batch": cfg.train.global_batch}
         told: dict[str, float] = {k: story[k] for k in ("lost_steps", "recovery_s") if k in story}
         start = {"kind": "start", "attempt": attempt, **steps, "resumed_from": resumed and str(resumed.place)}
-        ctx.emit({**start, "startup": self._startup, **where, **told, "failures": self._identity.failures})
+        ctx.emit({**start, "startup": self._startup, **where, **told, "failures": self._manifest.failures})
 
     def _replace_identity(self, new: RunManifest) -> None:
-        replace = partial(self._identity.replaced, new, self._job.run, self._job.claim)
-        self._identity = retry(replace, self._ctx.warn, self._job.cfg.cluster.timeout_s)
+        replace = partial(self._manifest.replaced, new, self._spec.run, self._spec.claim)
+        self._manifest = retry(replace, self._ctx.warn, self._spec.cfg.cluster.timeout_s)
 
     def progress(self, step: int) -> None:
         """Tell that `step` steps are done. From the first one on MLflow is talked to: its import takes seconds."""
         self._ctx.progress(step)
         if self._ctx.rank == 0:
-            self._tracker.connect()
+            self._mlflow.connect()
 
     @property
     def wants_save(self) -> bool:
         """Whether a checkpoint that was postponed can be taken now."""
-        return self._ctx.rank == 0 and self._saver.wants_save
+        return self._ctx.rank == 0 and self._checkpointer.wants_save
 
     def step(self, step: int, loss: float, lr: float, epoch: float, num_bad: int) -> None:
         """Log one step: `loss` is the mean over its global batch, of the weights before it."""
@@ -120,7 +120,7 @@ class Recorder:
             return
         seconds, before = self._ledger.seconds(), self._logged
         step_s = total(seconds, *STEP) - total(before, *STEP)
-        images = (step - self._logged_step) * self._job.cfg.train.global_batch
+        images = (step - self._logged_step) * self._spec.cfg.train.global_batch
         metrics = {
             "train/loss": loss,
             "train/lr": lr,
@@ -130,7 +130,7 @@ class Recorder:
             "data/bad_images": num_bad,
         }
         self._logged_step, self._logged = step, seconds
-        self._tracker.metrics(step, metrics | for_mlflow(seconds))
+        self._mlflow.metrics(step, metrics | for_mlflow(seconds))
         told = {"seconds": summed_up(seconds), "perf/goodput": goodput(seconds)}
         self._ctx.emit({"kind": "step", "step": step, **told, **metrics})
 
@@ -141,10 +141,10 @@ class Recorder:
         state.best_top1 = max(state.best_top1, scores["top1"])
         if self._ctx.rank != 0:
             return
-        self._tracker.metrics(state.step, {f"val/{name}": value for name, value in scores.items()})
+        self._mlflow.metrics(state.step, {f"val/{name}": value for name, value in scores.items()})
         self._ctx.emit({"kind": "evaluation", "step": state.step, **scores})
-        if self._saver.has(state.step):
-            self._saver.add_scores(state.step, scores)
+        if self._checkpointer.has(state.step):
+            self._checkpointer.add_scores(state.step, scores)
         elif improved:
             self.save(state, scores, now=True)
 
@@ -154,7 +154,7 @@ class Recorder:
         """Have a checkpoint written, with the scores if they are of this very step: see `AsyncCheckpointer.save`."""
         if self._ctx.rank == 0:
             meta = partial(self._meta, state, scores or {})
-            self._saver.save(state.step, state.finite_state_dict, meta, now=now, is_scored_later=is_scored_later)
+            self._checkpointer.save(state.step, state.finite_state_dict, meta, now=now, is_scored_later=is_scored_later)
 
     def _meta(self, state: TrainState, scores: dict[str, float]) -> dict[str, Any]:
         seconds = self._ledger.seconds()
@@ -166,28 +166,28 @@ class Recorder:
             "images_per_s": self._images_per_s(state.step, seconds),
             "device": device_name(self._ctx.device),
             "workers": self._ctx.world_size,
-            **self._identity.facts(),
-            "mlflow_run_id": self._tracker.run_id,
+            **self._manifest.facts(),
+            "mlflow_run_id": self._mlflow.run_id,
             "time": time.time(),
             "seconds": seconds,
         }
 
     def _written(self, saved: Checkpoint, seconds: float) -> None:
         """A checkpoint is safe; called by the thread that wrote it."""
-        if self._job.cfg.mlflow.checkpoints == "all" and not self._saver.is_scored_later:
+        if self._spec.cfg.mlflow.checkpoints == "all" and not self._checkpointer.is_scored_later:
             self._uploads.checkpoint(saved)
         metrics = {
-            "checkpoint/blocking_s": self._saver.blocking_s,
+            "checkpoint/blocking_s": self._checkpointer.blocking_s,
             "checkpoint/write_s": seconds,
-            "checkpoint/postponed": float(self._saver.num_postponed),
-            "checkpoint/failed_tries": float(self._saver.num_failed_tries),
+            "checkpoint/postponed": float(self._checkpointer.num_postponed),
+            "checkpoint/failed_tries": float(self._checkpointer.num_failed_tries),
         }
-        self._tracker.metrics(saved.step, metrics)
+        self._mlflow.metrics(saved.step, metrics)
         self._ctx.emit({"kind": "checkpoint", "step": saved.step, "path": str(saved.place)})
 
     def _scored(self, scored: Checkpoint) -> None:
         """A checkpoint has got its scores; called by the thread that wrote them."""
-        if self._job.cfg.mlflow.checkpoints == "all":
+        if self._spec.cfg.mlflow.checkpoints == "all":
             self._uploads.checkpoint(scored)
 
     def bad_image(self, path: str, reason: str) -> None:
@@ -203,16 +203,16 @@ class Recorder:
         if error is None or self._ctx.rank != 0:
             return
         if isinstance(error, SupersededError):  # not its to end
-            self._tracker.abandon()
+            self._mlflow.abandon()
             return
-        self._tracker.tags(
-            {f"pipeline.attempt_{self._identity.attempts}.error": f"{type(error).__name__}: {error}"[:500]}
+        self._mlflow.tags(
+            {f"pipeline.attempt_{self._manifest.attempts}.error": f"{type(error).__name__}: {error}"[:500]}
         )
         try:
-            self._saver.finish(MLFLOW_HANDOVER_S[0])
+            self._checkpointer.finish(MLFLOW_HANDOVER_S[0])
         except (OSError, RuntimeError) as e:
             self._ctx.warn(str(e))
-        self._tracker.close("FAILED", *MLFLOW_HANDOVER_S, self._heartbeat)
+        self._mlflow.close("FAILED", *MLFLOW_HANDOVER_S, self._heartbeat)
 
     def finished(self, state: TrainState, val_loader: EvalLoader, *, owes_evaluation: bool) -> dict[str, Any]:
         """Publish what the configuration asks for, end the attempt and return its summary.
@@ -225,42 +225,42 @@ class Recorder:
             TimeoutError: the last checkpoint could not be written.
         """
         if self._ctx.rank != 0:
-            retention.forget_copies(self._job.checkpoints, name_of(state.step))
+            retention.forget_copies(self._spec.checkpoints, name_of(state.step))
             return {}
-        cfg, done = self._job.cfg, state.step == self._num_steps and not owes_evaluation
+        cfg, done = self._spec.cfg, state.step == self._num_steps and not owes_evaluation
         asked = state.step >= (cfg.run.stop_at_step or self._num_steps) and not owes_evaluation
         status = "done" if done else "stopped" if asked else self._ctx.stop_reason()
         speed = self._images_per_s(state.step, self._ledger.seconds())  # before MLflow is waited for
         with self._ledger.phase("checkpoint"):
-            self._saver.finish(cfg.cluster.timeout_s)
+            self._checkpointer.finish(cfg.cluster.timeout_s)
             self._heartbeat()
-            self._replace_identity(self._identity.end())
-            top = retention.best_of(retention.own(self._job.checkpoints, self._identity.training_id))
-        newest = self._saver.newest
+            self._replace_identity(self._manifest.end())
+            top = retention.best_of(retention.own(self._spec.checkpoints, self._manifest.training_id))
+        newest = self._checkpointer.newest
         assert newest is not None, "an attempt ends with a checkpoint"
         chosen = {"last": newest, "best": top}.get(cfg.mlflow.checkpoints)
         if chosen and status != "resize":
             self._uploads.checkpoint(chosen)
         self._heartbeat()
         if done and cfg.mlflow.log_model:
-            self._tracker.model(newest.place, cfg.mlflow.register)
-        self._tracker.metrics(state.step, for_mlflow(self._ledger.seconds()))
+            self._mlflow.model(newest.place, cfg.mlflow.register)
+        self._mlflow.metrics(state.step, for_mlflow(self._ledger.seconds()))
         if done and cfg.mlflow.report and self._said is not None:
             with self._ledger.phase("logging"):
                 self._report(newest.meta, self._said, val_loader)
         with self._ledger.phase("logging"):
             limits = MLFLOW_HANDOVER_S if status == "resize" else (MLFLOW_END_S, math.inf)
-            waiting = self._tracker.close("FINISHED" if done else "KILLED", *limits, self._heartbeat)
+            waiting = self._mlflow.close("FINISHED" if done else "KILLED", *limits, self._heartbeat)
         if not waiting:
-            retention.forget_copies(self._job.checkpoints)
+            retention.forget_copies(self._spec.checkpoints)
         elif status != "resize":
             self._ctx.warn(
-                f"MLflow is away; {waiting} records wait in {self._tracker.spool}; "
-                f"to send them: pipeline sync {self._job.run}"
+                f"MLflow is away; {waiting} records wait in {self._mlflow.outbox}; "
+                f"to send them: pipeline sync {self._spec.run}"
             )
         return {
-            "run": self._job.run.name,
-            "run_dir": str(self._job.run),
+            "run": self._spec.run.name,
+            "run_dir": str(self._spec.run),
             "status": status,
             "step": state.step,
             "num_steps": self._num_steps,
@@ -272,24 +272,24 @@ class Recorder:
             "ended": time.time(),
             "checkpoint": str(newest.place),
             "best_checkpoint": top and str(top.place),
-            **self._identity.facts(),
-            "mlflow_uri": self._tracker.uri,
-            "mlflow_experiment_id": self._tracker.experiment_id,
-            "mlflow_run_id": self._tracker.run_id,
+            **self._manifest.facts(),
+            "mlflow_uri": self._mlflow.uri,
+            "mlflow_experiment_id": self._mlflow.experiment_id,
+            "mlflow_run_id": self._mlflow.run_id,
             "mlflow_waiting": waiting,
         }
 
     def _images_per_s(self, step: int, seconds: dict[str, float]) -> float | None:
-        images = (step - self._first_step) * self._job.cfg.train.global_batch  # of this attempt
+        images = (step - self._first_step) * self._spec.cfg.train.global_batch  # of this attempt
         return images / (total(seconds, *STEP) - total(self._first, *STEP)) if images else None
 
     def _report(self, meta: dict[str, Any], said: Predictions, val_loader: EvalLoader) -> None:
         """Lay aside all that the report takes, so that MLflow may be away: the thread that logs it makes it."""
         told = {"seconds": self._ledger.seconds(), "counted": "until this report"}
-        meta = {**meta, **told, "mlflow_run_id": self._tracker.run_id}
-        cfg, run = self._job.cfg, self._job.run
+        meta = {**meta, **told, "mlflow_run_id": self._mlflow.run_id}
+        cfg, run = self._spec.cfg, self._spec.run
         try:
-            self._tracker.report(Facts(run.name, cfg.data.val, meta, cfg, said, find_mistakes(said, val_loader)))
+            self._mlflow.report(Facts(run.name, cfg.data.val, meta, cfg, said, find_mistakes(said, val_loader)))
         except Exception as e:  # a full disk, images that cannot be read again, ...: the training is done all the same
             self._ctx.warn(f"no report is made ({type(e).__name__}: {e}); try again: pipeline report {run}")
 

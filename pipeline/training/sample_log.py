@@ -1,4 +1,4 @@
-"""Which images each step was trained on and when, written down where data.trace asks for it: anyone can check."""
+"""Which images each step was trained on and when, written down where data.log_samples asks for it: anyone can check."""
 
 import json
 import time
@@ -9,7 +9,7 @@ from pipeline.runs.spec import RunSpec, WorkerContext
 
 
 class SampleLog:
-    """Appends a line for each step of this rank to trace/rank_R.jsonl in the run's folder (of this machine):
+    """Appends a line for each step of this rank to samples/rank_R.jsonl in the run's folder (of this machine):
 
     {"step": counted from 1, "rank": R, "world_size": W, "time": T, "rows": rows of the index, in order}
 
@@ -17,8 +17,8 @@ class SampleLog:
     its work was handed over. A step that is trained again after a failure is in it again.
     """
 
-    def __init__(self, job: RunSpec, ctx: WorkerContext):
-        self._ctx, self._file = ctx, None if not job.cfg.data.trace else _open(job, ctx)
+    def __init__(self, spec: RunSpec, ctx: WorkerContext):
+        self._ctx, self._file = ctx, None if not spec.cfg.data.log_samples else _open(spec, ctx)
 
     def step(self, step: int, batch: Batch) -> None:
         if self._file is not None:
@@ -34,7 +34,7 @@ class SampleLog:
             self._file.close()
 
 
-def _open(job: RunSpec, ctx: WorkerContext) -> TextIO:
-    folder = job.run.local_dir / "trace"
+def _open(spec: RunSpec, ctx: WorkerContext) -> TextIO:
+    folder = spec.run.local_dir / "samples"
     folder.mkdir(parents=True, exist_ok=True)
     return (folder / f"rank_{ctx.rank}.jsonl").open("a", encoding="utf-8")

@@ -20,27 +20,27 @@ from pipeline.runs.manifest import RunManifest
 from pipeline.runs.spec import RunSpec, WorkerContext
 from pipeline.storage import Storage
 from pipeline.tracking.ledger import TimeLedger
-from pipeline.training.crashing_images import avoid_killers
+from pipeline.training.crashing_images import avoid_crashing_images
 from pipeline.training.precision import Decision, decide, hardware_of, with_precision
 from pipeline.training.recorder import Recorder
 from pipeline.training.schedule import Schedule, lr_note
 from pipeline.training.state import TrainState
 
 
-def find_checkpoint(job: RunSpec, ctx: WorkerContext) -> tuple[RunSpec, RunManifest, Checkpoint | None, Decision]:
+def find_checkpoint(spec: RunSpec, ctx: WorkerContext) -> tuple[RunSpec, RunManifest, Checkpoint | None, Decision]:
     """Find the newest valid checkpoint, chosen by rank 0 for all, so that all ranks start from one state.
 
     Returns:
         The job, in the precision that suits the checkpoint and all ranks; whose run it is, as far as rank 0 knows it;
         the checkpoint; and how the precision was decided.
     """
-    identity, found = RunManifest(), None
-    timeout_s = job.cfg.cluster.timeout_s
+    manifest, found = RunManifest(), None
+    timeout_s = spec.cfg.cluster.timeout_s
     if ctx.rank == 0:
         began = ctx.marks[0][1] if ctx.marks else None
-        look = partial(resume.find_checkpoint, job.run, job.resume_from, ctx.warn, began=began)
-        identity, found = retry(partial(look, claim=job.claim, saved_step=job.saved_step), ctx.warn, timeout_s)
-    mine = (found and found.place.uri, identity.precision, hardware_of(ctx.device))
+        look = partial(resume.find_checkpoint, spec.run, spec.resume_from, ctx.warn, began=began)
+        manifest, found = retry(partial(look, claim=spec.claim, saved_step=spec.saved_step), ctx.warn, timeout_s)
+    mine = (found and found.place.uri, manifest.precision, hardware_of(ctx.device))
     told = [mine] * ctx.world_size
     if ctx.world_size > 1:
         dist.all_gather_object(told, mine)
@@ -53,14 +53,14 @@ def find_checkpoint(job: RunSpec, ctx: WorkerContext) -> tuple[RunSpec, RunManif
     if found is not None:
         retention.forget_copies(found.place.parent, found.place.name)
     kept = told[0][1] if found is None else found.cfg.train.precision
-    precision = decide(job.cfg.train.precision, [hardware for _, _, hardware in told], kept)
-    return replace(job, cfg=with_precision(job.cfg, precision.precision)), identity, found, precision
+    precision = decide(spec.cfg.train.precision, [hardware for _, _, hardware in told], kept)
+    return replace(spec, cfg=with_precision(spec.cfg, precision.precision)), manifest, found, precision
 
 
-def open_index(uri: str, job: RunSpec, ctx: WorkerContext, resumed: Checkpoint | None) -> Index:
+def open_index(uri: str, spec: RunSpec, ctx: WorkerContext, resumed: Checkpoint | None) -> Index:
     """An index file. Where training has begun it was there before: a mount that comes late is waited for."""
     late = (OSError, UserError) if ctx.restarted or resumed else OSError
-    return retry(lambda: load_index(Storage(uri).fetch()), ctx.warn, job.cfg.cluster.timeout_s, on=late)
+    return retry(lambda: load_index(Storage(uri).fetch()), ctx.warn, spec.cfg.cluster.timeout_s, on=late)
 
 
 def begin(
@@ -91,15 +91,15 @@ def restore(state: TrainState, found: Checkpoint, cfg: Config, index: Index) -> 
         raise UserError(f"{found.place} does not fit this configuration: {e}; use another run.name") from None
 
 
-def make_ledger(ctx: WorkerContext, identity: RunManifest, resumed: Checkpoint | None, entered: float) -> TimeLedger:
+def make_ledger(ctx: WorkerContext, manifest: RunManifest, resumed: Checkpoint | None, entered: float) -> TimeLedger:
     """What this training has counted so far, and the time since, in which this attempt was started.
 
     After a failure, what came after the checkpoint is lost, the steps to be done again like the time without training:
     all of it is recovery. An attempt that its user starts counts from the command on.
     """
-    own = resumed if resumed is not None and resumed.meta["training_id"] == identity.training_id else None
-    if ctx.restarted or identity.open:
-        phase, since = "recovery", own.meta.get("time", identity.began) if own else identity.began
+    own = resumed if resumed is not None and resumed.meta["training_id"] == manifest.training_id else None
+    if ctx.restarted or manifest.open:
+        phase, since = "recovery", own.meta.get("time", manifest.began) if own else manifest.began
     else:
         phase, since = "start-up", ctx.marks[0][1] if ctx.marks else entered
     before = dict(own.meta.get("seconds", {})) if own else {}
@@ -108,7 +108,7 @@ def make_ledger(ctx: WorkerContext, identity: RunManifest, resumed: Checkpoint |
 
 
 def make_loaders(
-    job: RunSpec,
+    spec: RunSpec,
     ctx: WorkerContext,
     index: Index,
     val_index: Index,
@@ -116,7 +116,7 @@ def make_loaders(
     step: int,
     heartbeat: Callable[[], None],
 ) -> tuple[TrainLoader, EvalLoader]:
-    cfg = job.cfg
+    cfg = spec.cfg
     num_threads, patience_s = cfg.data.decode_threads or ctx.num_threads, float(cfg.cluster.timeout_s)
     place = LoaderContext(ctx.rank, ctx.world_size, ctx.device, num_threads, patience_s)
     train = TrainLoader(
@@ -131,5 +131,5 @@ def make_loaders(
     )
     val_index = val_index.with_classes(index.classes)
     val = EvalLoader(val_index, cfg.data, place, recorder.bad_image, batch=cfg.train.eval_batch, warn=ctx.warn)
-    avoid_killers(job, ctx, place, train, val, step, heartbeat)
+    avoid_crashing_images(spec, ctx, place, train, val, step, heartbeat)
     return train, val

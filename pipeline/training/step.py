@@ -87,7 +87,7 @@ def accumulate(
         mark("forward")
         with _sync_gradients(net, i == len(micro_batches)):
             with autocast(cfg.precision, micro.images.device):
-                logits = net(micro.images) if micro.keep is None else net(micro.images, micro.keep)
+                logits = net(micro.images) if micro.drop_path_mask is None else net(micro.images, micro.drop_path_mask)
             loss = loss_sum(logits.float(), micro.labels, cfg)
             mark("backward")
             state.scaler.scale(loss * (world_size / cfg.global_batch)).backward()  # type: ignore[no-untyped-call]

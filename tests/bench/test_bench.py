@@ -81,7 +81,7 @@ def test_nothing_is_measured_that_the_other_loaders_do_not_do() -> None:
         cfg = load(recipe).data
         plain = loader.plain(cfg)
         assert (plain.image_size, plain.crop_scale, plain.flip) == (cfg.image_size, cfg.crop_scale, cfg.flip)
-        assert (plain.crop_short, plain.auto_augment, plain.repeats, plain.mixes) == (None, "none", 1, False)
+        assert (plain.crop_short, plain.auto_augment, plain.repeated_aug, plain.mixes) == (None, "none", 1, False)
 
 
 def test_more_cores_than_there_are_are_told_at_once() -> None:

@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.chaos, pytest.mark.timeout(500)]
 NUM_STEPS = 300
 SETTINGS = [
     "model.depth=18",
-    "data.trace=true",
+    "data.log_samples=true",
     f"train.steps={NUM_STEPS}",
     "train.log_every=1",
     "train.eval_every=1000",
@@ -35,7 +35,7 @@ SETTINGS = [
 
 
 def lines(run: Path) -> list[dict[str, int]]:
-    return [json.loads(line) for file in (run / "trace").iterdir() for line in file.read_text().splitlines()]
+    return [json.loads(line) for file in (run / "samples").iterdir() for line in file.read_text().splitlines()]
 
 
 def surviving_rows(run: Path) -> dict[int, list[int]]:

@@ -44,7 +44,7 @@ def proxy(server: MlflowServer, port: int) -> Iterator[Proxy]:
 
 
 @pytest.fixture
-def job(digits_index: Callable[[str], Path], tmp_path: Path, proxy: Proxy) -> Callable[[str], RunSpec]:
+def spec(digits_index: Callable[[str], Path], tmp_path: Path, proxy: Proxy) -> Callable[[str], RunSpec]:
     def make(name: str) -> RunSpec:
         train, val = str(digits_index("train")), str(digits_index("val"))
         small = ["data.image_size=32", "data.val_resize=32", "model.depth=18", "train.global_batch=64"]
@@ -58,7 +58,7 @@ def job(digits_index: Callable[[str], Path], tmp_path: Path, proxy: Proxy) -> Ca
     return make
 
 
-def train(job: RunSpec, proxy: Proxy, mode_at: dict[int, Mode]) -> tuple[dict[str, Any], list[str]]:
+def train(spec: RunSpec, proxy: Proxy, mode_at: dict[int, Mode]) -> tuple[dict[str, Any], list[str]]:
     """Train, and set the proxy's mode when a step is logged; the summary and the warnings."""
     warnings: list[str] = []
 
@@ -69,7 +69,7 @@ def train(job: RunSpec, proxy: Proxy, mode_at: dict[int, Mode]) -> tuple[dict[st
             warnings.append(event["text"])
 
     proxy.mode = mode_at[0]
-    return fit(job, dataclasses.replace(context(), emit=watch)), warnings
+    return fit(spec, dataclasses.replace(context(), emit=watch)), warnings
 
 
 STORIES: dict[str, dict[int, Mode]] = {
@@ -84,11 +84,11 @@ STORIES: dict[str, dict[int, Mode]] = {
 
 @pytest.mark.parametrize("story", STORIES)
 def test_everything_arrives_once_in_order(
-    story: str, job: Callable[[str], RunSpec], proxy: Proxy, server: MlflowServer, monkeypatch: pytest.MonkeyPatch
+    story: str, spec: Callable[[str], RunSpec], proxy: Proxy, server: MlflowServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recorder, "MLFLOW_END_S", 60.0)
     name = story.replace(" ", "_")
-    summary, warnings = train(job(name), proxy, STORIES[story])
+    summary, warnings = train(spec(name), proxy, STORIES[story])
     assert summary["status"] == "done"
     assert summary["mlflow_waiting"] == 0
     assert [step for step, _ in loss_series(server.uri, name)] == list(range(1, NUM_STEPS + 1))
@@ -105,7 +105,7 @@ def test_everything_arrives_once_in_order(
 
 
 def test_it_never_comes_back_and_the_spool_is_sent_later(
-    job: Callable[[str], RunSpec],
+    spec: Callable[[str], RunSpec],
     proxy: Proxy,
     server: MlflowServer,
     monkeypatch: pytest.MonkeyPatch,
@@ -113,7 +113,7 @@ def test_it_never_comes_back_and_the_spool_is_sent_later(
 ) -> None:
     """The run ends well, says where its records lie and how to send them; then `pipeline sync` does."""
     monkeypatch.setattr(recorder, "MLFLOW_END_S", 2.0)
-    one = job("never")
+    one = spec("never")
     summary, warnings = train(one, proxy, {0: "up", 30: "down"})
     assert summary["status"] == "done"
     assert summary["mlflow_waiting"] > 30
@@ -133,7 +133,7 @@ def test_it_never_comes_back_and_the_spool_is_sent_later(
 
 
 def test_an_answer_that_is_lost_is_not_logged_twice(
-    job: Callable[[str], RunSpec], proxy: Proxy, server: MlflowServer
+    spec: Callable[[str], RunSpec], proxy: Proxy, server: MlflowServer
 ) -> None:
     """The server does what it was asked, and hangs up before it says so."""
     stop = threading.Event()
@@ -145,7 +145,7 @@ def test_an_answer_that_is_lost_is_not_logged_twice(
     flickering = threading.Thread(target=flicker)
     flickering.start()
     try:
-        summary, _ = train(job("mute"), proxy, {0: "mute", NUM_STEPS: "up"})
+        summary, _ = train(spec("mute"), proxy, {0: "mute", NUM_STEPS: "up"})
     finally:
         stop.set()
         flickering.join()

@@ -30,7 +30,7 @@ def test_threads_started_later_stay_on_the_workers_cores() -> None:
         pytest.skip("needs two cores")
 
     def second_of_two() -> tuple[list[int], set[int]]:
-        pinned = affinity.pin("cores", CPU, 1, 2, 1)
+        pinned = affinity.pin_threads("cores", CPU, 1, 2, 1)
         return pinned, in_a_thread(lambda: os.sched_getaffinity(0))
 
     assert in_a_thread(second_of_two) == ([cores[1]], {cores[1]})
@@ -40,7 +40,7 @@ def test_threads_started_later_stay_on_the_workers_cores() -> None:
 @pytest.mark.parametrize(("how", "size"), [("none", 1), ("numa", 1), ("cores", 10_000)])
 def test_a_cpu_worker_stays_where_it_is(how: Any, size: int) -> None:
     cores = sorted(os.sched_getaffinity(0))
-    assert in_a_thread(lambda: affinity.pin(how, CPU, 0, size, 1)) == cores
+    assert in_a_thread(lambda: affinity.pin_threads(how, CPU, 0, size, 1)) == cores
 
 
 def test_cores_next_to_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

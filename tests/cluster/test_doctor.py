@@ -107,9 +107,9 @@ def test_workers_on_gpus_talk_by_gloo_too(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_many_nodes_with_one_trouble_are_one_reason() -> None:
     answers = {f"n{i}": heard(OSError("away")) for i in range(7)} | {"good": heard(None)}
-    check = check_results.of_each("data", "data.train=/x", [*answers, "silent"], answers, good="read", mend="mend it")
+    check = check_results.of_each("data", "data.train=/x", [*answers, "silent"], answers, good="read", fix="fix it")
     assert str(check) == (
-        "bad data: data.train=/x: no answer in time on silent, away on n0, n1, n2, n3, n4 and 2 more; mend it"
+        "bad data: data.train=/x: no answer in time on silent, away on n0, n1, n2, n3, n4 and 2 more; fix it"
     )
 
 
@@ -191,7 +191,7 @@ def test_a_broken_node_is_named_in_each_line(cluster: Cluster, tmp_path: Path, d
     )
     assert "http://127.0.0.1:9 fails: " in bad["MLflow"]["text"]
     assert re.search(rf"nowhere0.* on {name}", bad["all-reduce"]["text"])
-    assert "GLOO_SOCKET_IFNAME" in bad["all-reduce"]["mend"]
+    assert "GLOO_SOCKET_IFNAME" in bad["all-reduce"]["fix"]
     assert "Traceback" not in done.stdout + done.stderr
 
 

@@ -155,7 +155,9 @@ def other_end(cfg: Config, told: list[str], *, trained: bool) -> driver.Supervis
     return cast(driver.SupervisorConnection, made)
 
 
-@pytest.mark.parametrize(("trained", "late", "outcome"), [(True, 3, None), (True, 99, "lost"), (False, 1, "wrong")])
+@pytest.mark.parametrize(
+    ("trained", "late", "outcome"), [(True, 3, None), (True, 99, "lost"), (False, 1, "user error")]
+)
 def test_what_was_right_before_is_waited_for_by_a_later_driver(
     trained: bool, late: int, outcome: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,7 +175,7 @@ def test_what_was_right_before_is_waited_for_by_a_later_driver(
     monkeypatch.setattr(driver, "backoff", lambda: itertools.repeat(pause))
     cfg = load(None, ["data.train=x", "data.val=x", "cluster.timeout_s=10"])
     told, opened = list[str](), list[object]()
-    error = {"lost": ClusterLostError, "wrong": UserError, None: None}[outcome]
+    error = {"lost": ClusterLostError, "user error": UserError, None: None}[outcome]
     refused = nullcontext() if error is None else pytest.raises(error, match="no folder or index file")
     with refused, driver._opened(other_end(cfg, told, trained=trained), lambda: None) as (job, _):
         opened.append(job)

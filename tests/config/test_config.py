@@ -1,4 +1,4 @@
-"""Configurations: wrong requests get one line that names key, value and mend; right ones survive a round trip."""
+"""Configurations: wrong requests get one line that names key, value and fix; right ones survive a round trip."""
 
 import json
 from pathlib import Path
@@ -110,13 +110,13 @@ def test_wrong_settings_get_one_line_and_exit_code_2(override: str, capsys: pyte
 
 def test_a_batch_holds_whole_pairs_and_all_copies() -> None:
     for wrong, message in (
-        (["data.repeats=3"], r"train.global_batch=256: must be a multiple of 3, for data.repeats copies"),
+        (["data.repeated_aug=3"], r"train.global_batch=256: must be a multiple of 3, for data.repeated_aug copies"),
         (["data.mixup=0.2", "train.global_batch=33"], "must be a multiple of 2, for pairs for data.mixup"),
         (["data.cutmix=1", "train.global_batch=4", "cluster.workers=3"], "raise it to 6 or lower cluster.workers"),
     ):
         with pytest.raises(UserError, match=message):
             load(None, [*DATA, *wrong])
-    load(None, [*DATA, "data.repeats=4", "data.mixup=0.2", "data.cutmix=1", "cluster.workers=3"])
+    load(None, [*DATA, "data.repeated_aug=4", "data.mixup=0.2", "data.cutmix=1", "cluster.workers=3"])
 
 
 def test_a_single_small_image_in_a_forward_pass_is_refused() -> None:

@@ -121,7 +121,9 @@ def test_exif_orientation_is_applied_as_dali_does(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         header = image_file(tmp_path / name)
         by_xmp = name == "xmp.jpg"
-        assert (header.height, header.width, header.turned) == ((60, 80, False) if by_xmp else (80, 60, True)), name
+        assert (header.height, header.width, header.exif_rotated) == ((60, 80, False) if by_xmp else (80, 60, True)), (
+            name
+        )
 
 
 @pytest.mark.parametrize(

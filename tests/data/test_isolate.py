@@ -157,26 +157,26 @@ def test_what_is_found_is_left_out_and_known_later(
     ]
     (tmp_path / "run").mkdir()
     cfg = load(None, [*settings, f"run.storage={tmp_path}"])
-    job = RunSpec(cfg, Storage(tmp_path / "run"), str(tmp_path / "train.arrow"), str(tmp_path / "val.arrow"))
+    spec = RunSpec(cfg, Storage(tmp_path / "run"), str(tmp_path / "train.arrow"), str(tmp_path / "val.arrow"))
 
     def train(stop: int, deaths: tuple[int, ...]) -> list[Event]:
         events: list[Event] = []
-        stopped = replace(job, cfg=replace(cfg, run=replace(cfg.run, stop_at_step=stop)))
+        stopped = replace(spec, cfg=replace(cfg, run=replace(cfg.run, stop_at_step=stop)))
         fit(stopped, replace(context(events=events), deaths=deaths))
         return events
 
     events = train(2, (0, 0))
     found = [f"{file}: {REASON}; a uniform image takes its place" for file in broken]
-    assert [e["text"] for e in events if e["kind"] == "killer"] == found
+    assert [e["text"] for e in events if e["kind"] == "crashing image"] == found
     named = [f"{file} is broken, a uniform image takes its place: {REASON}" for file in broken]
     assert [e["text"] for e in events if e["kind"] == "warning"] == named
     assert [e["data/bad_images"] for e in events if e["kind"] == "step"][-1] == 1
     assert len((Storage(tmp_path / "run") / FOLDER).names()) == 2
     again = train(4, ())
-    assert [e["kind"] for e in again if e["kind"] in ("killer", "note", "search")] == []
+    assert [e["kind"] for e in again if e["kind"] in ("crashing image", "note", "search")] == []
     assert [e["text"] for e in again if e["kind"] == "warning"] == named
     with pytest.raises(UserError, match=r"063\.jpg cannot be decoded \(it kills the process"):
-        inference.evaluate_checkpoint(job.checkpoints / "step_00000004", None, print)
+        inference.evaluate_checkpoint(spec.checkpoints / "step_00000004", None, print)
 
 
 @pytest.mark.e2e

@@ -113,7 +113,7 @@ RECIPES = {
         "erase": 0.5,
         "mixup": 0.2,
         "cutmix": 1.0,
-        "repeats": 2,
+        "repeated_aug": 2,
         "start_size": 24,
         "grow_epochs": (0, 1),
     },
@@ -143,7 +143,7 @@ def test_dropped_branches_do_not_depend_on_the_world_size_or_on_resumes(index: I
         rates = [0.0, 0.1, 0.5]
         place = LoaderContext(rank, world_size, CPU, 1)
         loader = TrainLoader(index, SMALL, place, no_bad_image, global_batch=50, seed=3, drop_rates=rates)
-        return [batch.keep for batch in loader.from_step(start, 30) if batch.keep is not None]
+        return [batch.drop_path_mask for batch in loader.from_step(start, 30) if batch.drop_path_mask is not None]
 
     undisturbed = kept(0, 1, 26)  # into the second epoch
     shares = zip(*(kept(rank, 3, 27) for rank in range(3)), strict=True)
@@ -326,7 +326,7 @@ def test_crops_of_rotated_photographs_are_those_of_the_upright_picture(tmp_path:
     exif[0x0112] = orientation
     picture(64, 96).save(tmp_path / "a" / "0.jpg", exif=exif, quality=95)
     index, report = build_index(tmp_path)
-    assert report.turned == ([0] if orientation > 1 else [])
+    assert report.exif_rotated == ([0] if orientation > 1 else [])
     train = loader(index, batch=1)
     upright = TF.pil_to_tensor(ImageOps.exif_transpose(Image.open(tmp_path / "a" / "0.jpg")))
     for step, batch in enumerate(train.from_step(0, 10)):

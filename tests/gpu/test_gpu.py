@@ -197,7 +197,13 @@ def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(
 ) -> None:
     """The same images in the same order, and it has learnt; the sums of a GPU's atomic additions may differ."""
     train, val = str(digits_index("train")), str(digits_index("val"))
-    common = [f"data.train={train}", f"data.val={val}", "data.image_size=32", "data.val_resize=32", "data.trace=true"]
+    common = [
+        f"data.train={train}",
+        f"data.val={val}",
+        "data.image_size=32",
+        "data.val_resize=32",
+        "data.log_samples=true",
+    ]
     common += ["data.crop_scale=[0.7,1.0]", "data.flip=0", "model.depth=18", "optim.lr=0.02", "optim.warmup_epochs=0.5"]
     common += ["train.global_batch=64", "train.epochs=6", "train.log_every=5", f"train.precision={precision}"]
     common += ["mlflow.log_model=false", "mlflow.report=false", "mlflow.checkpoints=none"]
@@ -208,7 +214,7 @@ def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(
         cfg = load(None, [*common, f"run.storage={tmp_path}", *overrides])
         ctx = dataclasses.replace(context(), device=torch.device("cuda:0"), num_threads=2)
         summary = fit(RunSpec(cfg, Storage(tmp_path / name), train, val), ctx)
-        lines = (tmp_path / name / "trace" / "rank_0.jsonl").read_text().splitlines()
+        lines = (tmp_path / name / "samples" / "rank_0.jsonl").read_text().splitlines()
         return summary, [json.loads(line)["rows"] for line in lines]
 
     whole, order = trained("whole")

@@ -156,7 +156,7 @@ def test_files_that_are_of_no_use_get_one_line(theirs: dict[str, Tensor], tmp_pa
 
 
 @pytest.fixture
-def job(digits_index: Callable[[str], Path], tmp_path: Path) -> Callable[..., RunSpec]:
+def spec(digits_index: Callable[[str], Path], tmp_path: Path) -> Callable[..., RunSpec]:
     def make(name: str, *overrides: str) -> RunSpec:
         train, val = digits_index("train"), digits_index("val")
         data = [f"data.train={train}", f"data.val={val}", "data.image_size=32", "data.val_resize=32", "model.depth=18"]
@@ -168,15 +168,15 @@ def job(digits_index: Callable[[str], Path], tmp_path: Path) -> Callable[..., Ru
     return make
 
 
-def test_a_run_begins_with_anothers_averaged_weights_and_resumes_with_its_own(job: Callable[..., RunSpec]) -> None:
-    first = job("first", "train.ema_decay=0.9")
+def test_a_run_begins_with_anothers_averaged_weights_and_resumes_with_its_own(spec: Callable[..., RunSpec]) -> None:
+    first = spec("first", "train.ema_decay=0.9")
     fit(first, context(0, 1))
     storage = first.run.parent
     place = find.find_weights("first", storage, None)
     averaged = checkpoint.load(Storage(place)).state()["ema"]
 
     frozen = ["model.freeze=layer4", "train.ema_decay=0.9", "optim.layer_decay=0.7"]
-    second, events = job("second", f"model.weights={place}", *frozen), list[Event]()
+    second, events = spec("second", f"model.weights={place}", *frozen), list[Event]()
     fit(second, context(0, 1, events))
     (note,) = [event["text"] for event in events if event["kind"] == "note"]
     assert note == f"begins with the weights of {place}; the last layer, too"

@@ -129,7 +129,7 @@ def test_recomputed_activations_change_nothing_but_memory(frozen: str) -> None:
     results, kept = [], []
     for recompute in (False, True):
         torch.manual_seed(0)
-        model = ResNet(ModelConfig(depth=18, recompute=recompute, freeze=frozen), 10).train()  # type: ignore[arg-type]
+        model = ResNet(ModelConfig(depth=18, activation_checkpointing=recompute, freeze=frozen), 10).train()  # type: ignore[arg-type]
         sizes: list[int] = []
 
         def pack(x: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:

@@ -42,7 +42,7 @@ class Watched:
     def __init__(self, folder: Path, cfg: Config):
         self.written: list[Checkpoint] = []
         self.reports: list[str] = []
-        self.saver = AsyncCheckpointer(
+        self.checkpointer = AsyncCheckpointer(
             Storage(folder),
             cfg,
             check=lambda: None,
@@ -52,7 +52,7 @@ class Watched:
 
     def save(self, state: TrainState, step: int) -> None:
         state.step = step
-        self.saver.save(state.step, state.finite_state_dict, lambda: META, now=True)
+        self.checkpointer.save(state.step, state.finite_state_dict, lambda: META, now=True)
 
 
 @pytest.fixture
@@ -78,10 +78,10 @@ def test_what_is_saved_is_the_state_at_that_step(
     with torch.no_grad():
         for parameter in state.model.parameters():
             parameter.add_(1)
-    assert watched.saver.busy
+    assert watched.checkpointer.busy
     assert not watched.written
     gate.set()
-    watched.saver.finish(30)
+    watched.checkpointer.finish(30)
     saved = watched.written[0].state()
     assert all(torch.equal(saved["model"][name], value) for name, value in before.items())
 
@@ -95,7 +95,7 @@ def test_one_is_written_at_a_time_and_the_next_waits(
     began = time.monotonic()
     watched.save(state, 2)
     assert time.monotonic() - began > 0.3
-    watched.saver.finish(30)
+    watched.checkpointer.finish(30)
     assert [saved.step for saved in watched.written] == [1, 2]
 
 
@@ -127,21 +127,21 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_is_told_and_tried_again(small_disk: Path, cfg: Config, state: TrainState) -> None:
     watched = Watched(small_disk, cfg)
     watched.save(state, 1)
-    watched.saver.finish(30)
+    watched.checkpointer.finish(30)
     watched = Watched(small_disk, cfg)
     filler = small_disk / "filler"
     filler.write_bytes(bytes(100 * 2**20))
     watched.save(state, 2)
     wait_for(lambda: bool(watched.reports))
     assert re.search(r"step 2 cannot be written, trying again: .*(No space left|MiB free)", watched.reports[0])
-    assert not watched.saver.busy
+    assert not watched.checkpointer.busy
     assert checkpoint.newest_valid(Storage(small_disk), pytest.fail).step == 1  # type: ignore[union-attr]
     watched.save(state, 3)  # a newer one takes its place, and does not wait for it
     filler.unlink()
-    watched.saver.finish(30)
+    watched.checkpointer.finish(30)
     assert any("step 2 gives way to a newer one" in report for report in watched.reports)
     assert [saved.step for saved in watched.written] == [3]
-    assert watched.saver.num_failed_tries >= 1
+    assert watched.checkpointer.num_failed_tries >= 1
     assert sorted(p.name for p in small_disk.iterdir()) == ["step_00000001", "step_00000003"]
 
 
@@ -152,7 +152,7 @@ def test_on_a_disk_full_of_its_own_checkpoints_the_oldest_gives_way(
     watched = Watched(small_disk, three)
     for step in (1, 2, 3, 4):
         watched.save(state, step)
-    watched.saver.finish(60)
+    watched.checkpointer.finish(60)
     assert [saved.step for saved in watched.written] == [1, 2, 3, 4]
     assert sorted(p.name for p in small_disk.iterdir()) == ["step_00000003", "step_00000004"]
     text = " ".join(watched.reports)
@@ -175,7 +175,7 @@ def test_a_failure_that_lasts_is_told_once_and_at_its_end(
     monkeypatch.setattr("pipeline.runs.async_checkpointer.backoff", lambda: itertools.repeat(0))
     watched = Watched(tmp_path, cfg)
     watched.save(state, 1)
-    watched.saver.finish(30)
+    watched.checkpointer.finish(30)
     assert [re.sub(": .*", "", report) for report in watched.reports] == [
         "the checkpoint of step 1 cannot be written, trying again",
         "the checkpoint of step 1 is written, after 5 tries that failed",
@@ -192,7 +192,7 @@ def test_giving_up_is_told_with_the_reason(
     watched = Watched(tmp_path, cfg)
     watched.save(state, 1)
     with pytest.raises(TimeoutError, match=r"no checkpoint could be written to .* for 2 s: .*Input/output error"):
-        watched.saver.finish(2)
+        watched.checkpointer.finish(2)
 
 
 def test_a_long_wait_at_the_end_is_told(
@@ -202,7 +202,7 @@ def test_a_long_wait_at_the_end_is_told(
     watched = Watched(tmp_path, cfg)
     watched.save(state, 1)
     threading.Timer(0.5, gate.set).start()
-    watched.saver.finish(30)
+    watched.checkpointer.finish(30)
     assert watched.reports == ["waiting up to 30 s for the checkpoint of step 1"]
     assert [saved.step for saved in watched.written] == [1]
 
@@ -217,7 +217,7 @@ def test_a_vanished_folder_is_waited_for_and_not_made_anew(tmp_path: Path, cfg: 
     wait_for(lambda: bool(watched.reports))
     assert not folder.exists()
     (tmp_path / "away").rename(folder)
-    watched.saver.finish(30)
+    watched.checkpointer.finish(30)
     assert [saved.step for saved in watched.written] == [1]
 
 
@@ -233,23 +233,23 @@ def test_one_that_hangs_is_a_failure(tmp_path: Path, cfg: Config, state: TrainSt
     quick = dataclasses.replace(cfg, cluster=dataclasses.replace(cfg.cluster, timeout_s=10))
     watched = Watched(tmp_path, quick)
     watched.save(state, 1)
-    watched.saver._begun -= 11
+    watched.checkpointer._begun -= 11
     with pytest.raises(TimeoutError, match="the checkpoint of step 1 is being written for 10 s now"):
         watched.save(state, 2)
     gate.set()
-    watched.saver.finish(30)
+    watched.checkpointer.finish(30)
 
 
 def test_scores_are_added_to_what_is_written(tmp_path: Path, cfg: Config, state: TrainState) -> None:
     """Once a step: to save it once more is nothing."""
     watched = Watched(tmp_path, cfg)
     watched.save(state, 1)
-    watched.saver.add_scores(1, {"top1": 0.5})
+    watched.checkpointer.add_scores(1, {"top1": 0.5})
     watched.save(state, 1)
-    watched.saver.finish(30)
+    watched.checkpointer.finish(30)
     assert [saved.top1 for saved in watched.written] == [None]
-    assert watched.saver.newest is not None
-    assert watched.saver.newest.top1 == 0.5
+    assert watched.checkpointer.newest is not None
+    assert watched.checkpointer.newest.top1 == 0.5
     found = checkpoint.newest_valid(Storage(tmp_path), pytest.fail)
     assert found is not None
     assert found.top1 == 0.5
@@ -264,23 +264,23 @@ def test_scores_that_could_not_be_written_are_made_up_for(
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     watched, scored = Watched(tmp_path, cfg), list[Checkpoint]()
-    monkeypatch.setattr(watched.saver, "_scored", scored.append)
+    monkeypatch.setattr(watched.checkpointer, "_scored", scored.append)
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "with_scores", away)
         watched.save(state, 1)
-        watched.saver.add_scores(1, {"top1": 0.5})
-        while watched.saver.busy:
+        watched.checkpointer.add_scores(1, {"top1": 0.5})
+        while watched.checkpointer.busy:
             time.sleep(0.01)
         assert scored == []
     for step in (2, 3, 4):  # two are kept, and the best
         watched.save(state, step)
-    watched.saver.finish(30)
+    watched.checkpointer.finish(30)
     assert [(saved.step, saved.top1, saved.meta["best_top1"]) for saved in scored] == [(1, 0.5, 0.5)]
     top = retention.best_of(retention.own(Storage(tmp_path), None))
     assert top is not None
     assert top.step == 1
-    assert watched.saver.newest is not None
-    assert watched.saver.newest.step == 4
+    assert watched.checkpointer.newest is not None
+    assert watched.checkpointer.newest.step == 4
 
 
 def test_scores_of_a_checkpoint_that_gave_way_are_left(
@@ -293,9 +293,9 @@ def test_scores_of_a_checkpoint_that_gave_way_are_left(
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save", full)
         watched.save(state, 1)
-        while watched.saver.busy:
+        while watched.checkpointer.busy:
             time.sleep(0.01)
-        watched.saver.add_scores(1, {"top1": 0.5})
+        watched.checkpointer.add_scores(1, {"top1": 0.5})
     watched.save(state, 2)
-    watched.saver.finish(30)
+    watched.checkpointer.finish(30)
     assert [(saved.step, saved.top1) for saved in watched.written] == [(2, None)]

@@ -81,9 +81,9 @@ def states(storage: Path) -> dict[str, tuple[str, int | None]]:
 
 def set_open(run: Path) -> None:
     """As an attempt leaves run.json that could not tell of its end."""
-    identity = RunManifest.read(Storage(run), pytest.fail)
-    assert identity is not None
-    dataclasses.replace(identity, open=True).write(Storage(run))
+    manifest = RunManifest.read(Storage(run), pytest.fail)
+    assert manifest is not None
+    dataclasses.replace(manifest, open=True).write(Storage(run))
 
 
 def test_what_is_known_of_a_stopped_run(stopped: Path) -> None:
@@ -217,9 +217,9 @@ def test_an_object_store_has_no_locks(bucket: Storage, copy: Callable[..., Path]
             "meta.json": (newest / "meta.json").read_bytes(),
         }.items():
             (there / "checkpoints" / newest.name).write_bytes(file, content)
-        identity = RunManifest.read(Storage(run), pytest.fail)
-        assert identity is not None
-        dataclasses.replace(identity, open=is_open).write(there)
+        manifest = RunManifest.read(Storage(run), pytest.fail)
+        assert manifest is not None
+        dataclasses.replace(manifest, open=is_open).write(there)
     found = {one.name: one for one in listing.listed(bucket)}
     assert [(found[name].state, found[name].resumes_at) for name in ("ended", "going")] == [("stopped", 2), ("open", 2)]
     assert all(one.changed is not None and time.time() - one.changed < 600 for one in found.values())

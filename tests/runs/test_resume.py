@@ -33,8 +33,8 @@ def stopped(digits_index: Callable[[str], Path], tmp_path_factory: pytest.TempPa
     storage = tmp_path_factory.mktemp("runs")
     data = [f"data.train={digits_index('train')}", f"data.val={digits_index('val')}"]
     where = [f"run.storage={storage}", "run.name=run", "run.stop_at_step=2", "checkpoint.every=1"]
-    with open_run.open_run(load(None, [*data, *SMALL, *QUIET, *where]), print) as job:
-        fit(job, context())
+    with open_run.open_run(load(None, [*data, *SMALL, *QUIET, *where]), print) as spec:
+        fit(spec, context())
     return storage
 
 
@@ -53,11 +53,11 @@ def settings(stopped: Path, digits_index: Callable[[str], Path], tmp_path: Path)
 def refused(cfg: Config, resume_from: str | None = None) -> str:
     """The line with which driver and worker refuse a training."""
     assert cfg.run.name is not None
-    job = RunSpec(cfg, Storage(cfg.run.storage) / cfg.run.name, cfg.data.train, cfg.data.val, resume_from)
+    spec = RunSpec(cfg, Storage(cfg.run.storage) / cfg.run.name, cfg.data.train, cfg.data.val, resume_from)
     with pytest.raises(UserError) as by_driver, open_run.open_run(cfg, print, resume_from):
         pass
     with pytest.raises(UserError) as by_worker:
-        fit(job, context())
+        fit(spec, context())
     assert str(by_driver.value) == str(by_worker.value)
     assert "\n" not in str(by_driver.value)
     return str(by_driver.value)
@@ -72,7 +72,7 @@ def test_what_orders_the_images_stays(settings: Settings, setting: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "mend"),
+    ("setting", "fix"),
     [
         ("model.depth=34", "its weights are of another network; set model.depth=18, or use another run.name"),
         ("model.stride_on=1x1", "its weights are of another network; set model.stride_on=3x3, or "),
@@ -84,25 +84,25 @@ def test_what_orders_the_images_stays(settings: Settings, setting: str) -> None:
         ("optim.layer_decay=0.5", "parameters; set optim.layer_decay=1.0, or use another run.name"),
     ],
 )
-def test_the_network_and_its_optimizer_stay(settings: Settings, setting: str, mend: str) -> None:
+def test_the_network_and_its_optimizer_stay(settings: Settings, setting: str, fix: str) -> None:
     said = refused(settings(setting))
     assert said.startswith(f"{setting}: ")
     assert "step_00000002 was trained with" in said
-    assert mend in said
+    assert fix in said
 
 
 def test_the_images_stay_unless_others_are_allowed(settings: Settings, digits_index: Callable[[str], Path]) -> None:
     other = f"data.train={digits_index('val')}"
     assert "was trained on other images than data.train=" in refused(settings(other))
-    with open_run.open_run(settings(other, "data.allow_changed=true", "run.stop_at_step=3"), print) as job:
-        assert fit(job, context())["step"] == 3
+    with open_run.open_run(settings(other, "data.allow_changed=true", "run.stop_at_step=3"), print) as spec:
+        assert fit(spec, context())["step"] == 3
 
 
 def test_leave_for_one_change_is_none_for_the_next(settings: Settings, digits_index: Callable[[str], Path]) -> None:
     cfg = settings(f"data.train={digits_index('val')}", "data.allow_changed=true", "run.stop_at_step=3")
-    with open_run.open_run(cfg, print) as job:
-        fit(job, context())
-    found = checkpoint.newest_valid(job.checkpoints, pytest.fail)
+    with open_run.open_run(cfg, print) as spec:
+        fit(spec, context())
+    found = checkpoint.newest_valid(spec.checkpoints, pytest.fail)
     assert found is not None
     assert not find.config_to_resume(found, []).data.allow_changed
     assert find.config_to_resume(found, ["data.allow_changed=true"]).data.allow_changed
@@ -136,9 +136,9 @@ def test_damaged_checkpoints_are_told_by_the_workers_and_decide_nothing(settings
     (newest / checkpoint.CONFIG).write_text("model: {depth: 34}")
     assert "step_00000001 was trained with 18" in refused(settings("model.depth=34"))
     events: list[Event] = []
-    with open_run.open_run(cfg, events.append) as job:
+    with open_run.open_run(cfg, events.append) as spec:
         assert [event for event in events if "damaged" in event["text"]] == []
-        assert fit(job, context(events=events))["step"] == 3
+        assert fit(spec, context(events=events))["step"] == 3
     assert sum("step_00000002: config.yaml is damaged" in event.get("text", "") for event in events) == 1
 
 
@@ -189,18 +189,18 @@ def test_the_driver_reads_no_state(settings: Settings) -> None:
 def test_a_command_that_is_refused_leaves_the_runs_index(settings: Settings, digits: Path) -> None:
     """Its workers, on whatever machine, begin each attempt with it."""
     cfg = settings(f"data.train={digits}/val", f"data.val={digits}/val", "run.name=run")
-    with open_run.open_run(settings(f"data.train={digits}/train", f"data.val={digits}/val"), print) as job:
-        before = Path(job.train_index).read_bytes()
+    with open_run.open_run(settings(f"data.train={digits}/train", f"data.val={digits}/val"), print) as spec:
+        before = Path(spec.train_index).read_bytes()
     with pytest.raises(UserError, match="was trained on other images"), open_run.open_run(cfg, print):
         pass
-    assert Path(job.train_index).read_bytes() == before
-    assert sorted(path.name for path in Path(job.train_index).parent.iterdir()) == ["train.arrow", "val.arrow"]
+    assert Path(spec.train_index).read_bytes() == before
+    assert sorted(path.name for path in Path(spec.train_index).parent.iterdir()) == ["train.arrow", "val.arrow"]
 
 
 def test_an_open_run_has_nothing_left_to_do_in_its_storage(settings: Settings, digits: Path) -> None:
     """Which may be away in the end: that would hide how the training has ended."""
-    with open_run.open_run(settings(f"data.train={digits}/train", f"data.val={digits}/val"), print) as job:
-        index = Path(job.train_index).parent
+    with open_run.open_run(settings(f"data.train={digits}/train", f"data.val={digits}/val"), print) as spec:
+        index = Path(spec.train_index).parent
         assert sorted(path.name for path in index.iterdir()) == ["train.arrow", "val.arrow"]
         index.parent.rename(index.parent.with_name("away"))
 

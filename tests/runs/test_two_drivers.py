@@ -91,22 +91,22 @@ class World:
     def _driver(self, name: str, *, again: bool) -> None:
         """What `runs.prepare`, `fit` and `Recorder` do, in their order."""
         run, folder = self._run, self._run / "checkpoints"
-        looked, found = resume.find_checkpoint(run, None, quiet, whole=False)
+        looked, found = resume.find_checkpoint(run, None, quiet, verify_state=False)
         with open_run._as_second(run, again=again):
             claim = Claim.take(run, name, again=again)
             open_run._settled(run, looked, claim, None, None, quiet)
         saved_step = found.step if found else 0
-        identity, found = resume.find_checkpoint(run, None, quiet, claim=claim, saved_step=saved_step)
-        identity = identity.replaced(identity.begin(0), run, claim)
+        manifest, found = resume.find_checkpoint(run, None, quiet, claim=claim, saved_step=saved_step)
+        manifest = manifest.replaced(manifest.begin(0), run, claim)
         assert found is None or found.state()["weights"].tolist() == [found.step] * 3
         for step in range(found.step + 1 if found else 1, LAST_STEP + 1):
             # On GPUs not the same bits, even with as many workers.
             state = {"step": step, "weights": torch.full((3,), step), "attempt": claim.name}
-            meta: dict[str, Any] = {"fingerprint": "", "classes": [], "metrics": {}, **identity.facts()}
-            saved = checkpoint.save(folder, state, CFG, meta, lambda: identity.check(run, claim))
+            meta: dict[str, Any] = {"fingerprint": "", "classes": [], "metrics": {}, **manifest.facts()}
+            saved = checkpoint.save(folder, state, CFG, meta, lambda: manifest.check(run, claim))
             self._told = max(self._told, saved.step)
-            retention.prune(folder, KEEP, identity.training_id, saved.step)
-        identity.replaced(identity.end(), run, claim)
+            retention.prune(folder, KEEP, manifest.training_id, saved.step)
+        manifest.replaced(manifest.end(), run, claim)
 
     def _look(self) -> None:
         found = newest_valid(self._run / "checkpoints", lambda _: None)
@@ -117,10 +117,10 @@ class World:
         assert self.ends.pop(last) == "done", "the later one does not win"
         for text in self.ends.values():
             assert text == "done" or re.search("this one ends|another command begins to train it just now", text), text
-        identity = RunManifest.read(self._run, quiet)
-        assert identity is not None
-        assert not identity.open
-        own = retention.own(self._run / "checkpoints", identity.training_id)
+        manifest = RunManifest.read(self._run, quiet)
+        assert manifest is not None
+        assert not manifest.open
+        own = retention.own(self._run / "checkpoints", manifest.training_id)
         assert [c.step for c in own][-KEEP:] == [LAST_STEP - 1, LAST_STEP], "what is kept"
         for one in own:
             assert checkpoint.load(one.place).state()["weights"].tolist() == [one.step] * 3

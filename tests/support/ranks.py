@@ -64,7 +64,7 @@ def _show(event: Event) -> None:
         print(event["text"])
 
 
-def final_state(job: RunSpec) -> dict[str, Any]:
-    found = checkpoint.newest_valid(job.checkpoints, pytest.fail)
+def final_state(spec: RunSpec) -> dict[str, Any]:
+    found = checkpoint.newest_valid(spec.checkpoints, pytest.fail)
     assert found is not None
     return found.state()

@@ -27,7 +27,7 @@ from pipeline.training.loop import fit
 
 
 @pytest.fixture
-def job(digits_index: Callable[[str], Path], tmp_path: Path) -> Callable[..., RunSpec]:
+def spec(digits_index: Callable[[str], Path], tmp_path: Path) -> Callable[..., RunSpec]:
     """Makes the job of one run, by overrides."""
 
     def make(*overrides: str) -> RunSpec:
@@ -139,9 +139,9 @@ def test_marks_do_not_gather(device: str, monkeypatch: pytest.MonkeyPatch) -> No
         assert ledger.seconds()["backward"] == 1000
 
 
-def test_attempts_add_up_to_the_wall_time_since_the_first(job: Callable[..., RunSpec]) -> None:
+def test_attempts_add_up_to_the_wall_time_since_the_first(spec: Callable[..., RunSpec]) -> None:
     """An attempt that ends, one whose end is never told, and one that goes on from the checkpoint before."""
-    five = job("run.stop_at_step=5", "train.steps=15")
+    five = spec("run.stop_at_step=5", "train.steps=15")
     began = time.time()
     first = fit(five, context())
     stopped = time.time()
@@ -150,17 +150,17 @@ def test_attempts_add_up_to_the_wall_time_since_the_first(job: Callable[..., Run
     assert "recovery" not in first["seconds"]
 
     asked = dataclasses.replace(context(), marks=(("command", time.time() - 5),))
-    second = fit(job("run.stop_at_step=10", "train.steps=15"), asked)
+    second = fit(spec("run.stop_at_step=10", "train.steps=15"), asked)
     gained = second["seconds"]["start-up"] - first["seconds"]["start-up"]
     assert 5 < gained < 5 + time.time() - stopped, "what the command did before its workers is counted"
 
-    run = job().run
+    run = spec().run
     last = RunManifest.read(run, pytest.fail)
     assert last is not None
     dataclasses.replace(last, open=True).write(run)  # as a killed process leaves it
     time.sleep(2)
     resumed = time.time()
-    third = fit(job("train.steps=15"), context())
+    third = fit(spec("train.steps=15"), context())
     assert third["seconds"]["recovery"] > 2, "the time without training, since the checkpoint"
     whole = sum(third["seconds"].values()) - sum(second["seconds"].values())
     assert whole == pytest.approx(third["ended"] - second["ended"], rel=0.02, abs=0.2)
@@ -168,7 +168,7 @@ def test_attempts_add_up_to_the_wall_time_since_the_first(job: Callable[..., Run
     assert total(third["seconds"], "start-up") == total(second["seconds"], "start-up")
 
 
-def test_steps_done_again_are_recovery_and_not_compute(job: Callable[..., RunSpec]) -> None:
+def test_steps_done_again_are_recovery_and_not_compute(spec: Callable[..., RunSpec]) -> None:
     """Ended by an error at step 15, and taken up again from the checkpoint of step 8."""
     settings = ["train.steps=16", "train.log_every=1", "checkpoint.every=8", "train.eval_every=100"]
     steps = list[Event]()
@@ -181,8 +181,8 @@ def test_steps_done_again_are_recovery_and_not_compute(job: Callable[..., RunSpe
 
     told = dataclasses.replace(context(), emit=watch)
     with pytest.raises(RuntimeError, match="the end"):
-        fit(job(*settings), told)
-    fit(job(*settings), dataclasses.replace(told, restarted=True))
+        fit(spec(*settings), told)
+    fit(spec(*settings), dataclasses.replace(told, restarted=True))
     assert [event["step"] for event in steps] == [*range(1, 16), *range(9, 17)]
     eighth, lost, again = (steps[i]["seconds"] for i in (7, 14, 15))
     assert eighth["recovery"] == lost["recovery"] == 0
@@ -190,7 +190,7 @@ def test_steps_done_again_are_recovery_and_not_compute(job: Callable[..., RunSpe
     assert eighth["compute"] < again["compute"] < lost["compute"], "and count once"
 
 
-def test_a_failure_before_any_checkpoint_loses_no_time(job: Callable[..., RunSpec]) -> None:
+def test_a_failure_before_any_checkpoint_loses_no_time(spec: Callable[..., RunSpec]) -> None:
     """All since the command is recovery then, its start-up among it."""
 
     def fall(event: Event) -> None:
@@ -199,13 +199,13 @@ def test_a_failure_before_any_checkpoint_loses_no_time(job: Callable[..., RunSpe
 
     command = (("command", time.time() - 30),)
     with pytest.raises(RuntimeError, match="the end"):
-        fit(job("train.log_every=1"), dataclasses.replace(context(), emit=fall, marks=command))
-    done = fit(job("run.stop_at_step=2"), dataclasses.replace(context(), restarted=True))
+        fit(spec("train.log_every=1"), dataclasses.replace(context(), emit=fall, marks=command))
+    done = fit(spec("run.stop_at_step=2"), dataclasses.replace(context(), restarted=True))
     assert done["seconds"]["recovery"] > 30
     assert sum(done["seconds"].values()) == pytest.approx(done["ended"] - command[0][1], rel=0.02)
 
 
-def waits(rank: int, world_size: int, job: RunSpec) -> tuple[dict[str, float], float]:
+def waits(rank: int, world_size: int, spec: RunSpec) -> tuple[dict[str, float], float]:
     """Rank 1 is late with each batch. Returns where the time went, and what the loader took."""
     ours, loading = TrainLoader.from_step, 0.0
 
@@ -220,11 +220,11 @@ def waits(rank: int, world_size: int, job: RunSpec) -> tuple[dict[str, float], f
             began = time.monotonic()
 
     TrainLoader.from_step = timed  # type: ignore[method-assign]  # in this process alone
-    return dict(fit(job, context(rank, world_size)).get("seconds", {})), loading
+    return dict(fit(spec, context(rank, world_size)).get("seconds", {})), loading
 
 
-def test_waiting_for_a_slow_rank_is_communication(job: Callable[..., RunSpec]) -> None:
-    (seconds, loading), _ = run_ranks(waits, 2, job("train.steps=10", "train.eval_every=100"))
+def test_waiting_for_a_slow_rank_is_communication(spec: Callable[..., RunSpec]) -> None:
+    (seconds, loading), _ = run_ranks(waits, 2, spec("train.steps=10", "train.eval_every=100"))
     late = 9 * 0.2  # the first batch is part of the start
     assert seconds["communication wait"] > late / 3, "less where rank 0 is late itself, on a busy machine"
     assert seconds["data wait"] < loading + late / 3, "what rank 1 is late is no wait for data"
@@ -232,7 +232,7 @@ def test_waiting_for_a_slow_rank_is_communication(job: Callable[..., RunSpec]) -
 
 @pytest.mark.parametrize("log_every", [5, 10])
 def test_nothing_waits_for_the_device_but_logged_steps(
-    job: Callable[..., RunSpec], monkeypatch: pytest.MonkeyPatch, log_every: int
+    spec: Callable[..., RunSpec], monkeypatch: pytest.MonkeyPatch, log_every: int
 ) -> None:
     """`.item()`, `.tolist()` and copies to the host, as they would wait on a GPU, happen at logged and saved steps."""
     calls = Counter[str]()
@@ -251,14 +251,14 @@ def test_nothing_waits_for_the_device_but_logged_steps(
     said = Predictions(np.zeros(2, int), np.zeros((2, 5), int), np.ones((2, 5)), np.ones(2))
     monkeypatch.setattr("pipeline.training.loop.evaluate", lambda *args, **kwargs: said)
     few = ["train.steps=20", "train.global_batch=4", "checkpoint.every=1000", "train.eval_every=100"]
-    fit(job(f"train.log_every={log_every}", *few, "train.clip_norm=1.0"), context())
+    fit(spec(f"train.log_every={log_every}", *few, "train.clip_norm=1.0"), context())
     ended = 1  # the last step is saved: what is not finite is looked for once, and its loss is told
     assert calls["tolist"] == 20 // log_every + ended
     assert sum(calls.values()) - calls["tolist"] <= ended
 
 
-def test_a_profile_names_the_parts_of_its_steps(job: Callable[..., RunSpec]) -> None:
-    done = fit(job("train.profile=[3,4]", "train.steps=6"), context())
+def test_a_profile_names_the_parts_of_its_steps(spec: Callable[..., RunSpec]) -> None:
+    done = fit(spec("train.profile=[3,4]", "train.steps=6"), context())
     client = mlflow.MlflowClient(done["mlflow_uri"])
     (artifact,) = client.list_artifacts(done["mlflow_run_id"], "profile")
     assert artifact.path == "profile/steps_3_4.json.gz"
@@ -269,13 +269,13 @@ def test_a_profile_names_the_parts_of_its_steps(job: Callable[..., RunSpec]) -> 
         assert ranges[part] == 2, part
 
 
-def test_a_profile_is_named_by_the_steps_that_it_holds(job: Callable[..., RunSpec]) -> None:
+def test_a_profile_is_named_by_the_steps_that_it_holds(spec: Callable[..., RunSpec]) -> None:
     """An attempt that ends within the steps asked for, the next one, and one that comes after them."""
     settings = ["train.profile=[3,6]", "train.steps=9"]
-    fit(job(*settings, "run.stop_at_step=4"), context())
-    fit(job(*settings, "run.stop_at_step=7"), context())
+    fit(spec(*settings, "run.stop_at_step=4"), context())
+    fit(spec(*settings, "run.stop_at_step=7"), context())
     events: list[Event] = []
-    done = fit(job(*settings), context(events=events))
+    done = fit(spec(*settings), context(events=events))
     told = [event["text"] for event in events if event["kind"] == "warning"]
     assert told == ["train.profile=[3,6]: this attempt trained none of these steps; there is no trace"]
     client = mlflow.MlflowClient(done["mlflow_uri"])

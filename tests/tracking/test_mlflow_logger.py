@@ -35,12 +35,12 @@ def metric(step: int, value: float = 0.0, name: str = "loss") -> dict[str, objec
 
 
 def test_spool_keeps_order_and_survives_its_process(tmp_path: Path) -> None:
-    spool = Outbox(tmp_path, pytest.fail)
+    outbox = Outbox(tmp_path, pytest.fail)
     for step in (1, 2, 3):
-        spool.append(metric(step))
-    spool.mark_sent(spool.unsent()[0][1])
-    spool.close()
-    with spool.path.open("ab") as f:
+        outbox.append(metric(step))
+    outbox.mark_sent(outbox.unsent()[0][1])
+    outbox.close()
+    with outbox.path.open("ab") as f:
         f.write(b'{"kind": "metr')  # a process killed while writing
     reopened = Outbox(tmp_path, pytest.fail)
     assert [r["step"] for r, _ in reopened.unsent()] == [2, 3]
@@ -50,15 +50,15 @@ def test_spool_keeps_order_and_survives_its_process(tmp_path: Path) -> None:
 
 
 def test_spool_drops_steps_that_were_logged_before(tmp_path: Path) -> None:
-    spool = Outbox(tmp_path, pytest.fail)
-    spool.append(metric(10))
-    spool.append(metric(20))
-    spool.mark_sent(spool.unsent()[-1][1])
-    assert spool.path.stat().st_size == 0  # what has arrived takes no room
-    spool.append(metric(20))
-    spool.append(metric(30))
-    spool.append(metric(10, name="other"))
-    spool.close()
+    outbox = Outbox(tmp_path, pytest.fail)
+    outbox.append(metric(10))
+    outbox.append(metric(20))
+    outbox.mark_sent(outbox.unsent()[-1][1])
+    assert outbox.path.stat().st_size == 0  # what has arrived takes no room
+    outbox.append(metric(20))
+    outbox.append(metric(30))
+    outbox.append(metric(10, name="other"))
+    outbox.close()
     reopened = Outbox(tmp_path, pytest.fail)
     reopened.append(metric(30))
     values = [(r["step"], r["values"]) for r, _ in reopened.unsent() if r["values"]]
@@ -70,33 +70,33 @@ def test_a_long_backlog_is_taken_in_parts_and_keeps_no_step_waiting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """MLflow was away for days: the thread that sends must not parse all of it under the lock that a step needs."""
-    spool, parse = Outbox(tmp_path, print), json.loads
+    outbox, parse = Outbox(tmp_path, print), json.loads
     for step in range(1000):
-        spool.append(metric(step))
-    spool.append({"kind": "text", "text": "x" * 10_000, "to": "large"})
-    spool.append(metric(1000))
+        outbox.append(metric(step))
+    outbox.append({"kind": "text", "text": "x" * 10_000, "to": "large"})
+    outbox.append(metric(1000))
 
     def checked(line: bytes) -> object:
-        assert not spool._lock.locked()
+        assert not outbox._lock.locked()
         return parse(line)
 
     seen = list[dict[str, object]]()
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.tracking.outbox.json.loads", checked)
-        while head := spool.head(max_bytes=1000):
+        while head := outbox.head(max_bytes=1000):
             assert len(head) < 20
             seen += [record for record, _ in head]
-            spool.mark_sent(head[-1][1])
+            outbox.mark_sent(head[-1][1])
     assert [record.get("step") for record in seen] == [*range(1000), None, 1000]
-    assert spool.unsent() == []
-    spool.close()
+    assert outbox.unsent() == []
+    outbox.close()
 
 
 def test_spool_leaves_out_what_it_cannot_read(tmp_path: Path) -> None:
-    spool = Outbox(tmp_path, pytest.fail)
-    spool.append(metric(1))
-    spool.close()
-    with spool.path.open("ab") as f:
+    outbox = Outbox(tmp_path, pytest.fail)
+    outbox.append(metric(1))
+    outbox.close()
+    with outbox.path.open("ab") as f:
         f.write(b"garbage\n{}\n")
     problems: list[str] = []
     reopened = Outbox(tmp_path, problems.append)
@@ -109,10 +109,10 @@ def test_spool_leaves_out_what_it_cannot_read(tmp_path: Path) -> None:
 
 def test_a_spool_that_is_cleaned_up_is_whole_at_any_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half a record of a killed process is taken out as the spool is opened; the process may be killed in that, too."""
-    spool = Outbox(tmp_path, pytest.fail)
-    spool.append(metric(1))
-    spool.close()
-    with spool.path.open("ab") as f:
+    outbox = Outbox(tmp_path, pytest.fail)
+    outbox.append(metric(1))
+    outbox.close()
+    with outbox.path.open("ab") as f:
         f.write(b'{"kind": "metr')
 
     def fails(*_: object) -> None:
@@ -136,7 +136,7 @@ def test_a_limited_end_does_not_wait_for_a_long_backlog(tmp_path: Path, monkeypa
         send(run, records)
 
     monkeypatch.setattr(MlflowRun, "send", slow)
-    one = tracker(tracking_uri(None, Storage(tmp_path)), tmp_path / "run")
+    one = logger(tracking_uri(None, Storage(tmp_path)), tmp_path / "run")
     for number in range(60):
         one.tags({str(number): number})
     began = time.monotonic()
@@ -149,9 +149,9 @@ def test_a_disk_that_fails_in_the_middle_of_a_record_tears_none(
 ) -> None:
     """Nor does it reach the training: half of the record is there, and cannot even be cut off for now."""
     problems: list[str] = []
-    spool = Outbox(tmp_path, problems.append)
-    spool.append(metric(1))
-    real = spool._file
+    outbox = Outbox(tmp_path, problems.append)
+    outbox.append(metric(1))
+    real = outbox._file
 
     class Failing:
         def fileno(self) -> int:
@@ -164,14 +164,14 @@ def test_a_disk_that_fails_in_the_middle_of_a_record_tears_none(
         def truncate(self, size: int) -> int:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(spool, "_file", Failing())
+    monkeypatch.setattr(outbox, "_file", Failing())
     for step in (2, 3):
-        spool.append(metric(step))
-    assert [record["step"] for record, _ in spool.unsent()] == [1]
+        outbox.append(metric(step))
+    assert [record["step"] for record, _ in outbox.unsent()] == [1]
     assert len(problems) == 1
-    monkeypatch.setattr(spool, "_file", real)
-    spool.append(metric(4))
-    spool.close()
+    monkeypatch.setattr(outbox, "_file", real)
+    outbox.append(metric(4))
+    outbox.close()
     reopened = Outbox(tmp_path, pytest.fail)
     assert [record["step"] for record, _ in reopened.unsent()] == [1, 2, 3, 4]
     reopened.close()
@@ -189,43 +189,43 @@ def test_a_call_to_mlflow_that_never_ends_does_not_keep_the_training(
     monkeypatch.setattr(mlflow_logger, "MLFLOW_CALL_S", 0.5)
     monkeypatch.setattr(mlflow_logger, "MlflowRun", hang)
     target = Target("http://127.0.0.1:9", "x", str(tmp_path), "t")
-    tracker = MlflowLogger(target, tmp_path / "mlflow", lambda _: None)
-    tracker.metrics(1, {"loss": 0.0})
-    assert tracker.close("FINISHED", 0.2, heartbeat=lambda: beats.append(time.monotonic())) == 2
+    logger = MlflowLogger(target, tmp_path / "mlflow", lambda _: None)
+    logger.metrics(1, {"loss": 0.0})
+    assert logger.close("FINISHED", 0.2, heartbeat=lambda: beats.append(time.monotonic())) == 2
     assert hanging.is_set()
     assert len(beats) > 2
     left.set()
-    tracker.drain(10)  # closes the spool
+    logger.drain(10)  # closes the spool
 
 
 def test_a_folder_that_is_away_for_a_while_does_not_hurt(tmp_path: Path) -> None:
-    spool = Outbox(tmp_path / "here", pytest.fail)
-    spool.append(metric(1))
+    outbox = Outbox(tmp_path / "here", pytest.fail)
+    outbox.append(metric(1))
     (tmp_path / "here").rename(tmp_path / "away")
-    spool.append(metric(2))
-    (_, first), _ = spool.unsent()
+    outbox.append(metric(2))
+    (_, first), _ = outbox.unsent()
     with pytest.raises(OSError, match="No such file"):
-        spool.mark_sent(first)
+        outbox.mark_sent(first)
     (tmp_path / "away").rename(tmp_path / "here")
-    assert [r["step"] for r, _ in spool.unsent()] == [1, 2]
-    spool.mark_sent(first)
-    spool.close()
+    assert [r["step"] for r, _ in outbox.unsent()] == [1, 2]
+    outbox.mark_sent(first)
+    outbox.close()
     reopened = Outbox(tmp_path / "here", pytest.fail)
     assert [r["step"] for r, _ in reopened.unsent()] == [2]
     reopened.close()
 
 
-def tracker(uri: str, run_dir: Path, problems: list[str] | None = None) -> MlflowLogger:
+def logger(uri: str, run_dir: Path, problems: list[str] | None = None) -> MlflowLogger:
     said: list[str] = [] if problems is None else problems
-    tracker = MlflowLogger(Target(uri, "pipeline", str(run_dir), f"id-{run_dir.name}"), run_dir / "mlflow", said.append)
-    tracker.start()
-    return tracker
+    logger = MlflowLogger(Target(uri, "pipeline", str(run_dir), f"id-{run_dir.name}"), run_dir / "mlflow", said.append)
+    logger.start()
+    return logger
 
 
 def test_a_disk_that_fails_is_not_called_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where the run's folder is away for a while."""
     problems, place = list[str](), tmp_path / "run" / "mlflow"
-    one = tracker(tracking_uri(None, Storage(tmp_path)), tmp_path / "run", problems)
+    one = logger(tracking_uri(None, Storage(tmp_path)), tmp_path / "run", problems)
 
     def away(_: object, offset: int) -> None:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"{place}/sent.tmp")
@@ -243,13 +243,13 @@ def test_everything_logged_arrives_in_one_run_over_two_attempts(tmp_path: Path) 
     source = tmp_path / "checkpoint"
     source.mkdir()
     (source / "state.pt").write_bytes(b"weights")
-    one = tracker(uri, tmp_path / "run")
+    one = logger(uri, tmp_path / "run")
     one.params({"a": 1, "b": None})
     one.metrics(1, {"loss": 2.5})
     one.folder(source, "checkpoints/step_1")
     (source / "state.pt").unlink()  # it was set aside already
     assert one.close("KILLED", 60) == 0
-    two = tracker(uri, tmp_path / "run")
+    two = logger(uri, tmp_path / "run")
     two.params({"a": 2, "c": 3})
     two.metrics(1, {"loss": 9.0})
     for step in range(2, 2000):
@@ -282,7 +282,7 @@ def test_everything_logged_arrives_in_one_run_over_two_attempts(tmp_path: Path) 
 def log_a_folder(runs: Path, source: Path) -> None:
     source.mkdir()
     (source / "state.pt").write_text(source.name)
-    one = tracker(tracking_uri(None, Storage(runs)), runs / "run")
+    one = logger(tracking_uri(None, Storage(runs)), runs / "run")
     one.folder(source, f"checkpoints/{source.name}")
     assert one.close("KILLED", 60) == 0
 
@@ -328,7 +328,7 @@ def test_system_metrics_go_on_after_a_call_that_fails(tmp_path: Path, monkeypatc
 
 
 def test_the_oldest_folder_gives_way_on_a_full_disk_and_blocks_nothing(tmp_path: Path) -> None:
-    one = tracker(uri := tracking_uri(None, Storage(tmp_path)), tmp_path / "run")
+    one = logger(uri := tracking_uri(None, Storage(tmp_path)), tmp_path / "run")
     for name in ("step_00000001", "step_00000002", "profile"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "state.pt").write_text(name)
@@ -386,7 +386,7 @@ def test_a_run_that_moves_between_machines_logs_each_step_once(
 def test_a_spool_that_forgot_logs_nothing_twice(tmp_path: Path, harm: str) -> None:
     """A damaged note of what was sent, or a machine whose disk is new: MLflow itself knows."""
     uri = tracking_uri(None, Storage(tmp_path))
-    one = tracker(uri, tmp_path / "run")
+    one = logger(uri, tmp_path / "run")
     one.metrics(1, {"loss": 1.0})
     one.metrics(2, {"loss": 2.0})
     assert one.close("KILLED", 60) == 0
@@ -394,7 +394,7 @@ def test_a_spool_that_forgot_logs_nothing_twice(tmp_path: Path, harm: str) -> No
         (tmp_path / "run/mlflow/sent.json").write_text("")
     else:
         shutil.rmtree(tmp_path / "run")
-    two = tracker(uri, tmp_path / "run")
+    two = logger(uri, tmp_path / "run")
     two.metrics(2, {"loss": 2.0})
     two.metrics(3, {"loss": 3.0})
     assert two.close("FINISHED", 60) == 0
@@ -404,7 +404,7 @@ def test_a_spool_that_forgot_logs_nothing_twice(tmp_path: Path, harm: str) -> No
 
 def test_a_record_that_mlflow_refuses_is_told_and_does_not_block(tmp_path: Path) -> None:
     problems: list[str] = []
-    one = tracker(tracking_uri(None, Storage(tmp_path)), tmp_path / "run", problems)
+    one = logger(tracking_uri(None, Storage(tmp_path)), tmp_path / "run", problems)
     one.metrics(1, {"not\nlegal": 1.0})
     one.metrics(2, {"loss": 1.0})
     assert one.close("FINISHED", 60) == 0
@@ -427,7 +427,7 @@ def test_a_folder_that_is_gone_or_refused_blocks_nothing_and_leaves_nothing(
     monkeypatch.setattr(mlflow.MlflowClient, "log_artifacts", log_artifacts)
     problems: list[str] = []
     uri = tracking_uri(None, Storage(tmp_path))
-    one = tracker(uri, tmp_path / "run", problems)
+    one = logger(uri, tmp_path / "run", problems)
     for name in ("sent", "refused", "good"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)
@@ -500,7 +500,7 @@ def test_a_server_that_comes_late_gets_everything(
     """Nobody listens at first: logging does not wait, and all is there once a real server answers."""
     problems: list[str] = []
     uri = f"http://127.0.0.1:{port}"
-    late = tracker(uri, tmp_path / "run", problems)
+    late = logger(uri, tmp_path / "run", problems)
     started = time.perf_counter()
     for step in range(1000):
         late.metrics(step, {"loss": float(step)})
@@ -520,7 +520,7 @@ def test_a_server_that_comes_late_gets_everything(
     ]
     with (tmp_path / "server.log").open("wb") as log:
         server.append(subprocess.Popen(command, stdout=log, stderr=log))
-    again = tracker(uri, tmp_path / "run")
+    again = logger(uri, tmp_path / "run")
     again.text("hello", "note.txt")
     assert again.close("FINISHED", 120) == 0
     client = mlflow.MlflowClient(uri)

@@ -301,11 +301,11 @@ def test_a_report_that_cannot_be_drawn_is_told_and_what_follows_is_sent(
     monkeypatch.setattr("pipeline.tracking.report.page.write_report", fail)
     problems: list[str] = []
     target = Target(trained["mlflow_uri"], "pipeline", str(tmp_path), "undrawn")
-    tracker = MlflowLogger(target, tmp_path, problems.append)
-    tracker.report(facts_of(["a", "b"]))
-    assert tracker.close("FINISHED", 60) == 0
+    logger = MlflowLogger(target, tmp_path, problems.append)
+    logger.report(facts_of(["a", "b"]))
+    assert logger.close("FINISHED", 60) == 0
     assert problems == ["no report is made: RuntimeError: no ink"]
-    assert mlflow.MlflowClient(target.uri).get_run(tracker.run_id).info.status == "FINISHED"
+    assert mlflow.MlflowClient(target.uri).get_run(logger.run_id).info.status == "FINISHED"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["id", "sent.json", "spool.jsonl", "target.json"]
 
 
@@ -317,8 +317,8 @@ def test_facts_that_cannot_be_laid_aside_are_told_and_end_nothing(
 
     monkeypatch.setattr(Predictions, "save", fail)
     events: list[Event] = []
-    job = make_job(tmp_path, own_images, f"mlflow.uri={trained['mlflow_uri']}", "train.steps=2")
-    summary = fit(job, context(events=events))
+    spec = make_job(tmp_path, own_images, f"mlflow.uri={trained['mlflow_uri']}", "train.steps=2")
+    summary = fit(spec, context(events=events))
     assert (summary["status"], summary["mlflow_waiting"]) == ("done", 0)
     (warning,) = (e["text"] for e in events if e["kind"] == "warning")
     assert "no report is made (OSError: [Errno 28] No space left on device); try again: pipeline report" in warning
@@ -449,8 +449,8 @@ def unheard(tmp_path_factory: pytest.TempPathFactory, own_images: Path) -> tuple
     away = f"http://127.0.0.1:{free_port()}"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recorder, "MLFLOW_END_S", 0.1)
-        job = make_job(tmp_path_factory.mktemp("unheard"), own_images, f"mlflow.uri={away}", "mlflow.log_model=false")
-        return fit(job, context()), away
+        spec = make_job(tmp_path_factory.mktemp("unheard"), own_images, f"mlflow.uri={away}", "mlflow.log_model=false")
+        return fit(spec, context()), away
 
 
 @pytest.fixture

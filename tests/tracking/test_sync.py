@@ -112,7 +112,7 @@ def test_what_a_full_disk_kept_from_the_spool_is_in_the_store(
             one = MlflowLogger(Target(uri, "pipeline", run.uri, "id"), run.local_dir / "mlflow", problems.append)
             one.adopt("-00000001")
             one.metrics(1, {"loss": 10.0})
-            patch.setattr(one._spool, "_write", full.clear)
+            patch.setattr(one._outbox, "_write", full.clear)
             one.metrics(2, {"loss": 20.0})
             one.keep()
             one.drain(0)
@@ -133,9 +133,9 @@ def test_a_login_that_may_not_delete_keeps_its_backlog_all_the_same(
     monkeypatch.setattr(Storage, "delete", refused)
     with s3_storage() as bucket:
         for attempt in ("-00000001", "-00000002"):
-            spool = Outbox(tmp_path / attempt, pytest.fail)
-            Backlog(bucket / "run", spool, Target("", "", "", ""), attempt).adopt()
-            spool.close()
+            outbox = Outbox(tmp_path / attempt, pytest.fail)
+            Backlog(bucket / "run", outbox, Target("", "", "", ""), attempt).adopt()
+            outbox.close()
         assert (bucket / "run" / FOLDER).names() == ["-00000001", "-00000002"]
 
 

@@ -8,10 +8,10 @@ NUM_STEPS = 6
 
 
 def hear(rank: int, world_size: int) -> list[ControlFlags]:
-    votes = ControlBroadcast(world_size, timeout_s=30)
+    control = ControlBroadcast(world_size, timeout_s=30)
     # What other ranks say does not count.
-    heard = [votes.exchange(ControlFlags(stop=rank > 0 or step == 3, save=step == 1)) for step in range(NUM_STEPS)]
-    return [*heard, votes.finish(), votes.finish()]
+    heard = [control.exchange(ControlFlags(stop=rank > 0 or step == 3, save=step == 1)) for step in range(NUM_STEPS)]
+    return [*heard, control.finish(), control.finish()]
 
 
 def test_all_ranks_hear_rank_0_one_step_later() -> None:

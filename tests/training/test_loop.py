@@ -42,7 +42,7 @@ RESUMED = ["train.steps=10", "checkpoint.every=4", "train.log_every=4"]  # with 
 
 
 @pytest.fixture
-def job(digits_index: Callable[[str], Path], tmp_path: Path) -> Callable[..., RunSpec]:
+def spec(digits_index: Callable[[str], Path], tmp_path: Path) -> Callable[..., RunSpec]:
     """Makes a job by run name and overrides."""
 
     def make(name: str, *overrides: str) -> RunSpec:
@@ -68,8 +68,8 @@ def train_and_resume(rank: int, world_size: int, whole: RunSpec, parts: RunSpec)
     _barrier()
 
 
-def _stop_at(job: RunSpec, step: int) -> Any:
-    return dataclasses.replace(job.cfg.run, stop_at_step=step)
+def _stop_at(spec: RunSpec, step: int) -> Any:
+    return dataclasses.replace(spec.cfg.run, stop_at_step=step)
 
 
 def _barrier() -> None:
@@ -78,44 +78,44 @@ def _barrier() -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_resume_mid_epoch_is_bitwise_one_worker(job: Callable[..., RunSpec], precision: str) -> None:
+def test_resume_mid_epoch_is_bitwise_one_worker(spec: Callable[..., RunSpec], precision: str) -> None:
     # Not smaller: the weight gradient of a bf16 convolution of a single pixel differs from call to call (oneDNN).
     small = [*SMALL, "data.image_size=32", "data.val_resize=32"] if precision == "bf16" else []
-    whole, parts = (job(name, f"train.precision={precision}", *RESUMED, *small) for name in ("whole", "parts"))
+    whole, parts = (spec(name, f"train.precision={precision}", *RESUMED, *small) for name in ("whole", "parts"))
     torch.set_num_threads(1)
     train_and_resume(0, 1, whole, parts)
     assert final_state(whole)["step"] == 10
     assert differences(final_state(whole), final_state(parts)) == []
 
 
-def test_resume_mid_epoch_is_bitwise_two_workers(job: Callable[..., RunSpec]) -> None:
-    whole, parts = (job(name, "cluster.workers=2", "train.micro_batch=5", *RESUMED) for name in ("whole", "parts"))
+def test_resume_mid_epoch_is_bitwise_two_workers(spec: Callable[..., RunSpec]) -> None:
+    whole, parts = (spec(name, "cluster.workers=2", "train.micro_batch=5", *RESUMED) for name in ("whole", "parts"))
     run_ranks(train_and_resume, 2, whole, parts)
     assert final_state(whole)["step"] == 10
     assert differences(final_state(whole), final_state(parts)) == []
 
 
-def test_resume_mid_epoch_is_bitwise_three_workers(job: Callable[..., RunSpec]) -> None:
+def test_resume_mid_epoch_is_bitwise_three_workers(spec: Callable[..., RunSpec]) -> None:
     """With three, the order of a ring's sums depends on how DDP lays out its buckets."""
-    whole, parts = (job(name, "cluster.workers=3", *RESUMED) for name in ("whole", "parts"))
+    whole, parts = (spec(name, "cluster.workers=3", *RESUMED) for name in ("whole", "parts"))
     run_ranks(train_and_resume, 3, whole, parts)
     assert final_state(whole)["step"] == 10
     assert differences(final_state(whole), final_state(parts)) == []
 
 
-def test_resume_is_bitwise_with_adamw_and_fp16(job: Callable[..., RunSpec]) -> None:
+def test_resume_is_bitwise_with_adamw_and_fp16(spec: Callable[..., RunSpec]) -> None:
     settings = ["optim.name=adamw", "optim.lr=0.001", "train.precision=fp16", "train.clip_norm=1.0"]
-    whole, parts = (job(name, *settings, *RESUMED, *SMALL) for name in ("whole", "parts"))
+    whole, parts = (spec(name, *settings, *RESUMED, *SMALL) for name in ("whole", "parts"))
     train_and_resume(0, 1, whole, parts)
     assert final_state(whole)["scaler"]
     assert differences(final_state(whole), final_state(parts)) == []
 
 
-def test_mlflow_has_one_run_with_each_step_once(job: Callable[..., RunSpec], tmp_path: Path) -> None:
+def test_mlflow_has_one_run_with_each_step_once(spec: Callable[..., RunSpec], tmp_path: Path) -> None:
     """Also where steps were trained twice: the second attempt begins at an older checkpoint."""
     settings = ["mlflow.log_model=true", "mlflow.checkpoints=last", "train.eval_every=100"]
     settings += ["train.steps=8", "train.log_every=2", "checkpoint.every=4"]
-    first = job("run", *settings)
+    first = spec("run", *settings)
     stopped = dataclasses.replace(first, cfg=dataclasses.replace(first.cfg, run=_stop_at(first, 6)))
     one = fit(stopped, context())
     newest = checkpoint.newest_valid(first.checkpoints, pytest.fail)
@@ -159,8 +159,8 @@ def assert_model_predicts_like_checkpoint(client: Any, summary: dict[str, Any]) 
     np.testing.assert_allclose(answers["probabilities"].tolist(), expected.values, atol=1e-4)
 
 
-def test_a_non_finite_loss_names_step_rate_and_samples(job: Callable[..., RunSpec]) -> None:
-    broken = job("nan", "optim.lr=1.0e+6", "optim.warmup_epochs=0", "train.log_every=3", "checkpoint.every=1000")
+def test_a_non_finite_loss_names_step_rate_and_samples(spec: Callable[..., RunSpec]) -> None:
+    broken = spec("nan", "optim.lr=1.0e+6", "optim.warmup_epochs=0", "train.log_every=3", "checkpoint.every=1000")
     with pytest.raises(
         NonFiniteLossError, match=r"the loss of step (\d+) is (nan|inf).* rate \d+\).* batch: \d+( \d+){15}$"
     ):
@@ -170,7 +170,7 @@ def test_a_non_finite_loss_names_step_rate_and_samples(job: Callable[..., RunSpe
 
 @pytest.mark.parametrize("where", ["fc.weight", "layer1.0.bn1.running_var", "ema", "momentum"])
 def test_a_state_that_is_no_number_is_not_saved(
-    job: Callable[..., RunSpec], monkeypatch: pytest.MonkeyPatch, where: str
+    spec: Callable[..., RunSpec], monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     """By the last update: the loss does not tell of it yet, and each resume would begin with it."""
     step_of = step.train_step
@@ -188,13 +188,13 @@ def test_a_state_that_is_no_number_is_not_saved(
         return loss
 
     settings = ["train.steps=6", "checkpoint.every=4", "train.log_every=1"]
-    fit(job("run", *settings, "run.stop_at_step=2"), context())
+    fit(spec("run", *settings, "run.stop_at_step=2"), context())
     with monkeypatch.context() as patch:
         patch.setattr(loop, "train_step", breaks)
         with pytest.raises(NonFiniteError, match=r"^(model|ema|optimizer)\..* is not finite after step 4, which"):
-            fit(job("run", *settings), context())
-    assert job("run").checkpoints.names() == ["step_00000002"]
-    assert fit(job("run", *settings), context())["status"] == "done"
+            fit(spec("run", *settings), context())
+    assert spec("run").checkpoints.names() == ["step_00000002"]
+    assert fit(spec("run", *settings), context())["status"] == "done"
 
 
 def test_large_values_are_finite() -> None:
@@ -211,34 +211,34 @@ def test_large_values_are_finite() -> None:
 
 @pytest.mark.parametrize("content", [None, "{", '{"attempts": "many"}'])
 def test_a_lost_run_json_is_made_up_from_the_newest_checkpoint(
-    job: Callable[..., RunSpec], content: str | None
+    spec: Callable[..., RunSpec], content: str | None
 ) -> None:
-    one = fit(job("run", "run.stop_at_step=2"), context())
+    one = fit(spec("run", "run.stop_at_step=2"), context())
     path = Path(one["run_dir"]) / "run.json"
     path.unlink()
     if content is not None:
         path.write_text(content)
     events: list[Event] = []
-    two = fit(job("run", "run.stop_at_step=3"), context(events=events))
+    two = fit(spec("run", "run.stop_at_step=3"), context(events=events))
     assert [(e["attempt"], e["step"]) for e in events if e["kind"] == "start"] == [(2, 2)]
     assert two["mlflow_run_id"] == one["mlflow_run_id"]
     assert any("run.json is damaged" in e.get("text", "") for e in events) == (content is not None)
 
 
-def test_a_checkpoint_of_another_training_is_not_taken(job: Callable[..., RunSpec], tmp_path: Path) -> None:
-    fit(job("run", "run.stop_at_step=2"), context())
-    fit(job("other", "run.stop_at_step=4"), context())
+def test_a_checkpoint_of_another_training_is_not_taken(spec: Callable[..., RunSpec], tmp_path: Path) -> None:
+    fit(spec("run", "run.stop_at_step=2"), context())
+    fit(spec("other", "run.stop_at_step=4"), context())
     shutil.copytree(tmp_path / "other/checkpoints/step_00000004", tmp_path / "run/checkpoints/step_00000004")
     events: list[Event] = []
-    assert fit(job("run", "run.stop_at_step=3"), context(events=events))["step"] == 3
+    assert fit(spec("run", "run.stop_at_step=3"), context(events=events))["step"] == 3
     assert any("step_00000004: belongs to another training" in e.get("text", "") for e in events)
 
 
-def test_the_later_of_two_drivers_wins(job: Callable[..., RunSpec]) -> None:
+def test_the_later_of_two_drivers_wins(spec: Callable[..., RunSpec]) -> None:
     """On machines that share no lock: the earlier one stops before it writes again, and ends nothing of the run."""
-    run = job("run").run
+    run = spec("run").run
     RunManifest().write(run)
-    one = dataclasses.replace(job("run", "checkpoint.every=5"), claim=Claim.take(run))
+    one = dataclasses.replace(spec("run", "checkpoint.every=5"), claim=Claim.take(run))
 
     def watch(event: Event) -> None:
         if event["kind"] == "step" and event["step"] == 10:
@@ -255,8 +255,8 @@ def test_the_later_of_two_drivers_wins(job: Callable[..., RunSpec]) -> None:
     assert RunManifest.read(run, pytest.fail) == left
 
 
-def test_an_earlier_attempt_of_the_same_driver_writes_no_more(job: Callable[..., RunSpec]) -> None:
-    one = job("run", "checkpoint.every=5")
+def test_an_earlier_attempt_of_the_same_driver_writes_no_more(spec: Callable[..., RunSpec]) -> None:
+    one = spec("run", "checkpoint.every=5")
 
     def watch(event: Event) -> None:
         if event["kind"] == "step" and event["step"] == 10:
@@ -268,22 +268,22 @@ def test_an_earlier_attempt_of_the_same_driver_writes_no_more(job: Callable[...,
         fit(one, dataclasses.replace(context(), emit=watch))
 
 
-def mlflow_status(job: RunSpec) -> list[str]:
-    client = mlflow.MlflowClient(f"sqlite:///{job.cfg.run.storage}/mlflow.db")
+def mlflow_status(spec: RunSpec) -> list[str]:
+    client = mlflow.MlflowClient(f"sqlite:///{spec.cfg.run.storage}/mlflow.db")
     experiments = [one.experiment_id for one in client.search_experiments()]
     return [run.info.status for run in client.search_runs(experiments)]
 
 
 def test_mlflow_is_told_of_a_attempt_that_ends_before_its_first_step(
-    job: Callable[..., RunSpec], monkeypatch: pytest.MonkeyPatch
+    spec: Callable[..., RunSpec], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: object, **__: object) -> None:
         raise RuntimeError("out of luck")
 
     monkeypatch.setattr(loop, "as_trained", fails)
     with pytest.raises(RuntimeError, match="out of luck"):
-        fit(job("run"), context())
-    assert mlflow_status(job("run")) == ["FAILED"]
+        fit(spec("run"), context())
+    assert mlflow_status(spec("run")) == ["FAILED"]
 
 
 @pytest.mark.parametrize(
@@ -295,14 +295,14 @@ def test_mlflow_is_told_of_a_attempt_that_ends_before_its_first_step(
     ],
 )
 def test_mlflow_is_told_of_a_run_that_ends_between_attempts(
-    job: Callable[..., RunSpec], error: TrainingFailedError | Interrupted, is_open: bool, status: list[str]
+    spec: Callable[..., RunSpec], error: TrainingFailedError | Interrupted, is_open: bool, status: list[str]
 ) -> None:
-    run = job("run").run
-    driver.tell_end(job("run"), 0, error, pytest.fail)
+    run = spec("run").run
+    driver.tell_end(spec("run"), 0, error, pytest.fail)
     RunManifest().write(run)
-    driver.tell_end(job("run"), 0, error, pytest.fail)  # no attempt has begun: there is nothing to end
+    driver.tell_end(spec("run"), 0, error, pytest.fail)  # no attempt has begun: there is nothing to end
     assert "mlflow.db" not in run.parent.names()
-    fit(job("run", "run.stop_at_step=2"), context())
+    fit(spec("run", "run.stop_at_step=2"), context())
     now = RunManifest.read(run, pytest.fail)
     assert now is not None
     dataclasses.replace(now, open=is_open).write(run)
@@ -311,10 +311,10 @@ def test_mlflow_is_told_of_a_run_that_ends_between_attempts(
         (experiment,) = [one for one in client.search_experiments() if one.name == "pipeline"]
         (there,) = client.search_runs([experiment.experiment_id])
         client.update_run(there.info.run_id, status="RUNNING")
-    driver.tell_end(job("run"), 1, error, pytest.fail)  # the attempt is an earlier command's
+    driver.tell_end(spec("run"), 1, error, pytest.fail)  # the attempt is an earlier command's
     assert RunManifest.read(run, pytest.fail) == dataclasses.replace(now, open=is_open, place=str(run))
-    driver.tell_end(job("run"), 0, error, pytest.fail)
-    assert mlflow_status(job("run")) == status
+    driver.tell_end(spec("run"), 0, error, pytest.fail)
+    assert mlflow_status(spec("run")) == status
     ended = RunManifest.read(run, pytest.fail)
     assert ended is not None
     assert (ended.unended(), ended.failure) == ((), "too many" if status == ["FAILED"] else "")
@@ -324,12 +324,12 @@ def test_mlflow_is_told_of_a_run_that_ends_between_attempts(
 
 @pytest.mark.parametrize("unseen", ["drivers", "run.json", "checkpoints", "checkpoints/step_00000004"])
 def test_a_node_that_sees_the_run_late_begins_no_new_training(
-    job: Callable[..., RunSpec], unseen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    spec: Callable[..., RunSpec], unseen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a network file system shows it: an absent file stays absent for up to a minute."""
-    run = job("run").run
+    run = spec("run").run
     RunManifest().write(run)
-    one = dataclasses.replace(job("run", "run.stop_at_step=4"), claim=Claim.take(run))
+    one = dataclasses.replace(spec("run", "run.stop_at_step=4"), claim=Claim.take(run))
     fit(one, context())
     away, pauses = tmp_path / "away", list[float]()
     (tmp_path / "run" / unseen).rename(away)
@@ -340,7 +340,7 @@ def test_a_node_that_sees_the_run_late_begins_no_new_training(
             away.rename(tmp_path / "run" / unseen)
 
     events = list[Event]()
-    one = dataclasses.replace(one, saved_step=4, cfg=job("run", "run.stop_at_step=6").cfg)
+    one = dataclasses.replace(one, saved_step=4, cfg=spec("run", "run.stop_at_step=6").cfg)
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.failures.time.sleep", appears)
         fit(one, context(events=events))
@@ -349,17 +349,17 @@ def test_a_node_that_sees_the_run_late_begins_no_new_training(
     assert "seen" in next(event["text"] for event in events if event["kind"] == "warning")
 
 
-def test_a_finished_run_trains_no_more(job: Callable[..., RunSpec]) -> None:
-    done = job("run", "train.steps=4")
+def test_a_finished_run_trains_no_more(spec: Callable[..., RunSpec]) -> None:
+    done = spec("run", "train.steps=4")
     first = fit(done, context())
     again = fit(done, context())
     assert (again["step"], again["status"], again["top1"]) == (4, "done", first["top1"])
     assert again["images_per_s"] is None
 
 
-def test_stop_request_saves_and_ends(job: Callable[..., RunSpec]) -> None:
+def test_stop_request_saves_and_ends(spec: Callable[..., RunSpec]) -> None:
     asked = dataclasses.replace(context(), stop_reason=lambda: "interrupted")
-    summary = fit(job("run"), asked)
+    summary = fit(spec("run"), asked)
     assert (summary["status"], summary["step"]) == ("interrupted", 1)
     assert Path(summary["checkpoint"]).name == "step_00000001"
 
@@ -374,7 +374,7 @@ def test_training_runs_on_the_rest_of_an_odd_folder(tmp_path: Path, monkeypatch:
     cfg = load(None, [f"data.train={images}", f"data.val={images}", *small, *settings, "run.name=odd"])
     monkeypatch.setattr(lock, "LOCK_S", 0.5)
     events: list[Event] = []
-    with open_run.open_run(cfg, events.append) as job:
+    with open_run.open_run(cfg, events.append) as spec:
         left_out = [e["text"] for e in events]
         with (
             pytest.raises(UserError, match=r"run.name=odd: is being trained by process \d+"),
@@ -384,7 +384,7 @@ def test_training_runs_on_the_rest_of_an_odd_folder(tmp_path: Path, monkeypatch:
     assert len(left_out) == 2 * len(unusable)  # of train and of val
     for path, reason in unusable.items():
         assert any(str(images / path) in text and reason in text for text in left_out)
-    summary = fit(job, context(events=events))
+    summary = fit(spec, context(events=events))
     assert (summary["status"], summary["step"]) == ("done", 6)
     named = [e["text"] for e in events if "a uniform image takes its place" in e.get("text", "")]
     assert named

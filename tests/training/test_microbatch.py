@@ -90,7 +90,9 @@ def test_where_memory_suffices_nothing_is_said_or_changed() -> None:
 def test_a_single_image_that_does_not_fit_gets_one_line() -> None:
     state = TrainState.create(config(), 10, torch.device("cpu"))
     micro_batches = AutoMicrobatch(config().train, True, lambda text: None)
-    with pytest.raises(UserError, match=r"data.image_size=64: a single image does not fit .* model.recompute=true"):
+    with pytest.raises(
+        UserError, match=r"data.image_size=64: a single image does not fit .* model.activation_checkpointing=true"
+    ):
         micro_batches.size(state, Short(state.model, 0), batch(0, 2, 64))
 
 

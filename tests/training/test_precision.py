@@ -151,7 +151,7 @@ def test_a_plan_knows_what_its_card_has(card: str, wanted: str) -> None:
 
 
 @pytest.fixture
-def job(digits_index: Callable[[str], Path], tmp_path: Path) -> Callable[..., RunSpec]:
+def spec(digits_index: Callable[[str], Path], tmp_path: Path) -> Callable[..., RunSpec]:
     """Makes a job of two steps, by overrides; each is of the same run."""
 
     def make(*overrides: str) -> RunSpec:
@@ -174,27 +174,27 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[Hardware], None]:
     return become
 
 
-def trained(job: RunSpec) -> tuple[str, str, list[str]]:
+def trained(spec: RunSpec) -> tuple[str, str, list[str]]:
     """The precision of a training and its reason, by its start; the warnings."""
     events: list[Event] = []
-    fit(job, context(events=events))
+    fit(spec, context(events=events))
     start = next(e for e in events if e["kind"] == "start")
     return start["precision"], start["precision_reason"], [e["text"] for e in events if e["kind"] == "warning"]
 
 
-def saved(job: RunSpec) -> str:
+def saved(spec: RunSpec) -> str:
     """What the newest checkpoint says."""
-    found = checkpoint.newest_valid(job.checkpoints, pytest.fail)
+    found = checkpoint.newest_valid(spec.checkpoints, pytest.fail)
     assert found is not None
     return found.cfg.train.precision
 
 
 @pytest.mark.parametrize(("hardware", "wanted"), [(ON_AVX2, "fp32"), (ON_ZEN4, "bf16")])
 def test_a_training_says_everywhere_what_auto_became(
-    job: Callable[..., RunSpec], machine: Callable[[Hardware], None], hardware: Hardware, wanted: str
+    spec: Callable[..., RunSpec], machine: Callable[[Hardware], None], hardware: Hardware, wanted: str
 ) -> None:
     machine(hardware)
-    one = job()
+    one = spec()
     assert trained(one) == (wanted, hardware.reason, [])
     assert saved(one) == wanted
     uri = f"sqlite:///{one.run.local.parent}/mlflow.db" if one.run.local else ""
@@ -204,41 +204,41 @@ def test_a_training_says_everywhere_what_auto_became(
 
 
 def test_a_resume_keeps_its_precision_and_warns_once_where_it_is_emulated(
-    job: Callable[..., RunSpec], machine: Callable[[Hardware], None]
+    spec: Callable[..., RunSpec], machine: Callable[[Hardware], None]
 ) -> None:
     machine(ON_ZEN4)
-    trained(job())
+    trained(spec())
     machine(ON_AVX2)
-    name, reason, (warning,) = trained(job("train.steps=3"))
+    name, reason, (warning,) = trained(spec("train.steps=3"))
     assert (name, reason) == ("bf16", "as the run began")
     assert warning == emulation("bf16", [ON_AVX2])
-    assert saved(job()) == "bf16"
-    assert trained(job("train.steps=4", "train.precision=fp32")) == ("fp32", "as configured", [])
-    assert saved(job()) == "fp32"
+    assert saved(spec()) == "bf16"
+    assert trained(spec("train.steps=4", "train.precision=fp32")) == ("fp32", "as configured", [])
+    assert saved(spec()) == "fp32"
     machine(ON_ZEN4)
-    assert trained(job("train.steps=5")) == ("fp32", "as the run began", [])
+    assert trained(spec("train.steps=5")) == ("fp32", "as the run began", [])
 
 
 def test_a_checkpoint_of_before_keeps_the_bf16_that_it_says(
-    job: Callable[..., RunSpec], machine: Callable[[Hardware], None]
+    spec: Callable[..., RunSpec], machine: Callable[[Hardware], None]
 ) -> None:
     """Then bf16 was the default, and run.json had no word of it."""
     machine(ON_ZEN4)
-    old = job("train.precision=bf16")
+    old = spec("train.precision=bf16")
     trained(old)
     content = old.run.read_bytes("run.json")
     old.run.write_bytes("run.json", content.replace(b', "precision": "bf16"', b""))
     assert content != old.run.read_bytes("run.json")
     machine(ON_AVX2)
-    assert trained(job("train.steps=3"))[:2] == ("bf16", "as the run began")
+    assert trained(spec("train.steps=3"))[:2] == ("bf16", "as the run began")
 
 
 def test_an_attempt_that_left_no_checkpoint_has_decided_all_the_same(
-    job: Callable[..., RunSpec], machine: Callable[[Hardware], None]
+    spec: Callable[..., RunSpec], machine: Callable[[Hardware], None]
 ) -> None:
     """MLflow keeps the first value of each parameter for good."""
     machine(ON_ZEN4)
-    one = job()
+    one = spec()
     trained(one)
     for name in one.checkpoints.names():
         (one.checkpoints / name).remove()
@@ -247,11 +247,11 @@ def test_an_attempt_that_left_no_checkpoint_has_decided_all_the_same(
 
 
 def of_ranks(
-    rank: int, world_size: int, hardware: list[Hardware], *jobs: RunSpec
+    rank: int, world_size: int, hardware: list[Hardware], *specs: RunSpec
 ) -> list[tuple[set[str], list[Event]]]:
     """Each rank on a machine of its own kind: for each job what its steps computed in, and its events."""
     found = []
-    for one in jobs:
+    for one in specs:
         seen, events = set[str](), list[Event]()
 
         def look(*args: Any, seen: set[str] = seen, **options: Any) -> Any:
@@ -268,10 +268,10 @@ def of_ranks(
     return found
 
 
-def test_two_workers_decide_together_and_rank_0_warns(job: Callable[..., RunSpec]) -> None:
+def test_two_workers_decide_together_and_rank_0_warns(spec: Callable[..., RunSpec]) -> None:
     two = [ON_ZEN4, ON_AVX2]
-    jobs = job("cluster.workers=2"), job("cluster.workers=2", "train.steps=3", "train.precision=bf16")
-    first, second = run_ranks(of_ranks, 2, two, *jobs)
+    specs = spec("cluster.workers=2"), spec("cluster.workers=2", "train.steps=3", "train.precision=bf16")
+    first, second = run_ranks(of_ranks, 2, two, *specs)
     assert [computed for computed, _ in first] == [computed for computed, _ in second] == [{"fp32"}, {"bf16"}]
     starts = [e for _, events in first for e in events if e["kind"] == "start"]
     assert [e["precision"] for e in starts] == ["fp32", "bf16"]
@@ -281,10 +281,10 @@ def test_two_workers_decide_together_and_rank_0_warns(job: Callable[..., RunSpec
 
 
 def test_evaluating_keeps_the_precision_and_predicting_takes_what_is_there(
-    job: Callable[..., RunSpec], machine: Callable[[Hardware], None], digits: Path, monkeypatch: pytest.MonkeyPatch
+    spec: Callable[..., RunSpec], machine: Callable[[Hardware], None], digits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine(ON_ZEN4)
-    one = job()
+    one = spec()
     trained(one)
     place = one.checkpoints / one.checkpoints.names()[0]
     images = sorted((digits / "val" / "3").iterdir())[:2]

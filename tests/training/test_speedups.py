@@ -22,7 +22,7 @@ STEPS = 5
 
 
 @pytest.fixture
-def job(digits_index: Callable[[str], Path], tmp_path: Path) -> Callable[..., RunSpec]:
+def spec(digits_index: Callable[[str], Path], tmp_path: Path) -> Callable[..., RunSpec]:
     """Makes a job of a few logged steps, by run name and overrides."""
     return partial(make_job, digits_index, tmp_path)
 
@@ -35,10 +35,10 @@ def make_job(digits_index: Callable[[str], Path], folder: Path, name: str, *over
     return RunSpec(cfg, Storage(folder / name), str(train), str(val))
 
 
-def train(rank: int, world_size: int, *jobs: RunSpec) -> list[tuple[list[float], dict[str, Any]]]:
+def train(rank: int, world_size: int, *specs: RunSpec) -> list[tuple[list[float], dict[str, Any]]]:
     """The losses and the summary of each."""
     found = []
-    for one in jobs:
+    for one in specs:
         events: list[Event] = []
         summary = fit(one, context(rank, world_size, events))
         found.append(([e["train/loss"] for e in events if e["kind"] == "step"], summary))
@@ -48,15 +48,15 @@ def train(rank: int, world_size: int, *jobs: RunSpec) -> list[tuple[list[float],
 @pytest.fixture(scope="module")
 def losses(digits_index: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
     """Of two workers, by what is sent how between them: trained in turn by the same processes, which start once."""
-    job = partial(make_job, digits_index, tmp_path_factory.mktemp("speedups"))
+    spec = partial(make_job, digits_index, tmp_path_factory.mktemp("speedups"))
     calm = "train.precision=fp32", "optim.lr=0.002"  # else the differences grow with each step
-    jobs = {
-        "plain": job("plain", *calm, "cluster.bucket_mb=100"),
-        "bf16": job("bf16", *calm, "cluster.bucket_mb=100", "cluster.gradients=bf16"),
-        "small": job("small", *calm, "cluster.bucket_mb=1"),
+    specs = {
+        "plain": spec("plain", *calm, "cluster.bucket_mb=100"),
+        "bf16": spec("bf16", *calm, "cluster.bucket_mb=100", "cluster.gradients=bf16"),
+        "small": spec("small", *calm, "cluster.bucket_mb=1"),
     }
-    found = run_ranks(train, 2, *jobs.values())[0]
-    return {name: curve for name, (curve, _) in zip(jobs, found, strict=True)}
+    found = run_ranks(train, 2, *specs.values())[0]
+    return {name: curve for name, (curve, _) in zip(specs, found, strict=True)}
 
 
 def test_gradients_in_bf16_train_alike(losses: dict[str, list[float]]) -> None:
@@ -74,11 +74,11 @@ def test_buckets_of_another_size_train_the_same(losses: dict[str, list[float]]) 
 @pytest.mark.e2e
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.thorough), 2])
-def test_a_compiled_network_trains_alike(job: Callable[..., RunSpec], world_size: int) -> None:
+def test_a_compiled_network_trains_alike(spec: Callable[..., RunSpec], world_size: int) -> None:
     """Its fused operations round otherwise. The first step, in which it is compiled, is told apart."""
     settings = "train.precision=fp32", "optim.lr=0.002"
-    jobs = job("eager", *settings), job("compiled", *settings, "model.compile=default")
-    eager, compiled = run_ranks(train, world_size, *jobs)[0]
+    specs = spec("eager", *settings), spec("compiled", *settings, "model.compile=default")
+    eager, compiled = run_ranks(train, world_size, *specs)[0]
     assert compiled[0] == pytest.approx(eager[0], rel=0.01)
     assert compiled[1]["top1"] == pytest.approx(eager[1]["top1"], abs=0.05)
     assert "compile" not in eager[1]["seconds"]
@@ -108,9 +108,9 @@ def test_kernels_that_another_kind_of_cpu_compiled_are_not_taken(tmp_path: Path)
     assert hits() > 0
 
 
-def test_compiling_without_a_compiler_is_refused(job: Callable[..., RunSpec], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiling_without_a_compiler_is_refused(spec: Callable[..., RunSpec], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    one = job("run", "model.compile=default")
+    one = spec("run", "model.compile=default")
     wanted = (
         r"model.compile=default: needs a C\+\+ compiler on every node, and no-such-compiler is not here; install it"
     )

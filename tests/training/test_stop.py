@@ -24,7 +24,7 @@ SETTINGS = ["train.global_batch=65", "train.steps=5", "train.eval_batch=40", "ch
 
 
 @pytest.fixture
-def job(digits_index: Callable[[str], Path], tmp_path: Path) -> Callable[..., RunSpec]:
+def spec(digits_index: Callable[[str], Path], tmp_path: Path) -> Callable[..., RunSpec]:
     def make(name: str) -> RunSpec:
         few = digits_index("few")
         cfg = load(None, [f"data.train={few}", f"data.val={few}", *FAST, *SETTINGS, f"run.storage={tmp_path}"])
@@ -34,9 +34,9 @@ def job(digits_index: Callable[[str], Path], tmp_path: Path) -> Callable[..., Ru
     return make
 
 
-def metas(job: RunSpec) -> dict[str, dict[str, Any]]:
+def metas(spec: RunSpec) -> dict[str, dict[str, Any]]:
     """The scores and the best so far, by checkpoint."""
-    found = {name: json.loads((job.checkpoints / name).read_bytes(META)) for name in job.checkpoints.names()}
+    found = {name: json.loads((spec.checkpoints / name).read_bytes(META)) for name in spec.checkpoints.names()}
     return {name: meta["metrics"] for name, meta in found.items()}
 
 
@@ -81,9 +81,9 @@ def stop_and_resume(rank: int, world_size: int, whole: RunSpec, parts: RunSpec) 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_stop_in_an_evaluation_saves_at_once_and_evaluates_later(
-    job: Callable[..., RunSpec], world_size: int
+    spec: Callable[..., RunSpec], world_size: int
 ) -> None:
-    whole, parts = job("whole"), job("parts")
+    whole, parts = spec("whole"), spec("parts")
     results = run_ranks(stop_and_resume, world_size, whole, parts)[0]
     stopped, done, between, undisturbed, first, second = results
     assert (stopped["status"], stopped["step"], done["status"], done["step"]) == ("interrupted", EVALUATED, "done", 5)
@@ -98,8 +98,8 @@ def test_a_stop_in_an_evaluation_saves_at_once_and_evaluates_later(
     assert done["best_checkpoint"].rpartition("/")[2] in ours
 
 
-def test_a_stop_at_the_last_evaluation_is_no_end(job: Callable[..., RunSpec]) -> None:
-    one, events = job("run"), list[Event]()
+def test_a_stop_at_the_last_evaluation_is_no_end(spec: Callable[..., RunSpec]) -> None:
+    one, events = spec("run"), list[Event]()
     stopped = fit(one, stopping(events, lambda event: event["kind"] == "step" and event["step"] == 5))
     assert (stopped["status"], stopped["step"]) == ("interrupted", 5)
     assert [step for step, _ in scores(events)] == [2, 4]
@@ -112,9 +112,9 @@ def test_a_stop_at_the_last_evaluation_is_no_end(job: Callable[..., RunSpec]) ->
 
 
 def test_a_attempt_that_dies_in_an_evaluation_has_its_checkpoint(
-    job: Callable[..., RunSpec], monkeypatch: pytest.MonkeyPatch
+    spec: Callable[..., RunSpec], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one, events = job("run"), list[Event]()
+    one, events = spec("run"), list[Event]()
 
     def dies(*_: object, **__: object) -> None:
         raise RuntimeError("out of luck")

@@ -203,8 +203,8 @@ def predict(case: Scenario, gpus: int) -> Row:
 def num_steps(case: Scenario, gpus: int) -> int:
     total, _ = batches(case, gpus)
     if case.images < total:
-        mend = "--batch-per-gpu" if case.batch_per_gpu else "train.global_batch"
-        raise UserError(f"--gpus {gpus}: a global batch of {total} is more than the {case.images} images; lower {mend}")
+        fix = "--batch-per-gpu" if case.batch_per_gpu else "train.global_batch"
+        raise UserError(f"--gpus {gpus}: a global batch of {total} is more than the {case.images} images; lower {fix}")
     return case.cfg.train.steps or case.cfg.train.epochs * (case.images // total)
 
 

@@ -94,8 +94,8 @@ def _checkpoints(found: dict[str, Any]) -> list[str]:
     if not found["best"]["goodput"]:
         return lines
     more = found["best"]["goodput"] - found["configured"]["goodput"]
-    mend = "leave it" if more < 0.001 else f"set checkpoint.every={found['best']['every']}"
-    return [*lines, *_wrap(f"The configured interval loses {more:.3%} more than the best: {mend}.")]
+    fix = "leave it" if more < 0.001 else f"set checkpoint.every={found['best']['every']}"
+    return [*lines, *_wrap(f"The configured interval loses {more:.3%} more than the best: {fix}.")]
 
 
 def _measured(found: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""From what nodes have found out to the lines of `pipeline doctor`: ok, or bad and the mend."""
+"""From what nodes have found out to the lines of `pipeline doctor`: ok, or bad and the fix."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -20,16 +20,16 @@ MAX_GRADIENTS_S = 0.25  # on GPUs, whose backward pass is to hide it
 
 @dataclass(frozen=True)
 class Check:
-    """A line: what was looked at, whether it is well, what was found, and how to mend it."""
+    """A line: what was looked at, whether it is well, what was found, and how to fix it."""
 
     name: str
     ok: bool
     text: str
-    mend: str = ""
+    fix: str = ""
     figures: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return f"ok  {self.name}: {self.text}" if self.ok else f"bad {self.name}: {self.text}; {self.mend}"
+        return f"ok  {self.name}: {self.text}" if self.ok else f"bad {self.name}: {self.text}; {self.fix}"
 
 
 def of_nodes(there: Mapping[str, Node], answers: Mapping[str, Answer], patience_s: float) -> Check:
@@ -40,8 +40,8 @@ def of_nodes(there: Mapping[str, Node], answers: Mapping[str, Answer], patience_
         text = f"no answer within {patience_s:.0f} s from {names_of(silent)}"
         return Check("nodes", False, text, "see the logs of these nodes, restart them, or drain them")
     if failed:
-        mend = "install this package there, best with the image that the head has"
-        return Check("nodes", False, _failures(failed), mend)
+        fix = "install this package there, best with the image that the head has"
+        return Check("nodes", False, _failures(failed), fix)
     sizes = [f"{name} ({size_of(node.resources)})" for name, node in there.items()]
     return Check("nodes", True, f"{len(there)}: {names_of(sizes)}")
 
@@ -71,9 +71,9 @@ def of_shm(there: Mapping[str, Node], facts: Mapping[str, Any]) -> Check:
         if one["shm"] < needed[name]
     ]
     least = min((one["shm"] for one in facts.values()), default=0)
-    mend = "raise it: an emptyDir of medium Memory at /dev/shm, or docker run --shm-size; or ray start with a smaller "
+    fix = "raise it: an emptyDir of medium Memory at /dev/shm, or docker run --shm-size; or ray start with a smaller "
     return Check(
-        "/dev/shm", not small, names_of(small) or f"at least {least / GIB:.1f} GiB", f"{mend}--object-store-memory"
+        "/dev/shm", not small, names_of(small) or f"at least {least / GIB:.1f} GiB", f"{fix}--object-store-memory"
     )
 
 
@@ -85,8 +85,8 @@ def of_tmp(facts: Mapping[str, Any]) -> Check:
         if one["tmp_free"] < MIN_TMP_BYTES or one["tmp_free"] < (1 - MAX_DISK_USE) * one["tmp_total"]
     ]
     least = min((one["tmp_free"] for one in facts.values()), default=0)
-    mend = f"make room, at least {MIN_TMP_BYTES / 1e9:.0f} GB and {1 - MAX_DISK_USE:.0%}, below which Ray refuses work"
-    return Check("temporary disk", not full, names_of(full) or f"at least {least / 1e9:.1f} GB free", mend)
+    fix = f"make room, at least {MIN_TMP_BYTES / 1e9:.0f} GB and {1 - MAX_DISK_USE:.0%}, below which Ray refuses work"
+    return Check("temporary disk", not full, names_of(full) or f"at least {least / 1e9:.1f} GB free", fix)
 
 
 def of_clocks(skews: Mapping[str, tuple[float, float]]) -> Check:
@@ -97,18 +97,16 @@ def of_clocks(skews: Mapping[str, tuple[float, float]]) -> Check:
         if abs(skew) - error > MAX_SKEW_S
     ]
     most = max((abs(skew) + error for skew, error in skews.values()), default=0.0)
-    mend = "keep time with NTP on these hosts: metrics are shown by time, and object stores refuse a wrong one"
-    return Check("clocks", not off, names_of(off) or f"within {most:.3f} s of this one's", mend, {"seconds": most})
+    fix = "keep time with NTP on these hosts: metrics are shown by time, and object stores refuse a wrong one"
+    return Check("clocks", not off, names_of(off) or f"within {most:.3f} s of this one's", fix, {"seconds": most})
 
 
-def of_each(
-    name: str, what: str, there: Iterable[str], answers: Mapping[str, Answer], *, good: str, mend: str
-) -> Check:
+def of_each(name: str, what: str, there: Iterable[str], answers: Mapping[str, Answer], *, good: str, fix: str) -> Check:
     """Whether a probe went well on each node."""
     failed: dict[str, object] = {node: "no answer in time" for node in there if node not in answers}
     failed |= {node: answer.value for node, answer in answers.items() if isinstance(answer.value, BaseException)}
     text = _failures(failed) if failed else good
-    return Check(name, not failed, f"{what}: {text}" if what else text, mend)
+    return Check(name, not failed, f"{what}: {text}" if what else text, fix)
 
 
 def of_all_reduce(seconds: float, num_workers: int, kind: str) -> Check:
@@ -122,11 +120,11 @@ def of_all_reduce(seconds: float, num_workers: int, kind: str) -> Check:
         f"algorithm {algorithm:.2f} GB/s, bus {bus:.2f} GB/s (times 2({num_workers}-1)/{num_workers}); "
         f"ResNet-152's {GRADIENT_BYTES / 1e6:.0f} MB of gradients take {gradients_s:.2f} s"
     )
-    mend = (
+    fix = (
         f"more than {MAX_GRADIENTS_S} s a step is hard to hide behind a backward pass: let NCCL use the fast network "
         "(NCCL_SOCKET_IFNAME, NCCL_IB_HCA; NCCL_DEBUG=INFO says which it took), or give each GPU more images a step"
     )
-    return Check("all-reduce", kind != "nccl" or gradients_s <= MAX_GRADIENTS_S, text, mend, figures)
+    return Check("all-reduce", kind != "nccl" or gradients_s <= MAX_GRADIENTS_S, text, fix, figures)
 
 
 def names_of(names: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""`pipeline doctor --cluster`: whether a cluster can train a configuration, and what to mend where it cannot.
+"""`pipeline doctor --cluster`: whether a cluster can train a configuration, and what to fix where it cannot.
 
 `probes` has what the nodes try, `findings` makes a line of what each has found.
 """
@@ -64,13 +64,13 @@ def of_workers(cfg: Config) -> Check:
     try:
         size = ray_cluster.size_of_worker(settings)
     except UserError as e:
-        text, _, mend = str(e).partition("; ")
-        return Check("workers", False, text, mend)
+        text, _, fix = str(e).partition("; ")
+        return Check("workers", False, text, fix)
     room = ray_cluster.room(size)
     wanted = f"cluster.workers={show(settings.workers)}, each with {check_results.size_of(size)}"
     text = f"{wanted}; the nodes have room for {room}"
-    mend = "add nodes, or lower cluster.workers or cluster.cpus_per_worker"
-    return Check("workers", room >= settings.min_workers, text, mend)
+    fix = "add nodes, or lower cluster.workers or cluster.cpus_per_worker"
+    return Check("workers", room >= settings.min_workers, text, fix)
 
 
 def _clocks(there: Mapping[str, Node]) -> dict[str, tuple[float, float]]:
@@ -94,7 +94,7 @@ def _try_storage(there: Mapping[str, Node], storage: Storage) -> Check:
         "storage",
         f"run.storage={storage}",
         good="what each node wrote was read back",
-        mend="mount one volume there on all nodes, writable for the user that Ray runs as, or name an object store",
+        fix="mount one volume there on all nodes, writable for the user that Ray runs as, or name an object store",
     )
     check = judge(first, ray_cluster.on_each_node(first, node_checks.begin, folder, patience_s=PATIENCE_S))
     if check.ok:
@@ -111,8 +111,8 @@ def _try_storage(there: Mapping[str, Node], storage: Storage) -> Check:
 
 def _try_data(there: Mapping[str, Node], cfg: Config, key: str, source: str) -> Check:
     answers = ray_cluster.on_each_node(there, node_checks.read, source, cfg, patience_s=PATIENCE_S)
-    mend = "mount the same images there on all nodes, or give their URI and the nodes its credentials"
-    return check_results.of_each("data", f"{key}={source}", there, answers, good="read on each node", mend=mend)
+    fix = "mount the same images there on all nodes, or give their URI and the nodes its credentials"
+    return check_results.of_each("data", f"{key}={source}", there, answers, good="read on each node", fix=fix)
 
 
 def _try_mlflow(there: Mapping[str, Node], cfg: Config, storage: Storage) -> Check:
@@ -122,11 +122,11 @@ def _try_mlflow(there: Mapping[str, Node], cfg: Config, storage: Storage) -> Che
     answers = ray_cluster.on_each_node(one, node_checks.log, with_absolute_uri(cfg), storage, patience_s=PATIENCE_S)
     where = answers[name].value if name in answers else ""
     good = f"{where} took a metric of the experiment {cfg.mlflow.experiment} from {name}, and deleted it"
-    mend = (
+    fix = (
         "start that server, or name another one with mlflow.uri or MLFLOW_TRACKING_URI; its NetworkPolicy and its "
         "MLFLOW_SERVER_ALLOWED_HOSTS must let the nodes in"
     )
-    return check_results.of_each("MLflow", "", one, answers, good=good, mend=mend)
+    return check_results.of_each("MLflow", "", one, answers, good=good, fix=fix)
 
 
 def _try_network(there: Mapping[str, Node], cfg: Config) -> list[Check]:
@@ -144,7 +144,7 @@ def _try_all_reduce(there: Mapping[str, Node], backend: str, names: list[str]) -
     first = {names[0]: there[names[0]]}
     ports = ray_cluster.on_each_node(first, node_checks.free_port, patience_s=PATIENCE_S)
     if not (ports and isinstance(ports[names[0]].value, int)):
-        return check_results.of_each("all-reduce", f"over {backend}", first, ports, good="", mend=NETWORK_MEND)
+        return check_results.of_each("all-reduce", f"over {backend}", first, ports, good="", fix=NETWORK_MEND)
     where = f"tcp://{there[names[0]].address}:{ports[names[0]].value}"
     calls = [(there[n].id, (backend, where, rank, len(names), NETWORK_PATIENCE_S)) for rank, n in enumerate(names)]
     num_gpus = int(backend == "nccl")
@@ -156,7 +156,7 @@ def _try_all_reduce(there: Mapping[str, Node], backend: str, names: list[str]) -
         return check_results.of_all_reduce(max(seconds), len(names), backend)
     workers = [f"{name} (rank {rank})" for rank, name in enumerate(names)]
     heard = {worker: answer for worker, answer in zip(workers, answers, strict=True) if answer}
-    return check_results.of_each("all-reduce", f"over {backend}", workers, heard, good="", mend=NETWORK_MEND)
+    return check_results.of_each("all-reduce", f"over {backend}", workers, heard, good="", fix=NETWORK_MEND)
 
 
 def _workers(there: Mapping[str, Node], cfg: Config) -> tuple[str, list[str]]:

@@ -47,7 +47,7 @@ class IndexReport:
 
     refused: list[SkippedInput] = field(default_factory=list)
     cmyk: list[int] = field(default_factory=list)
-    turned: list[int] = field(default_factory=list)
+    exif_rotated: list[int] = field(default_factory=list)
     reused: int = 0
     units: int = 0
 
@@ -139,11 +139,13 @@ def _collect(source: str, found: Source, done: Iterator[Any], progress: Progress
     if not len(rows):
         first = f"; first of {len(refused)} refused: {refused[0]}" if refused else ""
         raise UserError(f"{source} has no usable image{first}")
-    cmyk, turned = (np.flatnonzero(rows[n].combine_chunks().to_numpy(zero_copy_only=False)) for n in ("cmyk", "turned"))
+    cmyk, exif_rotated = (
+        np.flatnonzero(rows[n].combine_chunks().to_numpy(zero_copy_only=False)) for n in ("cmyk", "exif_rotated")
+    )
     columns = {name: rows[name] for name in SCHEMA.names if name != "label"} | {"label": labels}
     del rows, kept
     index = make_index(columns, found.root.uri, classes)
-    return index, IndexReport(refused, cmyk.tolist(), turned.tolist(), reused, len(found.units))
+    return index, IndexReport(refused, cmyk.tolist(), exif_rotated.tolist(), reused, len(found.units))
 
 
 def _refused(
@@ -170,7 +172,7 @@ def _class_names(found: Source, declared: dict[str, str]) -> list[str] | None:
     except FileNotFoundError:
         text = ""
     except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{found.root}/{CLASSES_FILE} cannot be read ({e}); mend or remove it") from None
+        raise UserError(f"{found.root}/{CLASSES_FILE} cannot be read ({e}); fix or remove it") from None
     if names := text.replace("\r\n", "\n").rstrip("\n"):
         return _distinct(names.split("\n"), f"{found.root}/{CLASSES_FILE}")
     declared = {names: file for names, file in declared.items() if names != "null"}
@@ -197,7 +199,7 @@ def _labels(found: Source, rows: pa.Table, names: list[str] | None) -> tuple[pa.
             one, other = (rows.filter(pc.is_valid(column)).slice(0, 1).to_pylist()[0] for column in (texts, numbers))
             examples = " and ".join(f"{_text(row)} ({row['file']} {row['name']})" for row in (one, other))
             raise UserError(
-                f"{found.root} has both names and numbers for labels, such as {examples}; mend those that are wrong, "
+                f"{found.root} has both names and numbers for labels, such as {examples}; fix those that are wrong, "
                 f"or give the names by number in {CLASSES_FILE} there, one a line"
             )
         names = sorted(pc.unique(texts).to_pylist())

@@ -50,7 +50,7 @@ class Header(NamedTuple):
     height: int
     width: int
     cmyk: bool
-    turned: bool
+    exif_rotated: bool
 
 
 class Row(NamedTuple):
@@ -65,7 +65,7 @@ class Row(NamedTuple):
     height: int = 0
     width: int = 0
     cmyk: bool = False
-    turned: bool = False
+    exif_rotated: bool = False
     reason: str | None = None
 
     @classmethod

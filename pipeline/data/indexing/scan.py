@@ -45,7 +45,7 @@ SCHEMA = pa.schema(
         "height": pa.int32(),
         "width": pa.int32(),
         "cmyk": pa.bool_(),
-        "turned": pa.bool_(),
+        "exif_rotated": pa.bool_(),
         "reason": pa.large_string(),
     }
 )

@@ -66,7 +66,7 @@ class BadImages:
             raise BadDataError(  # at least: each worker counts its own, and none has seen all images
                 f"at least {len(self._rows)} of {len(self._index)} images in {self._index} are broken, and "
                 f"data.max_bad_fraction allows {self._max_number}: {paths}{more}; "
-                "mend them, have them left out by a new index (pipeline index --verify), or raise the limit"
+                "fix them, have them left out by a new index (pipeline index --verify), or raise the limit"
             )
 
 

@@ -73,13 +73,13 @@ class Isolation:
     heartbeat: Callable[[], None] = lambda: None
 
     def search(
-        self, requests: Sequence[BatchSpec], known: Sequence[int], keep: Callable[[int, str], None], until: float
+        self, requests: Sequence[BatchSpec], known: Sequence[int], record: Callable[[int, str], None], until: float
     ) -> None:
         """Find the rows that kill the process that decodes these requests, or that DALI refuses.
 
         Args:
             known: rows to leave out. More than `max_bad_fraction` of the index are not looked for.
-            keep: called with each row that is found and the reason, at once.
+            record: called with each row that is found and the reason, at once.
             until: of the monotonic clock; what is found until then has to do.
         """
         found = set(known)
@@ -88,7 +88,7 @@ class Isolation:
         def note(rows: dict[int, str]) -> None:
             for row, reason in rows.items():
                 found.add(row)
-                keep(row, reason)
+                record(row, reason)
 
         try:
             while requests and len(found) <= most:
@@ -102,9 +102,9 @@ class Isolation:
                 requests = requests[tried.num_done :]
                 if tried.refused:  # it may be for these, and not for the images of its last request, that it died
                     continue
-                killers = self._killers(requests[0], frozenset(found))
-                note(dict.fromkeys(killers, f"it kills the process that decodes it ({tried.death})"))
-                if not killers:
+                crashing = self._crashing(requests[0], frozenset(found))
+                note(dict.fromkeys(crashing, f"it kills the process that decodes it ({tried.death})"))
+                if not crashing:
                     self.warn(
                         f"decoding {len(requests[0])} images ended a process ({tried.death}), and none of them alone "
                         f"does so again: rows of the index {' '.join(map(str, requests[0].rows))}"
@@ -113,7 +113,7 @@ class Isolation:
         except CannotTellError as e:
             self.warn(f"whether an image kills the process that decodes it cannot be found out: {e}")
 
-    def _killers(self, request: BatchSpec, avoided: frozenset[int]) -> set[int]:
+    def _crashing(self, request: BatchSpec, avoided: frozenset[int]) -> set[int]:
         """The rows of a request that killed a child; none where they do not do it again."""
         everything = frozenset(request.rows.tolist()) | avoided
         suspects = sorted(everything - avoided)

@@ -26,19 +26,24 @@ class Batch:
     """A rank's part of a global batch.
 
     images: (B, 3, S, S) uint8, channels_last. labels: (B,) int64, or (B, C) float32, the share of each class, where
-    images are mixed. keep: (B, blocks) factors of the network's residual branches, float32, where some are dropped. All
-    on the device. rows: (B,) rows of the index, on the host.
+    images are mixed. drop_path_mask: (B, blocks) factors of the network's residual branches, float32, where some are
+    dropped. All on the device. rows: (B,) rows of the index, on the host.
     """
 
     images: Tensor
     labels: Tensor
     rows: IntArray
-    keep: Tensor | None = None
+    drop_path_mask: Tensor | None = None
 
     def part(self, start: int, stop: int) -> "Batch":
         """Images [start, stop)."""
         s = slice(start, stop)
-        return Batch(self.images[s], self.labels[s], self.rows[s], None if self.keep is None else self.keep[s])
+        return Batch(
+            self.images[s],
+            self.labels[s],
+            self.rows[s],
+            None if self.drop_path_mask is None else self.drop_path_mask[s],
+        )
 
     def split(self, size: int | None) -> list["Batch"]:
         """Parts of nearly equal size, at most `size` images each; None: the whole."""
@@ -94,7 +99,7 @@ class TrainLoader:
         drop_rates: Sequence[float] = (),
         warn: Warn = lambda _: None,
     ):
-        self.index, self._cfg, self._place = index, cfg, place
+        self.index, self._cfg, self._context = index, cfg, place
         self._drop_rates = drop_rates
         self._order = batch_spec.stream(cfg, len(index), global_batch, seed)
         self.max_batch = self._order.largest_share(place.world_size)
@@ -108,10 +113,10 @@ class TrainLoader:
             if asked.mixture is not None:
                 mixed = mix(batch.images, batch.labels, *asked.mixture, len(self.index.classes))
                 batch = Batch(*mixed, batch.rows)
-            yield dataclasses.replace(batch, keep=self._kept(s, images.device)) if self._drop_rates else batch
+            yield dataclasses.replace(batch, drop_path_mask=self._kept(s, images.device)) if self._drop_rates else batch
 
     def _kept(self, step: int, device: torch.device) -> Tensor:
-        epoch, start, stop = self._order.positions(step, self._place.rank, self._place.world_size)
+        epoch, start, stop = self._order.positions(step, self._context.rank, self._context.world_size)
         drawn = uniforms(Purpose.DROP_PATH, self._order.seed, epoch, start, stop, len(self._drop_rates))
         factors = torch.from_numpy(drop_path_masks(self._drop_rates, drawn).astype(np.float32))
         return factors.to(device, non_blocking=True)
@@ -126,7 +131,9 @@ class TrainLoader:
 
     def request(self, step: int) -> BatchSpec:
         """What this rank trains on in `step`: a pure function of seed, step and index."""
-        return batch_spec.to_train(self.index, self._cfg, self._order, step, self._place.rank, self._place.world_size)
+        return batch_spec.to_train(
+            self.index, self._cfg, self._order, step, self._context.rank, self._context.world_size
+        )
 
 
 class EvalLoader:
