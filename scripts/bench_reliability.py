@@ -24,8 +24,9 @@ import make_digits
 import torch
 
 from pipeline.config.loading import load
+from pipeline.events import Event, StepLogged
 from pipeline.runs.async_checkpointer import AsyncCheckpointer
-from pipeline.runs.spec import Event, RunSpec, WorkerContext
+from pipeline.runs.spec import RunSpec, WorkerContext
 from pipeline.storage import Storage
 from pipeline.training.loop import fit
 from pipeline.training.state import TrainState
@@ -85,9 +86,9 @@ def mlflow(folder: Path, rounds: int) -> dict[str, Any]:
 
         def watch(event: Event) -> None:
             nonlocal last
-            if event["kind"] != "step":
+            if not isinstance(event, StepLogged):
                 return
-            now, step = time.perf_counter(), event["step"]
+            now, step = time.perf_counter(), event.step
             if step > WINDOW and step % WINDOW > 1:  # not the first of a window
                 steps[proxy.mode].append(now - last)
             last, proxy.mode = now, kinds[step // WINDOW % len(kinds)]

@@ -27,9 +27,9 @@ from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from small_run import STOP_AT, Place
 
 from pipeline.data.indexing.build import build_index
+from pipeline.events import AttemptStarted, CheckpointWritten, Event, from_json
 from pipeline.failures import DriverEnd, FailureBudget, driver_is_replaced
 from pipeline.runs.checkpoint import STATE
-from pipeline.runs.spec import Event
 from pipeline.runs.spec import Failure as Failure
 from pipeline.storage import Storage
 from pipeline.versions import software
@@ -178,16 +178,16 @@ class Slot:
             self._end_hang()
             events = self._take_events()
             kind, text = self._result(code, heard=bool(events))
-            if any(event["kind"] == "start" for event in events):
+            if any(isinstance(event, AttemptStarted) for event in events):
                 begun, faults = True, ()
             for event in events:
-                if event["kind"] == "start" and event["step"] < self._saved_step:
-                    return Ended("forgets", f"begins at {event['step']}, told of {self._saved_step}", failures)
-                if event["kind"] == "checkpoint":
-                    self._saved_step = max(self._saved_step, event["step"])
-                    budget.saved(event["step"])
+                if isinstance(event, AttemptStarted) and event.step < self._saved_step:
+                    return Ended("forgets", f"begins at {event.step}, told of {self._saved_step}", failures)
+                if isinstance(event, CheckpointWritten):
+                    self._saved_step = max(self._saved_step, event.step)
+                    budget.saved(event.step)
             if code is None:
-                is_told = not before and any(SLOW in event.get("text", "") for event in events)
+                is_told = not before and any(SLOW in getattr(event, "text", "") for event in events)
                 return Ended(*(("told", SLOW) if is_told else ("hangs", "nobody ends it")), failures)
             if kind == "done":
                 return Ended("done", "", failures)
@@ -196,7 +196,7 @@ class Slot:
             if kind == "fatal" or budget.failed():
                 return Ended("failed", f"{kind}: {text}", failures)
             time.sleep(budget.pause_s / RATE)
-            steps = [event["step"] for event in events if "step" in event]
+            steps = [event.step for event in events if hasattr(event, "step")]
             faults = (*faults, Failure(text, steps[-1] if steps else None, time.time()))
         raise AssertionError("it goes on for ever")
 
@@ -217,7 +217,7 @@ class Slot:
         file = self.place.control / "events"
         lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
         file.unlink(missing_ok=True)
-        return [json.loads(line) for line in lines]
+        return [from_json(json.loads(line)) for line in lines]
 
     @property
     def _fault_times(self) -> tuple[float, float | None] | None:

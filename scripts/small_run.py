@@ -30,12 +30,13 @@ from pipeline.cluster.supervisor import TrainRequest
 from pipeline.config.loading import load
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
+from pipeline.events import AttemptStarted, Event, RunOpened, Warned, to_json
 from pipeline.failures import FailureBudget, FatalError, attempt_is_repeated, driver_end
 from pipeline.runs import checkpoint
 from pipeline.runs.async_checkpointer import AsyncCheckpointer
 from pipeline.runs.manifest import RunManifest
-from pipeline.runs.spec import Event, RunSpec, WorkerContext
 from pipeline.runs.spec import Failure as Failure
+from pipeline.runs.spec import RunSpec, WorkerContext
 from pipeline.storage import Storage
 from pipeline.tracking import sync
 from pipeline.training.loop import fit
@@ -115,16 +116,16 @@ def attempt(
 
     def emit(event: Event) -> None:
         nonlocal started, heard
-        started, heard = started or event["kind"] == "start", True
-        os.write(sink, json.dumps(event, default=str).encode() + b"\n")
-        if event["kind"] == "warning":
-            print("warning:", event["text"], flush=True)
+        started, heard = started or isinstance(event, AttemptStarted), True
+        os.write(sink, json.dumps(to_json(event), default=str).encode() + b"\n")
+        if isinstance(event, Warned):
+            print("warning:", event.text, flush=True)
 
     kind, text = "done", ""
     try:
         request = TrainRequest(cfg, None, FailureBudget(0), faults, again, begun, clock.time())
         with _opened(request, emit) as spec:
-            emit({"kind": "run"})
+            emit(RunOpened(spec.run.name, str(spec.run)))
             marks = (("command", clock.time()), ("run", clock.time()))
             context = WorkerContext(0, 1, torch.device("cpu"), 1, emit, failures=faults, marks=marks, restarted=again)
             try:
@@ -144,9 +145,9 @@ def _opened(request: TrainRequest, watch: Callable[[Event], None]) -> Iterator[R
     """The run, as the driver opens it; without what would train it on a Ray cluster."""
 
     def warn(text: str) -> None:
-        watch({"kind": "warning", "text": text})
+        watch(Warned(text))
 
-    supervisor: Any = SimpleNamespace(request=request, wants_stop=threading.Event(), warn=warn, event=watch)
+    supervisor: Any = SimpleNamespace(request=request, wants_stop=threading.Event(), warn=warn, emit=watch)
     controller.TrainController = lambda *_, **__: None  # type: ignore[assignment, misc]
     with contextlib.ExitStack() as stack:
         with driver._watched(supervisor) as heartbeat:

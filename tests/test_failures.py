@@ -12,6 +12,7 @@ from pipeline.cluster.ray_start import RayStartError
 from pipeline.config.loading import load
 from pipeline.data.loading.fetch import BadDataError
 from pipeline.errors import UserError
+from pipeline.events import AttemptFailed, AttemptStarted, Event
 from pipeline.failures import (
     ClusterLostError,
     DamagedError,
@@ -22,7 +23,6 @@ from pipeline.failures import (
     TrainingFailedError,
 )
 from pipeline.runs.claim import SupersededError
-from pipeline.runs.spec import Event
 
 
 def test_only_a_newer_checkpoint_gives_back_the_budget() -> None:
@@ -54,9 +54,9 @@ def test_driver_and_supervisor_count_as_one(monkeypatch: pytest.MonkeyPatch) -> 
 
     def run(request: supervisor.TrainRequest, _: object, note: object, __: object) -> tuple[str, object]:
         assert callable(note)
-        note({"kind": "start", "device": "cpu", "step": 0})
+        note(AttemptStarted(1, 0, 9, 4, None, 1, 1, "cpu", "fp32", "", {}, 0))
         left.append(request.budget.num_failures)
-        note({"kind": "failure", "text": "worker 0 failed"})
+        note(AttemptFailed("worker 0 failed"))
         return "lost", "the driver was killed"
 
     monkeypatch.setattr(supervisor, "_run_driver", run)
@@ -65,7 +65,7 @@ def test_driver_and_supervisor_count_as_one(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(TrainingFailedError, match="the driver was killed"):
         supervisor.train(load(None, ["data.train=x", "data.val=x"]), "x", None, events.append)
     assert left == [0, 2]
-    assert [event["kind"] for event in events].count("failure") == 3
+    assert sum(isinstance(event, AttemptFailed) for event in events) == 3
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,8 @@ from pipeline.cluster.doctor import node_checks
 from pipeline.config.schema import Config
 from pipeline.data.indexing.build import Progress
 from pipeline.errors import UserError
+from pipeline.events import AttemptFailed, AttemptStarted, Event, StepLogged, Warned
 from pipeline.failures import TrainingFailedError
-from pipeline.runs.spec import Event
 from pipeline.tracking.ledger import PHASES
 from pipeline.training.precision import with_precision
 
@@ -77,13 +77,13 @@ def bench_scale(
                 storage = (
                     cfg.run.storage if joins else opened.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))
                 )
-                start, *steps = _train(_to_measure(cfg, n, cores, share, LOG_EVERY + num_steps, storage))
-            cfg = with_precision(cfg, start["precision"])  # what the first workers have is what all are compared in
-            first, last = steps[0]["seconds"], steps[-1]["seconds"]
+                start, steps = _train(_to_measure(cfg, n, cores, share, LOG_EVERY + num_steps, storage))
+            cfg = with_precision(cfg, start.precision)  # what the first workers have is what all are compared in
+            first, last = steps[0].seconds, steps[-1].seconds
             seconds = {phase: last[phase] - first[phase] for phase in PHASES}
             per_s[str(n)].append(num_steps * share * n / sum(seconds[phase] for phase in PARTS.values()))
             spent[str(n)].append(seconds)
-            startup.append(start["startup"])
+            startup.append(start.startup)
         figures_s = ", ".join(f"{name} workers {ones[-1]:.1f}" for name, ones in per_s.items())
         progress(done, num_rounds, f"images/s: {figures_s}")
     found = rows(per_s, "1")
@@ -116,21 +116,23 @@ def _to_measure(cfg: Config, num_workers: int, cores: int, share: int, num_steps
     return to_measure(cfg, cluster, name, storage, uri, batch=batch, steps=num_steps, every=LOG_EVERY)
 
 
-def _train(cfg: Config) -> list[Event]:
+def _train(cfg: Config) -> tuple[AttemptStarted, list[StepLogged]]:
     """Train; the events of the start and of the logged steps."""
-    seen = list[Event]()
+    starts, steps = list[AttemptStarted](), list[StepLogged]()
 
     def watch(event: Event) -> None:
-        if event["kind"] in ("start", "step"):
-            seen.append(event)
-        elif event["kind"] in ("warning", "failure"):
-            print(event["text"], file=sys.stderr)
+        if isinstance(event, AttemptStarted):
+            starts.append(event)
+        elif isinstance(event, StepLogged):
+            steps.append(event)
+        elif isinstance(event, Warned | AttemptFailed):
+            print(event.text, file=sys.stderr)
 
     if supervisor.train(cfg, "bench", None, watch)["status"] == "interrupted":
         raise KeyboardInterrupt
-    if sum(event["kind"] == "start" for event in seen) != 1:
+    if len(starts) != 1:
         raise TrainingFailedError("a failure interrupted the measurement; run it again")
-    return seen
+    return starts[0], steps
 
 
 def _link(num_workers: int) -> float:

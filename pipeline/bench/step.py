@@ -23,7 +23,8 @@ from pipeline.config.schema import Config
 from pipeline.data.indexing.build import Progress
 from pipeline.data.loading.loader import Batch, LoaderContext
 from pipeline.errors import UserError
-from pipeline.runs.spec import Event, WorkerContext
+from pipeline.events import Event, StepLogged, Warned
+from pipeline.runs.spec import WorkerContext
 from pipeline.tracking.ledger import COMPUTE, TimeLedger, total
 from pipeline.training import open_run
 from pipeline.training.ddp import compiled
@@ -139,13 +140,16 @@ def bench_train(
     ceiling: Stepper | None = None
     since, before = 0.0, 0.0
 
+    def warn(text: str) -> None:
+        print(text, file=sys.stderr)
+
     def watch(event: Event) -> None:
         nonlocal since, before, ceiling
-        if event["kind"] == "warning":
-            print(event["text"], file=sys.stderr)
-        if event["kind"] != "step":
+        if isinstance(event, Warned):
+            warn(event.text)
+        if not isinstance(event, StepLogged):
             return
-        passed, waited = time.perf_counter() - since, event["seconds"]["data wait"]
+        passed, waited = time.perf_counter() - since, event.seconds["data wait"]
         if ceiling is None:  # the first round is for warming up
             ceiling = Stepper(cfg, place)
             ceiling.seconds(num_steps)
@@ -162,7 +166,7 @@ def bench_train(
         uri, all_steps = f"sqlite:///{storage}/mlflow.db", (num_rounds + 1) * num_steps
         one = replace(cfg.cluster, workers=1)
         cfg = to_measure(cfg, one, "bench", storage, uri, batch=batch, steps=all_steps, every=num_steps)
-        with open_run.open_run(cfg, watch) as job:
+        with open_run.open_run(cfg, warn) as job:
             fit(job, WorkerContext(0, 1, place.device, place.num_threads, watch))
     result = {
         **_about(cfg, place, batch),

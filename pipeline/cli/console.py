@@ -9,7 +9,21 @@ from rich.cells import cell_len, set_cell_size
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipeline.runs.spec import Event
+from pipeline.events import (
+    AttemptFailed,
+    AttemptStarted,
+    CheckpointWritten,
+    CrashingImageFound,
+    Evaluated,
+    Event,
+    ImageSearchStarted,
+    Note,
+    Resizing,
+    RunOpened,
+    StepLogged,
+    Stopping,
+    Warned,
+)
 
 LINE_EVERY_S = 5.0  # where there is no bar
 
@@ -75,69 +89,64 @@ class TrainingView(_View):
         self.run: str | None = None  # its name
 
     def __call__(self, event: Event) -> None:
-        match event["kind"]:
-            case "run":
-                self.run = event["name"]
-                self.say(f"run {event['name']} in {event['place']}")
-            case "start":
+        match event:
+            case RunOpened(name, place):
+                self.run = name
+                self.say(f"run {name} in {place}")
+            case AttemptStarted():
                 self._start(event)
-            case "step":
+            case StepLogged():
                 self._step(event)
-            case "evaluation":
-                count = int(event["count"])
+            case Evaluated(step, scores):
                 self.say(
-                    f"step {event['step']}: val top-1 {event['top1']:.4f}, top-5 {event['top5']:.4f}, "
-                    f"loss {event['loss']:.4f} on {count} images"
+                    f"step {step}: val top-1 {scores['top1']:.4f}, top-5 {scores['top5']:.4f}, "
+                    f"loss {scores['loss']:.4f} on {int(scores['count'])} images"
                 )
-            case "checkpoint":
+            case CheckpointWritten(step, path):
                 self._saved = True
                 if self._bar is None:
-                    self.say(f"step {event['step']}: saved {event['path']}")
-            case "stopping":
+                    self.say(f"step {step}: saved {path}")
+            case Stopping(signal):
                 how = "saving a checkpoint at the next step" if self._num_steps else "ending, as no step is done"
-                self.say(f"{event['signal']}: {how}; once more to stop at once")
-            case "resize":
-                self.say(f"{event['text']}: saving a checkpoint, then going on with the workers there are")
-            case "failure":
+                self.say(f"{signal}: {how}; once more to stop at once")
+            case Resizing(text):
+                self.say(f"{text}: saving a checkpoint, then going on with the workers there are")
+            case AttemptFailed(text):
                 how = "going on from the newest checkpoint" if self._saved else "starting again"
-                self.say(f"failure: {event['text']}; {how}")
-            case "note" | "search":
-                self.say(event["text"])
-            case "warning" | "crashing image":
-                self.say(f"warning: {event['text']}")
+                self.say(f"failure: {text}; {how}")
+            case Note(text) | ImageSearchStarted(text):
+                self.say(text)
+            case Warned(text) | CrashingImageFound(text):
+                self.say(f"warning: {text}")
 
-    def _start(self, event: Event) -> None:
-        self._num_steps, self._global_batch = event["num_steps"], event["global_batch"]
-        self._saved = self._saved or bool(event["resumed_from"])
-        where = f"resumed from {event['resumed_from']}" if event["resumed_from"] else "from the start"
+    def _start(self, event: AttemptStarted) -> None:
+        self._num_steps, self._global_batch = event.num_steps, event.global_batch
+        self._saved = self._saved or bool(event.resumed_from)
+        where = f"resumed from {event.resumed_from}" if event.resumed_from else "from the start"
+        ready = f"after {time.monotonic() - self._began:.1f} s"
+        if event.lost_steps is not None:
+            ready = f"{event.recovery_s:.0f} s after the failure, {event.lost_steps} steps to do again"
         self.say(
-            f"attempt {event['attempt']}: step {event['step']} of {self._num_steps}, {where}; "
-            f"{event['world_size']} workers x {event['num_threads']} threads on {event['device']} "
-            f"in {event['precision']} ({event['precision_reason']}), "
-            f"ready {_recovery(event) or f'after {time.monotonic() - self._began:.1f} s'}"
+            f"attempt {event.attempt}: step {event.step} of {self._num_steps}, {where}; "
+            f"{event.world_size} workers x {event.num_threads} threads on {event.device} "
+            f"in {event.precision} ({event.precision_reason}), ready {ready}"
         )
-        self.say("  " + ", ".join(f"{name} {s:.1f} s" for name, s in event["startup"].items()))
+        self.say("  " + ", ".join(f"{name} {s:.1f} s" for name, s in event.startup.items()))
         if self._bar and self._task is None:
-            self._task = self._bar.add_task("", total=self._num_steps, completed=event["step"])
+            self._task = self._bar.add_task("", total=self._num_steps, completed=event.step)
 
-    def _step(self, event: Event) -> None:
-        rate = event["perf/images_per_s"]
+    def _step(self, event: StepLogged) -> None:
+        metrics, rate = event.metrics, event.metrics["perf/images_per_s"]
         self._rate = rate if not self._rate else 0.7 * self._rate + 0.3 * rate
-        text = f"loss {event['train/loss']:.4f}  {rate:.0f} images/s"
+        text = f"loss {metrics['train/loss']:.4f}  {rate:.0f} images/s"
         if self._bar:
-            self._bar.update(self._task, completed=event["step"], description=text)
+            self._bar.update(self._task, completed=event.step, description=text)
             return
-        left = (self._num_steps - event["step"]) * self._global_batch / self._rate
+        left = (self._num_steps - event.step) * self._global_batch / self._rate
         self.say(
-            f"step {event['step']}/{self._num_steps}  epoch {event['train/epoch']:.2f}  lr {event['train/lr']:.2e}  "
+            f"step {event.step}/{self._num_steps}  epoch {metrics['train/epoch']:.2f}  lr {metrics['train/lr']:.2e}  "
             f"{text}  {timedelta(seconds=round(left))} left"
         )
-
-
-def _recovery(event: Event) -> str:
-    if "lost_steps" not in event:
-        return ""
-    return f"{event['recovery_s']:.0f} s after the failure, {event['lost_steps']} steps to do again"
 
 
 def summary_lines(summary: dict[str, Any]) -> list[str]:

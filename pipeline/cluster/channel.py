@@ -19,7 +19,8 @@ import threading
 import time
 from typing import IO, Any
 
-from pipeline.runs.spec import Event, StopReason
+from pipeline.events import Event, from_json, to_json
+from pipeline.runs.spec import StopReason
 
 HANDSHAKE_S = 30.0
 MAX_HELLO = 1024  # characters
@@ -170,7 +171,7 @@ class EventChannel:
             if "fatal" in message:
                 self.fatal = self.fatal or tuple(message["fatal"])
             if "event" in message:
-                self._events.put(message["event"])
+                self._events.put(from_json(message["event"]))
 
 
 class DriverConnection:
@@ -202,7 +203,7 @@ class DriverConnection:
 
     def emit(self, event: Event) -> None:
         """Send an event; returns at once."""
-        self._outbox.put(_line({"step": self._step, "event": event}))
+        self._outbox.put(_line({"step": self._step, "event": to_json(event)}))
 
     def fail(self, kind: str, text: str) -> None:
         """Tell of an error that ends the run, or may do so: see `failures`."""

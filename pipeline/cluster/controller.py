@@ -30,8 +30,18 @@ from pipeline.cluster.prometheus import Gauges
 from pipeline.cluster.trainer import TorchConfig, Trainer
 from pipeline.cluster.worker import train_on_worker
 from pipeline.errors import UserError
+from pipeline.events import (
+    AttemptFailed,
+    AttemptStarted,
+    CheckpointWritten,
+    CrashingImageFound,
+    Event,
+    ImageSearchStarted,
+    Resizing,
+    Warned,
+)
 from pipeline.failures import FailureBudget, Interrupted, TrainingFailedError, attempt_is_repeated
-from pipeline.runs.spec import Event, Failure, Marks, RunSpec
+from pipeline.runs.spec import Failure, Marks, RunSpec
 
 POLL_SECONDS = 0.5
 CLUSTER_POLL_SECONDS = 2.0
@@ -124,7 +134,7 @@ class TrainController:
             self._wants_stop.wait(CLUSTER_POLL_SECONDS)
             if time.monotonic() - since > WAITING_SECONDS:
                 since = time.monotonic()
-                self._tell({"kind": "warning", "text": ray_cluster.why_waiting(settings, self._size)})
+                self._tell(Warned(ray_cluster.why_waiting(settings, self._size)))
 
     def _run_attempt(self, place: ray_cluster.Reservation, marks: Marks) -> Any:
         """Train until rank 0's `fit` returns.
@@ -169,19 +179,20 @@ class TrainController:
 
     def _pass_on(self, events: list[Event]) -> None:
         for event in events:
-            if event["kind"] == "start":
-                self._trains, self._started, self._failures = True, time.monotonic(), ()
-                self._has_trained = True
-                self._budget.started(event["step"])
-            elif event["kind"] == "checkpoint":
-                self._budget.saved(event["step"])
-                self._saved_step = event["step"]
-                if event["step"] > max(self._deaths, default=0):
+            match event:
+                case AttemptStarted():
+                    self._trains, self._started, self._failures = True, time.monotonic(), ()
+                    self._has_trained = True
+                    self._budget.started(event.step)
+                case CheckpointWritten():
+                    self._budget.saved(event.step)
+                    self._saved_step = event.step
+                    if event.step > max(self._deaths, default=0):
+                        self._deaths = ()
+                case ImageSearchStarted():  # once for these deaths
                     self._deaths = ()
-            elif event["kind"] == "search":  # once for these deaths
-                self._deaths = ()
-            elif event["kind"] == "crashing image":  # without that image it goes another way
-                self._budget.forgive()
+                case CrashingImageFound():  # without that image it goes another way
+                    self._budget.forgive()
             self._tell(event)
 
     def _tell(self, event: Event) -> None:
@@ -201,7 +212,7 @@ class TrainController:
         if self._budget.failed():
             raise TrainingFailedError(f"{text}; this is one failure too many without a checkpoint in between")
         self._failures = (*self._failures, Failure(text, self._channel.step, time.time()))
-        self._tell({"kind": "failure", "text": text})
+        self._tell(AttemptFailed(text))
 
     def _look_at_cluster(self, started: float, another: ray_cluster.Reservation | None) -> None:
         """End the attempt where its nodes are to go, or one more worker has its place."""
@@ -212,7 +223,7 @@ class TrainController:
             why = "there is room for more workers"
         if why:
             self._started = None  # it is about to end; look no more
-            self._tell({"kind": "resize", "text": why})
+            self._tell(Resizing(why))
             self._channel.request_stop("resize")
 
     def _fit(self, place: ray_cluster.Reservation, config: dict[str, Any], outcome: list[Any]) -> None:

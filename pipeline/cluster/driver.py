@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.cluster.connection import connected
 from pipeline.cluster.supervisor import TrainRequest
 from pipeline.errors import UserError
+from pipeline.events import Event, RunOpened, Warned
 from pipeline.failures import (
     DRIVER_END_S,
     MLFLOW_HANDOVER_S,
@@ -23,7 +24,7 @@ from pipeline.failures import (
     backoff,
     driver_end,
 )
-from pipeline.runs.spec import Event, RunSpec
+from pipeline.runs.spec import RunSpec
 from pipeline.training.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -51,11 +52,11 @@ class SupervisorConnection:
         with contextlib.suppress(OSError):
             self._connection.send((kind, content))
 
-    def event(self, event: Event) -> None:
+    def emit(self, event: Event) -> None:
         self.tell("event", event)
 
     def warn(self, text: str) -> None:
-        self.event({"kind": "warning", "text": text})
+        self.emit(Warned(text))
 
 
 def tell_end(
@@ -104,7 +105,7 @@ def train(supervisor: SupervisorConnection) -> dict[str, Any]:
         with contextlib.ExitStack() as stack:
             with _watched(supervisor) as heartbeat:
                 spec, controller = stack.enter_context(_opened(supervisor, heartbeat))
-            supervisor.event({"kind": "run", "name": spec.run.name, "place": str(spec.run)})
+            supervisor.emit(RunOpened(spec.run.name, str(spec.run)))
             first = "earlier driver" if request.again else "driver"
             marks = (("command", request.began), (first, began), ("Ray and imports", ready), ("run", time.time()))
             try:
@@ -160,7 +161,7 @@ def _opened(
                     spec = tried.enter_context(
                         open_run.open_run(
                             request.cfg,
-                            supervisor.event,
+                            supervisor.warn,
                             request.resume_from,
                             stop,
                             heartbeat,
@@ -172,7 +173,7 @@ def _opened(
                     )
                     controller = TrainController(
                         spec,
-                        supervisor.event,
+                        supervisor.emit,
                         stop,
                         request.budget,
                         failures=request.failures,

@@ -5,9 +5,12 @@ names and exports them every ten seconds from the driver's node. A gauge that is
 all are set time and again, and are gone soon after the driver's end.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from ray.util.metrics import Gauge
 
-from pipeline.runs.spec import Event
+from pipeline.events import AttemptFailed, AttemptStarted, CheckpointWritten, Evaluated, Event, StepLogged
 
 PREFIX = "pipeline_"
 GAUGES = {  # name -> the events' key, and what it is
@@ -44,12 +47,20 @@ class Gauges:
         self._values: dict[str, float] = {}
 
     def event(self, event: Event) -> None:
-        if event["kind"] == "checkpoint":
-            self._values["checkpoint_step"] = event["step"]  # written beside training, which is further by now
-            return
-        self._values |= {name: event[key] for name, (key, _) in GAUGES.items() if key in event}
-        if event["kind"] == "failure":
-            self._values |= {"failures": self._values.get("failures", 0) + 1, "workers": 0, "images_per_second": 0}
+        match event:
+            case CheckpointWritten():
+                self._values["checkpoint_step"] = event.step  # written beside training, which is further by now
+            case AttemptFailed():
+                self._values |= {"failures": self._values.get("failures", 0) + 1, "workers": 0, "images_per_second": 0}
+            case AttemptStarted():
+                self._take(vars(event))
+            case StepLogged():
+                self._take({"step": event.step, **event.metrics})
+            case Evaluated():
+                self._take({"step": event.step, "top1": event.scores["top1"]})
+
+    def _take(self, values: Mapping[str, Any]) -> None:
+        self._values |= {name: values[key] for name, (key, _) in GAUGES.items() if key in values}
 
     def export(self) -> None:
         """Set all gauges; to be called every few seconds."""

@@ -27,6 +27,16 @@ from pipeline.cluster.oom import OutOfMemoryKills, require_memory
 from pipeline.config.schema import Config
 from pipeline.environment import driver_environment
 from pipeline.errors import UserError
+from pipeline.events import (
+    AttemptFailed,
+    AttemptStarted,
+    CheckpointWritten,
+    CrashingImageFound,
+    Event,
+    Note,
+    Stopping,
+    Warned,
+)
 from pipeline.failures import (
     DRIVER_END_S,
     DriverEnd,
@@ -35,7 +45,7 @@ from pipeline.failures import (
     TrainingFailedError,
     driver_is_replaced,
 )
-from pipeline.runs.spec import Event, Failure
+from pipeline.runs.spec import Failure
 
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_SECONDS = 0.5
@@ -96,30 +106,30 @@ def train(
         require_memory(cfg.cluster.min_workers)
     environment, notes = driver_environment(os.environ, starts_ray=not joins)
     for text in notes:
-        watch({"kind": "warning", "text": text})
+        watch(Warned(text))
     if not joins and clock.NEIGHBOURS.crowd() and "OMP_WAIT_POLICY" not in environment:
         environment["OMP_WAIT_POLICY"] = "PASSIVE"
-        watch({"kind": "note", "text": BUSY})
+        watch(Note(BUSY))
     failures: tuple[Failure, ...] = ()
     kills, begun = OutOfMemoryKills(), False
 
     def note(event: Event) -> None:
         nonlocal cfg, step, failures, begun
-        if event["kind"] == "failure":
-            event = event | {"text": kills.explain(event["text"])}
-        step = event.get("step", step)
-        if event["kind"] == "failure":
-            budget.failed()  # the driver decides what comes of it
-        elif event["kind"] == "checkpoint":
-            budget.saved(event["step"])
-        elif event["kind"] == "crashing image":
-            budget.forgive()
-        elif event["kind"] == "start":
-            failures, begun = (), True
-            budget.started(event["step"])
-            # It belongs to the training: a head that is back before its GPUs is no reason to go on without them.
-            cluster = dataclasses.replace(cfg.cluster, device="gpu" if event["device"] == "cuda" else "cpu")
-            cfg = dataclasses.replace(cfg, cluster=cluster)
+        step = getattr(event, "step", step)
+        match event:
+            case AttemptFailed(text):
+                event = AttemptFailed(kills.explain(text))
+                budget.failed()  # the driver decides what comes of it
+            case CheckpointWritten():
+                budget.saved(event.step)
+            case CrashingImageFound():
+                budget.forgive()
+            case AttemptStarted():
+                failures, begun = (), True
+                budget.started(event.step)
+                # It belongs to the training: a head that is back before its GPUs is no reason to go on without them.
+                cluster = dataclasses.replace(cfg.cluster, device="gpu" if event.device == "cuda" else "cpu")
+                cfg = dataclasses.replace(cfg, cluster=cluster)
         watch(event)
 
     with _signals() as received:
@@ -138,7 +148,7 @@ def train(
                 raise TrainingFailedError(content)
             again = True
             failures = (*failures, Failure(content, step, time.time()))
-            watch({"kind": "failure", "text": content})
+            watch(AttemptFailed(content))
             _wait(budget.pause_s, received)
 
 
@@ -201,7 +211,7 @@ def _attend(
                 note(content)
             if received and not told:
                 told = True
-                note({"kind": "stopping", "signal": received[0]})
+                note(Stopping(received[0]))
                 driver.send("stop")
         except (EOFError, OSError):
             code = process.wait()

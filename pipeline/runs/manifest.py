@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import Any, get_args
 
 from pipeline.config.schema import Precision
 from pipeline.runs.claim import Claim, SupersededError
@@ -91,13 +91,13 @@ class RunManifest:
             },
         }
 
-    def story(self, failures: Sequence[Failure], first_step: int, workers: int) -> dict[str, float]:
+    def recovery(self, failures: Sequence[Failure], first_step: int, workers: int) -> dict[str, Any]:
         """What is worth a chart at the beginning of an attempt that these failures came before."""
-        story: dict[str, float] = {"first_step": first_step, "workers": workers, "failures": self.failures}
+        recovery: dict[str, Any] = {"first_step": first_step, "workers": workers, "failures": self.failures}
         if failures and failures[0].step is not None:
-            story["lost_steps"] = max(0, failures[0].step - first_step)
-            story["recovery_s"] = round(time.time() - failures[0].time, 1)
-        return story
+            recovery["lost_steps"] = max(0, failures[0].step - first_step)
+            recovery["recovery_s"] = round(time.time() - failures[0].time, 1)
+        return recovery
 
     def unended(self) -> tuple[Failure, ...]:
         """The failure that is left of an attempt which could not tell of its end."""

@@ -2,17 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pipeline.config.schema import Config
+from pipeline.events import Event, Warned
 from pipeline.runs.claim import Claim
 from pipeline.storage import Storage
 
 if TYPE_CHECKING:  # the driver starts faster without
     import torch
 
-# {"kind": ...}: run, start, step, evaluation, checkpoint, failure, search, crashing image, note, warning, stopping, end
-Event = dict[str, Any]
 # Why an attempt ends before the last step: the user wants it, or workers are to come or go.
 StopReason = Literal["interrupted", "resize"]
 
@@ -80,4 +79,4 @@ class WorkerContext:
     deaths: tuple[int, ...] = ()
 
     def warn(self, text: str) -> None:
-        self.emit({"kind": "warning", "text": text})
+        self.emit(Warned(text))

@@ -13,6 +13,7 @@ from pipeline.config.schema import TrainConfig
 from pipeline.data.index import Index
 from pipeline.data.loading.isolate import Isolation
 from pipeline.data.loading.loader import EvalLoader, LoaderContext, TrainLoader
+from pipeline.events import CrashingImageFound, ImageSearchStarted
 from pipeline.failures import retry
 from pipeline.runs.spec import RunSpec, WorkerContext
 from pipeline.storage import Storage
@@ -97,7 +98,7 @@ def _look(
     steps = steps_to_search(ctx.deaths, first_step, schedule.num_steps)
     if ctx.rank == 0:
         text = f"workers died twice without a newer checkpoint: looking for images that kill them in {len(steps)} steps"
-        ctx.emit({"kind": "search", "text": text})
+        ctx.emit(ImageSearchStarted(text))
     asked = [(train.index, spec.train_index, train.max_batch, [train.request(step) for step in steps])]
     if evaluates(spec.cfg.train, schedule, steps):
         asked.append((val.index, spec.val_index, val.max_batch, [val.request(chunk) for chunk in val.chunks]))
@@ -110,9 +111,7 @@ def _look(
             name = f"{_data(index)}{row}"
             found[name] = reason
             retry(lambda: _keep(spec.run, name, reason), ctx.warn, spec.cfg.cluster.timeout_s / 4)
-            ctx.emit(
-                {"kind": "crashing image", "text": f"{index.place(row)}: {reason}; a uniform image takes its place"}
-            )
+            ctx.emit(CrashingImageFound(f"{index.place(row)}: {reason}; a uniform image takes its place"))
 
         isolation = Isolation(Storage(uri).fetch(), index, spec.cfg.data, place, max_batch, ctx.warn, heartbeat)
         isolation.search(requests, list(rows_of(index, known)), record, until)

@@ -32,7 +32,7 @@ from pipeline.runs import resume
 from pipeline.runs.claim import FOLDER, Claim, SupersededError
 from pipeline.runs.lock import run_lock
 from pipeline.runs.manifest import RunManifest
-from pipeline.runs.spec import Event, RunSpec
+from pipeline.runs.spec import RunSpec
 from pipeline.storage import Storage
 from pipeline.tracking.find import find_weights, open_storage
 from pipeline.tracking.mlflow_store import tracking_uri, with_absolute_uri
@@ -44,7 +44,7 @@ MAX_NAMED = 20  # refused files that are named one by one
 @contextmanager
 def open_run(
     cfg: Config,
-    watch: Callable[[Event], None],
+    warn: Callable[[str], None],
     resume_from: str | None = None,
     ending: threading.Event | None = None,
     heartbeat: Callable[[], None] = lambda: None,
@@ -76,11 +76,8 @@ def open_run(
     assert cfg.run.name is not None, "the supervisor names it"
     run, timeout_s = storage / cfg.run.name, 0.0 if storage.local else FIRST_LOOK_S
 
-    def tell(text: str) -> None:
-        watch({"kind": "warning", "text": text})
-
     with _as_mistake(f"run.storage={storage}: cannot be used", "name another place"):
-        retry(run.make, tell, timeout_s)
+        retry(run.make, warn, timeout_s)
         run.local_dir.mkdir(parents=True, exist_ok=True)
         # What is damaged the workers tell.
         look = partial(
@@ -92,7 +89,7 @@ def open_run(
             verify_state=False,
             saved_step=saved_step,
         )
-        manifest, found = retry(look, tell, timeout_s)
+        manifest, found = retry(look, warn, timeout_s)
     heartbeat()
     if found is not None:
         resume.check_config_compatible(found, cfg)
@@ -105,13 +102,13 @@ def open_run(
     tracking_uri(cfg.mlflow.uri, storage)  # tells of a missing one
     with ExitStack() as stack:
         with _as_mistake(f"run.storage={storage}: cannot be used", "name another place"):
-            stack.enter_context(run_lock(run, tell, ending, cfg.cluster.timeout_s, heartbeat))
+            stack.enter_context(run_lock(run, warn, ending, cfg.cluster.timeout_s, heartbeat))
         heartbeat()
         sources, folder = {"train": train_source, "val": val_source}, run / "index"
-        indexes = {split: _index(split, source, watch, heartbeat) for split, source in sources.items()}
+        indexes = {split: _index(split, source, warn, heartbeat) for split, source in sources.items()}
         train, val = indexes["train"], indexes["val"]
         for split, index in indexes.items():
-            _refuse_missing(split, index, cfg, tell)
+            _refuse_missing(split, index, cfg, warn)
         val.with_classes(train.classes)
         num_steps = Schedule.create(cfg, len(train)).num_steps
         if found is not None:
@@ -119,16 +116,16 @@ def open_run(
         with _as_mistake(f"run.storage={storage}: cannot be used", "name another place"):
             built = {split: index for split, index in indexes.items() if not is_index(sources[split])}
             with _as_second(run, again=again), _saved(built, folder.local_dir) as files:
-                claim = retry(partial(Claim.take, run, command, again=again), tell, timeout_s)
-                now = _settled(run, manifest, claim, cfg.mlflow.uri, began, tell)
+                claim = retry(partial(Claim.take, run, command, again=again), warn, timeout_s)
+                now = _settled(run, manifest, claim, cfg.mlflow.uri, began, warn)
                 for split, file in files.items():  # not before: this command may be refused, or come second
-                    retry(partial(_store, file, folder, f"{split}.arrow", claim), tell, timeout_s)
+                    retry(partial(_store, file, folder, f"{split}.arrow", claim), warn, timeout_s)
                     sources[split] = (folder / f"{split}.arrow").uri
         saved_step = found.step if found is not None and found.place.parent.parent.uri == run.uri else 0
         yield RunSpec(cfg, run, sources["train"], sources["val"], resume_from, claim, saved_step, now.attempts)
 
 
-def _refuse_missing(split: str, index: Index, cfg: Config, tell: Callable[[str], None]) -> None:
+def _refuse_missing(split: str, index: Index, cfg: Config, warn: Callable[[str], None]) -> None:
     """Raise UserError where the folder of an index's images has gone; on a cluster the workers may have it."""
     if index.root is None or index.root.local is None:
         return
@@ -142,7 +139,7 @@ def _refuse_missing(split: str, index: Index, cfg: Config, tell: Callable[[str],
         return
     text = f"data.{split}: the index's images are not there: {index.root} is missing or empty"
     if cfg.cluster.address or os.environ.get("RAY_ADDRESS"):
-        tell(f"{text} on the driver's machine")
+        warn(f"{text} on the driver's machine")
     else:
         raise UserError(f"{text}; bring them back, or make an index of where they are now")
 
@@ -166,10 +163,10 @@ def _settled(
     claim: Claim,
     mlflow_uri: str | None,
     began: float | None,
-    tell: Callable[[str], None],
+    warn: Callable[[str], None],
 ) -> RunManifest:
     """What run.json says, now that nobody else writes it; where it says nothing, what was looked up before."""
-    now = RunManifest.read(run, tell)
+    now = RunManifest.read(run, warn)
     if now is not None:
         _refuse_copy(run, now, claim, mlflow_uri)
     settled = now or looked
@@ -212,7 +209,7 @@ def _as_mistake(what: str, fix: str) -> Iterator[None]:
         raise UserError(f"{what} ({e.strerror or e}); {fix}") from None
 
 
-def _index(split: str, source: str, watch: Callable[[Event], None], heartbeat: Callable[[], None]) -> Index:
+def _index(split: str, source: str, warn: Callable[[str], None], heartbeat: Callable[[], None]) -> Index:
     """Of the images in `source`, built anew, or the one that `source` is."""
     with _as_mistake(f"data.{split}={source}: its index cannot be made or read", "try again, or name another place"):
         if is_index(source):
@@ -220,9 +217,9 @@ def _index(split: str, source: str, watch: Callable[[Event], None], heartbeat: C
         index, report = build_index(source, progress=lambda *_: heartbeat())
     refused = report.refused
     for one in refused[:MAX_NAMED]:
-        watch({"kind": "warning", "text": f"left out {one}"})
+        warn(f"left out {one}")
     if len(refused) > MAX_NAMED:
-        watch({"kind": "warning", "text": f"left out {len(refused) - MAX_NAMED} more; pipeline index lists them all"})
+        warn(f"left out {len(refused) - MAX_NAMED} more; pipeline index lists them all")
     return index
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from pipeline.config.loading import dump, flatten
 from pipeline.data.index import Index
 from pipeline.data.loading.loader import EvalLoader
+from pipeline.events import AttemptStarted, CheckpointWritten, Evaluated, StepLogged
 from pipeline.failures import MLFLOW_END_S, MLFLOW_HANDOVER_S, UPLOAD_S, retry
 from pipeline.runs import retention
 from pipeline.runs.async_checkpointer import AsyncCheckpointer
@@ -90,14 +91,26 @@ class Recorder:
         self._mlflow.text(dump(cfg), f"config/attempt_{attempt}.yaml")
         tags = self._manifest.tags(failures, self._first_step, ctx.world_size)
         self._mlflow.tags({**tags, "pipeline.data_fingerprint": self._data["fingerprint"]})
-        story = self._manifest.story(failures, self._first_step, ctx.world_size)
-        self._mlflow.metrics(attempt, {f"attempt/{name}": value for name, value in story.items()})  # step: attempt
-        where = {"world_size": ctx.world_size, "num_threads": ctx.num_threads, "device": ctx.device.type}
-        where |= {"precision": cfg.train.precision, "precision_reason": precision}
-        steps = {"step": self._first_step, "num_steps": self._num_steps, "global_batch": cfg.train.global_batch}
-        told: dict[str, float] = {k: story[k] for k in ("lost_steps", "recovery_s") if k in story}
-        start = {"kind": "start", "attempt": attempt, **steps, "resumed_from": resumed and str(resumed.place)}
-        ctx.emit({**start, "startup": self._startup, **where, **told, "failures": self._manifest.failures})
+        recovery = self._manifest.recovery(failures, self._first_step, ctx.world_size)
+        self._mlflow.metrics(attempt, {f"attempt/{name}": value for name, value in recovery.items()})  # step: attempt
+        ctx.emit(
+            AttemptStarted(
+                attempt=attempt,
+                step=self._first_step,
+                num_steps=self._num_steps,
+                global_batch=cfg.train.global_batch,
+                resumed_from=str(resumed.place) if resumed else None,
+                world_size=ctx.world_size,
+                num_threads=ctx.num_threads,
+                device=ctx.device.type,
+                precision=cfg.train.precision,
+                precision_reason=precision,
+                startup=self._startup,
+                failures=self._manifest.failures,
+                lost_steps=recovery.get("lost_steps"),
+                recovery_s=recovery.get("recovery_s"),
+            )
+        )
 
     def _replace_identity(self, new: RunManifest) -> None:
         replace = partial(self._manifest.replaced, new, self._spec.run, self._spec.claim)
@@ -131,8 +144,7 @@ class Recorder:
         }
         self._logged_step, self._logged = step, seconds
         self._mlflow.metrics(step, metrics | for_mlflow(seconds))
-        told = {"seconds": summed_up(seconds), "perf/goodput": goodput(seconds)}
-        self._ctx.emit({"kind": "step", "step": step, **told, **metrics})
+        self._ctx.emit(StepLogged(step, metrics | {"perf/goodput": goodput(seconds)}, summed_up(seconds)))
 
     def evaluation(self, state: TrainState, said: Predictions) -> None:
         """Log the scores of the weights as they are, and write them into their checkpoint; the best get one anyway."""
@@ -142,7 +154,7 @@ class Recorder:
         if self._ctx.rank != 0:
             return
         self._mlflow.metrics(state.step, {f"val/{name}": value for name, value in scores.items()})
-        self._ctx.emit({"kind": "evaluation", "step": state.step, **scores})
+        self._ctx.emit(Evaluated(state.step, scores))
         if self._checkpointer.has(state.step):
             self._checkpointer.add_scores(state.step, scores)
         elif improved:
@@ -183,7 +195,7 @@ class Recorder:
             "checkpoint/failed_tries": float(self._checkpointer.num_failed_tries),
         }
         self._mlflow.metrics(saved.step, metrics)
-        self._ctx.emit({"kind": "checkpoint", "step": saved.step, "path": str(saved.place)})
+        self._ctx.emit(CheckpointWritten(saved.step, str(saved.place)))
 
     def _scored(self, scored: Checkpoint) -> None:
         """A checkpoint has got its scores; called by the thread that wrote them."""

@@ -11,6 +11,7 @@ from pipeline.config.schema import Config
 from pipeline.data.index import Index, load_index
 from pipeline.data.loading.loader import EvalLoader, LoaderContext, TrainLoader
 from pipeline.errors import UserError
+from pipeline.events import Note
 from pipeline.failures import READ_CHECKPOINT_S, CheckpointError, retry
 from pipeline.models.pretrained import load_pretrained
 from pipeline.models.resnet import drop_rates
@@ -77,7 +78,7 @@ def begin(
         if state.ema is not None:
             state.ema.load_state_dict(state.model.state_dict())
     for note in filter(None, notes if ctx.rank == 0 else []):
-        ctx.emit({"kind": "note", "text": note})
+        ctx.emit(Note(note))
 
 
 def restore(state: TrainState, found: Checkpoint, cfg: Config, index: Index) -> None:

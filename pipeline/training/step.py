@@ -23,7 +23,7 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
     """Mixed precision for `precision`; does nothing for fp32."""
-    assert precision in AUTOCAST, f"{precision}: not decided yet, see `pipeline.precision`"
+    assert precision in AUTOCAST, f"{precision}: not decided yet, see `pipeline.training.precision`"
     return torch.autocast(device.type, AUTOCAST[precision], enabled=precision != "fp32")
 
 

@@ -15,7 +15,8 @@ from servers import MlflowServer, Mode, Proxy
 
 from pipeline.cli import app
 from pipeline.config.loading import load
-from pipeline.runs.spec import Event, RunSpec
+from pipeline.events import Event, StepLogged, Warned
+from pipeline.runs.spec import RunSpec
 from pipeline.storage import Storage
 from pipeline.training import recorder
 from pipeline.training.loop import fit
@@ -63,10 +64,10 @@ def train(spec: RunSpec, proxy: Proxy, mode_at: dict[int, Mode]) -> tuple[dict[s
     warnings: list[str] = []
 
     def watch(event: Event) -> None:
-        if event["kind"] == "step":
-            proxy.mode = mode_at.get(event["step"], proxy.mode)
-        if event["kind"] == "warning":
-            warnings.append(event["text"])
+        if isinstance(event, StepLogged):
+            proxy.mode = mode_at.get(event.step, proxy.mode)
+        if isinstance(event, Warned):
+            warnings.append(event.text)
 
     proxy.mode = mode_at[0]
     return fit(spec, dataclasses.replace(context(), emit=watch)), warnings

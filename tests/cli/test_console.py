@@ -10,8 +10,6 @@ from commands import PIPELINE, ROOT
 
 from pipeline.cli.console import TrainingView, WorkView
 
-STEP = {"kind": "step", "step": 1, "train/loss": 1.0, "train/lr": 0.1, "train/epoch": 0.1, "perf/images_per_s": 9.0}
-
 
 @pytest.mark.parametrize("view", [TrainingView, WorkView])
 def test_a_reader_that_has_gone_ends_no_training(view: type[TrainingView] | type[WorkView]) -> None:

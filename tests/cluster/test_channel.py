@@ -15,17 +15,19 @@ import numpy as np
 import pytest
 
 from pipeline.cluster.channel import DriverConnection, EventChannel
+from pipeline.events import CheckpointWritten, Note, StepLogged
 
 PATIENCE_S = 60.0
 Connect = Callable[..., DriverConnection]
 # A rank whose process says two things, and then hangs.
 RANK = """
 import sys, time
-from pipeline.channel import DriverConnection
+from pipeline.cluster.channel import DriverConnection
+from pipeline.events import Note
 host, port, key, attempt = sys.argv[1:]
 rank = DriverConnection((host, int(port)), key, 60, attempt=int(attempt), rank=0, node="far")
 rank.progress(7)
-rank.emit({"kind": "note", "text": "here"})
+rank.emit(Note("here"))
 time.sleep(100)
 """
 
@@ -72,12 +74,12 @@ def process(address: tuple[str, int], key: str, attempt: int = 1) -> Iterator[su
 def test_events_arrive_in_order_and_end_a_wait(channel: EventChannel, connect: Connect) -> None:
     rank = connect()
     for i in range(1000):
-        rank.emit({"kind": "step", "step": i, "loss": float("nan")})
+        rank.emit(StepLogged(i, {"train/loss": float("nan")}))
     told = list[int]()
     while len(told) < 1000:
         events = channel.take_events(PATIENCE_S)
         assert events, "the wait for an event ends with it"
-        told += [event["step"] for event in events]
+        told += [event.step for event in events if isinstance(event, StepLogged)]
     assert told == list(range(1000))
     assert channel.take_events(0) == []
 
@@ -99,20 +101,20 @@ def test_a_stop_reaches_all_also_who_comes_later(channel: EventChannel, connect:
 
 def test_all_is_heard_that_was_said_before_the_end(channel: EventChannel, connect: Connect) -> None:
     rank = connect()
-    rank.emit({"kind": "note", "text": "é" * 100_000})
+    rank.emit(Note("é" * 100_000))
     rank.progress(5)
     rank.fail("UserError", "no such file")
     rank.close(PATIENCE_S)
     channel.finish(PATIENCE_S)
     assert channel.ended.is_set()
-    assert [len(event["text"]) for event in channel.take_events(0)] == [100_000]
+    assert [len(event.text) for event in channel.take_events(0) if isinstance(event, Note)] == [100_000]
     assert (channel.step, channel.fatal) == (5, ("UserError", "no such file"))
 
 
 def test_a_stop_that_crosses_the_last_words_loses_none(channel: EventChannel, connect: Connect) -> None:
     rank = connect()
     for _ in range(100):
-        rank.emit({"kind": "note", "text": "x" * 10_000})
+        rank.emit(Note("x" * 10_000))
     rank.close(PATIENCE_S)
     channel.request_stop("interrupted")
     channel.finish(PATIENCE_S)
@@ -123,7 +125,7 @@ def test_after_its_end_an_attempt_is_not_heard(channel: EventChannel, connect: C
     """What a host that was cut off says when it is there again."""
     rank = connect()
     channel.finish(0.0)
-    rank.emit({"kind": "start"})
+    rank.emit(Note(""))
     rank.fail("UserError", "late")
     rank.close(PATIENCE_S)
     wait_for(channel.ended.is_set)
@@ -133,9 +135,9 @@ def test_after_its_end_an_attempt_is_not_heard(channel: EventChannel, connect: C
 def test_an_event_that_cannot_be_sent_is_told_where_it_is_made(channel: EventChannel, connect: Connect) -> None:
     rank = connect()
     with pytest.raises(TypeError):
-        rank.emit({"kind": "checkpoint", "path": Path("x")})
-    rank.emit({"kind": "checkpoint", "step": np.int64(3), "loss": np.float32(0.5)})
-    assert channel.take_events(PATIENCE_S) == [{"kind": "checkpoint", "step": 3, "loss": 0.5}]
+        rank.emit(CheckpointWritten(1, Path("x")))  # type: ignore[arg-type]
+    rank.emit(StepLogged(np.int64(3), {"train/loss": np.float32(0.5)}))  # type: ignore[arg-type, dict-item]
+    assert channel.take_events(PATIENCE_S) == [StepLogged(3, {"train/loss": 0.5})]
 
 
 def test_a_rank_that_finds_no_thread_is_refused_and_the_next_one_is_heard(
@@ -147,8 +149,8 @@ def test_a_rank_that_finds_no_thread_is_refused_and_the_next_one_is_heard(
         )
         with socket.create_connection(channel.address, PATIENCE_S) as refused:
             assert refused.recv(1) == b""
-    connect().emit({"kind": "note"})
-    assert channel.take_events(PATIENCE_S) == [{"kind": "note"}]
+    connect().emit(Note(""))
+    assert channel.take_events(PATIENCE_S) == [Note("")]
 
 
 def test_a_killed_rank_is_missed_at_once_and_what_it_said_is_kept(channel: EventChannel) -> None:
@@ -157,7 +159,7 @@ def test_a_killed_rank_is_missed_at_once_and_what_it_said_is_kept(channel: Event
         assert not channel.ended.is_set()
         rank.kill()
         assert channel.ended.wait(PATIENCE_S)
-    assert [event["text"] for event in events] == ["here"]
+    assert [event.text for event in events if isinstance(event, Note)] == ["here"]
     assert (channel.step, channel.nodes) == (7, {"far"})
 
 
@@ -187,8 +189,8 @@ def test_a_stranger_is_not_heard(channel: EventChannel, connect: Connect, words:
             with pytest.raises((ConnectionResetError, StopIteration)):  # nothing else comes
                 next(answer)
     rank = connect()
-    rank.emit({"kind": "note", "text": "mine"})
-    assert [event["text"] for event in channel.take_events(PATIENCE_S)] == ["mine"]
+    rank.emit(Note("mine"))
+    assert [event.text for event in channel.take_events(PATIENCE_S) if isinstance(event, Note)] == ["mine"]
 
 
 def test_another_key_is_refused(channel: EventChannel) -> None:
@@ -219,6 +221,6 @@ def test_a_channel_has_ipv6_addresses_too() -> None:
     with closing(made) as channel:
         channel.begin(1)
         rank = DriverConnection(channel.address, channel.key, PATIENCE_S, attempt=1, rank=0, node="x")
-        rank.emit({"kind": "note"})
-        assert channel.take_events(PATIENCE_S) == [{"kind": "note"}]
+        rank.emit(Note(""))
+        assert channel.take_events(PATIENCE_S) == [Note("")]
         rank.close(PATIENCE_S)

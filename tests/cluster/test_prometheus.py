@@ -10,6 +10,7 @@ import ray.dashboard.modules.reporter as reporter
 from manifests import K8S, kustomize, of_kind, rendered
 
 from pipeline.cluster import prometheus
+from pipeline.events import AttemptFailed, AttemptStarted, CheckpointWritten, Evaluated, Event, StepLogged
 
 DASHBOARD = K8S / "monitoring/grafana-dashboard.json"
 OF_GPUS = {"ray_node_gpus_utilization", "ray_node_gram_used"}  # there is none here to export them
@@ -52,19 +53,18 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
 class Told(prometheus.Gauges):
     """Exports at once."""
 
-    def event(self, event: dict[str, Any]) -> None:
+    def event(self, event: Event) -> None:
         super().event(event)
         self.export()
 
 
-def start(step: int, attempt: int, failures: int) -> dict[str, Any]:
-    there = {"kind": "start", "step": step, "attempt": attempt, "failures": failures}
-    return {**there, "num_steps": 100, "world_size": 2}
+def start(step: int, attempt: int, failures: int) -> AttemptStarted:
+    return AttemptStarted(attempt, step, 100, 64, None, 2, 1, "cpu", "fp32", "as configured", {}, failures)
 
 
-def step(number: int) -> dict[str, Any]:
+def step(number: int) -> StepLogged:
     rates = {"perf/images_per_s": 50.0, "perf/data_wait_share": 0.1, "perf/goodput": 0.8}
-    return {"kind": "step", "step": number, "train/loss": 2.0, "train/lr": 0.1, "data/bad_images": 0, **rates}
+    return StepLogged(number, {"train/loss": 2.0, "train/lr": 0.1, "data/bad_images": 0, **rates})
 
 
 def test_gauges_show_the_newest_event_of_each_kind(recorded: Recorded) -> None:
@@ -73,9 +73,9 @@ def test_gauges_show_the_newest_event_of_each_kind(recorded: Recorded) -> None:
     assert "goodput_ratio" not in recorded
     told.event(step(30))
     assert recorded["goodput_ratio"] == 0.8
-    told.event({"kind": "checkpoint", "step": 20, "path": "..."})
+    told.event(CheckpointWritten(20, "..."))
     assert (recorded["step"], recorded["checkpoint_step"]) == (30, 20)
-    told.event({"kind": "failure", "text": "..."})
+    told.event(AttemptFailed("..."))
     assert (recorded["failures"], recorded["workers"], recorded["images_per_second"]) == (2, 0, 0)
     told.event(start(20, attempt=4, failures=2))
     assert (recorded["workers"], recorded["failures"], recorded["attempts"]) == (2, 2, 4)
@@ -85,7 +85,7 @@ def test_an_evaluation_is_no_training_loss(recorded: Recorded) -> None:
     told = Told("pets")
     told.event(start(0, attempt=1, failures=0))
     told.event(step(1))
-    told.event({"kind": "evaluation", "step": 1, "top1": 0.75, "top5": 0.9, "loss": 9.0, "count": 10})
+    told.event(Evaluated(1, {"top1": 0.75, "top5": 0.9, "loss": 9.0, "count": 10}))
     assert (recorded["top1_ratio"], recorded["loss"]) == (0.75, 2.0)
 
 

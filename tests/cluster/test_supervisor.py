@@ -21,8 +21,8 @@ from pipeline.cluster import connection, controller, driver, oom, ray_start, sup
 from pipeline.config.loading import load
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
+from pipeline.events import AttemptFailed, AttemptStarted, Event
 from pipeline.failures import ClusterLostError, FailureBudget, TrainingFailedError
-from pipeline.runs.spec import Event
 from pipeline.training import open_run
 
 
@@ -55,7 +55,7 @@ def test_what_cannot_start_is_not_tried_again(
         supervisor.train(cfg, "x", None, events.append)
     said, _, place = str(told.value).partition(" (log: ")
     assert said == f"{how}ImportError: a.so: bad ELF header"
-    assert [event for event in events if event["kind"] == "failure"] == []
+    assert [event for event in events if isinstance(event, AttemptFailed)] == []
     if log:
         Path(place.rstrip(")")).unlink()
 
@@ -220,7 +220,7 @@ def test_a_later_driver_trains_on_the_device_of_the_first(
         request: supervisor.TrainRequest, _: object, note: Callable[[Event], None], __: object
     ) -> tuple[str, object]:
         asked.append((request.cfg.cluster.device, request.trained))
-        note({"kind": "start", "device": device, "step": 0})
+        note(AttemptStarted(1, 0, 9, 4, None, 1, 1, device, "fp32", "", {}, 0))
         return ("lost", "the cluster") if len(asked) == 1 else ("done", {})
 
     monkeypatch.setattr(supervisor, "_run_driver", run)

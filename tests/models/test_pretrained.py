@@ -17,10 +17,11 @@ from pipeline.cli import app
 from pipeline.config.loading import load
 from pipeline.config.schema import ModelConfig
 from pipeline.errors import UserError
+from pipeline.events import Event, Note
 from pipeline.models.pretrained import load_pretrained
 from pipeline.models.resnet import ResNet
 from pipeline.runs import checkpoint
-from pipeline.runs.spec import Event, RunSpec
+from pipeline.runs.spec import RunSpec
 from pipeline.storage import Storage
 from pipeline.tracking import find
 from pipeline.training.loop import fit
@@ -178,7 +179,7 @@ def test_a_run_begins_with_anothers_averaged_weights_and_resumes_with_its_own(sp
     frozen = ["model.freeze=layer4", "train.ema_decay=0.9", "optim.layer_decay=0.7"]
     second, events = spec("second", f"model.weights={place}", *frozen), list[Event]()
     fit(second, context(0, 1, events))
-    (note,) = [event["text"] for event in events if event["kind"] == "note"]
+    (note,) = [event.text for event in events if isinstance(event, Note)]
     assert note == f"begins with the weights of {place}; the last layer, too"
     found = checkpoint.newest_valid(second.checkpoints, pytest.fail)
     assert found is not None
@@ -187,7 +188,7 @@ def test_a_run_begins_with_anothers_averaged_weights_and_resumes_with_its_own(sp
         assert {name for name in averaged if not torch.equal(saved[name], averaged[name])} == {"fc.weight", "fc.bias"}
     events.clear()
     fit(second, context(0, 1, events))
-    assert not [event for event in events if event["kind"] == "note"]
+    assert not [event for event in events if isinstance(event, Note)]
 
 
 def test_weights_that_are_not_there_are_told_before_anything_starts(

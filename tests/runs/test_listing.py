@@ -28,7 +28,7 @@ from pipeline.training.loop import fit
 
 HOLD = """
 import sys, time
-from pipeline.lock import run_lock
+from pipeline.runs.lock import run_lock
 from pipeline.storage import Storage
 with run_lock(Storage(sys.argv[1]), print):
     print("held", flush=True)

@@ -14,8 +14,9 @@ from pipeline.config.loading import load
 from pipeline.config.schema import ClusterConfig, Config
 from pipeline.data.indexing.build import build_index
 from pipeline.errors import UserError
+from pipeline.events import Event
 from pipeline.runs import checkpoint
-from pipeline.runs.spec import Event, RunSpec
+from pipeline.runs.spec import RunSpec
 from pipeline.storage import Storage
 from pipeline.tracking import find
 from pipeline.training import open_run
@@ -135,11 +136,11 @@ def test_damaged_checkpoints_are_told_by_the_workers_and_decide_nothing(settings
     newest = Path(cfg.run.storage, "run", "checkpoints", "step_00000002")
     (newest / checkpoint.CONFIG).write_text("model: {depth: 34}")
     assert "step_00000001 was trained with 18" in refused(settings("model.depth=34"))
-    events: list[Event] = []
-    with open_run.open_run(cfg, events.append) as spec:
-        assert [event for event in events if "damaged" in event["text"]] == []
+    events, warnings = list[Event](), list[str]()
+    with open_run.open_run(cfg, warnings.append) as spec:
+        assert [text for text in warnings if "damaged" in text] == []
         assert fit(spec, context(events=events))["step"] == 3
-    assert sum("step_00000002: config.yaml is damaged" in event.get("text", "") for event in events) == 1
+    assert sum("step_00000002: config.yaml is damaged" in getattr(event, "text", "") for event in events) == 1
 
 
 def test_a_command_tells_of_newer_checkpoints_that_it_does_not_take(
@@ -164,9 +165,9 @@ def test_images_that_have_gone_are_told_before_any_worker_starts(
     line = f"data.val: the index's images are not there: {tmp_path}/images is missing or empty"
     with pytest.raises(UserError, match=f"{line}; bring them back"), open_run.open_run(cfg, print):
         pass
-    events = list[Event]()
-    with open_run.open_run(dataclasses.replace(cfg, cluster=ClusterConfig(address="head:6379")), events.append):
-        assert [event["text"] for event in events] == [f"{line} on the driver's machine"]
+    warnings = list[str]()
+    with open_run.open_run(dataclasses.replace(cfg, cluster=ClusterConfig(address="head:6379")), warnings.append):
+        assert warnings == [f"{line} on the driver's machine"]
 
 
 def test_where_all_are_damaged_it_is_told_at_once(settings: Settings) -> None:

@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
+from pipeline.events import Event, Warned
 from pipeline.runs import checkpoint
-from pipeline.runs.spec import Event, RunSpec, WorkerContext
+from pipeline.runs.spec import RunSpec, WorkerContext
 
 FAST = [
     "data.image_size=32",
@@ -60,8 +61,8 @@ def no_bad_image(path: str, reason: str) -> None:
 
 
 def _show(event: Event) -> None:
-    if event["kind"] == "warning":
-        print(event["text"])
+    if isinstance(event, Warned):
+        print(event.text)
 
 
 def final_state(spec: RunSpec) -> dict[str, Any]:

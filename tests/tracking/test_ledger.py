@@ -18,8 +18,9 @@ from ranks import FAST, context, run_ranks
 from pipeline.config.loading import load
 from pipeline.data.loading.loader import Batch, TrainLoader
 from pipeline.errors import UserError
+from pipeline.events import Event, StepLogged, Warned
 from pipeline.runs.manifest import RunManifest
-from pipeline.runs.spec import Event, RunSpec
+from pipeline.runs.spec import RunSpec
 from pipeline.storage import Storage
 from pipeline.tracking.ledger import PHASES, TimeLedger, goodput, summed_up, total
 from pipeline.tracking.metrics import Predictions
@@ -171,20 +172,20 @@ def test_attempts_add_up_to_the_wall_time_since_the_first(spec: Callable[..., Ru
 def test_steps_done_again_are_recovery_and_not_compute(spec: Callable[..., RunSpec]) -> None:
     """Ended by an error at step 15, and taken up again from the checkpoint of step 8."""
     settings = ["train.steps=16", "train.log_every=1", "checkpoint.every=8", "train.eval_every=100"]
-    steps = list[Event]()
+    steps = list[StepLogged]()
 
     def watch(event: Event) -> None:
-        if event["kind"] == "step":
+        if isinstance(event, StepLogged):
             steps.append(event)
-            if event["step"] == 15 and len(steps) == 15:
+            if event.step == 15 and len(steps) == 15:
                 raise RuntimeError("the end")
 
     told = dataclasses.replace(context(), emit=watch)
     with pytest.raises(RuntimeError, match="the end"):
         fit(spec(*settings), told)
     fit(spec(*settings), dataclasses.replace(told, restarted=True))
-    assert [event["step"] for event in steps] == [*range(1, 16), *range(9, 17)]
-    eighth, lost, again = (steps[i]["seconds"] for i in (7, 14, 15))
+    assert [event.step for event in steps] == [*range(1, 16), *range(9, 17)]
+    eighth, lost, again = (steps[i].seconds for i in (7, 14, 15))
     assert eighth["recovery"] == lost["recovery"] == 0
     assert again["recovery"] > lost["compute"] - eighth["compute"], "seven steps are lost"
     assert eighth["compute"] < again["compute"] < lost["compute"], "and count once"
@@ -194,7 +195,7 @@ def test_a_failure_before_any_checkpoint_loses_no_time(spec: Callable[..., RunSp
     """All since the command is recovery then, its start-up among it."""
 
     def fall(event: Event) -> None:
-        if event["kind"] == "step":
+        if isinstance(event, StepLogged):
             raise RuntimeError("the end")
 
     command = (("command", time.time() - 30),)
@@ -276,7 +277,7 @@ def test_a_profile_is_named_by_the_steps_that_it_holds(spec: Callable[..., RunSp
     fit(spec(*settings, "run.stop_at_step=7"), context())
     events: list[Event] = []
     done = fit(spec(*settings), context(events=events))
-    told = [event["text"] for event in events if event["kind"] == "warning"]
+    told = [event.text for event in events if isinstance(event, Warned)]
     assert told == ["train.profile=[3,6]: this attempt trained none of these steps; there is no trace"]
     client = mlflow.MlflowClient(done["mlflow_uri"])
     names = [a.path for a in client.list_artifacts(done["mlflow_run_id"], "profile")]

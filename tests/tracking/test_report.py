@@ -20,7 +20,8 @@ from servers import MlflowServer
 from pipeline.cli import app
 from pipeline.config.loading import changed_keys, dump, load, marked
 from pipeline.data.indexing.build import build_index
-from pipeline.runs.spec import Event, RunSpec
+from pipeline.events import Event, Warned
+from pipeline.runs.spec import RunSpec
 from pipeline.storage import Storage
 from pipeline.tracking import summary
 from pipeline.tracking.metrics import Predictions
@@ -256,7 +257,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, own_images: Path) -> dict[
     """The summary of a short training, at whose end its report was made."""
     events: list[Event] = []
     summary = fit(make_job(tmp_path_factory.mktemp("runs"), own_images), context(events=events))
-    assert [e["text"] for e in events if e["kind"] == "warning"] == []
+    assert [e.text for e in events if isinstance(e, Warned)] == []
     return summary
 
 
@@ -320,7 +321,7 @@ def test_facts_that_cannot_be_laid_aside_are_told_and_end_nothing(
     spec = make_job(tmp_path, own_images, f"mlflow.uri={trained['mlflow_uri']}", "train.steps=2")
     summary = fit(spec, context(events=events))
     assert (summary["status"], summary["mlflow_waiting"]) == ("done", 0)
-    (warning,) = (e["text"] for e in events if e["kind"] == "warning")
+    (warning,) = (e.text for e in events if isinstance(e, Warned))
     assert "no report is made (OSError: [Errno 28] No space left on device); try again: pipeline report" in warning
     assert [p.name for p in (tmp_path / "drawn/mlflow").iterdir() if p.is_dir()] == []
 

@@ -20,12 +20,13 @@ from ranks import FAST, context, final_state, run_ranks
 from pipeline.cluster import driver
 from pipeline.config.loading import load
 from pipeline.errors import UserError
+from pipeline.events import AttemptStarted, Event, StepLogged, Warned
 from pipeline.failures import Interrupted, NonFiniteError, TrainingFailedError
 from pipeline.models import pretrained
 from pipeline.runs import checkpoint, listing, lock
 from pipeline.runs.claim import Claim, SupersededError
 from pipeline.runs.manifest import RunManifest
-from pipeline.runs.spec import Event, RunSpec
+from pipeline.runs.spec import RunSpec
 from pipeline.storage import Storage
 from pipeline.tracking.metrics import Predictions
 from pipeline.training import loop, open_run, step
@@ -64,7 +65,7 @@ def train_and_resume(rank: int, world_size: int, whole: RunSpec, parts: RunSpec)
     _barrier()
     events: list[Event] = []
     fit(parts, context(rank, world_size, events))
-    assert [event["step"] for event in events if event["kind"] == "start"] == ([] if rank > 0 else [5])
+    assert [event.step for event in events if isinstance(event, AttemptStarted)] == ([] if rank > 0 else [5])
     _barrier()
 
 
@@ -123,8 +124,8 @@ def test_mlflow_has_one_run_with_each_step_once(spec: Callable[..., RunSpec], tm
     (newest.path / "state.pt").write_bytes(b"damaged")  # back to step 4
     events: list[Event] = []
     two = fit(first, context(events=events))
-    assert [e["text"] for e in events if e["kind"] == "warning" and "state.pt is damaged" in e["text"]]
-    assert next(e for e in events if e["kind"] == "start")["step"] == 4
+    assert [e.text for e in events if isinstance(e, Warned) and "state.pt is damaged" in e.text]
+    assert next(e for e in events if isinstance(e, AttemptStarted)).step == 4
 
     assert one["mlflow_run_id"] == two["mlflow_run_id"]
     client = mlflow.MlflowClient(two["mlflow_uri"])
@@ -220,9 +221,9 @@ def test_a_lost_run_json_is_made_up_from_the_newest_checkpoint(
         path.write_text(content)
     events: list[Event] = []
     two = fit(spec("run", "run.stop_at_step=3"), context(events=events))
-    assert [(e["attempt"], e["step"]) for e in events if e["kind"] == "start"] == [(2, 2)]
+    assert [(e.attempt, e.step) for e in events if isinstance(e, AttemptStarted)] == [(2, 2)]
     assert two["mlflow_run_id"] == one["mlflow_run_id"]
-    assert any("run.json is damaged" in e.get("text", "") for e in events) == (content is not None)
+    assert any("run.json is damaged" in getattr(e, "text", "") for e in events) == (content is not None)
 
 
 def test_a_checkpoint_of_another_training_is_not_taken(spec: Callable[..., RunSpec], tmp_path: Path) -> None:
@@ -231,7 +232,7 @@ def test_a_checkpoint_of_another_training_is_not_taken(spec: Callable[..., RunSp
     shutil.copytree(tmp_path / "other/checkpoints/step_00000004", tmp_path / "run/checkpoints/step_00000004")
     events: list[Event] = []
     assert fit(spec("run", "run.stop_at_step=3"), context(events=events))["step"] == 3
-    assert any("step_00000004: belongs to another training" in e.get("text", "") for e in events)
+    assert any("step_00000004: belongs to another training" in getattr(e, "text", "") for e in events)
 
 
 def test_the_later_of_two_drivers_wins(spec: Callable[..., RunSpec]) -> None:
@@ -241,7 +242,7 @@ def test_the_later_of_two_drivers_wins(spec: Callable[..., RunSpec]) -> None:
     one = dataclasses.replace(spec("run", "checkpoint.every=5"), claim=Claim.take(run))
 
     def watch(event: Event) -> None:
-        if event["kind"] == "step" and event["step"] == 10:
+        if isinstance(event, StepLogged) and event.step == 10:
             Claim.take(run)
 
     with pytest.raises(SupersededError, match=r"another driver has begun to train .*run; this one ends"):
@@ -259,7 +260,7 @@ def test_an_earlier_attempt_of_the_same_driver_writes_no_more(spec: Callable[...
     one = spec("run", "checkpoint.every=5")
 
     def watch(event: Event) -> None:
-        if event["kind"] == "step" and event["step"] == 10:
+        if isinstance(event, StepLogged) and event.step == 10:
             now = RunManifest.read(one.run, pytest.fail)
             assert now is not None
             now.begin(0).write(one.run)
@@ -344,9 +345,9 @@ def test_a_node_that_sees_the_run_late_begins_no_new_training(
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.failures.time.sleep", appears)
         fit(one, context(events=events))
-    (start,) = [event for event in events if event["kind"] == "start"]
-    assert (start["attempt"], start["step"]) == (2, 4)
-    assert "seen" in next(event["text"] for event in events if event["kind"] == "warning")
+    (start,) = [event for event in events if isinstance(event, AttemptStarted)]
+    assert (start.attempt, start.step) == (2, 4)
+    assert "seen" in next(event.text for event in events if isinstance(event, Warned))
 
 
 def test_a_finished_run_trains_no_more(spec: Callable[..., RunSpec]) -> None:
@@ -373,20 +374,16 @@ def test_training_runs_on_the_rest_of_an_odd_folder(tmp_path: Path, monkeypatch:
     settings = ["train.global_batch=8", "train.epochs=3", "train.log_every=1", f"run.storage={tmp_path}/runs"]
     cfg = load(None, [f"data.train={images}", f"data.val={images}", *small, *settings, "run.name=odd"])
     monkeypatch.setattr(lock, "LOCK_S", 0.5)
-    events: list[Event] = []
-    with open_run.open_run(cfg, events.append) as spec:
-        left_out = [e["text"] for e in events]
-        with (
-            pytest.raises(UserError, match=r"run.name=odd: is being trained by process \d+"),
-            open_run.open_run(cfg, print),
-        ):
-            pass
+    events, left_out = list[Event](), list[str]()
+    refused = pytest.raises(UserError, match=r"run.name=odd: is being trained by process \d+")
+    with open_run.open_run(cfg, left_out.append) as spec, refused, open_run.open_run(cfg, print):
+        pass
     assert len(left_out) == 2 * len(unusable)  # of train and of val
     for path, reason in unusable.items():
         assert any(str(images / path) in text and reason in text for text in left_out)
     summary = fit(spec, context(events=events))
     assert (summary["status"], summary["step"]) == ("done", 6)
-    named = [e["text"] for e in events if "a uniform image takes its place" in e.get("text", "")]
+    named = [e.text for e in events if isinstance(e, Warned) and "a uniform image takes its place" in e.text]
     assert named
     assert all("odd/damaged.jpg" in text for text in named)
 
@@ -411,7 +408,7 @@ def test_the_best_checkpoint_is_uploaded_from_an_object_store(
     run = Storage("memory://best") / tmp_path.name
     events: list[Event] = []
     summary = fit(RunSpec(cfg, run, str(val), str(val)), context(events=events))
-    assert not [event["text"] for event in events if event["kind"] == "warning"]
+    assert not [event.text for event in events if isinstance(event, Warned)]
     client = mlflow.MlflowClient(uri)
     (best,) = client.list_artifacts(summary["mlflow_run_id"], "checkpoints")
     assert best.path == "checkpoints/step_00000002"
@@ -421,7 +418,7 @@ def test_the_best_checkpoint_is_uploaded_from_an_object_store(
     # The next command is given on another node, and all that is left to do is the model.
     logging = load(None, [*FAST, f"data.train={val}", f"data.val={val}", *words, "mlflow.log_model=true"])
     fit(RunSpec(logging, run, str(val), str(val)), context(events=events))
-    assert not [event["text"] for event in events if event["kind"] == "warning"]
+    assert not [event.text for event in events if isinstance(event, Warned)]
     assert len(client.get_run(summary["mlflow_run_id"]).outputs.model_outputs) == 1
     for folder in (run, run / "checkpoints"):
         shutil.rmtree(folder.local_dir)

@@ -19,8 +19,9 @@ from pipeline.config.schema import Config, ModelConfig
 from pipeline.data.index import load_index
 from pipeline.data.loading.loader import Batch, EvalLoader, LoaderContext
 from pipeline.errors import UserError
+from pipeline.events import Event, Warned
 from pipeline.models.resnet import ResNet
-from pipeline.runs.spec import Event, RunSpec
+from pipeline.runs.spec import RunSpec
 from pipeline.storage import Storage
 from pipeline.tracking.metrics import Predictions
 from pipeline.training.evaluation import evaluate
@@ -173,7 +174,7 @@ def test_trainings_and_commands_evaluate_in_parts(
     events: list[Event] = []
     trained = fit(RunSpec(cfg, Storage(tmp_path / "run"), str(train), str(val)), context(events=events))
     line = "the GPU's memory is short: 64 instead of 128 images at a time; the figures stay, to within rounding"
-    assert [event["text"].startswith(line) for event in events if event["kind"] == "warning"] == [True]
+    assert [event.text.startswith(line) for event in events if isinstance(event, Warned)] == [True]
     capsys.readouterr()
     for words in (["evaluate"], ["predict", str(digits / "few")], ["report", "--out", str(tmp_path / "report")]):
         assert app.main([words[0], str(tmp_path / "run"), *words[1:], "--json"]) == 0

@@ -19,8 +19,9 @@ from pipeline.bench.planning import plan
 from pipeline.cli import app
 from pipeline.config.loading import load
 from pipeline.data.loading.loader import LoaderContext
+from pipeline.events import AttemptStarted, Event, Warned
 from pipeline.runs import checkpoint
-from pipeline.runs.spec import Event, RunSpec
+from pipeline.runs.spec import RunSpec
 from pipeline.storage import Storage
 from pipeline.training import inference, loop, precision
 from pipeline.training.evaluation import log_probabilities
@@ -178,8 +179,8 @@ def trained(spec: RunSpec) -> tuple[str, str, list[str]]:
     """The precision of a training and its reason, by its start; the warnings."""
     events: list[Event] = []
     fit(spec, context(events=events))
-    start = next(e for e in events if e["kind"] == "start")
-    return start["precision"], start["precision_reason"], [e["text"] for e in events if e["kind"] == "warning"]
+    start = next(e for e in events if isinstance(e, AttemptStarted))
+    return start.precision, start.precision_reason, [e.text for e in events if isinstance(e, Warned)]
 
 
 def saved(spec: RunSpec) -> str:
@@ -273,10 +274,10 @@ def test_two_workers_decide_together_and_rank_0_warns(spec: Callable[..., RunSpe
     specs = spec("cluster.workers=2"), spec("cluster.workers=2", "train.steps=3", "train.precision=bf16")
     first, second = run_ranks(of_ranks, 2, two, *specs)
     assert [computed for computed, _ in first] == [computed for computed, _ in second] == [{"fp32"}, {"bf16"}]
-    starts = [e for _, events in first for e in events if e["kind"] == "start"]
-    assert [e["precision"] for e in starts] == ["fp32", "bf16"]
-    assert [e["precision_reason"] for e in starts] == [f"worker 1: {NONE}", "as configured"]
-    warnings = [[e["text"] for _, events in rank for e in events if e["kind"] == "warning"] for rank in (first, second)]
+    starts = [e for _, events in first for e in events if isinstance(e, AttemptStarted)]
+    assert [e.precision for e in starts] == ["fp32", "bf16"]
+    assert [e.precision_reason for e in starts] == [f"worker 1: {NONE}", "as configured"]
+    warnings = [[e.text for _, events in rank for e in events if isinstance(e, Warned)] for rank in (first, second)]
     assert warnings == [[emulation("bf16", two)], []]
 
 

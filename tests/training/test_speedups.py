@@ -14,7 +14,8 @@ from ranks import FAST, context, run_ranks
 
 from pipeline.config.loading import load
 from pipeline.errors import UserError
-from pipeline.runs.spec import Event, RunSpec
+from pipeline.events import Event, StepLogged
+from pipeline.runs.spec import RunSpec
 from pipeline.storage import Storage
 from pipeline.training.loop import fit
 
@@ -41,7 +42,7 @@ def train(rank: int, world_size: int, *specs: RunSpec) -> list[tuple[list[float]
     for one in specs:
         events: list[Event] = []
         summary = fit(one, context(rank, world_size, events))
-        found.append(([e["train/loss"] for e in events if e["kind"] == "step"], summary))
+        found.append(([e.metrics["train/loss"] for e in events if isinstance(e, StepLogged)], summary))
     return found
 
 
@@ -88,7 +89,7 @@ def test_a_compiled_network_trains_alike(spec: Callable[..., RunSpec], world_siz
 
 COMPILED_STEP = """
 import torch
-from pipeline.network import compiled
+from pipeline.training.ddp import compiled
 net = torch.nn.Sequential(torch.nn.Conv2d(3, 12, 3), torch.nn.BatchNorm2d(12), torch.nn.ReLU())
 compiled(net, "default")(torch.randn(2, 3, 8, 8)).sum().backward()
 print(torch._dynamo.utils.counters["inductor"]["fxgraph_cache_hit"])

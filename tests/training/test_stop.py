@@ -12,8 +12,9 @@ from commands import differences
 from ranks import FAST, context, final_state, run_ranks
 
 from pipeline.config.loading import load
+from pipeline.events import AttemptStarted, Evaluated, Event, StepLogged
 from pipeline.runs.checkpoint import META
-from pipeline.runs.spec import Event, RunSpec, StopReason, WorkerContext
+from pipeline.runs.spec import RunSpec, StopReason, WorkerContext
 from pipeline.storage import Storage
 from pipeline.training import loop
 from pipeline.training.loop import fit
@@ -41,7 +42,7 @@ def metas(spec: RunSpec) -> dict[str, dict[str, Any]]:
 
 
 def scores(events: list[Event]) -> list[tuple[int, float]]:
-    return [(e["step"], e["loss"]) for e in events if e["kind"] == "evaluation"]
+    return [(e.step, e.scores["loss"]) for e in events if isinstance(e, Evaluated)]
 
 
 def stopping(events: list[Event], when: Callable[[Event], bool], rank: int = 0, world_size: int = 1) -> WorkerContext:
@@ -59,7 +60,7 @@ def stopping(events: list[Event], when: Callable[[Event], bool], rank: int = 0, 
 
 
 def is_evaluated_step(event: Event) -> bool:
-    return (event["kind"], event.get("step")) == ("step", EVALUATED)
+    return isinstance(event, StepLogged) and event.step == EVALUATED
 
 
 def barrier() -> None:
@@ -100,11 +101,11 @@ def test_a_stop_in_an_evaluation_saves_at_once_and_evaluates_later(
 
 def test_a_stop_at_the_last_evaluation_is_no_end(spec: Callable[..., RunSpec]) -> None:
     one, events = spec("run"), list[Event]()
-    stopped = fit(one, stopping(events, lambda event: event["kind"] == "step" and event["step"] == 5))
+    stopped = fit(one, stopping(events, lambda event: isinstance(event, StepLogged) and event.step == 5))
     assert (stopped["status"], stopped["step"]) == ("interrupted", 5)
     assert [step for step, _ in scores(events)] == [2, 4]
     events.clear()
-    again = fit(one, stopping(events, lambda event: event["kind"] == "start"))
+    again = fit(one, stopping(events, lambda event: isinstance(event, AttemptStarted)))
     assert (again["status"], scores(events)) == ("interrupted", [])
     done = fit(one, context(events=events))
     assert (done["status"], [step for step, _ in scores(events)]) == ("done", [5])
@@ -126,4 +127,4 @@ def test_a_attempt_that_dies_in_an_evaluation_has_its_checkpoint(
     assert metas(one) == {"step_00000002": {}}
     fit(one, context(events=events))
     assert [step for step, _ in scores(events)] == [2, 4, 5]
-    assert [event["step"] for event in events if event["kind"] == "step"] == [3, 4, 5]
+    assert [event.step for event in events if isinstance(event, StepLogged)] == [3, 4, 5]
