@@ -43,7 +43,7 @@ def checkpoint(folder: Path, num_threads: int, rounds: int) -> dict[str, Any]:
     state = TrainState.create(cfg, 1000, CPU)
     wrote: list[float] = []
     checkpointer = AsyncCheckpointer(
-        Storage(folder), cfg, check=lambda: None, written=lambda _, seconds: wrote.append(seconds), report=print
+        Storage(folder), cfg, check=lambda: None, written=lambda _, seconds: wrote.append(seconds), warn=print
     )
     held, plain = list[float](), list[float]()
     for state.step in range(rounds + 1):
@@ -95,7 +95,7 @@ def mlflow(folder: Path, rounds: int) -> dict[str, Any]:
 
         index, num_steps = _index(folder / "digits"), (rounds * len(kinds) + 1) * WINDOW
         length = [f"train.steps={num_steps}", "train.log_every=1", "train.eval_every=1000", "checkpoint.every=100000"]
-        quiet = ["mlflow.checkpoints=none", "mlflow.log_model=false", "mlflow.report=false"]
+        quiet = ["mlflow.checkpoints=none", "mlflow.log_model=false", "mlflow.warn=false"]
         quiet += [f"mlflow.uri={proxy.uri}", "model.depth=18"]
         cfg = load(ROOT / "configs/digits.yaml", [f"data.train={index}", f"data.val={index}", *length, *quiet])
         (folder / "run").mkdir()

@@ -224,15 +224,15 @@ class DriverConnection:
         )  # not both ways: what the driver says now would have the kernel drop the rest
 
     def _send_all(self) -> None:
-        told = 0
+        last_sent = 0
         while True:
             try:
                 line = self._outbox.get(timeout=STEP_EVERY_S)
             except queue.Empty:
-                if self._step == told:
+                if self._step == last_sent:
                     continue
-                told = self._step
-                line = _line({"step": told})
+                last_sent = self._step
+                line = _line({"step": last_sent})
             if line is None:
                 return
             _send(self._socket, line)

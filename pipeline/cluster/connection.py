@@ -64,7 +64,7 @@ class JobConfig(ray.job_config.JobConfig):  # type: ignore[misc]  # what comes f
 @contextmanager
 def connected(
     cfg: ClusterConfig,
-    again: bool,
+    restarted: bool,
     wants_stop: threading.Event,
     warn: Callable[[str], None] = lambda _: None,
     beforehand: Callable[[], None] = lambda: None,
@@ -72,7 +72,7 @@ def connected(
     """Connect to the cluster that the configuration or $RAY_ADDRESS names, else start one on this machine.
 
     Args:
-        again: wait for a cluster that is away: it was there before.
+        restarted: wait for a cluster that is away: it was there before.
         warn: told of a start of Ray's that failed and is tried again.
         beforehand: called when Ray's processes are there, before this one connects to them.
 
@@ -88,16 +88,16 @@ def connected(
         try:
             if address:
                 beforehand()
-                join(address, cfg.timeout_s if again else 0, wants_stop, _for_workers())
+                join(address, cfg.timeout_s if restarted else 0, wants_stop, _for_workers())
             else:
                 stack.enter_context(_local_cluster(cfg, warn, wants_stop, beforehand))
         except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as e:
             if wants_stop.is_set():
                 raise Interrupted from None
             if isinstance(e, ray_start.RayStartError):
-                raise (ClusterLostError(str(e)) if again else e) from None
+                raise (ClusterLostError(str(e)) if restarted else e) from None
             reason = f"cluster.address={address} cannot be reached: {str(e).splitlines()[0]}"
-            raise (ClusterLostError(reason) if again else UserError(reason)) from None
+            raise (ClusterLostError(reason) if restarted else UserError(reason)) from None
         stack.callback(_disconnect, warn)
         try:
             yield

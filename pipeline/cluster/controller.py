@@ -53,7 +53,7 @@ class TrainController:
     """Runs the attempts of a training, one group of workers after the other, on the cluster that is connected to.
 
     Args:
-        watch: called with each event in turn, in the thread that calls `run`.
+        emit: called with each event in turn, in the thread that calls `run`.
         wants_stop: set from outside to have a checkpoint saved and the training end as "interrupted".
         budget: of failures, as far as it is used up.
         failures: what ended earlier drivers since the last attempt began.
@@ -66,14 +66,14 @@ class TrainController:
     def __init__(
         self,
         spec: RunSpec,
-        watch: Callable[[Event], None],
+        emit: Callable[[Event], None],
         wants_stop: threading.Event,
         budget: FailureBudget,
         *,
         failures: tuple[Failure, ...],
         restarted: bool,
     ):
-        self._spec, self._settings, self._watch, self._wants_stop = spec, spec.cfg.cluster, watch, wants_stop
+        self._spec, self._settings, self._emit, self._wants_stop = spec, spec.cfg.cluster, emit, wants_stop
         self._failures, self._restarted = failures, restarted
         self._gauges = Gauges(spec.run.name)
         self._size = ray_cluster.size_of_worker(self._settings)
@@ -107,9 +107,9 @@ class TrainController:
         while True:
             if self._wants_stop.is_set():
                 raise Interrupted
-            with self._wait_for_room() as place:
+            with self._wait_for_room() as reservation:
                 self._attempt, self._trains, self._started = self._attempt + 1, False, None
-                outcome = self._run_attempt(place, marks)
+                outcome = self._run_attempt(reservation, marks)
             marks, self._restarted = (("end of the last attempt", time.time()),), True
             if self._channel.fatal is not None and not attempt_is_repeated(self._channel.fatal[0], self._has_trained):
                 kind, text = self._channel.fatal
@@ -129,14 +129,14 @@ class TrainController:
             self._gauges.export()
             if self._wants_stop.is_set():
                 raise Interrupted
-            if place := ray_cluster.reserve(self._size, settings.min_workers, settings.max_workers):
-                return place
+            if reservation := ray_cluster.reserve(self._size, settings.min_workers, settings.max_workers):
+                return reservation
             self._wants_stop.wait(CLUSTER_POLL_SECONDS)
             if time.monotonic() - since > WAITING_SECONDS:
                 since = time.monotonic()
-                self._tell(Warned(ray_cluster.why_waiting(settings, self._size)))
+                self._send(Warned(ray_cluster.why_waiting(settings, self._size)))
 
-    def _run_attempt(self, place: ray_cluster.Reservation, marks: Marks) -> Any:
+    def _run_attempt(self, reservation: ray_cluster.Reservation, marks: Marks) -> Any:
         """Train until rank 0's `fit` returns.
 
         Returns:
@@ -154,10 +154,10 @@ class TrainController:
         }
         outcome: list[Any] = []
         self._channel.begin(self._attempt)
-        fitting = threading.Thread(target=self._fit, args=(place, config, outcome), daemon=True)
+        fitting = threading.Thread(target=self._fit, args=(reservation, config, outcome), daemon=True)
         fitting.start()
-        looked = time.monotonic()
-        another: ray_cluster.Reservation | None = None
+        last_look = time.monotonic()
+        extra: ray_cluster.Reservation | None = None
         with ExitStack() as wishes:
             while not outcome:
                 self._pass_on(self._channel.take_events(POLL_SECONDS))
@@ -165,14 +165,14 @@ class TrainController:
                     if not self._trains:  # there is nothing to save
                         raise Interrupted
                     self._channel.request_stop("interrupted")
-                if time.monotonic() - looked > CLUSTER_POLL_SECONDS:
-                    looked = time.monotonic()
+                if time.monotonic() - last_look > CLUSTER_POLL_SECONDS:
+                    last_look = time.monotonic()
                     self._gauges.export()
                     if self._started is None:
                         continue
-                    if another is None and place.num_workers < self._settings.max_workers:
-                        another = wishes.enter_context(ray_cluster.Reservation(self._size, 1))
-                    self._look_at_cluster(self._started, another)
+                    if extra is None and reservation.num_workers < self._settings.max_workers:
+                        extra = wishes.enter_context(ray_cluster.Reservation(self._size, 1))
+                    self._look_at_cluster(self._started, extra)
         self._channel.finish(FINISH_SECONDS)
         self._pass_on(self._channel.take_events(0))
         return outcome[0]
@@ -193,11 +193,11 @@ class TrainController:
                     self._deaths = ()
                 case CrashingImageFound():  # without that image it goes another way
                     self._budget.forgive()
-            self._tell(event)
+            self._send(event)
 
-    def _tell(self, event: Event) -> None:
+    def _send(self, event: Event) -> None:
         self._gauges.event(event)
-        self._watch(event)
+        self._emit(event)
 
     def _note_failure(self, error: "ray.train.TrainingFailedError") -> None:
         cause = getattr(error, "controller_failure", None)
@@ -212,39 +212,39 @@ class TrainController:
         if self._budget.failed():
             raise TrainingFailedError(f"{text}; this is one failure too many without a checkpoint in between")
         self._failures = (*self._failures, Failure(text, self._channel.step, time.time()))
-        self._tell(AttemptFailed(text))
+        self._send(AttemptFailed(text))
 
-    def _look_at_cluster(self, started: float, another: ray_cluster.Reservation | None) -> None:
+    def _look_at_cluster(self, started: float, extra: ray_cluster.Reservation | None) -> None:
         """End the attempt where its nodes are to go, or one more worker has its place."""
         why, ready = "", time.monotonic() - started > self._settings.grow_after_s
         if ray_cluster.draining() & self._channel.nodes:
             why = "a node that workers run on is drained"
-        elif ready and another is not None and another.granted():
+        elif ready and extra is not None and extra.granted():
             why = "there is room for more workers"
         if why:
             self._started = None  # it is about to end; look no more
-            self._tell(Resizing(why))
+            self._send(Resizing(why))
             self._channel.request_stop("resize")
 
-    def _fit(self, place: ray_cluster.Reservation, config: dict[str, Any], outcome: list[Any]) -> None:
+    def _fit(self, reservation: ray_cluster.Reservation, config: dict[str, Any], outcome: list[Any]) -> None:
         """Fit in a thread, so that the driver's main thread can watch."""
         try:
             with TemporaryDirectory(prefix="pipeline-ray-") as unused:
-                outcome.append(self._trainer(place, config, unused).fit().return_value)
+                outcome.append(self._trainer(reservation, config, unused).fit().return_value)
         except BaseException as e:  # told apart by the main thread
             outcome.append(e)
         finally:
             self._channel.wake()
 
-    def _trainer(self, place: ray_cluster.Reservation, config: dict[str, Any], storage: str) -> Trainer:
+    def _trainer(self, reservation: ray_cluster.Reservation, config: dict[str, Any], storage: str) -> Trainer:
         return Trainer(
             train_on_worker,
-            group=place.group,
+            group=reservation.group,
             ended=self._channel.ended,
             train_loop_config=config,
             backend_config=TorchConfig("nccl" if self._size["GPU"] else "gloo", self._settings.timeout_s),
             scaling_config=ray.train.ScalingConfig(
-                num_workers=place.num_workers, use_gpu=self._size["GPU"] > 0, resources_per_worker=self._size
+                num_workers=reservation.num_workers, use_gpu=self._size["GPU"] > 0, resources_per_worker=self._size
             ),
             run_config=ray.train.RunConfig(
                 name="ray",

@@ -100,19 +100,19 @@ def train(supervisor: SupervisorConnection) -> dict[str, Any]:
     request, began = supervisor.request, time.time()
     imports = threading.Thread(target=_import, daemon=True)
     imports.start()
-    with connected(request.cfg.cluster, request.again, supervisor.wants_stop, supervisor.warn, imports.join):
+    with connected(request.cfg.cluster, request.restarted, supervisor.wants_stop, supervisor.warn, imports.join):
         ready = time.time()
         with contextlib.ExitStack() as stack:
             with _watched(supervisor) as heartbeat:
                 spec, controller = stack.enter_context(_opened(supervisor, heartbeat))
             supervisor.emit(RunOpened(spec.run.name, str(spec.run)))
-            first = "earlier driver" if request.again else "driver"
+            first = "earlier driver" if request.restarted else "driver"
             marks = (("command", request.began), (first, began), ("Ray and imports", ready), ("run", time.time()))
             try:
                 return controller.run(marks)
             except (TrainingFailedError, Interrupted) as e:
                 # The storage may be away, or hang; a new driver would not help.
-                before = 0 if request.trained else spec.attempts
+                before = 0 if request.has_trained else spec.attempts
                 telling = threading.Thread(target=tell_end, args=(spec, before, e, supervisor.warn), daemon=True)
                 telling.start()
                 telling.join(DRIVER_END_S)
@@ -127,17 +127,17 @@ def _watched(supervisor: SupervisorConnection) -> Iterator[Callable[[], None]]:
     """
     request = supervisor.request
     where = f"run.storage={request.cfg.run.storage} and data.train={request.cfg.data.train}"
-    told = threading.Timer(SLOW_S, supervisor.warn, (f"still opening {where}; where a mount hangs, stop it twice",))
-    told.daemon = True
-    told.start()
+    timer = threading.Timer(SLOW_S, supervisor.warn, (f"still opening {where}; where a mount hangs, stop it twice",))
+    timer.daemon = True
+    timer.start()
     try:
-        if not request.trained:
+        if not request.has_trained:
             yield lambda: None
             return
         with Watchdog(request.cfg.cluster.timeout_s) as watchdog:
             yield watchdog.feed
     finally:
-        told.cancel()
+        timer.cancel()
 
 
 @contextlib.contextmanager
@@ -152,7 +152,7 @@ def _opened(
     from pipeline.training import open_run
 
     request, stop = supervisor.request, supervisor.wants_stop
-    deadline, told = time.monotonic() + request.cfg.cluster.timeout_s, ""
+    deadline, last_warning = time.monotonic() + request.cfg.cluster.timeout_s, ""
     with contextlib.ExitStack() as stack:
         for pause in backoff():
             heartbeat()
@@ -167,7 +167,7 @@ def _opened(
                             heartbeat,
                             began=request.began,
                             command=request.command,
-                            again=request.trained,
+                            has_trained=request.has_trained,
                             saved_step=request.budget.saved_step,
                         )
                     )
@@ -177,18 +177,18 @@ def _opened(
                         stop,
                         request.budget,
                         failures=request.failures,
-                        restarted=request.again,
+                        restarted=request.restarted,
                     )
                     stack.enter_context(tried.pop_all())
                 break
             except UserError as e:
-                if not request.trained:
+                if not request.has_trained:
                     raise
                 if time.monotonic() + pause > deadline:
                     raise ClusterLostError(str(e)) from None
-                if told != str(e):
+                if last_warning != str(e):
                     supervisor.warn(f"{e}; it was right before, trying again")
-                told = str(e)
+                last_warning = str(e)
             if stop.wait(pause):
                 raise Interrupted
         yield spec, controller

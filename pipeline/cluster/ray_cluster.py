@@ -33,8 +33,8 @@ class Answer:
     """What a function returned or raised on a node; when it was asked and heard, Unix seconds here."""
 
     value: Any
-    asked: float
-    heard: float
+    sent_at: float
+    heard_at: float
 
 
 def size_of_worker(cfg: ClusterConfig) -> Size:
@@ -149,23 +149,23 @@ def on_nodes(
 ) -> list[Answer | None]:
     """Call `function` on nodes at the same time, each given by id and arguments; None for no answer in time."""
     task = ray.remote(function)
-    asked: dict[Any, tuple[int, float]] = {}
+    sent_at: dict[Any, tuple[int, float]] = {}
     for number, (node, args) in enumerate(calls):
         pinned = NodeAffinitySchedulingStrategy(node, soft=False)
         ref = task.options(num_cpus=0, num_gpus=num_gpus, max_retries=0, scheduling_strategy=pinned).remote(*args)
-        asked[ref] = (number, time.time())
+        sent_at[ref] = (number, time.time())
     answers: list[Answer | None] = [None] * len(calls)
-    waiting, deadline = list(asked), time.monotonic() + patience_s
+    waiting, deadline = list(sent_at), time.monotonic() + patience_s
     while waiting:
         done, waiting = ray.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
         if not done:
             break
-        heard, (number, since) = time.time(), asked[done[0]]
+        heard_at, (number, since) = time.time(), sent_at[done[0]]
         try:
             value = ray.get(done[0])
         except ray.exceptions.RayError as e:
             value = getattr(e, "cause", e)
-        answers[number] = Answer(value, since, heard)
+        answers[number] = Answer(value, since, heard_at)
     for ref in waiting:
         ray.cancel(ref, force=True)
     return answers

@@ -61,8 +61,8 @@ PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 class TrainRequest:
     """What a driver is to do.
 
-    budget: of failures, as far as it is used up. failures: since the last attempt began. again: an earlier driver had
-    begun. trained: so had workers, so that the configuration is right. began: the user's command, Unix time.
+    budget: of failures, as far as it is used up. failures: since the last attempt began. restarted: an earlier driver
+    had begun. has_trained: so had workers, so that the configuration is right. began: the user's command, Unix time.
     command: a name of its own.
     """
 
@@ -70,14 +70,14 @@ class TrainRequest:
     resume_from: str | None
     budget: FailureBudget
     failures: tuple[Failure, ...]
-    again: bool
-    trained: bool
+    restarted: bool
+    has_trained: bool
     began: float
     command: str = ""
 
 
 def train(
-    cfg: Config, label: str, resume_from: str | None, watch: Callable[[Event], None], *, began: float | None = None
+    cfg: Config, label: str, resume_from: str | None, emit: Callable[[Event], None], *, began: float | None = None
 ) -> dict[str, Any]:
     """Run a training and wait for its end.
 
@@ -86,7 +86,7 @@ def train(
     Args:
         label: what a run without a name is called, before the time.
         resume_from: path or URI of a checkpoint to begin with, where the run has none.
-        watch: called with each event in turn, in this thread.
+        emit: called with each event in turn, in this thread.
         began: the user's command, Unix time; None: now.
 
     Returns:
@@ -106,15 +106,15 @@ def train(
         require_memory(cfg.cluster.min_workers)
     environment, notes = driver_environment(os.environ, starts_ray=not joins)
     for text in notes:
-        watch(Warned(text))
+        emit(Warned(text))
     if not joins and clock.NEIGHBOURS.crowd() and "OMP_WAIT_POLICY" not in environment:
         environment["OMP_WAIT_POLICY"] = "PASSIVE"
-        watch(Note(BUSY))
+        emit(Note(BUSY))
     failures: tuple[Failure, ...] = ()
-    kills, begun = OutOfMemoryKills(), False
+    kills, has_trained = OutOfMemoryKills(), False
 
     def note(event: Event) -> None:
-        nonlocal cfg, step, failures, begun
+        nonlocal cfg, step, failures, has_trained
         step = getattr(event, "step", step)
         match event:
             case AttemptFailed(text):
@@ -125,17 +125,17 @@ def train(
             case CrashingImageFound():
                 budget.forgive()
             case AttemptStarted():
-                failures, begun = (), True
+                failures, has_trained = (), True
                 budget.started(event.step)
                 # It belongs to the training: a head that is back before its GPUs is no reason to go on without them.
                 cluster = dataclasses.replace(cfg.cluster, device="gpu" if event.device == "cuda" else "cpu")
                 cfg = dataclasses.replace(cfg, cluster=cluster)
-        watch(event)
+        emit(event)
 
     with _signals() as received:
-        again, command = False, uuid.uuid4().hex
+        restarted, command = False, uuid.uuid4().hex
         while True:
-            request = TrainRequest(cfg, resume_from, budget, failures, again, begun, began, command)
+            request = TrainRequest(cfg, resume_from, budget, failures, restarted, has_trained, began, command)
             end, content = _run_driver(request, environment, note, received)
             if end == "done":
                 return dict(content)
@@ -144,11 +144,11 @@ def train(
             if end == "interrupted":
                 raise Interrupted
             content = kills.explain(content)
-            if not driver_is_replaced(end, again or begun) or budget.failed():
+            if not driver_is_replaced(end, restarted or has_trained) or budget.failed():
                 raise TrainingFailedError(content)
-            again = True
+            restarted = True
             failures = (*failures, Failure(content, step, time.time()))
-            watch(AttemptFailed(content))
+            emit(AttemptFailed(content))
             _wait(budget.pause_s, received)
 
 
@@ -167,7 +167,7 @@ def _run_driver(
     command = [sys.executable, "-m", "pipeline.cluster.driver", str(theirs.fileno())]
     end: DriverEnd | None = None
     # Ray says there what a user has no use for, as long as all goes well.
-    others = set(psutil.Process().children(recursive=True))
+    not_ours = set(psutil.Process().children(recursive=True))
     with tempfile.NamedTemporaryFile(prefix="pipeline-driver-", suffix=".log", delete=False) as log:
         try:
             with _blocked(ENDING_SIGNALS):
@@ -184,7 +184,7 @@ def _run_driver(
                 mine.send(request)
             end, content = _attend(mine, process, Path(log.name), note, received)
         finally:
-            kill_descendants(others)
+            kill_descendants(not_ours)
             keep = end in ("lost", "internal error", "never started")
             if not keep:
                 Path(log.name).unlink(missing_ok=True)  # whoever cleans /tmp may have been there
@@ -198,7 +198,7 @@ def _attend(
     note: Callable[[Event], None],
     received: list[str],
 ) -> tuple[DriverEnd, Any]:
-    told = heard = False
+    is_told_to_stop = heard = False
     while True:
         try:
             if driver.poll(POLL_SECONDS):
@@ -209,8 +209,8 @@ def _attend(
                         process.wait(DRIVER_END_S)
                     return kind, content
                 note(content)
-            if received and not told:
-                told = True
+            if received and not is_told_to_stop:
+                is_told_to_stop = True
                 note(Stopping(received[0]))
                 driver.send("stop")
         except (EOFError, OSError):
@@ -234,9 +234,9 @@ def _last_line(log: Path) -> str:
     return telling[-1][:MAX_REASON] if telling else ""
 
 
-def kill_descendants(others: set[psutil.Process]) -> None:
+def kill_descendants(not_ours: set[psutil.Process]) -> None:
     """What is left of a driver: nothing after a good end, Ray's processes after its death; but not the others."""
-    left = [process for process in psutil.Process().children(recursive=True) if process not in others]
+    left = [process for process in psutil.Process().children(recursive=True) if process not in not_ours]
     for process in left:
         with suppress(psutil.NoSuchProcess):  # it has just ended
             process.kill()

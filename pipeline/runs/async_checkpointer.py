@@ -32,7 +32,7 @@ class AsyncCheckpointer:
             far outlive this machine.
         written: called in the writing thread with each checkpoint and the seconds that it took.
         scored: called in that thread with a checkpoint that has got its scores.
-        report: called in that thread with a line for the user.
+        warn: called in that thread with a line for the user.
         free: called on a full disk where no checkpoint can give way; says what did, if anything.
         newest: the checkpoint that the attempt goes on from.
 
@@ -51,13 +51,13 @@ class AsyncCheckpointer:
         keep: Callable[[], None] = lambda: None,
         written: Callable[[Checkpoint, float], None],
         scored: Callable[[Checkpoint], None] = lambda _: None,
-        report: Callable[[str], None],
+        warn: Callable[[str], None],
         free: Callable[[], str | None] = lambda: None,
         newest: Checkpoint | None = None,
     ):
         self._folder, self._cfg = folder, cfg
         self._check, self._keep, self._written, self._scored = check, keep, written, scored
-        self._report, self._free = report, free
+        self._warn, self._free = warn, free
         self.newest = newest
         self._step = newest.step if newest and newest.place.parent.uri == folder.uri else None  # of the one saved last
         self._host: dict[str, Any] | None = None
@@ -136,7 +136,7 @@ class AsyncCheckpointer:
             quiet_s = min(QUIET_S, timeout_s)
             try:
                 if not wait([self._writing], quiet_s).done:
-                    self._report(f"waiting up to {timeout_s:.0f} s for the checkpoint of step {self._step}")
+                    self._warn(f"waiting up to {timeout_s:.0f} s for the checkpoint of step {self._step}")
                 self._writing.result(timeout_s - quiet_s)
             except TimeoutError:
                 self._replaced.set()
@@ -171,7 +171,7 @@ class AsyncCheckpointer:
         try:
             retention.prune(self._folder, self._cfg.checkpoint.keep, training, saved.step)
         except OSError as e:
-            self._report(f"old checkpoints in {self._folder} cannot be deleted: {e}")
+            self._warn(f"old checkpoints in {self._folder} cannot be deleted: {e}")
 
     def _add_scores(self, step: int, scores: dict[str, float], after: Future[None] | None) -> None:
         if after is not None:
@@ -206,16 +206,16 @@ class AsyncCheckpointer:
             except OSError as e:
                 self.num_failed_tries, tries = self.num_failed_tries + 1, tries + 1
                 if self._problem != (problem := str(e)):  # the same again is told at its end
-                    self._report(f"the {what} cannot be written, trying again: {problem}")
+                    self._warn(f"the {what} cannot be written, trying again: {problem}")
                 self._problem = problem
                 freed = e.errno in (errno.ENOSPC, errno.EDQUOT) and self._frees(make_room, what)
                 if self._replaced.wait(0 if freed else pause):
-                    self._report(f"the {what} gives way to a newer one, after {tries} tries")
+                    self._warn(f"the {what} gives way to a newer one, after {tries} tries")
                     return None
             else:
                 self._problem = None
                 if tries:
-                    self._report(f"the {what} is written, after {tries} tries that failed")
+                    self._warn(f"the {what} is written, after {tries} tries that failed")
                 return saved
         raise AssertionError("the pauses never end")
 
@@ -229,10 +229,10 @@ class AsyncCheckpointer:
         try:
             oldest = make_room()
         except OSError as e:
-            self._report(f"the checkpoints in {self._folder} cannot be read: {e}")
+            self._warn(f"the checkpoints in {self._folder} cannot be read: {e}")
             return False
         if oldest is not None:
-            self._report(f"{oldest} gives way to the {what}: the disk is full")
+            self._warn(f"{oldest} gives way to the {what}: the disk is full")
         return oldest is not None
 
 

@@ -211,7 +211,7 @@ def _fetching(path: Path) -> Iterator[None]:
 
 
 def newest_valid(
-    folder: Storage, report: Callable[[str], None], training_id: str | None = None, *, verify_state: bool = True
+    folder: Storage, warn: Callable[[str], None], training_id: str | None = None, *, verify_state: bool = True
 ) -> Checkpoint | None:
     """The newest usable checkpoint in `folder`; newer ones that are not are reported and skipped.
 
@@ -234,18 +234,18 @@ def newest_valid(
     names = folder.names()
     for name in sorted((n for n in names if n.startswith("step_")), reverse=True):
         try:
-            return retry(lambda: _read_own(folder / name, training_id, verify_state), report, READ_CHECKPOINT_S)  # noqa: B023
+            return retry(lambda: _read_own(folder / name, training_id, verify_state), warn, READ_CHECKPOINT_S)  # noqa: B023
         except CheckpointError as e:
             problems.append(e)
         except OSError as e:
             folder.names()  # raises where it is the whole storage that does not answer
             unread = e
             problems.append(CheckpointError(f"{folder / name}: cannot be read ({e})"))
-        report(f"skipped a checkpoint: {problems[-1]}")
+        warn(f"skipped a checkpoint: {problems[-1]}")
     if unread is not None:
         raise unread
     if problems and folder.names() != names:  # someone trains the run, and deletes old ones
-        return newest_valid(folder, report, training_id, verify_state=verify_state)
+        return newest_valid(folder, warn, training_id, verify_state=verify_state)
     if not all(isinstance(problem, IncompleteError) for problem in problems):
         raise CheckpointError(
             f"none of the {len(problems)} checkpoints in {folder} can be used (the newest: {problems[0]}); "

@@ -28,11 +28,12 @@ class Claim:
     name: str
 
     @classmethod
-    def take(cls, run: Storage, command: str = "", *, again: bool = False) -> "Claim":
+    def take(cls, run: Storage, command: str = "", *, reclaims: bool = False) -> "Claim":
         """The next one.
 
         Args:
-            command: the user's, by a name of its own. again: an earlier driver of this command had claimed the run.
+            command: the user's, by a name of its own.
+            reclaims: an earlier driver of this command had claimed the run.
 
         Raises:
             SupersededError: another driver came at the same time, and is the one that goes on; or another command came
@@ -41,7 +42,7 @@ class Claim:
         folder = run / FOLDER
         folder.make()
         number, _, last_command = max(_names(folder), default="0").partition("-")
-        if again and last_command and not last_command.startswith(command):
+        if reclaims and last_command and not last_command.startswith(command):
             raise SupersededError(f"another command has begun to train {run}; this one ends")
         claim = cls(run, f"{int(number) + 1:08d}-{command}-{uuid.uuid4().hex}")
         folder.write_bytes(claim.name, b"")

@@ -39,7 +39,7 @@ def run_lock(
         UserError: another process has the run. Interrupted: this one was to end meanwhile.
     """
     with (run.local_dir / FILE).open("a+", encoding="utf-8") as file:
-        began, told = time.monotonic(), ""
+        began, last_holder = time.monotonic(), ""
         while not _taken(file, fcntl.LOCK_EX, warn):
             file.seek(0)
             holder = file.read() or "another process"
@@ -48,8 +48,8 @@ def run_lock(
                 raise UserError(
                     f"run.name={run.name}: is being trained by {holder}; wait for its end, or use another name"
                 )
-            if told != holder:
-                told = holder
+            if last_holder != holder:
+                last_holder = holder
                 warn(f"waiting {limit_s:.0f} s for {holder}, to leave the run")
             heartbeat()
             if (ending or threading.Event()).wait(0.2):

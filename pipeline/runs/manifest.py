@@ -34,7 +34,7 @@ class RunManifest:
     failure: str = ""
 
     @classmethod
-    def read(cls, run: Storage, report: Callable[[str], None]) -> "RunManifest | None":
+    def read(cls, run: Storage, warn: Callable[[str], None]) -> "RunManifest | None":
         """Of the training in the folder `run`; None where it does not say, which is reported if it should."""
         try:
             content = json.loads(run.read_bytes(FILE))
@@ -48,7 +48,7 @@ class RunManifest:
         except FileNotFoundError:
             return None
         except (ValueError, TypeError, KeyError):
-            report(f"{run / FILE} is damaged; the newest checkpoint tells which training this is")
+            warn(f"{run / FILE} is damaged; the newest checkpoint tells which training this is")
             return None
 
     def write(self, run: Storage) -> None:

@@ -29,7 +29,7 @@ OPTIMIZER_KEYS = ("model.freeze", "optim.name", "optim.layer_decay")  # what its
 def find_checkpoint(
     run: Storage,
     resume_from: str | None,
-    report: Callable[[str], None],
+    warn: Callable[[str], None],
     *,
     began: float | None = None,
     verify_state: bool = True,
@@ -41,7 +41,7 @@ def find_checkpoint(
     Args:
         run: its folder.
         resume_from: path or URI of a checkpoint to begin with, where the run has none.
-        report: told of what is damaged.
+        warn: told of what is damaged.
         began: of a training that is new, Unix time; None: now.
         verify_state: see `checkpoint.load`.
         claim: of the driver, which has written run.json. saved_step: of a checkpoint that the run is known to have.
@@ -53,13 +53,13 @@ def find_checkpoint(
     """
     if claim is not None:
         claim.check()
-    manifest = RunManifest.read(run, report)
+    manifest = RunManifest.read(run, warn)
     if claim is not None and manifest is None:
         raise OSError(f"{run / FILE} is not seen here, which the driver has written")
     try:
         # One that has trained nothing has no checkpoints: an earlier driver wrote it late, in the place of theirs.
         own = manifest.training_id if manifest and manifest.attempts else None
-        found = checkpoint.newest_valid(run / "checkpoints", report, own, verify_state=verify_state)
+        found = checkpoint.newest_valid(run / "checkpoints", warn, own, verify_state=verify_state)
         if manifest is None or (found is not None and own is None):  # a new run, or one whose run.json is lost
             known = ("training_id", "attempts", "failures")
             kept: dict[str, Any] = {key: found.meta[key] for key in known if key in found.meta} if found else {}

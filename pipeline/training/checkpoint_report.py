@@ -40,13 +40,13 @@ class Made:
     not_logged: str
 
 
-def report(found: Checkpoint, out: Path, data: str | None, mlflow_uri: str | None, say: Callable[[str], None]) -> Made:
+def report(found: Checkpoint, out: Path, data: str | None, mlflow_uri: str | None, warn: Callable[[str], None]) -> Made:
     """Evaluate a checkpoint and write its report into `out`; log it too, if it is the run's own.
 
     Args:
         data: a source or an index; None: the run's own validation images.
         mlflow_uri: of the store that has the run; None: the configured one.
-        say: told where memory is short.
+        warn: told where memory is short.
 
     Raises:
         UserError: images that cannot be evaluated, or a folder that cannot be written to.
@@ -55,7 +55,7 @@ def report(found: Checkpoint, out: Path, data: str | None, mlflow_uri: str | Non
     make_folder(out)
     waiting = [*outbox.kept(run.local_dir / FOLDER), *backlog.read(run)[1]]
     quicker = "`pipeline evaluate RUN train.precision=fp32` gives the scores sooner"
-    said, index = evaluate_checkpoint(found.place, data, say, fix=quicker)
+    said, index = evaluate_checkpoint(found.place, data, warn, fix=quicker)
     with closing(EvalLoader(index, cfg.data, LoaderContext.here(), _sound, batch=NUM_MISTAKES)) as loader:
         mistakes = find_mistakes(said, loader)
     facts = Facts(run.name, data or cfg.data.val, found.meta | _whole_time(found, run), cfg, said, mistakes)

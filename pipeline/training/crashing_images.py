@@ -99,12 +99,12 @@ def _look(
     if ctx.rank == 0:
         text = f"workers died twice without a newer checkpoint: looking for images that kill them in {len(steps)} steps"
         ctx.emit(ImageSearchStarted(text))
-    asked = [(train.index, spec.train_index, train.max_batch, [train.request(step) for step in steps])]
+    searches = [(train.index, spec.train_index, train.max_batch, [train.request(step) for step in steps])]
     if evaluates(spec.cfg.train, schedule, steps):
-        asked.append((val.index, spec.val_index, val.max_batch, [val.request(chunk) for chunk in val.chunks]))
+        searches.append((val.index, spec.val_index, val.max_batch, [val.request(chunk) for chunk in val.chunks]))
     found: dict[str, str] = {}
     until = time.monotonic() + spec.cfg.cluster.timeout_s / 2  # the other ranks wait
-    for index, uri, max_batch, requests in asked:
+    for index, uri, max_batch, requests in searches:
 
         def record(row: int, reason: str, index: Index = index) -> None:
             """At once: this process may not live to the end of the search."""

@@ -71,15 +71,15 @@ def evaluate(
     model.train(was_training)
     if dist.is_initialized():
         dist.all_reduce(table)
-    said = table.cpu().numpy()
-    (lost,) = np.nonzero(~np.isfinite(said).all(1))
+    predictions = table.cpu().numpy()
+    (lost,) = np.nonzero(~np.isfinite(predictions).all(1))
     if len(lost):
         raise NonFiniteError(
-            f"the network's outputs are not finite for {len(lost)} of {len(said)} evaluated images, first for "
+            f"the network's outputs are not finite for {len(lost)} of {len(predictions)} evaluated images, first for "
             f"{loader.index.path(int(lost[0]))}; its weights or BatchNorm's statistics have gone astray"
         )
-    labels, best = loader.index.labels.astype(np.int64), said[:, 1 : 1 + TOP].astype(np.int64)
-    return Predictions(labels, best, said[:, 1 + TOP :], said[:, 0])
+    labels, best = loader.index.labels.astype(np.int64), predictions[:, 1 : 1 + TOP].astype(np.int64)
+    return Predictions(labels, best, predictions[:, 1 + TOP :], predictions[:, 0])
 
 
 def log_probabilities(model: nn.Module, views: Sequence[Tensor], precision: str, in_parts: OomSplitter) -> Tensor:

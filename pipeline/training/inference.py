@@ -31,7 +31,7 @@ CHUNK = 4096  # images that are indexed together: of millions, the first answers
 def evaluate_checkpoint(
     place: Storage,
     data: str | None,
-    say: Callable[[str], None],
+    warn: Callable[[str], None],
     *,
     views: Views = "one",
     overrides: Sequence[str] = (),
@@ -41,7 +41,7 @@ def evaluate_checkpoint(
 
     Args:
         data: a source or an index; None: its run's validation images.
-        say: told where memory is short, and where its precision is emulated here.
+        warn: told where memory is short, and where its precision is emulated here.
         views: of each image, see `EvalLoader`.
         overrides: of its configuration, such as `data.val_size=288`.
         fix: of an emulated precision, where it is not an override.
@@ -54,21 +54,21 @@ def evaluate_checkpoint(
     model, cfg, classes = pretrained.load_model(place, overrides)
     cfg = settle(cfg, here.device)
     if text := emulation(cfg.train.precision, [hardware_of(here.device)], fix):
-        say(f"warning: {text}")
+        warn(f"warning: {text}")
     index = open_index(data or cfg.data.val)[0].with_classes(classes)
     with closing(EvalLoader(index, cfg.data, here, _refuse, batch=cfg.train.eval_batch, views=views)) as loader:
         loader.avoid(known_crashing_images(place.parent.parent, index))
         try:
-            said = evaluate(
+            predictions = evaluate(
                 model.to(here.device),
                 loader,
                 precision=cfg.train.precision,
                 device=here.device,
-                in_parts=OomSplitter(say),
+                in_parts=OomSplitter(warn),
             )
         except NonFiniteError as e:
             raise UserError(f"{place}: {e}; name an earlier checkpoint") from None
-    return said, index
+    return predictions, index
 
 
 def some_images(cfg: Config, number: int) -> tuple[Tensor, str]:
@@ -88,14 +88,14 @@ def some_images(cfg: Config, number: int) -> tuple[Tensor, str]:
         return images, f"random images (of the run's own: {e})"
 
 
-def predict(place: Storage, images: Sequence[Path], top: int, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+def predict(place: Storage, images: Sequence[Path], top: int, warn: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     """The `top` likeliest classes of each image, in the order given, while the images are read.
 
     Computed in the checkpoint's precision where this machine has it in hardware, else in fp32: an answer counts here,
     not figures that are to be compared with the training's.
 
     Args:
-        say: told where memory is short.
+        warn: told where memory is short.
 
     Yields:
         For each image {"image", "class", "probability", "top": [{"class", "probability"}, ...]}, or
@@ -111,7 +111,7 @@ def predict(place: Storage, images: Sequence[Path], top: int, say: Callable[[str
         raise UserError(f"--top {top}: must be from 1 to the model's {len(classes)} classes")
     # Others' images: broken ones are told one by one, however many they are.
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, max_bad_fraction=1.0))
-    model, in_parts = model.to(here.device), OomSplitter(say)
+    model, in_parts = model.to(here.device), OomSplitter(warn)
     precision = cfg.train.precision if cfg.train.precision in hardware_of(here.device).native else "fp32"
 
     def probabilities(pixels: Tensor) -> Tensor:

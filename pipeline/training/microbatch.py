@@ -26,11 +26,11 @@ class AutoMicrobatch:
 
     Args:
         try_out: whether memory can run short; on a CPU the system would rather end the process.
-        say: told where a size does not fit.
+        warn: told where a size does not fit.
     """
 
-    def __init__(self, cfg: TrainConfig, try_out: bool, say: Callable[[str], None]):
-        self._cfg, self._try_out, self._say = cfg, try_out, say
+    def __init__(self, cfg: TrainConfig, try_out: bool, warn: Callable[[str], None]):
+        self._cfg, self._try_out, self._warn = cfg, try_out, warn
         self._fitting: dict[torch.Size, int] = {}
 
     def size(self, state: TrainState, net: nn.Module, batch: Batch) -> int:
@@ -49,7 +49,7 @@ class AutoMicrobatch:
                     raise _too_large(
                         f"data.image_size={shape[-1]}", "lower it, or set model.activation_checkpointing=true"
                     )
-                size = _half(size, self._say, "the global batch stays, and this step is computed anew")
+                size = _half(size, self._warn, "the global batch stays, and this step is computed anew")
             self._fitting[shape] = size
         return self._fitting[shape]
 
@@ -79,11 +79,11 @@ class OomSplitter:
     """Computes images without gradients, in parts whose size goes down where they do not fit, and stays so.
 
     Args:
-        say: told where a size does not fit.
+        warn: told where a size does not fit.
     """
 
-    def __init__(self, say: Callable[[str], None]):
-        self._say, self._size = say, sys.maxsize
+    def __init__(self, warn: Callable[[str], None]):
+        self._warn, self._size = warn, sys.maxsize
 
     def __call__(self, compute: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         """What `compute` makes of images (B, 3, S, S): (B, ...), of which each row must be of its own image alone.
@@ -99,11 +99,11 @@ class OomSplitter:
                 if size == 1:
                     raise _too_large(f"data.val_size={images.shape[-1]}", "lower it") from None
             torch.cuda.empty_cache()  # not before the error is dropped, which holds what was computed
-            self._size = _half(size, self._say, "the figures stay, to within rounding (train.eval_batch)")
+            self._size = _half(size, self._warn, "the figures stay, to within rounding (train.eval_batch)")
 
 
-def _half(size: int, say: Callable[[str], None], then: str) -> int:
-    say(f"the GPU's memory is short: {-(-size // 2)} instead of {size} images at a time; {then}")
+def _half(size: int, warn: Callable[[str], None], then: str) -> int:
+    warn(f"the GPU's memory is short: {-(-size // 2)} instead of {size} images at a time; {then}")
     return -(-size // 2)
 
 

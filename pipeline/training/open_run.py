@@ -51,7 +51,7 @@ def open_run(
     *,
     began: float | None = None,
     command: str = "",
-    again: bool = False,
+    has_trained: bool = False,
     saved_step: int = 0,
 ) -> Iterator[RunSpec]:
     """Make or reopen the run that `cfg` names, its folder and indexes, and hold it for this process.
@@ -61,7 +61,8 @@ def open_run(
     Args:
         resume_from: path or URI of a checkpoint to begin with, where the run has none.
         ending: see `run_lock`. heartbeat: called between its parts, and while an index is built.
-        began: the command that this is for, Unix time; None: now. command, again: see `Claim.take`.
+        began: the command that this is for, Unix time; None: now. command: see `Claim.take`.
+        has_trained: workers of this command had trained before.
         saved_step: see `resume.find_checkpoint`.
 
     Raises:
@@ -115,8 +116,8 @@ def open_run(
             resume.check_data_compatible(found, cfg, train, num_steps)
         with _as_mistake(f"run.storage={storage}: cannot be used", "name another place"):
             built = {split: index for split, index in indexes.items() if not is_index(sources[split])}
-            with _as_second(run, again=again), _saved(built, folder.local_dir) as files:
-                claim = retry(partial(Claim.take, run, command, again=again), warn, timeout_s)
+            with _as_second(run, reclaims=has_trained), _saved(built, folder.local_dir) as files:
+                claim = retry(partial(Claim.take, run, command, reclaims=has_trained), warn, timeout_s)
                 now = _settled(run, manifest, claim, cfg.mlflow.uri, began, warn)
                 for split, file in files.items():  # not before: this command may be refused, or come second
                     retry(partial(_store, file, folder, f"{split}.arrow", claim), warn, timeout_s)
@@ -145,12 +146,12 @@ def _refuse_missing(split: str, index: Index, cfg: Config, warn: Callable[[str],
 
 
 @contextmanager
-def _as_second(run: Storage, *, again: bool) -> Iterator[None]:
-    """Who is superseded before a training begins is told so; see `Claim.take` for `again`."""
+def _as_second(run: Storage, *, reclaims: bool) -> Iterator[None]:
+    """Who is superseded before a training begins is told so; see `Claim.take` for `has_trained`."""
     try:
         yield
     except SupersededError as e:
-        if again:
+        if reclaims:
             raise TrainingFailedError(str(e)) from None
         raise UserError(
             f"run.name={run.name}: another command begins to train it just now; wait for its end, or use another name"

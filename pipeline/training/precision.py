@@ -103,19 +103,19 @@ def _allowed(vectors: str, environ: Mapping[str, str]) -> set[str]:
     return {"", *allowed}
 
 
-def decide(asked: str, workers: Sequence[Hardware], kept: str | None = None) -> Decision:
+def decide(setting: str, workers: Sequence[Hardware], kept: str | None = None) -> Decision:
     """What a training computes in: the same on every rank, from the same arguments.
 
     Args:
-        asked: train.precision; "auto": what the training began with, and in a new one what all workers have.
+        setting: train.precision; "auto": what the training began with, and in a new one what all workers have.
         workers: by rank.
         kept: what the training began with, where it is not new.
     """
-    if asked == "auto" and kept in (None, "auto"):
+    if setting == "auto" and kept in (None, "auto"):
         best = best_of(workers)
         rank = next(i for i, one in enumerate(workers) if one.native[0] == best)
         return Decision(best, workers[rank].reason if rank == 0 else f"worker {rank}: {workers[rank].reason}")
-    precision = _checked(kept if asked == "auto" else asked)
+    precision = _checked(kept if setting == "auto" else setting)
     reason = "as the run began" if precision == kept else "as configured"
     return Decision(precision, reason, emulation(precision, workers))
 

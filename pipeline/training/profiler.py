@@ -52,8 +52,8 @@ class Profiler:
         if self._steps is None:
             return
         if self._profiler is None or self._done < self._first:
-            asked = ",".join(map(str, self._steps))
-            self._warn(f"train.profile=[{asked}]: this attempt trained none of these steps; there is no trace")
+            steps = ",".join(map(str, self._steps))
+            self._warn(f"train.profile=[{steps}]: this attempt trained none of these steps; there is no trace")
         else:
             self.close()
             with self._ledger.phase("logging"):

@@ -56,7 +56,7 @@ class Recorder:
         self._data = {"fingerprint": index.fingerprint, "classes": index.classes}
         self.num_bad = 0  # broken images that this rank has met
         self._scores = dict(resumed.meta["metrics"]) if resumed else {}
-        self._said: Predictions | None = None  # of this attempt's last evaluation
+        self._predictions: Predictions | None = None  # of this attempt's last evaluation
         self._first_step = self._logged_step = resumed.step if resumed else 0
         self._first = self._logged = ledger.seconds()  # per phase
         marks = (*ctx.marks, ("state", time.time()))
@@ -78,7 +78,7 @@ class Recorder:
             free=lambda: self._mlflow.give_way(),
             written=self._written,
             scored=self._scored,
-            report=ctx.warn,
+            warn=ctx.warn,
             newest=resumed,
         )
         make = partial(MlflowLogger.of_run, cfg.mlflow, run, self._manifest.training_id, ctx.warn, self._spec.claim)
@@ -146,9 +146,9 @@ class Recorder:
         self._mlflow.metrics(step, metrics | for_mlflow(seconds))
         self._ctx.emit(StepLogged(step, metrics | {"perf/goodput": goodput(seconds)}, summed_up(seconds)))
 
-    def evaluation(self, state: TrainState, said: Predictions) -> None:
+    def evaluation(self, state: TrainState, predictions: Predictions) -> None:
         """Log the scores of the weights as they are, and write them into their checkpoint; the best get one anyway."""
-        self._scores, self._said = (scores := said.scores()), said
+        self._scores, self._predictions = (scores := predictions.scores()), predictions
         improved = scores["top1"] > state.best_top1
         state.best_top1 = max(state.best_top1, scores["top1"])
         if self._ctx.rank != 0:
@@ -240,8 +240,8 @@ class Recorder:
             retention.forget_copies(self._spec.checkpoints, name_of(state.step))
             return {}
         cfg, done = self._spec.cfg, state.step == self._num_steps and not owes_evaluation
-        asked = state.step >= (cfg.run.stop_at_step or self._num_steps) and not owes_evaluation
-        status = "done" if done else "stopped" if asked else self._ctx.stop_reason()
+        is_last = state.step >= (cfg.run.stop_at_step or self._num_steps) and not owes_evaluation
+        status = "done" if done else "stopped" if is_last else self._ctx.stop_reason()
         speed = self._images_per_s(state.step, self._ledger.seconds())  # before MLflow is waited for
         with self._ledger.phase("checkpoint"):
             self._checkpointer.finish(cfg.cluster.timeout_s)
@@ -257,9 +257,9 @@ class Recorder:
         if done and cfg.mlflow.log_model:
             self._mlflow.model(newest.place, cfg.mlflow.register)
         self._mlflow.metrics(state.step, for_mlflow(self._ledger.seconds()))
-        if done and cfg.mlflow.report and self._said is not None:
+        if done and cfg.mlflow.report and self._predictions is not None:
             with self._ledger.phase("logging"):
-                self._report(newest.meta, self._said, val_loader)
+                self._report(newest.meta, self._predictions, val_loader)
         with self._ledger.phase("logging"):
             limits = MLFLOW_HANDOVER_S if status == "resize" else (MLFLOW_END_S, math.inf)
             waiting = self._mlflow.close("FINISHED" if done else "KILLED", *limits, self._heartbeat)
@@ -295,13 +295,15 @@ class Recorder:
         images = (step - self._first_step) * self._spec.cfg.train.global_batch  # of this attempt
         return images / (total(seconds, *STEP) - total(self._first, *STEP)) if images else None
 
-    def _report(self, meta: dict[str, Any], said: Predictions, val_loader: EvalLoader) -> None:
+    def _report(self, meta: dict[str, Any], predictions: Predictions, val_loader: EvalLoader) -> None:
         """Lay aside all that the report takes, so that MLflow may be away: the thread that logs it makes it."""
-        told = {"seconds": self._ledger.seconds(), "counted": "until this report"}
-        meta = {**meta, **told, "mlflow_run_id": self._mlflow.run_id}
+        time_spent = {"seconds": self._ledger.seconds(), "counted": "until this report"}
+        meta = {**meta, **time_spent, "mlflow_run_id": self._mlflow.run_id}
         cfg, run = self._spec.cfg, self._spec.run
         try:
-            self._mlflow.report(Facts(run.name, cfg.data.val, meta, cfg, said, find_mistakes(said, val_loader)))
+            self._mlflow.report(
+                Facts(run.name, cfg.data.val, meta, cfg, predictions, find_mistakes(predictions, val_loader))
+            )
         except Exception as e:  # a full disk, images that cannot be read again, ...: the training is done all the same
             self._ctx.warn(f"no report is made ({type(e).__name__}: {e}); try again: pipeline report {run}")
 

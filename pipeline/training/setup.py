@@ -32,7 +32,7 @@ def find_checkpoint(spec: RunSpec, ctx: WorkerContext) -> tuple[RunSpec, RunMani
     """Find the newest valid checkpoint, chosen by rank 0 for all, so that all ranks start from one state.
 
     Returns:
-        The job, in the precision that suits the checkpoint and all ranks; whose run it is, as far as rank 0 knows it;
+        The run, in the precision that suits the checkpoint and all ranks; whose run it is, as far as rank 0 knows it;
         the checkpoint; and how the precision was decided.
     """
     manifest, found = RunManifest(), None
@@ -41,20 +41,20 @@ def find_checkpoint(spec: RunSpec, ctx: WorkerContext) -> tuple[RunSpec, RunMani
         began = ctx.marks[0][1] if ctx.marks else None
         look = partial(resume.find_checkpoint, spec.run, spec.resume_from, ctx.warn, began=began)
         manifest, found = retry(partial(look, claim=spec.claim, saved_step=spec.saved_step), ctx.warn, timeout_s)
-    mine = (found and found.place.uri, manifest.precision, hardware_of(ctx.device))
-    told = [mine] * ctx.world_size
+    own = (found and found.place.uri, manifest.precision, hardware_of(ctx.device))
+    all_ranks = [own] * ctx.world_size
     if ctx.world_size > 1:
-        dist.all_gather_object(told, mine)
-        if ctx.rank > 0 and told[0][0]:
-            place = Storage(told[0][0])
-            # Rank 0 has read it whole. What is amiss here is this machine's view of the storage.
+        dist.all_gather_object(all_ranks, own)
+        if ctx.rank > 0 and all_ranks[0][0]:
+            location = Storage(all_ranks[0][0])
+            # Rank 0 has read it whole. What is wrong here is this machine's view of the storage.
             late = min(READ_CHECKPOINT_S, timeout_s)
-            read = partial(checkpoint.load, place, use_copy=True)
+            read = partial(checkpoint.load, location, use_copy=True)
             found = retry(lambda: retry(read, ctx.warn, late, on=CheckpointError), ctx.warn, timeout_s)
     if found is not None:
         retention.forget_copies(found.place.parent, found.place.name)
-    kept = told[0][1] if found is None else found.cfg.train.precision
-    precision = decide(spec.cfg.train.precision, [hardware for _, _, hardware in told], kept)
+    kept = all_ranks[0][1] if found is None else found.cfg.train.precision
+    precision = decide(spec.cfg.train.precision, [hardware for _, _, hardware in all_ranks], kept)
     return replace(spec, cfg=with_precision(spec.cfg, precision.precision)), manifest, found, precision
 
 
@@ -119,11 +119,11 @@ def make_loaders(
 ) -> tuple[TrainLoader, EvalLoader]:
     cfg = spec.cfg
     num_threads, patience_s = cfg.data.decode_threads or ctx.num_threads, float(cfg.cluster.timeout_s)
-    place = LoaderContext(ctx.rank, ctx.world_size, ctx.device, num_threads, patience_s)
+    location = LoaderContext(ctx.rank, ctx.world_size, ctx.device, num_threads, patience_s)
     train = TrainLoader(
         index,
         cfg.data,
-        place,
+        location,
         recorder.bad_image,
         global_batch=cfg.train.global_batch,
         seed=cfg.run.seed,
@@ -131,6 +131,6 @@ def make_loaders(
         warn=ctx.warn,
     )
     val_index = val_index.with_classes(index.classes)
-    val = EvalLoader(val_index, cfg.data, place, recorder.bad_image, batch=cfg.train.eval_batch, warn=ctx.warn)
-    avoid_crashing_images(spec, ctx, place, train, val, step, heartbeat)
+    val = EvalLoader(val_index, cfg.data, location, recorder.bad_image, batch=cfg.train.eval_batch, warn=ctx.warn)
+    avoid_crashing_images(spec, ctx, location, train, val, step, heartbeat)
     return train, val

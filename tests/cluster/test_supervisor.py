@@ -192,7 +192,7 @@ def test_a_driver_that_hung_is_told_as_that(tmp_path: Path) -> None:
 def test_a_later_driver_begins_nothing_in_an_empty_mount_point(tmp_path: Path) -> None:
     cfg = load(None, [f"data.train={tmp_path}/x", f"data.val={tmp_path}/x", f"run.storage={tmp_path}", "run.name=x"])
     with pytest.raises(UserError, match="checkpoint of step 4 is not seen"):
-        open_run.open_run(cfg, print, again=True, saved_step=4).__enter__()
+        open_run.open_run(cfg, print, has_trained=True, saved_step=4).__enter__()
     assert not (tmp_path / "x/run.json").exists()
 
 
@@ -219,7 +219,7 @@ def test_a_later_driver_trains_on_the_device_of_the_first(
     def run(
         request: supervisor.TrainRequest, _: object, note: Callable[[Event], None], __: object
     ) -> tuple[str, object]:
-        asked.append((request.cfg.cluster.device, request.trained))
+        asked.append((request.cfg.cluster.device, request.has_trained))
         note(AttemptStarted(1, 0, 9, 4, None, 1, 1, device, "fp32", "", {}, 0))
         return ("lost", "the cluster") if len(asked) == 1 else ("done", {})
 

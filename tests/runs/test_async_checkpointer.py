@@ -47,7 +47,7 @@ class Watched:
             cfg,
             check=lambda: None,
             written=lambda saved, seconds: self.written.append(saved),
-            report=self.reports.append,
+            warn=self.reports.append,
         )
 
     def save(self, state: TrainState, step: int) -> None:

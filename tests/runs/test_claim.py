@@ -136,7 +136,7 @@ def test_the_last_claim_is_the_runs(kind: str, request: pytest.FixtureRequest, t
 
 def test_a_command_that_comes_second_is_told_so(tmp_path: Path) -> None:
     line = r"run.name=x: another command begins to train it just now; wait for its end"
-    with pytest.raises(UserError, match=line), open_run._as_second(Storage(tmp_path / "x"), again=False):
+    with pytest.raises(UserError, match=line), open_run._as_second(Storage(tmp_path / "x"), reclaims=False):
         raise SupersededError("")
 
 
@@ -144,11 +144,11 @@ def test_a_driver_that_is_started_again_takes_nothing_from_a_later_command(tmp_p
     """A machine that was cut off comes back, and its supervisor starts another driver; the user is elsewhere by now."""
     run = Storage(tmp_path / "x")
     Claim.take(run, "first")
-    Claim.take(run, "first", again=True).check()
+    Claim.take(run, "first", reclaims=True).check()
     later = Claim.take(run, "second")
     line = r"another command has begun to train .*/x; this one ends"
-    with pytest.raises(TrainingFailedError, match=line), open_run._as_second(run, again=True):
-        Claim.take(run, "first", again=True)
+    with pytest.raises(TrainingFailedError, match=line), open_run._as_second(run, reclaims=True):
+        Claim.take(run, "first", reclaims=True)
     later.check()
     Claim.take(run, "third").check()
 

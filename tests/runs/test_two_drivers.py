@@ -92,8 +92,8 @@ class World:
         """What `runs.prepare`, `fit` and `Recorder` do, in their order."""
         run, folder = self._run, self._run / "checkpoints"
         looked, found = resume.find_checkpoint(run, None, quiet, verify_state=False)
-        with open_run._as_second(run, again=again):
-            claim = Claim.take(run, name, again=again)
+        with open_run._as_second(run, reclaims=again):
+            claim = Claim.take(run, name, reclaims=again)
             open_run._settled(run, looked, claim, None, None, quiet)
         saved_step = found.step if found else 0
         manifest, found = resume.find_checkpoint(run, None, quiet, claim=claim, saved_step=saved_step)

@@ -38,7 +38,7 @@ def examine(cfg: Config) -> list[Check]:
     from pipeline.tracking import find  # late: torch takes seconds
 
     storage = find.open_storage(cfg.run.storage)
-    with connected(cfg.cluster, again=False, wants_stop=threading.Event()):
+    with connected(cfg.cluster, restarted=False, wants_stop=threading.Event()):
         there = ray_cluster.nodes()
         facts = ray_cluster.on_each_node(there, node_checks.facts, patience_s=PATIENCE_S)
         told = {name: answer.value for name, answer in facts.items() if isinstance(answer.value, dict)}
@@ -80,7 +80,7 @@ def _clocks(there: Mapping[str, Node]) -> dict[str, tuple[float, float]]:
         for name, one in ray_cluster.on_each_node(there, node_checks.now, patience_s=PATIENCE_S).items():
             if isinstance(one.value, BaseException):  # it has just gone; another check will say so
                 continue
-            skew = one.value - (one.asked + one.heard) / 2, (one.heard - one.asked) / 2
+            skew = one.value - (one.sent_at + one.heard_at) / 2, (one.heard_at - one.sent_at) / 2
             skews[name] = min(skews.get(name, skew), skew, key=lambda pair: pair[1])
     return skews
 
