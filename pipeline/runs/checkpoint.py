@@ -210,6 +210,11 @@ def _fetching(path: Path) -> Iterator[None]:
         yield
 
 
+def names_in(folder: Storage) -> list[str]:
+    """The checkpoints in `folder`, usable or not, the newest first."""
+    return sorted((name for name in folder.names() if name.startswith("step_")), reverse=True)
+
+
 def newest_valid(
     folder: Storage, warn: Callable[[str], None], training_id: str | None = None, *, verify_state: bool = True
 ) -> Checkpoint | None:
@@ -231,8 +236,8 @@ def newest_valid(
     """
     problems: list[CheckpointError] = []
     unread: OSError | None = None
-    names = folder.names()
-    for name in sorted((n for n in names if n.startswith("step_")), reverse=True):
+    names = names_in(folder)
+    for name in names:
         try:
             return retry(lambda: _read_own(folder / name, training_id, verify_state), warn, READ_CHECKPOINT_S)  # noqa: B023
         except CheckpointError as e:
@@ -244,7 +249,7 @@ def newest_valid(
         warn(f"skipped a checkpoint: {problems[-1]}")
     if unread is not None:
         raise unread
-    if problems and folder.names() != names:  # someone trains the run, and deletes old ones
+    if problems and names_in(folder) != names:  # someone trains the run, and deletes old ones
         return newest_valid(folder, warn, training_id, verify_state=verify_state)
     if not all(isinstance(problem, IncompleteError) for problem in problems):
         raise CheckpointError(

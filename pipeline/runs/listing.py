@@ -92,7 +92,7 @@ def _look(run: Storage) -> Listed | None:
 
 def _newest(folder: Storage, problems: list[str]) -> dict[str, Any]:
     """The meta.json of the newest checkpoint whose files are there in full; empty where there is none."""
-    for name in sorted((n for n in folder.names() if n.startswith("step_")), reverse=True):
+    for name in checkpoint.names_in(folder):
         place = folder / name
         try:
             meta, sizes = checkpoint.read_meta(place), place.sizes()

@@ -7,21 +7,20 @@ import shutil
 from collections.abc import Callable, Collection
 
 from pipeline.failures import CheckpointError
-from pipeline.runs.checkpoint import CONFIG, FORMAT, META, STATE, Checkpoint, is_whole, name_of, read_meta
+from pipeline.runs.checkpoint import CONFIG, FORMAT, META, STATE, Checkpoint, is_whole, name_of, names_in, read_meta
 from pipeline.storage import Storage, alone
 
 
 def own(folder: Storage, training_id: str | None) -> list[Checkpoint]:
     """A training's checkpoints (None: anyone's), oldest first, which are sound as far as meta.json and sizes tell."""
     found = []
-    for name in folder.names():
-        if name.startswith("step_"):
-            try:
-                meta, sizes = read_meta(folder / name), (folder / name).sizes()
-            except CheckpointError:  # left to `newest_valid` to report
-                continue
-            if meta["format"] == FORMAT and is_whole(meta, sizes) and training_id in (None, meta["training_id"]):
-                found.append(Checkpoint(folder / name, folder.local_dir / name, meta))
+    for name in names_in(folder):
+        try:
+            meta, sizes = read_meta(folder / name), (folder / name).sizes()
+        except CheckpointError:  # left to `newest_valid` to report
+            continue
+        if meta["format"] == FORMAT and is_whole(meta, sizes) and training_id in (None, meta["training_id"]):
+            found.append(Checkpoint(folder / name, folder.local_dir / name, meta))
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
