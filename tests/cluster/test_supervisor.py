@@ -169,7 +169,7 @@ def test_what_was_right_before_is_waited_for_by_a_later_driver(
             raise UserError("data.train=/mnt/x: no folder or index file")
         return nullcontext("a job")
 
-    monkeypatch.setattr(open_run, "prepare", prepare)
+    monkeypatch.setattr(open_run, "open_run", prepare)
     monkeypatch.setattr(controller, "TrainController", FakeController)
     pause = 0.01 if outcome is None else 11.0
     monkeypatch.setattr(driver, "backoff", lambda: itertools.repeat(pause))
@@ -242,7 +242,7 @@ def test_a_failure_that_mlflow_cannot_be_told_of_stays_that_failure(monkeypatch:
     monkeypatch.setattr(driver, "connected", lambda *_: nullcontext())
     monkeypatch.setattr(driver, "_tell_end", away)
     monkeypatch.setattr(controller, "TrainController", Failing)
-    monkeypatch.setattr(open_run, "prepare", lambda *_, **__: nullcontext(here))
+    monkeypatch.setattr(open_run, "open_run", lambda *_, **__: nullcontext(here))
     told = list[str]()
     one = other_end(load(None, ["data.train=x", "data.val=x"]), told, trained=False)
     with pytest.raises(TrainingFailedError, match="one failure too many"):

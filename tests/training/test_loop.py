@@ -281,7 +281,7 @@ def test_mlflow_is_told_of_a_attempt_that_ends_before_its_first_step(
     def fails(*_: object, **__: object) -> None:
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr(loop, "as_trained", fails)
+    monkeypatch.setattr(loop, "wrap_model", fails)
     with pytest.raises(RuntimeError, match="out of luck"):
         fit(spec("run"), context())
     assert mlflow_status(spec("run")) == ["FAILED"]

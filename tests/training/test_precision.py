@@ -23,7 +23,7 @@ from pipeline.events import AttemptStarted, Event, Warned
 from pipeline.runs import checkpoint
 from pipeline.runs.spec import RunSpec
 from pipeline.storage import Storage
-from pipeline.training import inference, loop, precision
+from pipeline.training import inference, loop, precision, setup
 from pipeline.training.evaluation import log_probabilities
 from pipeline.training.loop import fit
 from pipeline.training.precision import Hardware, cpu, decide, emulation, gpu, settle
@@ -169,7 +169,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[Hardware], None]:
     """Makes this machine one with other hardware."""
 
     def become(hardware: Hardware) -> None:
-        for module in (precision, loop, inference):
+        for module in (precision, setup, inference):
             monkeypatch.setattr(module, "hardware_of", lambda device: hardware)
 
     return become
@@ -260,7 +260,7 @@ def of_ranks(
             return train_step(*args, **options)
 
         with (
-            mock.patch.object(loop, "hardware_of", return_value=hardware[rank]),
+            mock.patch.object(setup, "hardware_of", return_value=hardware[rank]),
             mock.patch.object(loop, "train_step", look),
         ):
             fit(one, context(rank, world_size, events))
