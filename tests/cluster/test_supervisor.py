@@ -151,7 +151,7 @@ class FakeController:
 def other_end(cfg: Config, told: list[str], *, trained: bool) -> driver.SupervisorConnection:
     """The other end of a driver that has been asked to train."""
     request = supervisor.TrainRequest(cfg, None, FailureBudget(3), (), trained, trained, 0.0)
-    made = SimpleNamespace(request=request, wants_stop=threading.Event(), warn=told.append, event=lambda _: None)
+    made = SimpleNamespace(request=request, wants_stop=threading.Event(), warn=told.append, emit=lambda _: None)
     return cast(driver.SupervisorConnection, made)
 
 
