@@ -52,7 +52,7 @@ _CREDENTIALS = re.compile(
     |^https?://[^/?\#@]+@
     |^[a-z][a-z0-9+.-]*://[^?]*\?(.*&)?([^=&]*[-_])?
         (sig|signature|sas|secret|password|credential|(account|access|secret|api|private)[-_]?key)([-_][^=&]*)?=[^&]
-    |^[a-z][a-z0-9+.-]*://[^?]*\?(.*&)?((access|auth|bearer|sas|x-amz-security|attempt)[-_]?)?token=[^&]""",
+    |^[a-z][a-z0-9+.-]*://[^?]*\?(.*&)?((access|auth|bearer|sas|x-amz-security|session)[-_]?)?token=[^&]""",
     re.IGNORECASE | re.VERBOSE,
 )
 

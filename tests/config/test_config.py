@@ -186,6 +186,7 @@ def test_every_config_file_loads(path: Path) -> None:
         "s3://bucket/runs?region=r&secret_key=hush",
         "gs://bucket/{00..09}.tar?API-Key=hush",
         "https://host/a.tar?token=hush",
+        "https://host/a.tar?session_token=hush",
         "https://host/a.tar?X-Amz-Security-Token=hush",
     ],
 )

@@ -275,7 +275,7 @@ def mlflow_status(spec: RunSpec) -> list[str]:
     return [run.info.status for run in client.search_runs(experiments)]
 
 
-def test_mlflow_is_told_of_a_attempt_that_ends_before_its_first_step(
+def test_mlflow_is_told_of_an_attempt_that_ends_before_its_first_step(
     spec: Callable[..., RunSpec], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: object, **__: object) -> None:

@@ -112,7 +112,7 @@ def test_a_stop_at_the_last_evaluation_is_no_end(spec: Callable[..., RunSpec]) -
     assert done["top1"] is not None
 
 
-def test_a_attempt_that_dies_in_an_evaluation_has_its_checkpoint(
+def test_an_attempt_that_dies_in_an_evaluation_has_its_checkpoint(
     spec: Callable[..., RunSpec], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, events = spec("run"), list[Event]()
