@@ -192,7 +192,7 @@ def test_a_path_in_another_encoding_is_refused_in_one_line(tmp_path: Path) -> No
 
 def test_the_clock_starts_with_the_command(tmp_path: Path) -> None:
     """Not with the process, as which a script may have installed for minutes before it became this one."""
-    told = "from pipeline import cli, clock; import time; print(clock.BEGAN)"
+    told = "from pipeline import clock; from pipeline.cli import app; import time; print(clock.BEGAN)"
     script = f"sleep 2; date +%s.%N; exec {sys.executable} -c '{told}'"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path)
     before, began = map(float, done.stdout.split())

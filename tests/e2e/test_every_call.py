@@ -21,7 +21,7 @@ import sys, tempfile
 from pathlib import Path
 sys.path[:0] = sys.argv[1:]
 import fault_slot
-from pipeline import checkpoint
+from pipeline.runs import checkpoint
 with tempfile.TemporaryDirectory() as folder:
     fault_slot.prepare(Path(folder))
     slot = fault_slot.Slot(Path(folder), 0, None)
@@ -35,6 +35,6 @@ with tempfile.TemporaryDirectory() as folder:
 @pytest.mark.e2e
 def test_the_enumeration_sees_a_training_that_forgets() -> None:
     """That begins before a checkpoint of which the user was told."""
-    command = [sys.executable, "-c", FORGETS, str(ROOT / "scripts"), str(ROOT / "tests")]
+    command = [sys.executable, "-c", FORGETS, str(ROOT / "scripts"), str(ROOT / "tests/support")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
     assert done.stdout.split() == ["done", "forgets"], done.stdout + done.stderr

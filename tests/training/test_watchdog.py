@@ -6,7 +6,7 @@ import time
 
 HANG = """
 import threading
-from pipeline import watchdog
+from pipeline.training import watchdog
 watchdog.GRACE_S = 0
 with watchdog.Watchdog(1.0) as dog:
     for _ in range(3):
@@ -18,7 +18,7 @@ with watchdog.Watchdog(1.0) as dog:
 """
 CALM = """
 import time
-from pipeline import watchdog
+from pipeline.training import watchdog
 watchdog.GRACE_S = 0
 with watchdog.Watchdog(0.5): pass
 time.sleep(1)
