@@ -73,7 +73,7 @@ def checkpoint(folder: Path, num_threads: int, rounds: int) -> dict[str, Any]:
 
 
 def mlflow(folder: Path, rounds: int) -> dict[str, Any]:
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
     from s3 import free_port
     from servers import MlflowServer, Mode, Proxy
 
