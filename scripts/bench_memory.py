@@ -94,8 +94,8 @@ def measure(file: Path, kind: str, num_batches: int, num_threads: int) -> dict[s
     """Resident memory, sampled over the batches, and its growth."""
     torch.set_num_threads(num_threads)
     cfg = DataConfig(train=str(file), val=str(file), **KINDS[kind])
-    place = LoaderContext(0, 1, torch.device("cpu"), num_threads)
-    loader = TrainLoader(load_index(file), cfg, place, _refuse, global_batch=GLOBAL_BATCH, seed=0)
+    context = LoaderContext(0, 1, torch.device("cpu"), num_threads)
+    loader = TrainLoader(load_index(file), cfg, context, _refuse, global_batch=GLOBAL_BATCH, seed=0)
     me, samples, started = psutil.Process(), dict[int, float](), time.perf_counter()
     for i, _ in enumerate(loader.from_step(0, num_batches), start=1):
         if i % SAMPLE_EVERY == 0:

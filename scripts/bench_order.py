@@ -160,9 +160,9 @@ def ids_of_ours(file: str, kind: dict[str, int], started: float) -> dict[str, fl
 
     imported, before = time.time(), _memory()
     cfg = DataConfig(train=file, val=file, shuffle_block=kind.get("block"))
-    place = LoaderContext(0, WORLD_SIZE, torch.device("cpu"), 1)
-    loader = TrainLoader(load_index(Path(file)), cfg, place, _refuse, global_batch=GLOBAL_BATCH, seed=0)
-    ids = loader.request(kind["step"]).rows.tolist()
+    context = LoaderContext(0, WORLD_SIZE, torch.device("cpu"), 1)
+    loader = TrainLoader(load_index(Path(file)), cfg, context, _refuse, global_batch=GLOBAL_BATCH, seed=0)
+    ids = loader.batch_spec(kind["step"]).rows.tolist()
     return _figures(ids, started, imported, before)
 
 

@@ -26,7 +26,7 @@ from torchvision.transforms import v2
 
 from pipeline.config.schema import DataConfig
 from pipeline.data.index import Index, load_index
-from pipeline.data.loading.dali import decode_graph, to_decode
+from pipeline.data.loading.dali import decode_graph, decode_inputs
 from pipeline.data.loading.loader import LoaderContext, TrainLoader
 from pipeline.data.loading.read import Reader
 
@@ -160,12 +160,11 @@ def ours(one: Contestant, task: Task) -> Iterator[Any]:
 def decode_alone(one: Contestant, task: Task) -> Iterator[Any]:
     """The same crops decoded and nothing else, from memory: what no CPU loader on this decoder gets past."""
     stream, reader = _stream(task), Reader(load_index(task.index), task.data)
-    requests = [stream.request(step) for step in range(min(DECODE_BATCHES, one.total(task)))]
-    inputs = [to_decode(request, [reader.read(int(row)) for row in request.rows]) for request in requests]
+    specs = [stream.batch_spec(step) for step in range(min(DECODE_BATCHES, one.total(task)))]
+    inputs = [decode_inputs(spec, [reader.read(int(row)) for row in spec.rows]) for spec in specs]
     reader.close()
-    turns = cycle(inputs)
     pipe = decode_graph(
-        lambda: next(turns),
+        cycle(inputs),
         batch_size=task.batch,
         num_threads=len(task.cores),
         device_id=None,

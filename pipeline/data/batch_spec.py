@@ -36,11 +36,11 @@ class BatchSpec:
     def part(self, start: int, stop: int) -> "BatchSpec":
         """Images [start, stop), to be decoded alone."""
         s = slice(start, stop)
-        some = {name: values[s] for name, values in self.draws.items()}
-        return BatchSpec(self.rows[s], self.size, self.anchors[s], self.shapes[s], self.flips[s], some)
+        draws = {name: values[s] for name, values in self.draws.items()}
+        return BatchSpec(self.rows[s], self.size, self.anchors[s], self.shapes[s], self.flips[s], draws)
 
 
-def stream(cfg: DataConfig, num_samples: int, global_batch: int, seed: int) -> DeterministicSampler:
+def make_sampler(cfg: DataConfig, num_samples: int, global_batch: int, seed: int) -> DeterministicSampler:
     """The order that a configuration gives to a data set of `num_samples` images."""
     unit = 2 if cfg.mixes else 1  # the two images of a pair are mixed on one rank
     return DeterministicSampler(
@@ -48,15 +48,21 @@ def stream(cfg: DataConfig, num_samples: int, global_batch: int, seed: int) -> D
     )
 
 
-def to_train(
-    index: Index, cfg: DataConfig, order: DeterministicSampler, step: int, rank: int, world_size: int
+def draw_names(cfg: DataConfig) -> list[str]:
+    """The names of the draws that `augment` gets in training."""
+    wanted = {"jitter": any(cfg.jitter), "ops": cfg.auto_augment != "none", "erase": cfg.erase > 0}
+    return [name for name, is_wanted in wanted.items() if is_wanted]
+
+
+def make_train_spec(
+    index: Index, cfg: DataConfig, sampler: DeterministicSampler, step: int, rank: int, world_size: int
 ) -> BatchSpec:
     """What a rank trains on in `step`."""
-    epoch, start, stop = order.positions(step, rank, world_size)
-    rows, size = order.rows(epoch, start, stop), augment_params.size_at(epoch, cfg)
+    epoch, start, stop = sampler.positions(step, rank, world_size)
+    rows, size = sampler.rows(epoch, start, stop), augment_params.size_at(epoch, cfg)
 
     def drawn(purpose: Purpose, number: int) -> FloatArray:
-        return uniforms(purpose, order.seed, epoch, start, stop, number)
+        return uniforms(purpose, sampler.seed, epoch, start, stop, number)
 
     heights, widths = index.heights[rows].astype(np.int64), index.widths[rows].astype(np.int64)
     if cfg.crop_short is not None:
@@ -65,24 +71,24 @@ def to_train(
         crop = drawn(Purpose.CROP, augment_params.CROP_DRAWS)
         anchors, shapes = augment_params.random_resized_crops(heights, widths, cfg.crop_scale, cfg.crop_ratio, crop)
     flips = augment_params.flips(cfg.flip, drawn(Purpose.FLIP, 1))
-    changes: dict[str, NDArray[Any]] = {}
-    if any(cfg.jitter):
-        changes["jitter"] = augment_params.jitters(cfg.jitter, drawn(Purpose.JITTER, 4)).astype(np.float32)
-    if cfg.auto_augment != "none":
+    names, draws = draw_names(cfg), dict[str, NDArray[Any]]()
+    if "jitter" in names:
+        draws["jitter"] = augment_params.jitters(cfg.jitter, drawn(Purpose.JITTER, 4)).astype(np.float32)
+    if "ops" in names:
         operations = augment_params.operations(cfg, drawn(Purpose.AUGMENT, augment_params.num_policy_draws(cfg)))
-        changes["ops"] = operations.astype(np.int32)
-    if cfg.erase > 0:
+        draws["ops"] = operations.astype(np.int32)
+    if "erase" in names:
         erase = drawn(Purpose.ERASE, 1 + augment_params.ERASE_DRAWS)
         boxes = augment_params.erasures(cfg.erase, cfg.erase_scale, cfg.erase_ratio, size, erase)
-        changes["erase"] = np.concatenate(boxes, axis=1).astype(np.float32)
+        draws["erase"] = np.concatenate(boxes, axis=1).astype(np.float32)
     mixture = None
     if cfg.mixes:
-        mixing = uniforms(Purpose.MIX, order.seed, epoch, start // 2, stop // 2, 4)
+        mixing = uniforms(Purpose.MIX, sampler.seed, epoch, start // 2, stop // 2, 4)
         mixture = augment_params.mixtures(cfg.mixup, cfg.cutmix, size, mixing)
-    return BatchSpec(rows, size, anchors, shapes, flips, changes, mixture)
+    return BatchSpec(rows, size, anchors, shapes, flips, draws, mixture)
 
 
-def to_evaluate(
+def make_eval_spec(
     index: Index, cfg: DataConfig, rows: IntArray, places: Sequence[tuple[float, float]] = (augment_params.CENTRE,)
 ) -> BatchSpec:
     """Crops of some rows at each of the places: all rows at the first one, all at the next one, and so on."""

@@ -18,10 +18,10 @@ BATCH = 128
 class _WholeImages(EvalLoader):
     """Decodes all of each image: what lies outside a crop may be broken too."""
 
-    def request(self, chunk: int) -> BatchSpec:
-        asked = super().request(chunk)
-        shapes = np.stack([self.index.heights[asked.rows], self.index.widths[asked.rows]], axis=1).astype(np.int64)
-        return dataclasses.replace(asked, anchors=np.zeros_like(shapes), shapes=shapes)
+    def batch_spec(self, chunk: int) -> BatchSpec:
+        spec = super().batch_spec(chunk)
+        shapes = np.stack([self.index.heights[spec.rows], self.index.widths[spec.rows]], axis=1).astype(np.int64)
+        return dataclasses.replace(spec, anchors=np.zeros_like(shapes), shapes=shapes)
 
 
 def verify(index: Index, report: IndexReport, progress: Progress) -> tuple[Index, IndexReport]:

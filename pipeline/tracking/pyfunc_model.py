@@ -1,7 +1,7 @@
 """The model as MLflow loads and serves it: images as text in, class names and probabilities out.
 
 MLflow copies this file into the model and runs it wherever the model is loaded ("models from code"), so it imports
-nothing of this package. It prepares images as `data.request.to_evaluate` and `data.dali` do: turned upright by their
+nothing of this package. It prepares images as `data.batch_spec` and `data.loading.dali` do: turned upright by their
 EXIF orientation, RGB, a square of size / val_resize of the short side cut out, resized to the model's size.
 
 Whoever may ask a model server may send it anything: what is read and decoded has limits, and an image that

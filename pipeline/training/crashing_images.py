@@ -27,7 +27,7 @@ STEPS_AHEAD = 128
 def avoid_crashing_images(
     spec: RunSpec,
     ctx: WorkerContext,
-    place: LoaderContext,
+    context: LoaderContext,
     train: TrainLoader,
     val: EvalLoader,
     first_step: int,
@@ -43,7 +43,7 @@ def avoid_crashing_images(
     timeout_s = float(spec.cfg.cluster.timeout_s)
     known = retry(lambda: _known(spec.run), ctx.warn, timeout_s)
     if ctx.deaths:
-        found = _look(spec, ctx, place, train, val, first_step, known, heartbeat)
+        found = _look(spec, ctx, context, train, val, first_step, known, heartbeat)
         every: list[dict[str, str]] = [found] * ctx.world_size
         if ctx.world_size > 1:  # by this, too, as a folder that nodes mount shows new files late
             dist.all_gather_object(every, found)
@@ -86,7 +86,7 @@ def _keep(run: Storage, name: str, reason: str) -> None:
 def _look(
     spec: RunSpec,
     ctx: WorkerContext,
-    place: LoaderContext,
+    context: LoaderContext,
     train: TrainLoader,
     val: EvalLoader,
     first_step: int,
@@ -99,12 +99,12 @@ def _look(
     if ctx.rank == 0:
         text = f"workers died twice without a newer checkpoint: looking for images that kill them in {len(steps)} steps"
         ctx.emit(ImageSearchStarted(text))
-    searches = [(train.index, spec.train_index, train.max_batch, [train.request(step) for step in steps])]
+    searches = [(train.index, spec.train_index, train.max_batch, [train.batch_spec(step) for step in steps])]
     if evaluates(spec.cfg.train, schedule, steps):
-        searches.append((val.index, spec.val_index, val.max_batch, [val.request(chunk) for chunk in val.chunks]))
+        searches.append((val.index, spec.val_index, val.max_batch, [val.batch_spec(chunk) for chunk in val.chunks]))
     found: dict[str, str] = {}
     until = time.monotonic() + spec.cfg.cluster.timeout_s / 2  # the other ranks wait
-    for index, uri, max_batch, requests in searches:
+    for index, uri, max_batch, batch_specs in searches:
 
         def record(row: int, reason: str, index: Index = index) -> None:
             """At once: this process may not live to the end of the search."""
@@ -113,8 +113,8 @@ def _look(
             retry(lambda: _keep(spec.run, name, reason), ctx.warn, spec.cfg.cluster.timeout_s / 4)
             ctx.emit(CrashingImageFound(f"{index.place(row)}: {reason}; a uniform image takes its place"))
 
-        isolation = Isolation(Storage(uri).fetch(), index, spec.cfg.data, place, max_batch, ctx.warn, heartbeat)
-        isolation.search(requests, list(rows_of(index, known)), record, until)
+        isolation = Isolation(Storage(uri).fetch(), index, spec.cfg.data, context, max_batch, ctx.warn, heartbeat)
+        isolation.search(batch_specs, list(rows_of(index, known)), record, until)
     return found
 
 

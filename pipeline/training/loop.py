@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.config.schema import Config
-from pipeline.data.batch_spec import stream
+from pipeline.data.batch_spec import make_sampler
 from pipeline.failures import NonFiniteError
 from pipeline.runs.spec import RunSpec, WorkerContext
 from pipeline.training.control import ControlBroadcast, ControlFlags
@@ -167,9 +167,9 @@ def _check_finite(values: list[float], step: int, cfg: Config, schedule: Schedul
     for done, value in enumerate(values, step - len(values) + 1):
         if math.isfinite(value):
             continue
-        order = stream(cfg.data, num_samples, cfg.train.global_batch, cfg.run.seed)
-        epoch, start, stop = order.positions(done - 1, 0, 1)
-        rows = order.rows(epoch, start, stop)
+        sampler = make_sampler(cfg.data, num_samples, cfg.train.global_batch, cfg.run.seed)
+        epoch, start, stop = sampler.positions(done - 1, 0, 1)
+        rows = sampler.rows(epoch, start, stop)
         raise NonFiniteLossError(
             f"the loss of step {done} is {value} (epoch {epoch}, "
             f"learning rate {lr_at(done - 1, cfg.optim, schedule):g}); "

@@ -118,8 +118,8 @@ def make_loaders(
     heartbeat: Callable[[], None],
 ) -> tuple[TrainLoader, EvalLoader]:
     cfg = spec.cfg
-    num_threads, patience_s = cfg.data.decode_threads or ctx.num_threads, float(cfg.cluster.timeout_s)
-    location = LoaderContext(ctx.rank, ctx.world_size, ctx.device, num_threads, patience_s)
+    num_threads, retry_timeout_s = cfg.data.decode_threads or ctx.num_threads, float(cfg.cluster.timeout_s)
+    context = LoaderContext(ctx.rank, ctx.world_size, ctx.device, num_threads, retry_timeout_s)
     train = TrainLoader(
         index,
         cfg.data,

@@ -42,14 +42,16 @@ def decode(index: Index, cfg: DataConfig, **changes: object) -> tuple[Tensor, Te
     draws = {name: np.array([values] * BATCH, dtype=np.float32) for name, values in changes.items() if name != "ops"}
     if "ops" in changes:
         draws["ops"] = np.array([changes["ops"]] * BATCH, dtype=np.int32)
-    requests = [BatchSpec(np.arange(BATCH), SIZE, zero, whole, np.zeros(BATCH, dtype=np.bool_), d) for d in ({}, draws)]
+    plain, augmented = (
+        BatchSpec(np.arange(BATCH), SIZE, zero, whole, np.zeros(BATCH, dtype=np.bool_), d) for d in ({}, draws)
+    )
 
-    def one(request: BatchSpec) -> Tensor:
-        decoder = DaliPipeline(index, cfg, BATCH, 1, CPU, no_bad_image, no_warning, patience_s=1.0)
-        ((_, images),) = decoder.decode(iter([request]))
+    def pixels(spec: BatchSpec) -> Tensor:
+        pipeline = DaliPipeline(index, cfg, BATCH, 1, CPU, no_bad_image, no_warning, 1.0, list(spec.draws))
+        ((_, images),) = pipeline.decode(iter([spec]))
         return images.clone()
 
-    return one(requests[0]), one(requests[1])
+    return pixels(plain), pixels(augmented)
 
 
 def no_warning(text: str) -> None:

@@ -19,7 +19,7 @@ from test_broken import write
 
 from pipeline.config.loading import load
 from pipeline.config.schema import DataConfig
-from pipeline.data.batch_spec import stream, to_evaluate
+from pipeline.data.batch_spec import make_eval_spec, make_sampler
 from pipeline.data.indexing.build import build_index
 from pipeline.data.loading import isolate
 from pipeline.data.loading.isolate import Isolation
@@ -43,12 +43,12 @@ def search(folder: Path, killers: list[int], limit_s: float = 600) -> tuple[dict
     for row in killers:
         (folder / "images" / "a" / f"{row:03d}.jpg").write_bytes(KILLER)
     cfg = DataConfig(train="-", val="-", image_size=32, val_resize=32, max_bad_fraction=0.1)
-    requests = [to_evaluate(index, cfg, np.arange(3 * BATCH)[k * BATCH :][:BATCH]) for k in range(3)]
+    specs = [make_eval_spec(index, cfg, np.arange(3 * BATCH)[k * BATCH :][:BATCH]) for k in range(3)]
     warnings: list[str] = []
-    place = LoaderContext(0, 1, torch.device("cpu"), num_threads=2)
+    context = LoaderContext(0, 1, torch.device("cpu"), num_threads=2)
     found: dict[int, str] = {}
-    isolation = Isolation(folder / "images.arrow", index, cfg, place, BATCH, warnings.append)
-    isolation.search(requests, [], found.__setitem__, time.monotonic() + limit_s)
+    isolation = Isolation(folder / "images.arrow", index, cfg, context, BATCH, warnings.append)
+    isolation.search(specs, [], found.__setitem__, time.monotonic() + limit_s)
     return found, warnings
 
 
@@ -190,8 +190,8 @@ def test_a_run_goes_on_without_an_image_that_kills_its_workers(digits: Path, sta
     settings += ["mlflow.log_model=false", "mlflow.report=false"]
     settings += [f"data.train={tmp_path}/train.arrow", f"data.val={digits}/val", f"run.storage={tmp_path}/runs"]
     cfg = load(ROOT / "configs/digits.yaml", settings)
-    order = stream(cfg.data, len(index), cfg.train.global_batch, cfg.run.seed)
-    row = int(order.rows(*order.positions(8, 1, 2))[5])  # of step 8, for the second of two workers
+    sampler = make_sampler(cfg.data, len(index), cfg.train.global_batch, cfg.run.seed)
+    row = int(sampler.rows(*sampler.positions(8, 1, 2))[5])  # of step 8, for the second of two workers
     image = digits / "train" / index.file(row)
     sound = image.read_bytes()
 

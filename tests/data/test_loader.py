@@ -141,8 +141,8 @@ def test_dropped_branches_do_not_depend_on_the_world_size_or_on_resumes(index: I
 
     def kept(rank: int, world_size: int, start: int) -> list[torch.Tensor]:
         rates = [0.0, 0.1, 0.5]
-        place = LoaderContext(rank, world_size, CPU, 1)
-        loader = TrainLoader(index, SMALL, place, no_bad_image, global_batch=50, seed=3, drop_rates=rates)
+        context = LoaderContext(rank, world_size, CPU, 1)
+        loader = TrainLoader(index, SMALL, context, no_bad_image, global_batch=50, seed=3, drop_rates=rates)
         return [batch.drop_path_mask for batch in loader.from_step(start, 30) if batch.drop_path_mask is not None]
 
     undisturbed = kept(0, 1, 26)  # into the second epoch
@@ -230,9 +230,9 @@ def test_pixels_equal_a_reference_decode_crop_resize_flip(pictures: Index) -> No
     train = loader(pictures, cfg=cfg, batch=6)
     flipped = 0
     for step, batch in enumerate(train.from_step(0, 20)):
-        request = train.request(step)
+        spec = train.batch_spec(step)
         for image, row, (y, x), (h, w), flip in zip(
-            batch.images, request.rows, request.anchors, request.shapes, request.flips, strict=True
+            batch.images, spec.rows, spec.anchors, spec.shapes, spec.flips, strict=True
         ):
             whole = TF.pil_to_tensor(Image.open(file(pictures, row)))
             expected = TF.resize(whole[:, y : y + h, x : x + w], [96, 96], antialias=True)
@@ -248,19 +248,19 @@ def test_a_gpus_resize_is_within_its_tolerance_of_the_cpus(pictures: Index) -> N
     torch's weights are 16-bit whole numbers, and it rounds between its two passes: at most 2 of 255 apart.
     """
     cfg = DataConfig(train="-", val="-", image_size=96, val_resize=96)
-    asked = loader(pictures, cfg=cfg, batch=6).request(0)
+    spec = loader(pictures, cfg=cfg, batch=6).batch_spec(0)
     (batch,) = loader(pictures, cfg=cfg, batch=6).from_step(0, 1)
 
     @pipeline_def(batch_size=1, num_threads=1, device_id=None)  # type: ignore[untyped-decorator]
     def resize(crop: np.ndarray) -> Any:
         return fn.resize(types.Constant(crop, layout="HWC"), size=(96, 96), antialias=True)
 
-    for i, row in enumerate(asked.rows.tolist()):
-        (y, x), (h, w) = asked.anchors[i], asked.shapes[i]
+    for i, row in enumerate(spec.rows.tolist()):
+        (y, x), (h, w) = spec.anchors[i], spec.shapes[i]
         crop = np.asarray(Image.open(file(pictures, row)))[y : y + h, x : x + w]
         (resized,) = resize(crop).run()
         expected = torch.from_numpy(np.array(resized.at(0))).permute(2, 0, 1)
-        expected = expected.flip(2) if asked.flips[i] else expected
+        expected = expected.flip(2) if spec.flips[i] else expected
         gap = (batch.images[i].int() - expected.int()).abs()
         assert gap.max() <= 2
         assert gap.float().mean() < 0.3
@@ -330,10 +330,10 @@ def test_crops_of_rotated_photographs_are_those_of_the_upright_picture(tmp_path:
     train = loader(index, batch=1)
     upright = TF.pil_to_tensor(ImageOps.exif_transpose(Image.open(tmp_path / "a" / "0.jpg")))
     for step, batch in enumerate(train.from_step(0, 10)):
-        asked = train.request(step)
-        (y, x), (h, w) = asked.anchors[0], asked.shapes[0]
+        spec = train.batch_spec(step)
+        (y, x), (h, w) = spec.anchors[0], spec.shapes[0]
         expected = TF.resize(upright[:, y : y + h, x : x + w], [32, 32], antialias=True)
-        expected = TF.horizontal_flip(expected) if asked.flips[0] else expected
+        expected = TF.horizontal_flip(expected) if spec.flips[0] else expected
         assert torch.equal(batch.images[0], expected)
 
 
@@ -384,8 +384,8 @@ def test_a_storage_that_is_away_is_no_broken_image(digits: Path, tmp_path: Path)
     with web_server(tmp_path) as server:
         index, _ = build_index(f"{server.storage}/x.tar")
     cfg = dataclasses.replace(SMALL, cache_dir=str(tmp_path / "cache"))
-    place = LoaderContext(0, 1, CPU, 1, patience_s=1.0)
-    train = TrainLoader(index, cfg, place, no_bad_image, global_batch=10, seed=0)
+    context = LoaderContext(0, 1, CPU, 1, retry_timeout_s=1.0)
+    train = TrainLoader(index, cfg, context, no_bad_image, global_batch=10, seed=0)
     with closing(train), pytest.raises(StorageAwayError, match=r"x\.tar#val/\d/.*\.jpg: "):
         list(train.from_step(0, 8))
 
@@ -399,7 +399,7 @@ def test_data_that_vanishes_is_no_broken_image(left: str, tmp_path: Path) -> Non
     shutil.rmtree(folder)
     if left == "an empty folder":
         folder.mkdir()
-    loader = EvalLoader(index, SMALL, LoaderContext(0, 1, CPU, 1, patience_s=0.5), no_bad_image, batch=4)
+    loader = EvalLoader(index, SMALL, LoaderContext(0, 1, CPU, 1, retry_timeout_s=0.5), no_bad_image, batch=4)
     with closing(loader), pytest.raises(StorageAwayError, match="No such file"):
         list(loader)
 

@@ -65,13 +65,13 @@ def config(tmp_path: Path) -> DataConfig:
 
 @pytest.fixture
 def open_reader() -> Iterator[Callable[..., Reader]]:
-    """Readers with small chunks; a report fails the test where it gives none to take it."""
+    """Readers with small chunks; a warning fails the test where it gives none to take it."""
     with ExitStack() as stack:
 
         def start(
-            index: Index, cfg: DataConfig, report: Callable[[str], None] = pytest.fail, patience_s: float = 0
+            index: Index, cfg: DataConfig, warn: Callable[[str], None] = pytest.fail, retry_timeout_s: float = 0
         ) -> Reader:
-            reader = Reader(index, cfg, report, patience_s=patience_s, chunk_bytes=CHUNK)
+            reader = Reader(index, cfg, warn, retry_timeout_s=retry_timeout_s, chunk_bytes=CHUNK)
             stack.callback(reader.close)
             return reader
 
@@ -197,7 +197,7 @@ def test_a_server_that_is_away_for_a_while_is_waited_for(
     rows, server, stack = served(tmp_path, "tar")
     told: list[str] = []
     with stack:
-        reader = open_reader(index_of(server.storage, rows), config, told.append, patience_s=30)
+        reader = open_reader(index_of(server.storage, rows), config, told.append, retry_timeout_s=30)
         assert reader.read(0) == IMAGES[0]
     with ThreadPoolExecutor(4) as pool:
         reading = pool.map(reader.read, range(NUM_IMAGES))
@@ -215,7 +215,7 @@ def test_answers_that_break_off_are_asked_for_again(
     rows, server, stack = served(tmp_path, "tar")
     with stack:
         server.cuts = 3
-        reader = open_reader(index_of(server.storage, rows), config, lambda _: None, patience_s=30)
+        reader = open_reader(index_of(server.storage, rows), config, lambda _: None, retry_timeout_s=30)
         assert [reader.read(k) for k in range(NUM_IMAGES)] == IMAGES
         assert server.cuts == 0
 
@@ -235,7 +235,7 @@ def test_close_does_not_wait_for_a_server_that_is_away(tmp_path: Path, config: D
     rows, server, stack = served(tmp_path, "tar")
     stack.close()
     before = threading.active_count()
-    reader = Reader(index_of(server.storage, rows), config, lambda _: None, patience_s=600)
+    reader = Reader(index_of(server.storage, rows), config, lambda _: None, retry_timeout_s=600)
     reader.prefetch(range(NUM_IMAGES))
     time.sleep(0.2)
     start = time.monotonic()
@@ -251,7 +251,7 @@ def test_files_that_are_gone_or_short_are_errors_that_name_the_place(
     (tmp_path / "data" / "a b").mkdir(parents=True)
     (tmp_path / "data" / "a b" / "1.jpg").write_bytes(IMAGES[1])
     rows = [("a b/gone.jpg", "", 0, 5), ("a b/1.jpg", "", 0, len(IMAGES[1]) + 9), ("a b/1.jpg", "", 10**9, 5)]
-    reader = open_reader(index_of(place(), rows), config, patience_s=600)
+    reader = open_reader(index_of(place(), rows), config, retry_timeout_s=600)
     with pytest.raises(FileNotFoundError, match=r"data/a b/gone\.jpg|/a b/gone\.jpg"):
         reader.read(0)
     with pytest.raises(OSError, match=rf"/a b/1\.jpg: {len(IMAGES[1])} bytes where the index has {len(IMAGES[1]) + 9}"):
@@ -292,7 +292,7 @@ def test_a_disk_or_mount_that_fails_is_waited_for_and_says_nothing_of_an_image(
 
     monkeypatch.setattr(Storage, "open", fail)
     told: list[str] = []
-    reader = open_reader(rows_of(folder), config, told.append, patience_s=0.5)
+    reader = open_reader(rows_of(folder), config, told.append, retry_timeout_s=0.5)
     assert reader.read(0) == IMAGES[0]
     with pytest.raises(StorageAwayError, match=rf"1\.jpg: .*{os.strerror(code)}"):
         reader.read(1)
@@ -306,7 +306,7 @@ def test_a_mount_that_has_gone_is_waited_for(
     leaves: str, folder: Path, config: DataConfig, open_reader: Callable[..., Reader]
 ) -> None:
     told: list[str] = []
-    reader = open_reader(rows_of(folder), config, told.append, patience_s=30)
+    reader = open_reader(rows_of(folder), config, told.append, retry_timeout_s=30)
     away = folder.rename(folder.parent.with_name("elsewhere"))
     if leaves == "an empty folder":
         folder.mkdir()
@@ -343,7 +343,7 @@ def test_what_is_wrong_with_one_file_alone_is_that_image(
 
     monkeypatch.setattr(Storage, "open", fail)
     with pytest.raises(kind):
-        open_reader(rows_of(folder), config, patience_s=600).read(0)
+        open_reader(rows_of(folder), config, retry_timeout_s=600).read(0)
 
 
 @pytest.mark.parametrize(

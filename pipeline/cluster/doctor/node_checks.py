@@ -72,7 +72,7 @@ def read(source: str, cfg: Config) -> None:
     place = Storage(source)
     if is_index(source):
         index = fetch_index(source)
-        with closing(Reader(index, cfg.data, patience_s=10.0)) as reader:
+        with closing(Reader(index, cfg.data, retry_timeout_s=10.0)) as reader:
             for row in (0, len(index) - 1):
                 reader.read(row)
     elif place.local and place.local.is_dir():  # a million files are not listed here

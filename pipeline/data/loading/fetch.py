@@ -1,9 +1,10 @@
-"""The encoded bytes of requests, read ahead of need; and the count of images that turn out to be broken."""
+"""The encoded bytes of batches, read ahead of need; and the count of images that turn out to be broken."""
 
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, repeat
 
 os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")  # what it refuses is told here, once
 
@@ -16,7 +17,7 @@ from pipeline.data.loading.read import Reader, StorageAwayError
 from pipeline.failures import FatalError
 
 MAX_NAMED = 10
-FETCH_AHEAD = 8  # requests beyond those that are being read, of data that comes over a network
+FETCH_AHEAD = 8  # batches beyond those that are being read, of data that comes over a network
 Encoded = Sequence[bytes | None]  # None: the image is broken, and another is to take its place
 
 
@@ -28,7 +29,7 @@ class UnparsableError(ValueError):
     """These bytes are no image of a format that DALI reads."""
 
 
-def most_broken(max_fraction: float, num_images: int) -> int:
+def max_bad_images(max_fraction: float, num_images: int) -> int:
     """How many images of an index may be broken; one always may."""
     return max(1, int(max_fraction * num_images))
 
@@ -46,7 +47,7 @@ class BadImages:
 
     def __init__(self, index: Index, max_fraction: float, on_bad: Callable[[str, str], None]):
         self._index, self._on_bad = index, on_bad
-        self._max_number = most_broken(max_fraction, len(index))
+        self._max_number = max_bad_images(max_fraction, len(index))
         self._rows: set[int] = set()
         self.known: dict[int, str] = {}
 
@@ -71,43 +72,41 @@ class BadImages:
 
 
 class Fetcher:
-    """Reads what requests need, some of them ahead.
+    """Reads what batches need, some of them ahead.
 
     Args:
         warn: told what makes reading slow.
-        patience_s: how long a storage that does not answer is waited for.
+        retry_timeout_s: how long a storage that does not answer is waited for.
     """
 
-    def __init__(self, index: Index, cfg: DataConfig, bad: BadImages, warn: Callable[[str], None], patience_s: float):
-        self._bad, self._num_ahead = bad, cfg.prefetch
+    def __init__(
+        self, index: Index, cfg: DataConfig, bad_images: BadImages, warn: Callable[[str], None], retry_timeout_s: float
+    ):
+        self._bad_images, self._num_read = bad_images, cfg.prefetch
         self._num_fetched = 0 if index.root is None or index.root.local else FETCH_AHEAD
-        self._reader = Reader(index, cfg, warn, patience_s=patience_s)
+        self._reader = Reader(index, cfg, warn, retry_timeout_s=retry_timeout_s)
         self._pool = ThreadPoolExecutor(cfg.read_threads, thread_name_prefix="read")
 
-    def prefetch(self, requests: Iterator[BatchSpec]) -> Iterator[tuple[BatchSpec, Encoded]]:
-        """Each request with its images' bytes, None where an image is broken; further ones are on their way.
+    def prefetch(self, specs: Iterator[BatchSpec]) -> Iterator[tuple[BatchSpec, Encoded]]:
+        """Each batch with its images' bytes, None where an image is broken; further ones are on their way.
 
         Raises:
             StorageAwayError: the images' storage does not answer.
         """
         fetching, reading = deque[BatchSpec](), deque[tuple[BatchSpec, Iterator[bytes | None]]]()
-
-        def read(request: BatchSpec) -> None:
-            reading.append((request, self._pool.map(self._read, request.rows)))
-
-        for request in requests:
-            self._reader.prefetch(request.rows)
-            fetching.append(request)
-            if len(fetching) > self._num_fetched:
-                read(fetching.popleft())
-            if len(reading) > self._num_ahead:
-                request, encoded = reading.popleft()
-                yield request, list(encoded)
-        while fetching or reading:
-            if fetching:
-                read(fetching.popleft())
-            request, encoded = reading.popleft()
-            yield request, list(encoded)
+        for spec in chain(specs, repeat(None)):  # None: there are no more
+            num_fetched, num_read = (0, 0) if spec is None else (self._num_fetched, self._num_read)
+            if spec is not None:
+                self._reader.prefetch(spec.rows)
+                fetching.append(spec)
+            if len(fetching) > num_fetched:
+                next_spec = fetching.popleft()
+                reading.append((next_spec, self._pool.map(self._read, next_spec.rows)))
+            if len(reading) > num_read:
+                next_spec, encoded = reading.popleft()
+                yield next_spec, list(encoded)
+            elif spec is None:
+                return
 
     def close(self) -> None:
         """End what has been begun."""
@@ -115,8 +114,8 @@ class Fetcher:
         self._pool.shutdown(cancel_futures=True)
 
     def _read(self, row: int) -> bytes | None:
-        if row in self._bad.known:
-            self._bad.count(row, self._bad.known[row])
+        if row in self._bad_images.known:
+            self._bad_images.count(row, self._bad_images.known[row])
             return None
         try:
             encoded = self._reader.read(row)
@@ -124,7 +123,7 @@ class Fetcher:
         except StorageAwayError:  # no fault of the image: another would take its place, unnoticed
             raise
         except (OSError, UnparsableError) as e:
-            self._bad.count(row, str(e))
+            self._bad_images.count(row, str(e))
             return None
         return encoded
 

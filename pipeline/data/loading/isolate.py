@@ -1,11 +1,11 @@
 """Finding the images that kill the process that decodes them, in a process of its own.
 
 What DALI's parser refuses never reaches DALI (`fetch`). Whatever else ends its process, or has it hang, is found here:
-requests are decoded one at a time in a child. Where it dies, a new child decodes parts of that request, with stand-ins
-in place of the other images, so that the batch stays as large as it was: DALI's crashes depend on that.
+batches are decoded one at a time in a child. Where it dies, a new child decodes parts of that batch, with stand-ins in
+place of the other images, so that the batch stays as large as it was: DALI's crashes depend on that.
 
 They depend on chance, too. DALI 2.4 dies of a damaged header in about 7 of 10 tries at batches of 64, and raises in the
-others. So each part is tried several times, and an image that DALI refuses, in a request that killed, is its killer.
+others. So each part is tried several times, and an image that DALI refuses, in a batch that killed, is its killer.
 """
 
 import contextlib
@@ -31,13 +31,13 @@ from pipeline.config.schema import DataConfig
 from pipeline.data.batch_spec import BatchSpec
 from pipeline.data.index import Index, load_index
 from pipeline.data.loading.dali import DaliPipeline
-from pipeline.data.loading.fetch import most_broken
+from pipeline.data.loading.fetch import max_bad_images
 from pipeline.data.loading.loader import LoaderContext
 
 START_S = 120.0  # for the imports, on a busy machine
 DECODE_S = 60.0  # for one batch that is in memory; what takes longer hangs
 POLL_S = 2.0
-NUM_PARTS = 8  # of a request, in each round: 512 images are three rounds, and a round is a process of seconds
+NUM_PARTS = 8  # of a batch, in each round: 512 images are three rounds, and a round is a process of seconds
 NUM_TRIES = 3  # of each part, as a crash may depend on chance
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 Trial = tuple[BatchSpec, frozenset[int]]  # what to decode, and the rows that stand-ins take the place of
@@ -60,22 +60,22 @@ class _Tried:
 class Isolation:
     """Decodes in children what may kill them.
 
-    index: opened from path. place: the rank's own: its device, threads and patience. max_batch: most images in a
-    request, as the rank's loader has it. warn: told what cannot be told. heartbeat: called while a child is waited for.
+    index: opened from path. context: the rank's own. max_batch: most images in a batch, as the rank's loader has it.
+    warn: told what cannot be found out. heartbeat: called while a child is waited for.
     """
 
     path: Path
     index: Index
     cfg: DataConfig
-    place: LoaderContext
+    context: LoaderContext
     max_batch: int
     warn: Callable[[str], None]
     heartbeat: Callable[[], None] = lambda: None
 
     def search(
-        self, requests: Sequence[BatchSpec], known: Sequence[int], record: Callable[[int, str], None], until: float
+        self, specs: Sequence[BatchSpec], known: Sequence[int], record: Callable[[int, str], None], until: float
     ) -> None:
-        """Find the rows that kill the process that decodes these requests, or that DALI refuses.
+        """Find the rows that kill the process that decodes these batches, or that DALI refuses.
 
         Args:
             known: rows to leave out. More than `max_bad_fraction` of the index are not looked for.
@@ -83,7 +83,7 @@ class Isolation:
             until: of the monotonic clock; what is found until then has to do.
         """
         found = set(known)
-        most = most_broken(self.cfg.max_bad_fraction, len(self.index))
+        max_bad = max_bad_images(self.cfg.max_bad_fraction, len(self.index))
 
         def note(rows: dict[int, str]) -> None:
             for row, reason in rows.items():
@@ -91,36 +91,36 @@ class Isolation:
                 record(row, reason)
 
         try:
-            while requests and len(found) <= most:
+            while specs and len(found) <= max_bad:
                 if time.monotonic() > until:
-                    self.warn(f"{len(requests)} batches are left where images may kill the process that decodes them")
+                    self.warn(f"{len(specs)} batches are left where images may kill the process that decodes them")
                     return
-                tried = self._try([(request, frozenset(found)) for request in requests])
+                tried = self._try([(spec, frozenset(found)) for spec in specs])
                 note(tried.refused)
                 if tried.death is None:
                     return
-                requests = requests[tried.num_done :]
-                if tried.refused:  # it may be for these, and not for the images of its last request, that it died
+                specs = specs[tried.num_done :]
+                if tried.refused:  # it may be for these, and not for the images of its last batch, that it died
                     continue
-                crashing = self._crashing(requests[0], frozenset(found))
+                crashing = self._crashing(specs[0], frozenset(found))
                 note(dict.fromkeys(crashing, f"it kills the process that decodes it ({tried.death})"))
                 if not crashing:
                     self.warn(
-                        f"decoding {len(requests[0])} images ended a process ({tried.death}), and none of them alone "
-                        f"does so again: rows of the index {' '.join(map(str, requests[0].rows))}"
+                        f"decoding {len(specs[0])} images ended a process ({tried.death}), and none of them alone "
+                        f"does so again: rows of the index {' '.join(map(str, specs[0].rows))}"
                     )
-                    requests = requests[1:]
+                    specs = specs[1:]
         except CannotTellError as e:
             self.warn(f"whether an image kills the process that decodes it cannot be found out: {e}")
 
-    def _crashing(self, request: BatchSpec, avoided: frozenset[int]) -> set[int]:
-        """The rows of a request that killed a child; none where they do not do it again."""
-        everything = frozenset(request.rows.tolist()) | avoided
+    def _crashing(self, spec: BatchSpec, avoided: frozenset[int]) -> set[int]:
+        """The rows of a batch that killed a child; none where they do not do it again."""
+        everything = frozenset(spec.rows.tolist()) | avoided
         suspects = sorted(everything - avoided)
         while suspects:
             parts = [part.tolist() for part in np.array_split(suspects, min(NUM_PARTS, len(suspects)))]
             # First none of the images: what dies of that dies of the machine.
-            trials = [(request, everything), *((request, everything - set(part)) for part in parts * NUM_TRIES)]
+            trials = [(spec, everything), *((spec, everything - set(part)) for part in parts * NUM_TRIES)]
             tried = self._try(trials)
             if tried.refused:
                 return set(tried.refused)
@@ -163,12 +163,12 @@ class Isolation:
             if not self._answers(child, START_S):
                 raise CannotTellError("a process for it does not start")
             child.recv()
-            child.send((self.path, self.cfg, self.place, self.max_batch, trials))
+            child.send((self.path, self.cfg, self.context, self.max_batch, trials))
         except (EOFError, OSError) as e:
             raise CannotTellError(f"a process for it ended before it began ({_end_of(process)})") from e
         try:
             for _ in trials:
-                if not self._answers(child, self.place.patience_s + DECODE_S):
+                if not self._answers(child, self.context.retry_timeout_s + DECODE_S):
                     raise CannotTellError("the images' storage does not answer")
                 if (error := child.recv()) is not None:
                     raise CannotTellError(error)
@@ -198,36 +198,42 @@ def _end_of(process: "subprocess.Popen[bytes]") -> str:
 
 
 def _decode(
-    path: Path, cfg: DataConfig, place: LoaderContext, max_batch: int, trials: Sequence[Trial], tell: Any
+    path: Path,
+    cfg: DataConfig,
+    context: LoaderContext,
+    max_batch: int,
+    trials: Sequence[Trial],
+    send: Callable[[Any], None],
 ) -> None:
-    """The child's work: after each reading, tell what went wrong, or None; after each decoding, what DALI refused."""
+    """The child's work: after each reading, send what went wrong, or None; after each decoding, what DALI refused."""
     index, refused = load_index(path), dict[str, str]()
-    for request, avoided in trials:
-        rows = {index.place(row): row for row in request.rows.tolist()}
+    for spec, avoided in trials:
+        rows = {index.place(row): row for row in spec.rows.tolist()}
         with closing(
             DaliPipeline(
                 index,
                 cfg,
                 max_batch,
-                place.num_threads,
-                place.device,
+                context.num_threads,
+                context.device,
                 on_bad=refused.__setitem__,
                 warn=lambda _: None,
-                patience_s=place.patience_s,
+                retry_timeout_s=context.retry_timeout_s,
+                draws=list(spec.draws),
             )
-        ) as decoder:
-            decoder.avoid(dict.fromkeys(avoided, ""))
+        ) as pipeline:
+            pipeline.bad_images.known.update(dict.fromkeys(avoided, ""))
             try:
-                encoded = list(decoder.read(iter([request])))
+                encoded = list(pipeline.fetcher.prefetch(iter([spec])))
             except OSError as e:
-                tell(str(e))
+                send(str(e))
                 return
-            tell(None)
+            send(None)
             refused.clear()  # what cannot be read never reaches DALI
-            list(decoder.pixels(iter(encoded)))
-            if place.device.type == "cuda":
-                torch.cuda.synchronize(place.device)
-            tell({rows[image]: reason for image, reason in refused.items()})
+            list(pipeline.make_pixels(iter(encoded)))
+            if context.device.type == "cuda":
+                torch.cuda.synchronize(context.device)
+            send({rows[image]: reason for image, reason in refused.items()})
 
 
 def main() -> None:
@@ -237,10 +243,10 @@ def main() -> None:
     torch.set_num_threads(1)
     with Connection(int(sys.argv[1])) as parent, contextlib.suppress(EOFError, BrokenPipeError):
         parent.send("ready")
-        path, cfg, place, max_batch, trials = parent.recv()
+        path, cfg, context, max_batch, trials = parent.recv()
         # As many as there are: whether they are too many is for the loaders to say.
         cfg = dataclasses.replace(cfg, max_bad_fraction=1.0)
-        _decode(path, cfg, place, max_batch, trials, parent.send)
+        _decode(path, cfg, context, max_batch, trials, parent.send)
 
 
 if __name__ == "__main__":

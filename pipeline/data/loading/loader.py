@@ -1,9 +1,9 @@
-"""Batches for training and evaluation: what `request` asks for, decoded by `dali`, mixed on the device."""
+"""Batches for training and evaluation: what `batch_spec` asks for, decoded by `dali`, mixed on the device."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, starmap
 from typing import Literal
 
 import numpy as np
@@ -12,9 +12,8 @@ from torch import Tensor
 
 from pipeline import machine
 from pipeline.config.schema import DataConfig
-from pipeline.data import batch_spec
 from pipeline.data.augment_params import CENTRE, FIVE, drop_path_masks
-from pipeline.data.batch_spec import BatchSpec
+from pipeline.data.batch_spec import BatchSpec, draw_names, make_eval_spec, make_sampler, make_train_spec
 from pipeline.data.index import Index
 from pipeline.data.loading.dali import DaliPipeline
 from pipeline.data.loading.mix import mix
@@ -57,14 +56,14 @@ class Batch:
 class LoaderContext:
     """Where a loader works: the rank among how many, the device, the threads for decoding.
 
-    patience_s: how long it waits for a storage that does not answer.
+    retry_timeout_s: how long it waits for a storage that does not answer.
     """
 
     rank: int
     world_size: int
     device: torch.device
     num_threads: int
-    patience_s: float = 60.0
+    retry_timeout_s: float = 60.0
 
     @classmethod
     def here(cls) -> "LoaderContext":
@@ -78,7 +77,37 @@ OnBad = Callable[[str, str], None]  # called with a broken image's place and the
 Warn = Callable[[str], None]
 
 
-class TrainLoader:
+class _Loader:
+    """Decodes batches of at most `max_batch` images of an index."""
+
+    def __init__(
+        self,
+        index: Index,
+        cfg: DataConfig,
+        context: LoaderContext,
+        on_bad: OnBad,
+        warn: Warn,
+        max_batch: int,
+        draws: Sequence[str] = (),
+    ):
+        self.index, self._cfg, self._context, self.max_batch = index, cfg, context, max_batch
+        self._pipeline = DaliPipeline(
+            *(index, cfg, max_batch, context.num_threads, context.device, on_bad, warn, context.retry_timeout_s, draws)
+        )
+
+    def avoid(self, known: Mapping[int, str]) -> None:
+        """From now on take these rows for broken, for the given reasons, without reading them."""
+        self._pipeline.bad_images.known.update(known)
+
+    def close(self) -> None:
+        """End its threads."""
+        self._pipeline.close()
+
+    def _labels(self, rows: IntArray, device: torch.device) -> Tensor:
+        return torch.from_numpy(self.index.labels[rows].astype(np.int64)).to(device, non_blocking=True)
+
+
+class TrainLoader(_Loader):
     """The training stream of one rank.
 
     Args:
@@ -91,7 +120,7 @@ class TrainLoader:
         self,
         index: Index,
         cfg: DataConfig,
-        place: LoaderContext,
+        context: LoaderContext,
         on_bad: OnBad,
         *,
         global_batch: int,
@@ -99,44 +128,36 @@ class TrainLoader:
         drop_rates: Sequence[float] = (),
         warn: Warn = lambda _: None,
     ):
-        self.index, self._cfg, self._context = index, cfg, place
-        self._drop_rates = drop_rates
-        self._order = batch_spec.stream(cfg, len(index), global_batch, seed)
-        self.max_batch = self._order.largest_share(place.world_size)
-        self._decoder = _decoder(index, cfg, self.max_batch, place, on_bad, warn)
+        self._sampler, self._drop_rates = make_sampler(cfg, len(index), global_batch, seed), drop_rates
+        max_batch = self._sampler.largest_share(context.world_size)
+        super().__init__(index, cfg, context, on_bad, warn, max_batch, draw_names(cfg))
 
     def from_step(self, step: int, stop: int) -> Iterator[Batch]:
         """This rank's part of global batches [step, stop)."""
-        steps, requests = range(step, stop), (self.request(s) for s in range(step, stop))
-        for s, (asked, images) in zip(steps, self._decoder.decode(requests), strict=True):
-            batch = _batch(self.index, asked, images)
-            if asked.mixture is not None:
-                mixed = mix(batch.images, batch.labels, *asked.mixture, len(self.index.classes))
-                batch = Batch(*mixed, batch.rows)
-            yield dataclasses.replace(batch, drop_path_mask=self._kept(s, images.device)) if self._drop_rates else batch
+        steps = range(step, stop)
+        decoded = self._pipeline.decode(map(self.batch_spec, steps))
+        return starmap(self._make_batch, zip(steps, decoded, strict=True))
 
-    def _kept(self, step: int, device: torch.device) -> Tensor:
-        epoch, start, stop = self._order.positions(step, self._context.rank, self._context.world_size)
-        drawn = uniforms(Purpose.DROP_PATH, self._order.seed, epoch, start, stop, len(self._drop_rates))
-        factors = torch.from_numpy(drop_path_masks(self._drop_rates, drawn).astype(np.float32))
-        return factors.to(device, non_blocking=True)
-
-    def avoid(self, known: Mapping[int, str]) -> None:
-        """From now on take these rows for broken, for the given reasons, without reading them."""
-        self._decoder.avoid(known)
-
-    def close(self) -> None:
-        """End its threads."""
-        self._decoder.close()
-
-    def request(self, step: int) -> BatchSpec:
+    def batch_spec(self, step: int) -> BatchSpec:
         """What this rank trains on in `step`: a pure function of seed, step and index."""
-        return batch_spec.to_train(
-            self.index, self._cfg, self._order, step, self._context.rank, self._context.world_size
-        )
+        rank, world_size = self._context.rank, self._context.world_size
+        return make_train_spec(self.index, self._cfg, self._sampler, step, rank, world_size)
+
+    def _make_batch(self, step: int, decoded: tuple[BatchSpec, Tensor]) -> Batch:
+        spec, images = decoded
+        labels = self._labels(spec.rows, images.device)
+        if spec.mixture is not None:
+            images, labels = mix(images, labels, *spec.mixture, len(self.index.classes))
+        return Batch(images, labels, spec.rows, self._drop_path_mask(step, images.device) if self._drop_rates else None)
+
+    def _drop_path_mask(self, step: int, device: torch.device) -> Tensor:
+        epoch, start, stop = self._sampler.positions(step, self._context.rank, self._context.world_size)
+        draws = uniforms(Purpose.DROP_PATH, self._sampler.seed, epoch, start, stop, len(self._drop_rates))
+        mask = torch.from_numpy(drop_path_masks(self._drop_rates, draws).astype(np.float32))
+        return mask.to(device, non_blocking=True)
 
 
-class EvalLoader:
+class EvalLoader(_Loader):
     """Evaluation in chunks that are the same for every world size, so that figures are too.
 
     Chunk j holds rows [j * batch, (j + 1) * batch); rank r takes chunks r, r + W, r + 2W, ...
@@ -150,29 +171,31 @@ class EvalLoader:
         self,
         index: Index,
         cfg: DataConfig,
-        place: LoaderContext,
+        context: LoaderContext,
         on_bad: OnBad,
         *,
         batch: int,
         warn: Warn = lambda _: None,
         views: Views = "one",
     ):
-        self.index, self._cfg, self._batch = index, cfg, batch
-        self._places, self._mirrored = FIVE if views == "ten" else (CENTRE,), views != "one"
+        self._chunk_size, self._places, self._mirrored = batch, FIVE if views == "ten" else (CENTRE,), views != "one"
         self.num_chunks = -(-len(index) // batch)
-        self.chunks = range(place.rank, self.num_chunks, place.world_size)
-        self.max_chunks = -(-self.num_chunks // place.world_size)  # of any rank
+        self.chunks = range(context.rank, self.num_chunks, context.world_size)
+        self.max_chunks = -(-self.num_chunks // context.world_size)  # of any rank
         in_sequence = dataclasses.replace(cfg, shuffle_block=batch)  # a reader's cache is of use then, however small
-        self.max_batch = batch * len(self._places)
-        self._decoder = _decoder(index, in_sequence, self.max_batch, place, on_bad, warn)
+        super().__init__(index, in_sequence, context, on_bad, warn, batch * len(self._places))
 
     def __iter__(self) -> Iterator[tuple[int, Batch]]:
         """(chunk, batch) for this rank's chunks; of several places all their images, see `views`."""
-        decoded = self._decoder.decode(map(self.request, self.chunks))
-        for chunk, (asked, images) in zip(self.chunks, decoded, strict=True):
-            batch = _batch(self.index, asked, images)
-            n = len(batch.rows) // len(self._places)
-            yield chunk, Batch(batch.images, batch.labels[:n], batch.rows[:n])
+        decoded = self._pipeline.decode(map(self.batch_spec, self.chunks))
+        for chunk, (spec, images) in zip(self.chunks, decoded, strict=True):
+            rows = spec.rows[: len(spec) // len(self._places)]
+            yield chunk, Batch(images, self._labels(rows, images.device), rows)
+
+    def batch_spec(self, chunk: int) -> BatchSpec:
+        """The crops of one chunk."""
+        rows = np.arange(chunk * self._chunk_size, min((chunk + 1) * self._chunk_size, len(self.index)))
+        return make_eval_spec(self.index, self._cfg, rows, self._places)
 
     def views(self, images: Tensor) -> list[Tensor]:
         """A batch's images as views of the same ones, (B, 3, S, S) each."""
@@ -181,30 +204,6 @@ class EvalLoader:
 
     def pictures(self, rows: IntArray) -> Tensor:
         """The centre crops of at least one row, as they are evaluated: (N, 3, S, S) uint8, on the host."""
-        parts = [rows[i : i + self._batch] for i in range(0, len(rows), self._batch)]
-        asked = (batch_spec.to_evaluate(self.index, self._cfg, part) for part in parts)
-        return torch.cat([images.cpu() for _, images in self._decoder.decode(asked)])
-
-    def avoid(self, known: Mapping[int, str]) -> None:
-        """From now on take these rows for broken, for the given reasons, without reading them."""
-        self._decoder.avoid(known)
-
-    def close(self) -> None:
-        """End its threads."""
-        self._decoder.close()
-
-    def request(self, chunk: int) -> BatchSpec:
-        """The crops of one chunk."""
-        rows = np.arange(chunk * self._batch, min((chunk + 1) * self._batch, len(self.index)))
-        return batch_spec.to_evaluate(self.index, self._cfg, rows, self._places)
-
-
-def _decoder(
-    index: Index, cfg: DataConfig, max_batch: int, place: LoaderContext, on_bad: OnBad, warn: Warn
-) -> DaliPipeline:
-    return DaliPipeline(index, cfg, max_batch, place.num_threads, place.device, on_bad, warn, place.patience_s)
-
-
-def _batch(index: Index, asked: BatchSpec, images: Tensor) -> Batch:
-    labels = torch.from_numpy(index.labels[asked.rows].astype(np.int64))
-    return Batch(images, labels.to(images.device, non_blocking=True), asked.rows)
+        parts = [rows[i : i + self._chunk_size] for i in range(0, len(rows), self._chunk_size)]
+        specs = (make_eval_spec(self.index, self._cfg, part) for part in parts)
+        return torch.cat([images.cpu() for _, images in self._pipeline.decode(specs)])

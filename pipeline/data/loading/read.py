@@ -29,7 +29,7 @@ MAX_AHEAD = 1024
 # In place of a chunk's number.
 WHICH_GROUPS = -1
 # Between two lines about a storage that does not answer: many threads find it so at once.
-TELL_EVERY_S = 10.0
+WARN_EVERY_S = 10.0
 
 
 class StorageAwayError(ConnectionError):
@@ -40,8 +40,8 @@ class Reader:
     """Reads rows of one index; from several threads at once. To be closed.
 
     Args:
-        report: told what makes reading slow: a storage that does not answer, a full disk, an order that jumps about.
-        patience_s: how long a storage that does not answer is waited for.
+        warn: told what makes reading slow: a storage that does not answer, a full disk, an order that jumps about.
+        retry_timeout_s: how long a storage that does not answer is waited for.
         chunk_bytes: how much of a remote file is fetched at once.
     """
 
@@ -49,14 +49,14 @@ class Reader:
         self,
         index: Index,
         cfg: DataConfig,
-        report: Callable[[str], None] = lambda _: None,
+        warn: Callable[[str], None] = lambda _: None,
         *,
-        patience_s: float = READ_SOURCE_S,
+        retry_timeout_s: float = READ_SOURCE_S,
         chunk_bytes: int = CHUNK_BYTES,
     ):
         self._index, self._root = index, index.root or Storage(".")
-        self._report, self._patience_s, self._chunk_bytes = report, patience_s, chunk_bytes
-        self._told_at, self._closed = -TELL_EVERY_S, threading.Event()
+        self._warn, self._retry_timeout_s, self._chunk_bytes = warn, retry_timeout_s, chunk_bytes
+        self._warned_at, self._closed = -WARN_EVERY_S, threading.Event()
         self._away_since: float | None = None
         self._ends: dict[str, list[int]] = {}
         self._recent = LruCache(GROUP_BYTES)
@@ -74,12 +74,12 @@ class Reader:
         total = float(np.mean(sizes)) * len(index)
         in_shards = index.path(0) != index.file(0)
         if in_shards and total > max_bytes and cfg.shuffle_block is None:  # a chunk would go before its next image came
-            self._report(
+            self._warn(
                 f"{index} has about {total / 1e9:.3g} GB, more than data.cache_gb={cfg.cache_gb:g}: shuffled as a "
                 "whole, each image is fetched by itself, or with its row group; data.shuffle_block makes that faster"
             )
             return None
-        return Cache(Path(cfg.cache_dir) if cfg.cache_dir else scratch_folder() / "cache", max_bytes, self._report)
+        return Cache(Path(cfg.cache_dir) if cfg.cache_dir else scratch_folder() / "cache", max_bytes, self._warn)
 
     def close(self) -> None:
         """End the threads; what they have not begun is not done."""
@@ -100,7 +100,7 @@ class Reader:
             if file.endswith(".parquet"):
                 data = self._parquet_image(file, offset)
             elif self._root.local:
-                data = self._patiently(lambda: self._fetch(file, offset, offset + size))
+                data = self._retry(self._fetch, file, offset, offset + size)
             else:
                 data = self._range(file, offset, offset + size)
         except OSError as e:
@@ -162,7 +162,7 @@ class Reader:
             if file.endswith(".parquet"):
                 return self._decode(file, part)
             first = part * self._chunk_bytes
-            return self._patiently(lambda: self._fetch(file, first, first + self._chunk_bytes))
+            return self._retry(self._fetch, file, first, first + self._chunk_bytes)
 
         return cache.read(start, stop, fetch, *self._key(file, part))
 
@@ -172,7 +172,7 @@ class Reader:
     def _range(self, file: str, start: int, stop: int) -> bytes:
         """Bytes [start, stop) of a remote file, fewer where it ends before."""
         if (cache := self._usable_cache) is None:
-            return self._patiently(lambda: self._fetch(file, start, stop))
+            return self._retry(self._fetch, file, start, stop)
         size = self._chunk_bytes
         return b"".join(
             self._cached(cache, file, k, max(0, start - k * size), min(size, stop - k * size))
@@ -199,7 +199,7 @@ class Reader:
     def _group(self, file: str, row: int) -> tuple[int, int]:
         """The row group that holds a row of a Parquet file, and the row's place in it."""
         if file not in self._ends:
-            self._ends[file] = self._patiently(lambda: row_group_ends(self._root, file))
+            self._ends[file] = self._retry(row_group_ends, self._root, file)
         ends = self._ends[file]
         group = int(np.searchsorted(ends, row, side="right"))
         if group == len(ends):
@@ -208,32 +208,32 @@ class Reader:
 
     def _decode(self, file: str, group: int) -> bytes:
         with self._decoding:  # one at a time: they can be large
-            return self._patiently(lambda: read_group(self._root, file, group))
+            return self._retry(read_group, self._root, file, group)
 
-    def _patiently(self, action: Callable[[], T]) -> T:
-        """What `action` returns; while a storage does not answer, it is tried again for a while."""
+    def _retry(self, action: Callable[..., T], *args: object) -> T:
+        """What `action(*args)` returns; while a storage does not answer, it is tried again for a while."""
         begun = time.monotonic()
         for pause in backoff():
             try:
-                result = action()
+                result = action(*args)
             except OSError as e:
                 if says_of_one_file(e, self._root.local):
                     raise
                 # One clock for all threads: who waited for another's fetch in vain does not begin to wait anew.
                 now = time.monotonic()
                 self._away_since = since = self._away_since or now
-                if now + pause > min(begun, since) + self._patience_s or self._closed.is_set():
+                if now + pause > min(begun, since) + self._retry_timeout_s or self._closed.is_set():
                     raise StorageAwayError(str(e)) from e
-                self._tell(f"{self._root} does not answer, trying again for {self._patience_s:g} s: {e}")
+                self._warn_seldom(f"{self._root} does not answer, trying again for {self._retry_timeout_s:g} s: {e}")
                 self._closed.wait(pause)
             else:
                 self._away_since = None
                 return result
         raise AssertionError("the pauses never end")
 
-    def _tell(self, text: str) -> None:
+    def _warn_seldom(self, text: str) -> None:
         with self._lock:
-            if time.monotonic() < self._told_at + TELL_EVERY_S:
+            if time.monotonic() < self._warned_at + WARN_EVERY_S:
                 return
-            self._told_at = time.monotonic()
-        self._report(text)
+            self._warned_at = time.monotonic()
+        self._warn(text)
