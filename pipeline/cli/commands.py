@@ -86,12 +86,12 @@ def config(args: argparse.Namespace) -> Outcome:
 def index(args: argparse.Namespace) -> Outcome:
     from pipeline.cli.console import WorkView
     from pipeline.data.indexing.build import build_index
-    from pipeline.data.indexing.scan import processes
+    from pipeline.data.indexing.scan import process_pool
 
     if args.out.is_dir():
         raise UserError(f"--out {args.out}: is a folder; name a file, such as {args.out}/train.arrow")
     parts = args.out.with_name(f"{args.out.name}.parts")
-    with WorkView(sys.stderr) as view, processes(args.workers) as pool:
+    with WorkView(sys.stderr) as view, process_pool(args.workers) as pool:
         index, report = build_index(args.source, pool=pool, parts=parts, progress=view)
     if args.verify:
         from pipeline.data.verify import verify
@@ -139,8 +139,8 @@ def _indexed(index: Any, report: Any) -> dict[str, Any]:
         "images": len(index),
         "classes": list(index.classes),
         "refused": [{"path": one.path, "reason": one.reason} for one in report.refused],
-        "cmyk": [index.place(row) for row in report.cmyk],
-        "exif_rotated": [index.place(row) for row in report.exif_rotated],
+        "cmyk": [index.full_path(row) for row in report.cmyk],
+        "exif_rotated": [index.full_path(row) for row in report.exif_rotated],
     }
 
 

@@ -1,6 +1,6 @@
 """From random numbers to augmentation: what is cut out of each image, and what is done to it.
 
-Pure functions of the uniforms that `sampling` looks up; `dali` and `mix` carry out what they say. The laws are
+Pure functions of the uniforms that `stream` looks up; `dali` and `mix` carry out what they say. The laws are
 torchvision's where it has one.
 """
 
@@ -20,11 +20,7 @@ MIX_ONE = 1 << 16  # the weights of a mixture are whole numbers, so that every d
 
 
 def random_resized_crops(
-    heights: IntArray,
-    widths: IntArray,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    draws: FloatArray,
+    sizes: IntArray, scale: tuple[float, float], ratio: tuple[float, float], draws: FloatArray
 ) -> tuple[IntArray, IntArray]:
     """Crops by the law of torchvision's RandomResizedCrop.
 
@@ -32,7 +28,7 @@ def random_resized_crops(
     whose aspect ratio is the nearest allowed one.
 
     Args:
-        heights, widths: (B,) image sizes, pixels.
+        sizes: (B, 2) of the images as (height, width), pixels.
         scale: range of the crop's share of the image's area.
         ratio: range of the crop's width / height.
         draws: (B, CROP_DRAWS) uniforms.
@@ -40,70 +36,84 @@ def random_resized_crops(
     Returns:
         anchors (B, 2) as (top, left) and shapes (B, 2) as (height, width), pixels.
     """
-    area = (heights * widths)[:, None] * (scale[0] + draws[:, :TRIES] * (scale[1] - scale[0]))
-    log_low, log_high = np.log(ratio[0]), np.log(ratio[1])
-    aspect = np.exp(log_low + draws[:, TRIES : 2 * TRIES] * (log_high - log_low))
-    w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
-    fits = (w > 0) & (w <= widths[:, None]) & (h > 0) & (h <= heights[:, None])
-    rows, first = np.arange(len(heights)), fits.argmax(axis=1)
-    shapes = np.stack([h[rows, first], w[rows, first]], axis=1).astype(np.int64)
-    room = np.stack([heights, widths], axis=1) - shapes + 1
-    anchors = (draws[:, 2 * TRIES :] * room).astype(np.int64)  # floor: uniform over the places it fits
-
-    none = ~fits.any(axis=1)
-    if none.any():
-        shapes[none] = _nearest_ratio(heights[none], widths[none], ratio)
-        anchors[none] = (np.stack([heights, widths], axis=1)[none] - shapes[none]) // 2
+    sides, fits = _first_that_fits(sizes.prod(axis=1), scale, ratio, draws, 1, sizes[:, ::-1])
+    shapes = np.ascontiguousarray(sides[:, ::-1])
+    anchors = (draws[:, 2 * TRIES :] * (sizes - shapes + 1)).astype(np.int64)  # floor: uniform over the places it fits
+    if not fits.all():
+        heights, widths = sizes[~fits].T
+        h = np.where(widths / heights < ratio[0], np.rint(widths / ratio[0]), heights)
+        w = np.where(widths / heights > ratio[1], np.rint(heights * ratio[1]), widths)
+        shapes[~fits] = np.maximum(np.stack([h, w], axis=1), 1)
+        anchors[~fits] = (sizes - shapes)[~fits] // 2
     return anchors, shapes
 
 
+def _first_that_fits(
+    areas: IntArray,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    draws: FloatArray,
+    smallest: int,
+    largest: IntArray,
+) -> tuple[IntArray, BoolArray]:
+    """Of TRIES rectangles the first whose sides are from `smallest` to `largest`, and whether there is one.
+
+    Args:
+        areas: (B,), of which `scale` is a range of shares. ratio: range of the first side / the second.
+        draws: (B, >= 2 * TRIES) uniforms, of an area and of a ratio for each try.
+        largest: (B, 2).
+
+    Returns:
+        (B, 2) sides and (B,).
+    """
+    shares = areas[:, None] * (scale[0] + draws[:, :TRIES] * (scale[1] - scale[0]))
+    log_low, log_high = np.log(ratio[0]), np.log(ratio[1])
+    aspect = np.exp(log_low + draws[:, TRIES : 2 * TRIES] * (log_high - log_low))
+    sides = np.rint(np.sqrt(np.stack([shares * aspect, shares / aspect], axis=2)))
+    fits = ((sides >= smallest) & (sides <= largest[:, None])).all(axis=2)
+    return sides[np.arange(len(draws)), fits.argmax(axis=1)].astype(np.int64), fits.any(axis=1)
+
+
 def short_side_crops(
-    heights: IntArray, widths: IntArray, size: int, lengths: tuple[int, int], draws: FloatArray
+    sizes: IntArray, size: int, lengths: tuple[int, int], draws: FloatArray
 ) -> tuple[IntArray, IntArray]:
     """The paper's scale augmentation (He et al. 2015, section 3.4), in the image's own pixels.
 
     The short side is resized to a length drawn from `lengths`, and a square of `size` is cut out anywhere.
 
     Args:
-        heights, widths: (B,) image sizes, pixels.
+        sizes: (B, 2) of the images as (height, width), pixels.
         draws: (B, 3) uniforms.
 
     Returns:
         anchors (B, 2) as (top, left) and shapes (B, 2) as (height, width), pixels.
     """
     drawn = np.floor(lengths[0] + draws[:, 0] * (lengths[1] - lengths[0] + 1))
-    side = np.maximum(np.rint(np.minimum(heights, widths) * size / drawn), 1).astype(np.int64)
-    shapes = np.stack([side, side], axis=1)
-    room = np.stack([heights, widths], axis=1) - shapes + 1
-    return (draws[:, 1:] * room).astype(np.int64), shapes
+    shapes = _squares(sizes.min(axis=1) * size / drawn)
+    return (draws[:, 1:] * (sizes - shapes + 1)).astype(np.int64), shapes
 
 
-def _nearest_ratio(heights: IntArray, widths: IntArray, ratio: tuple[float, float]) -> IntArray:
-    h = np.where(widths / heights < ratio[0], np.rint(widths / ratio[0]), heights)
-    w = np.where(widths / heights > ratio[1], np.rint(heights * ratio[1]), widths)
-    shapes: IntArray = np.maximum(np.stack([h, w], axis=1), 1).astype(np.int64)
-    return shapes
+def _squares(sides: FloatArray) -> IntArray:
+    """(B, 2) of the nearest whole numbers of pixels, at least one."""
+    return np.maximum(np.rint(sides), 1).astype(np.int64)[:, None].repeat(2, axis=1)
 
 
 CENTRE = (0.5, 0.5)
 FIVE = (CENTRE, (0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0))  # and the corners
 
 
-def crops_at(
-    heights: IntArray, widths: IntArray, fraction: float, place: tuple[float, float] = CENTRE
-) -> tuple[IntArray, IntArray]:
+def crops_at(sizes: IntArray, fraction: float, place: tuple[float, float] = CENTRE) -> tuple[IntArray, IntArray]:
     """The square of `fraction` of the short side at a place: resize-then-crop in the image's own pixels.
 
     Args:
+        sizes: (B, 2) of the images as (height, width), pixels.
         place: of the square, from (0, 0), top left, to (1, 1), bottom right.
 
     Returns:
         anchors (B, 2) as (top, left) and shapes (B, 2) as (height, width), pixels.
     """
-    side = np.maximum(np.rint(np.minimum(heights, widths) * fraction), 1).astype(np.int64)
-    shapes = np.stack([side, side], axis=1)
-    anchors: IntArray = ((np.stack([heights, widths], axis=1) - shapes) * place).astype(np.int64)
-    return anchors, shapes
+    shapes = _squares(sizes.min(axis=1) * fraction)
+    return ((sizes - shapes) * place).astype(np.int64), shapes
 
 
 def flips(probability: float, draws: FloatArray) -> BoolArray:
@@ -155,14 +165,9 @@ def erasures(
     Returns:
         anchors (B, 2) as (top, left) and shapes (B, 2) as (height, width), pixels; shape 0 where nothing is erased.
     """
-    area = size * size * (scale[0] + draws[:, 1 : 1 + TRIES] * (scale[1] - scale[0]))
-    log_low, log_high = np.log(ratio[0]), np.log(ratio[1])
-    aspect = np.exp(log_low + draws[:, 1 + TRIES : 1 + 2 * TRIES] * (log_high - log_low))
-    h, w = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
-    fits = (h < size) & (w < size)
-    rows, first = np.arange(len(draws)), fits.argmax(axis=1)
-    shapes = np.stack([h[rows, first], w[rows, first]], axis=1).astype(np.int64)
-    shapes[~fits.any(axis=1) | (draws[:, 0] >= probability)] = 0
+    area, largest = np.array([size * size]), np.full((1, 2), size - 1)
+    shapes, fits = _first_that_fits(area, scale, ratio, draws[:, 1:], 0, largest)
+    shapes[~fits | (draws[:, 0] >= probability)] = 0
     anchors: IntArray = (draws[:, 1 + 2 * TRIES :] * (size - shapes + 1)).astype(np.int64)
     return anchors, shapes
 
@@ -274,11 +279,11 @@ def operations(cfg: DataConfig, draws: FloatArray) -> IntArray:
         bins = np.full((b, cfg.rand_ops), cfg.rand_magnitude)
         chosen = np.stack([pairs[..., 0] * len(names), bins, pairs[..., 1] * 2], axis=2)
     else:
-        place = np.array([[names.index(name) for name, _, _ in pair] for pair in AUTO_POLICY])
+        number = np.array([[names.index(name) for name, _, _ in pair] for pair in AUTO_POLICY])
         probability = np.array([[p for _, p, _ in pair] for pair in AUTO_POLICY])
         magnitude = np.array([[m for _, _, m in pair] for pair in AUTO_POLICY])
         pair = (draws[:, 0] * len(AUTO_POLICY)).astype(np.int64)
-        applied = np.where(draws[:, 1:3] < probability[pair], place[pair], names.index("identity"))
+        applied = np.where(draws[:, 1:3] < probability[pair], number[pair], names.index("identity"))
         chosen = np.stack([applied, magnitude[pair], draws[:, 3:5] * 2], axis=2)
     floored: IntArray = chosen.astype(np.int64)
     return floored

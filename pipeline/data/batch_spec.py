@@ -61,24 +61,24 @@ def make_train_spec(
     epoch, start, stop = sampler.positions(step, rank, world_size)
     rows, size = sampler.rows(epoch, start, stop), augment_params.size_at(epoch, cfg)
 
-    def drawn(purpose: Purpose, number: int) -> FloatArray:
+    def draw(purpose: Purpose, number: int) -> FloatArray:
         return uniforms(purpose, sampler.seed, epoch, start, stop, number)
 
-    heights, widths = index.heights[rows].astype(np.int64), index.widths[rows].astype(np.int64)
+    sizes = index.image_sizes(rows)
     if cfg.crop_short is not None:
-        anchors, shapes = augment_params.short_side_crops(heights, widths, size, cfg.crop_short, drawn(Purpose.CROP, 3))
+        anchors, shapes = augment_params.short_side_crops(sizes, size, cfg.crop_short, draw(Purpose.CROP, 3))
     else:
-        crop = drawn(Purpose.CROP, augment_params.CROP_DRAWS)
-        anchors, shapes = augment_params.random_resized_crops(heights, widths, cfg.crop_scale, cfg.crop_ratio, crop)
-    flips = augment_params.flips(cfg.flip, drawn(Purpose.FLIP, 1))
+        crop = draw(Purpose.CROP, augment_params.CROP_DRAWS)
+        anchors, shapes = augment_params.random_resized_crops(sizes, cfg.crop_scale, cfg.crop_ratio, crop)
+    flips = augment_params.flips(cfg.flip, draw(Purpose.FLIP, 1))
     names, draws = draw_names(cfg), dict[str, NDArray[Any]]()
     if "jitter" in names:
-        draws["jitter"] = augment_params.jitters(cfg.jitter, drawn(Purpose.JITTER, 4)).astype(np.float32)
+        draws["jitter"] = augment_params.jitters(cfg.jitter, draw(Purpose.JITTER, 4)).astype(np.float32)
     if "ops" in names:
-        operations = augment_params.operations(cfg, drawn(Purpose.AUGMENT, augment_params.num_policy_draws(cfg)))
+        operations = augment_params.operations(cfg, draw(Purpose.AUGMENT, augment_params.num_policy_draws(cfg)))
         draws["ops"] = operations.astype(np.int32)
     if "erase" in names:
-        erase = drawn(Purpose.ERASE, 1 + augment_params.ERASE_DRAWS)
+        erase = draw(Purpose.ERASE, 1 + augment_params.ERASE_DRAWS)
         boxes = augment_params.erasures(cfg.erase, cfg.erase_scale, cfg.erase_ratio, size, erase)
         draws["erase"] = np.concatenate(boxes, axis=1).astype(np.float32)
     mixture = None
@@ -93,7 +93,7 @@ def make_eval_spec(
 ) -> BatchSpec:
     """Crops of some rows at each of the places: all rows at the first one, all at the next one, and so on."""
     size = cfg.size_to_evaluate
-    heights, widths = index.heights[rows].astype(np.int64), index.widths[rows].astype(np.int64)
-    crops = [augment_params.crops_at(heights, widths, size / cfg.val_resize, place) for place in places]
+    sizes = index.image_sizes(rows)
+    crops = [augment_params.crops_at(sizes, size / cfg.val_resize, place) for place in places]
     anchors, shapes = (np.concatenate(parts) for parts in zip(*crops, strict=True))
     return BatchSpec(np.tile(rows, len(places)), size, anchors, shapes, np.zeros(len(anchors), dtype=np.bool_))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from pipeline.errors import UserError
 from pipeline.storage import Storage
@@ -40,7 +41,7 @@ class Index:
         self.classes: tuple[str, ...] = tuple(json.loads(meta["classes"]))
         self.fingerprint = meta["fingerprint"]
         self.table = table
-        columns = {name: _whole(table.column(name)) for name in SCHEMA.names}
+        columns = {name: _join_chunks(table.column(name)) for name in SCHEMA.names}
         self._files, self._names = columns["file"], columns["name"]
         self.offsets, self.sizes, self.labels, self.heights, self.widths = (
             columns[n].to_numpy() for n in ("offset", "size", "label", "height", "width")
@@ -56,6 +57,10 @@ class Index:
         """The file that holds a row's image, relative to the root."""
         return str(self._files[row].as_py())
 
+    def image_sizes(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(B, 2) of images as (height, width), pixels."""
+        return np.stack([self.heights[rows], self.widths[rows]], axis=1).astype(np.int64)
+
     def path(self, row: int) -> str:
         """A row's image for people: its file, and which part of it where it holds several."""
         file, name = self.file(row), self._names[row].as_py()
@@ -63,7 +68,7 @@ class Index:
             return f"{file}#row {self.offsets[row]}"
         return f"{file}#{name}" if name else file
 
-    def place(self, row: int) -> str:
+    def full_path(self, row: int) -> str:
         """The same with the root before it."""
         return f"{self.root}/{self.path(row)}" if self.root else self.path(row)
 
@@ -79,10 +84,10 @@ class Index:
                 f"rename or remove it (theirs: {', '.join(classes[:10])}{', ...' if len(classes) > 10 else ''})"
             )
         number = {name: k for k, name in enumerate(classes)}
-        place = np.array([number[c] for c in self.classes], dtype=np.int32)
-        other = Index(self.table)
-        other.labels, other.classes = place[self.labels], classes
-        return other
+        new_labels = np.array([number[c] for c in self.classes], dtype=np.int32)
+        relabelled = Index(self.table)
+        relabelled.labels, relabelled.classes = new_labels[self.labels], classes
+        return relabelled
 
     def save(self, path: Path) -> None:
         """Write the index.
@@ -109,7 +114,7 @@ def write_table(table: pa.Table, path: Path) -> None:
         raise
 
 
-def _whole(column: pa.ChunkedArray) -> pa.Array:
+def _join_chunks(column: pa.ChunkedArray) -> pa.Array:
     """The column in one piece; `combine_chunks` would copy a single one, too."""
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 

@@ -28,7 +28,7 @@ def preview(cfg: Config, step: int, num_images: int, out: Path, warn: Callable[[
         warn: told of broken images, whose place uniform ones take.
 
     Returns:
-        For each image {"row", "image": its place, "labels": {class: share}}.
+        For each image {"row", "image": its path, "labels": {class: share}}.
 
     Raises:
         UserError: no such data, or a picture that cannot be written.
@@ -37,8 +37,8 @@ def preview(cfg: Config, step: int, num_images: int, out: Path, warn: Callable[[
         raise UserError(f"--out {out}: no picture format has the suffix {out.suffix!r}; name it .png or .jpg")
     index, _ = open_index(cfg.data.train)
 
-    def on_bad(place: str, reason: str) -> None:
-        warn(f"{place} is broken, a uniform image takes its place: {reason}")
+    def on_bad(path: str, reason: str) -> None:
+        warn(f"{path} is broken, a uniform image takes its place: {reason}")
 
     with closing(
         TrainLoader(
@@ -55,7 +55,7 @@ def preview(cfg: Config, step: int, num_images: int, out: Path, warn: Callable[[
     except OSError as e:
         raise UserError(f"--out {out}: cannot be written ({e.strerror or e}); name another file") from None
     return [
-        {"row": int(row), "image": index.place(int(row)), "labels": shares}
+        {"row": int(row), "image": index.full_path(int(row)), "labels": shares}
         for row, shares in zip(batch.rows, labels, strict=False)
     ]
 

@@ -92,10 +92,10 @@ class DeterministicSampler:
 
     def rows(self, epoch: int, start: int, stop: int) -> IntArray:
         """The rows at positions [start, stop) of an epoch's order."""
-        batch, place = np.divmod(np.arange(start, stop), self.global_batch)
+        batch, offset = np.divmod(np.arange(start, stop), self.global_batch)
         distinct = self.global_batch // self.repeats
         # Copies lie as far apart in a batch as they can: on other ranks, and never in one pair to be mixed.
-        order = batch * distinct + place % distinct
+        order = batch * distinct + offset % distinct
         if self.block is None:
             return permute(order, self.num_samples, self.seed, epoch)
         return permute_blocks(order, self.num_samples, self.seed, epoch, self.block, self.window)

@@ -8,7 +8,7 @@ import numpy as np
 from pipeline.config.schema import DataConfig
 from pipeline.data.batch_spec import BatchSpec
 from pipeline.data.index import Index
-from pipeline.data.indexing.build import IndexReport, Progress, SkippedInput, without
+from pipeline.data.indexing.build import IndexReport, Progress, SkippedInput, drop_rows
 from pipeline.data.loading.loader import EvalLoader, LoaderContext
 from pipeline.errors import UserError
 
@@ -20,7 +20,7 @@ class _WholeImages(EvalLoader):
 
     def batch_spec(self, chunk: int) -> BatchSpec:
         spec = super().batch_spec(chunk)
-        shapes = np.stack([self.index.heights[spec.rows], self.index.widths[spec.rows]], axis=1).astype(np.int64)
+        shapes = self.index.image_sizes(spec.rows)
         return dataclasses.replace(spec, anchors=np.zeros_like(shapes), shapes=shapes)
 
 
@@ -42,7 +42,7 @@ def verify(index: Index, report: IndexReport, progress: Progress) -> tuple[Index
             progress(done, len(index), f"images decoded, {len(reasons)} broken")
     if not reasons:
         return index, report
-    broken = [row for row in range(len(index)) if index.place(row) in reasons]
+    broken = [row for row in range(len(index)) if index.full_path(row) in reasons]
     if len(broken) == len(index):
         raise UserError(
             f"{index} has no image that can be decoded; the first: {': '.join(next(iter(reasons.items())))}"
@@ -52,8 +52,8 @@ def verify(index: Index, report: IndexReport, progress: Progress) -> tuple[Index
         kept = np.setdiff1d(rows, broken)
         return [int(row) for row in kept - np.searchsorted(broken, kept)]
 
-    refused = [SkippedInput(place, f"cannot be decoded: {reason}") for place, reason in sorted(reasons.items())]
+    skipped = [SkippedInput(path, f"cannot be decoded: {reason}") for path, reason in sorted(reasons.items())]
     cmyk, exif_rotated = renumbered(report.cmyk), renumbered(report.exif_rotated)
-    return without(index, broken), dataclasses.replace(
-        report, refused=report.refused + refused, cmyk=cmyk, exif_rotated=exif_rotated
+    return drop_rows(index, broken), dataclasses.replace(
+        report, refused=report.refused + skipped, cmyk=cmyk, exif_rotated=exif_rotated
     )

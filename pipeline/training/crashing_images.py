@@ -41,13 +41,14 @@ def avoid_crashing_images(
         first_step: that this attempt begins with. heartbeat: called every few seconds of a search.
     """
     timeout_s = float(spec.cfg.cluster.timeout_s)
-    known = retry(lambda: _known(spec.run), ctx.warn, timeout_s)
+    known = retry(lambda: _read_known(spec.run), ctx.warn, timeout_s)
     if ctx.deaths:
-        found = _look(spec, ctx, context, train, val, first_step, known, heartbeat)
-        every: list[dict[str, str]] = [found] * ctx.world_size
+        crashing = _search(spec, ctx, context, train, val, first_step, known, heartbeat)
+        of_all_ranks = [crashing] * ctx.world_size
         if ctx.world_size > 1:  # by this, too, as a folder that nodes mount shows new files late
-            dist.all_gather_object(every, found)
-        known |= {name: reason for others in every for name, reason in others.items()}
+            dist.all_gather_object(of_all_ranks, crashing)
+        for crashing in of_all_ranks:
+            known |= crashing
     train.avoid(rows_of(train.index, known))
     val.avoid(rows_of(val.index, known))
 
@@ -58,32 +59,32 @@ def known_crashing_images(run: Storage, index: Index) -> dict[int, str]:
     Raises:
         OSError: the storage does not answer.
     """
-    return rows_of(index, _known(run))
+    return rows_of(index, _read_known(run))
 
 
 def rows_of(index: Index, known: dict[str, str]) -> dict[int, str]:
     """Those of an index, by row, among all that are known by their files' names."""
-    data = _data(index)
-    return {int(name.removeprefix(data)): reason for name, reason in known.items() if name.startswith(data)}
+    prefix = _prefix(index)
+    return {int(name.removeprefix(prefix)): reason for name, reason in known.items() if name.startswith(prefix)}
 
 
-def _data(index: Index) -> str:
+def _prefix(index: Index) -> str:
     return f"{index.fingerprint[:12]}-"
 
 
-def _known(run: Storage) -> dict[str, str]:
+def _read_known(run: Storage) -> dict[str, str]:
     folder = run / FOLDER
     names = [name for name in folder.names() if not name.startswith(".")]  # not one that is being written
     return {name: str(folder.read_bytes(name), "utf-8") for name in names}
 
 
-def _keep(run: Storage, name: str, reason: str) -> None:
+def _save(run: Storage, name: str, reason: str) -> None:
     folder = run / FOLDER
     folder.make()
     folder.write_bytes(name, reason.encode())
 
 
-def _look(
+def _search(
     spec: RunSpec,
     ctx: WorkerContext,
     context: LoaderContext,
@@ -102,20 +103,20 @@ def _look(
     searches = [(train.index, spec.train_index, train.max_batch, [train.batch_spec(step) for step in steps])]
     if evaluates(spec.cfg.train, schedule, steps):
         searches.append((val.index, spec.val_index, val.max_batch, [val.batch_spec(chunk) for chunk in val.chunks]))
-    found: dict[str, str] = {}
+    crashing: dict[str, str] = {}
     until = time.monotonic() + spec.cfg.cluster.timeout_s / 2  # the other ranks wait
     for index, uri, max_batch, batch_specs in searches:
 
         def record(row: int, reason: str, index: Index = index) -> None:
             """At once: this process may not live to the end of the search."""
-            name = f"{_data(index)}{row}"
-            found[name] = reason
-            retry(lambda: _keep(spec.run, name, reason), ctx.warn, spec.cfg.cluster.timeout_s / 4)
-            ctx.emit(CrashingImageFound(f"{index.place(row)}: {reason}; a uniform image takes its place"))
+            name = f"{_prefix(index)}{row}"
+            crashing[name] = reason
+            retry(lambda: _save(spec.run, name, reason), ctx.warn, spec.cfg.cluster.timeout_s / 4)
+            ctx.emit(CrashingImageFound(f"{index.full_path(row)}: {reason}; a uniform image takes its place"))
 
         isolation = Isolation(Storage(uri).fetch(), index, spec.cfg.data, context, max_batch, ctx.warn, heartbeat)
         isolation.search(batch_specs, list(rows_of(index, known)), record, until)
-    return found
+    return crashing
 
 
 def steps_to_search(deaths: Sequence[int], first_step: int, num_steps: int) -> list[int]:

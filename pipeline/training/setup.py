@@ -46,10 +46,10 @@ def find_checkpoint(spec: RunSpec, ctx: WorkerContext) -> tuple[RunSpec, RunMani
     if ctx.world_size > 1:
         dist.all_gather_object(all_ranks, own)
         if ctx.rank > 0 and all_ranks[0][0]:
-            location = Storage(all_ranks[0][0])
+            checkpoint_folder = Storage(all_ranks[0][0])
             # Rank 0 has read it whole. What is wrong here is this machine's view of the storage.
             late = min(READ_CHECKPOINT_S, timeout_s)
-            read = partial(checkpoint.load, location, use_copy=True)
+            read = partial(checkpoint.load, checkpoint_folder, use_copy=True)
             found = retry(lambda: retry(read, ctx.warn, late, on=CheckpointError), ctx.warn, timeout_s)
     if found is not None:
         retention.forget_copies(found.place.parent, found.place.name)
@@ -123,7 +123,7 @@ def make_loaders(
     train = TrainLoader(
         index,
         cfg.data,
-        location,
+        context,
         recorder.bad_image,
         global_batch=cfg.train.global_batch,
         seed=cfg.run.seed,
@@ -131,6 +131,6 @@ def make_loaders(
         warn=ctx.warn,
     )
     val_index = val_index.with_classes(index.classes)
-    val = EvalLoader(val_index, cfg.data, location, recorder.bad_image, batch=cfg.train.eval_batch, warn=ctx.warn)
-    avoid_crashing_images(spec, ctx, location, train, val, step, heartbeat)
+    val = EvalLoader(val_index, cfg.data, context, recorder.bad_image, batch=cfg.train.eval_batch, warn=ctx.warn)
+    avoid_crashing_images(spec, ctx, context, train, val, step, heartbeat)
     return train, val

@@ -34,9 +34,9 @@ def _cdf(values: np.ndarray, points: np.ndarray) -> np.ndarray:
 def test_crops_follow_torchvisions_law(height: int, width: int) -> None:
     """Height, width, top and left of 4,000 crops."""
     n, scale, ratio = 4000, (0.08, 1.0), (3 / 4, 4 / 3)
-    sizes = np.full(n, height), np.full(n, width)
+    sizes = np.full((n, 2), (height, width))
     u = stream.uniforms(Purpose.CROP, 0, 0, 0, n, augment_params.CROP_DRAWS)
-    anchors, shapes = augment_params.random_resized_crops(*sizes, scale, ratio, u)
+    anchors, shapes = augment_params.random_resized_crops(sizes, scale, ratio, u)
     assert (anchors >= 0).all()
     assert (shapes >= 1).all()
     assert (anchors + shapes <= [height, width]).all()
@@ -48,14 +48,14 @@ def test_crops_follow_torchvisions_law(height: int, width: int) -> None:
 
 def test_an_image_of_one_pixel_is_cropped_to_itself() -> None:
     u = stream.uniforms(Purpose.CROP, 0, 0, 0, 50, augment_params.CROP_DRAWS)
-    one = np.ones(50, dtype=np.int64)
-    anchors, shapes = augment_params.random_resized_crops(one, one, (0.08, 1.0), (3 / 4, 4 / 3), u)
+    sizes = np.ones((50, 2), dtype=np.int64)
+    anchors, shapes = augment_params.random_resized_crops(sizes, (0.08, 1.0), (3 / 4, 4 / 3), u)
     assert (anchors == 0).all()
     assert (shapes == 1).all()
 
 
 def test_crops_of_evaluation_are_square_and_central() -> None:
-    anchors, shapes = augment_params.crops_at(np.array([256, 300]), np.array([400, 256]), 224 / 256)
+    anchors, shapes = augment_params.crops_at(np.array([[256, 400], [300, 256]]), 224 / 256)
     assert shapes.tolist() == [[224, 224], [224, 224]]
     assert anchors.tolist() == [[16, 88], [38, 16]]
 
@@ -67,7 +67,7 @@ def test_crops_at_corners_touch_them() -> None:
         (1.0, 0.0): [32, 0],
         (1.0, 1.0): [32, 176],
     }.items():
-        anchors, _ = augment_params.crops_at(np.array([256]), np.array([400]), 224 / 256, place)
+        anchors, _ = augment_params.crops_at(np.array([[256, 400]]), 224 / 256, place)
         assert anchors.tolist() == [expected]
 
 
@@ -75,7 +75,7 @@ def test_short_side_crops_are_the_papers() -> None:
     """The short side becomes 256 to 480 pixels, each as likely, and a square of 224 lies anywhere in the image."""
     n = 20_000
     u = stream.uniforms(Purpose.CROP, 0, 0, 0, n, 3)
-    anchors, shapes = augment_params.short_side_crops(np.full(n, 900), np.full(n, 600), 224, (256, 480), u)
+    anchors, shapes = augment_params.short_side_crops(np.full((n, 2), (900, 600)), 224, (256, 480), u)
     assert (shapes[:, 0] == shapes[:, 1]).all()
     lengths = 600 * 224 / shapes[:, 0]
     assert lengths.min() == pytest.approx(256, abs=0.5)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from commands import ENVIRON
 
-from pipeline.data.loading.cache import HEADER_BYTES, Cache
+from pipeline.data.loading.cache import HEADER_BYTES, DiskCache
 
 SIZE = 64 * 1024
 
@@ -67,11 +67,11 @@ def start() -> Iterator[Start]:
 
 
 @pytest.fixture
-def cache(tmp_path: Path) -> Cache:
-    return Cache(tmp_path, 100 * SIZE, no_report)
+def cache(tmp_path: Path) -> DiskCache:
+    return DiskCache(tmp_path, 100 * SIZE, no_report)
 
 
-def test_any_part_is_read_and_a_chunk_is_fetched_once(cache: Cache) -> None:
+def test_any_part_is_read_and_a_chunk_is_fetched_once(cache: DiskCache) -> None:
     whole = content(1)
     assert cache.read(0, SIZE, lambda: whole, "uri", 1) == whole
     assert cache.read(5, 17, no_fetch, "uri", 1) == whole[5:17]
@@ -81,14 +81,14 @@ def test_any_part_is_read_and_a_chunk_is_fetched_once(cache: Cache) -> None:
     assert not cache.has("uri", 2)
 
 
-def test_another_fingerprint_never_sees_old_bytes(cache: Cache) -> None:
+def test_another_fingerprint_never_sees_old_bytes(cache: DiskCache) -> None:
     cache.read(0, SIZE, lambda: content(1), "uri", "old", 1)
     assert cache.read(0, SIZE, lambda: content(2), "uri", "new", 1) == content(2)
 
 
 @pytest.mark.parametrize("harm", [lambda b: b[:-1], lambda b: b + b"x", lambda b: b[:3], lambda b: b""])
 def test_a_chunk_of_a_wrong_length_is_fetched_anew(
-    cache: Cache, tmp_path: Path, harm: Callable[[bytes], bytes]
+    cache: DiskCache, tmp_path: Path, harm: Callable[[bytes], bytes]
 ) -> None:
     cache.read(0, 1, lambda: content(1), "k")
     chunk_file(tmp_path).write_bytes(harm(chunk_file(tmp_path).read_bytes()))
@@ -97,7 +97,7 @@ def test_a_chunk_of_a_wrong_length_is_fetched_anew(
 
 
 def test_the_oldest_in_use_goes_first(tmp_path: Path) -> None:
-    cache = Cache(tmp_path, 10 * (SIZE + HEADER_BYTES), no_report)
+    cache = DiskCache(tmp_path, 10 * (SIZE + HEADER_BYTES), no_report)
     for k in range(10):
         cache.read(0, 1, partial(content, k), k)
     cache.read(0, 1, no_fetch, 0)
@@ -109,7 +109,7 @@ def test_the_bound_holds_under_several_processes(start: Start, tmp_path: Path) -
     """4 processes read 150 chunks each, at random, of 40 of which 10 fit; no byte is wrong at any time."""
     limit = 10 * (SIZE + HEADER_BYTES)
     program = (
-        "cache = Cache(Path(sys.argv[1]), int(sys.argv[2]), no_report); draw = random.Random(int(sys.argv[3]))\n"
+        "cache = DiskCache(Path(sys.argv[1]), int(sys.argv[2]), no_report); draw = random.Random(int(sys.argv[3]))\n"
         "for k in (draw.randrange(40) for _ in range(150)):\n"
         "    assert cache.read(100, 200, lambda: content(k), k) == content(k)[100:200]\n"
     )
@@ -140,7 +140,7 @@ def test_processes_that_want_a_chunk_at_once_fetch_it_once(start: Start, tmp_pat
         "    with open(sys.argv[1] + '/log', 'a') as f: f.write('fetched\\n')\n"
         "    time.sleep(0.5)\n"
         "    return content(7)\n"
-        "cache = Cache(Path(sys.argv[1]) / 'cache', 10**9, no_report)\n"
+        "cache = DiskCache(Path(sys.argv[1]) / 'cache', 10**9, no_report)\n"
         "assert cache.read(0, SIZE, fetch, 7) == content(7)\n"
     )
     processes = [start(program, tmp_path) for _ in range(3)]
@@ -159,17 +159,17 @@ def test_a_killed_process_leaves_nothing_that_is_read_or_waited_for(start: Start
         "    os.fdatasync = stop\n"
         "    fetch = lambda: b'x' * SIZE\n"
         "else: fetch = stop\n"
-        "Cache(Path(sys.argv[1]), 10**9, no_report).read(0, SIZE, fetch, 7)\n"
+        "DiskCache(Path(sys.argv[1]), 10**9, no_report).read(0, SIZE, fetch, 7)\n"
     )
     process = start(program, tmp_path, moment)
     assert process.stdout
     assert process.stdout.readline() == "there\n"
     assert stored(tmp_path) == (SIZE + HEADER_BYTES if moment == "writing" else 0)
-    cache = Cache(tmp_path, 10**9, no_report)  # while the other is alive its part stays
+    cache = DiskCache(tmp_path, 10**9, no_report)  # while the other is alive its part stays
     assert stored(tmp_path) == (SIZE + HEADER_BYTES if moment == "writing" else 0)
     process.kill()
     process.wait()
-    Cache(tmp_path, 10**9, no_report)
+    DiskCache(tmp_path, 10**9, no_report)
     assert stored(tmp_path) == 0
     assert cache.read(0, SIZE, lambda: content(7), 7) == content(7)
     assert stored(tmp_path) == SIZE + HEADER_BYTES
@@ -177,7 +177,7 @@ def test_a_killed_process_leaves_nothing_that_is_read_or_waited_for(start: Start
 
 def test_a_part_left_by_a_killed_process_does_not_take_room_for_ever(tmp_path: Path) -> None:
     """Found by those that run on, when the room gets short."""
-    cache = Cache(tmp_path, 4 * (SIZE + HEADER_BYTES), no_report)
+    cache = DiskCache(tmp_path, 4 * (SIZE + HEADER_BYTES), no_report)
     (tmp_path / "parts" / "abandoned").write_bytes(b"x" * 3 * SIZE)
     for k in range(5):
         cache.read(0, 1, partial(content, k), k)
@@ -186,7 +186,7 @@ def test_a_part_left_by_a_killed_process_does_not_take_room_for_ever(tmp_path: P
 
 def test_a_full_disk_is_told_once_and_done_without(tmp_path: Path) -> None:
     told: list[str] = []
-    cache = Cache(tmp_path, 10**9, told.append)
+    cache = DiskCache(tmp_path, 10**9, told.append)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE // 2, hard))  # writing further fails, as on a full disk
     try:
@@ -204,13 +204,13 @@ def test_a_full_disk_is_told_once_and_done_without(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_made_is_told_and_done_without(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     told: list[str] = []
-    cache = Cache(tmp_path / "file" / "cache", 10**9, told.append)
+    cache = DiskCache(tmp_path / "file" / "cache", 10**9, told.append)
     assert len(told) == 1
     assert cache.read(0, SIZE, lambda: content(1), 1) == content(1)
     assert len(told) == 1
 
 
-def test_errors_of_the_fetch_are_passed_on_and_nothing_is_kept(cache: Cache) -> None:
+def test_errors_of_the_fetch_are_passed_on_and_nothing_is_kept(cache: DiskCache) -> None:
     def fail() -> bytes:
         raise FileNotFoundError("gone")
 
@@ -220,7 +220,7 @@ def test_errors_of_the_fetch_are_passed_on_and_nothing_is_kept(cache: Cache) -> 
     assert cache.read(0, SIZE, lambda: content(1), 1) == content(1)
 
 
-def test_a_cache_that_is_deleted_under_way_is_made_again(cache: Cache, tmp_path: Path) -> None:
+def test_a_cache_that_is_deleted_under_way_is_made_again(cache: DiskCache, tmp_path: Path) -> None:
     cache.read(0, 1, lambda: content(1), 1)
     for path in tmp_path.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -28,8 +28,8 @@ from pipeline.cli import app
 from pipeline.config.schema import DataConfig
 from pipeline.data.index import Index, load_index
 from pipeline.data.indexing import find, rows
-from pipeline.data.indexing.build import build_index, fetch_index, index_files, open_index, without
-from pipeline.data.indexing.rows import image_file
+from pipeline.data.indexing.build import build_index, drop_rows, fetch_index, index_files, open_index
+from pipeline.data.indexing.rows import read_file_header
 from pipeline.data.loading.read import Reader
 from pipeline.errors import UserError
 
@@ -119,7 +119,7 @@ def turned_images() -> dict[str, bytes]:
 def test_exif_orientation_is_applied_as_dali_does(tmp_path: Path) -> None:
     for name, content in turned_images().items():
         (tmp_path / name).write_bytes(content)
-        header = image_file(tmp_path / name)
+        header = read_file_header(tmp_path / name)
         by_xmp = name == "xmp.jpg"
         assert (header.height, header.width, header.exif_rotated) == ((60, 80, False) if by_xmp else (80, 60, True)), (
             name
@@ -263,7 +263,7 @@ def test_an_index_without_some_rows_is_that_of_the_others(tmp_path: Path) -> Non
     index, _ = build_index(tmp_path)
     (tmp_path / "a" / "0.jpg").unlink()
     (tmp_path / "b" / "3.jpg").unlink()
-    left = without(index, [0, 3])
+    left = drop_rows(index, [0, 3])
     assert paths(left) == ["a/1.jpg", "b/2.jpg"]
     assert left.fingerprint == build_index(tmp_path)[0].fingerprint
 
@@ -272,7 +272,7 @@ def test_single_files_keep_their_names(tmp_path: Path) -> None:
     write_images(tmp_path, "a/0.jpg")
     index, refused = index_files([tmp_path / "a" / "0.jpg", tmp_path / "none.jpg", tmp_path / "a" / "0.jpg"])
     assert index is not None
-    assert (len(index), index.place(0)) == (1, str(tmp_path / "a" / "0.jpg"))
+    assert (len(index), index.full_path(0)) == (1, str(tmp_path / "a" / "0.jpg"))
     assert [str(one) for one in refused] == [f"{tmp_path}/none.jpg: no such file"]
     assert index_files([tmp_path / "none.jpg"])[0] is None
 

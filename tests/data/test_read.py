@@ -165,7 +165,7 @@ def test_what_was_fetched_ahead_is_not_fetched_again(
             for _ in range(3):
                 reader.prefetch(range(NUM_IMAGES))
             deadline = time.monotonic() + 20
-            while reader._ahead:
+            while reader._in_flight:
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
             before = server.gets.copy()

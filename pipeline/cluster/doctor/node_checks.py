@@ -66,7 +66,7 @@ def now() -> float:
 def read(source: str, cfg: Config) -> None:
     """Read some of the images: the first and the last of an index, else of what is found first."""
     from pipeline.data.indexing.build import fetch_index
-    from pipeline.data.indexing.find import find, is_index, kind_of
+    from pipeline.data.indexing.find import find_source, is_index, kind_of
     from pipeline.data.loading.read import Reader
 
     place = Storage(source)
@@ -83,8 +83,8 @@ def read(source: str, cfg: Config) -> None:
         with first.open("rb") as f:
             f.read(1)
     else:
-        found = find(source)
-        with found.root.open(found.units[0].files[0]) as f:
+        images = find_source(source)
+        with images.root.open(images.units[0].files[0]) as f:
             f.read(1)
 
 

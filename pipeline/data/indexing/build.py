@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.data.index import FORMAT, SCHEMA, Index, load_index
-from pipeline.data.indexing.find import Source, find, is_index, kind_of
-from pipeline.data.indexing.rows import Label, Row, image_file, printable
+from pipeline.data.indexing.find import Source, find_source, is_index, kind_of
+from pipeline.data.indexing.rows import Label, Row, printable, read_file_header
 from pipeline.data.indexing.scan import read_part, scan, scan_into
 from pipeline.errors import UserError
 from pipeline.storage import Storage
@@ -41,8 +41,8 @@ class SkippedInput:
 class IndexReport:
     """What building an index has found.
 
-    refused: what is left out. cmyk: rows that are converted to RGB; turned: that are turned upright, as their EXIF
-    orientation says. reused, units: how many units were done before, of how many.
+    refused: what is left out. cmyk: rows that are converted to RGB; exif_rotated: that are turned upright, as
+    their EXIF orientation says. reused, units: how many units were done before, of how many.
     """
 
     refused: list[SkippedInput] = field(default_factory=list)
@@ -95,7 +95,7 @@ def build_index(
     Raises:
         UserError: nothing there, several kinds, no usable image, or storage that does not answer.
     """
-    found = find(str(source))
+    images = find_source(str(source))
     if parts:
         try:
             parts.mkdir(parents=True, exist_ok=True)
@@ -103,39 +103,39 @@ def build_index(
             raise UserError(f"cannot write to {parts} ({e.strerror}); name another file with --out") from None
     own = ThreadPoolExecutor(NUM_THREADS) if pool is None else None
     try:
-        done = (own or pool).map(partial(scan_into, parts) if parts else scan, found.units)  # type: ignore[union-attr]
-        return _collect(str(source), found, done, progress)
+        done = (own or pool).map(partial(scan_into, parts) if parts else scan, images.units)  # type: ignore[union-attr]
+        return _collect(str(source), images, done, progress)
     finally:
         if own:
             own.shutdown(cancel_futures=True)
 
 
-def _collect(source: str, found: Source, done: Iterator[Any], progress: Progress) -> tuple[Index, IndexReport]:
+def _collect(source: str, images: Source, done: Iterator[Any], progress: Progress) -> tuple[Index, IndexReport]:
     kept: list[pa.Table] = []
     refused: list[SkippedInput] = []
     names: dict[str, str] = {}  # class names as JSON -> a file that declares them
     num_images = reused = 0
-    for number, (unit, part) in enumerate(zip(found.units, done, strict=True), 1):
+    for number, (unit, part) in enumerate(zip(images.units, done, strict=True), 1):
         table = part
         if isinstance(part, tuple):
-            path, there = part
-            table, reused = read_part(path), reused + there
+            path, is_reused = part
+            table, reused = read_part(path), reused + is_reused
         names.setdefault(table.schema.metadata[b"names"].decode(), unit.files[0])
         usable = pc.is_null(table["reason"])
-        refused += _refused(found.root, table.filter(pc.invert(usable)))
+        refused += _refused(images.root, table.filter(pc.invert(usable)))
         kept.append(table.filter(usable).drop_columns(["reason"]).replace_schema_metadata(None))
         num_images += len(kept[-1])
-        before = f", {reused} of {len(found.units)} parts were there already" if reused else ""
-        progress(number, len(found.units), f"{num_images} images, {len(refused)} left out{before}")
+        before = f", {reused} of {len(images.units)} parts were there already" if reused else ""
+        progress(number, len(images.units), f"{num_images} images, {len(refused)} left out{before}")
     rows = pa.concat_tables(kept).combine_chunks()
-    labels, classes = _labels(found, rows, _class_names(found, names))
+    labels, classes = _labels(images, rows, _class_names(images, names))
     if labels.null_count:
         unknown = pc.is_null(labels)
-        refused += _refused(found.root, rows.filter(unknown), lambda r: f"label {_text(r)} is not among the classes")
+        refused += _refused(images.root, rows.filter(unknown), lambda r: f"label {_text(r)} is not among the classes")
         known = pc.invert(unknown)
         rows, labels = rows.filter(known).combine_chunks(), labels.filter(known)
-    void = sorted(set(found.folders) - set(classes))
-    refused += [SkippedInput(f"{found.root}/{printable(name)}", "a class without a usable image") for name in void]
+    empty = sorted(set(images.folders) - set(classes))
+    refused += [SkippedInput(f"{images.root}/{printable(name)}", "a class without a usable image") for name in empty]
     if not len(rows):
         first = f"; first of {len(refused)} refused: {refused[0]}" if refused else ""
         raise UserError(f"{source} has no usable image{first}")
@@ -144,42 +144,42 @@ def _collect(source: str, found: Source, done: Iterator[Any], progress: Progress
     )
     columns = {name: rows[name] for name in SCHEMA.names if name != "label"} | {"label": labels}
     del rows, kept
-    index = make_index(columns, found.root.uri, classes)
-    return index, IndexReport(refused, cmyk.tolist(), exif_rotated.tolist(), reused, len(found.units))
+    index = make_index(columns, images.root.uri, classes)
+    return index, IndexReport(refused, cmyk.tolist(), exif_rotated.tolist(), reused, len(images.units))
 
 
 def _refused(
     root: Storage, rows: pa.Table, reason: Callable[[dict[str, Any]], str] | None = None
 ) -> list[SkippedInput]:
-    found = []
+    skipped = []
     for row in rows.to_pylist():
         number = f"#row {row['offset']}" if kind_of(row["file"]) == "parquet" and row["offset"] >= 0 else ""
         part = f"#{row['name']}" if row["name"] else number
-        found.append(SkippedInput(f"{root}/{row['file']}{part}", reason(row) if reason else row["reason"]))
-    return found
+        skipped.append(SkippedInput(f"{root}/{row['file']}{part}", reason(row) if reason else row["reason"]))
+    return skipped
 
 
 def _text(row: dict[str, Any]) -> str:
     return repr(row["text"])[:60] if row["number"] is None else str(row["number"])
 
 
-def _class_names(found: Source, declared: dict[str, str]) -> list[str] | None:
+def _class_names(images: Source, declared: dict[str, str]) -> list[str] | None:
     """The classes by number, as classes.txt or else the files themselves declare them."""
-    if found.kind == "images":
+    if images.kind == "images":
         return None
     try:
-        text = found.root.read_bytes(CLASSES_FILE).decode()
+        text = images.root.read_bytes(CLASSES_FILE).decode()
     except FileNotFoundError:
         text = ""
     except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{found.root}/{CLASSES_FILE} cannot be read ({e}); fix or remove it") from None
+        raise UserError(f"{images.root}/{CLASSES_FILE} cannot be read ({e}); fix or remove it") from None
     if names := text.replace("\r\n", "\n").rstrip("\n"):
-        return _distinct(names.split("\n"), f"{found.root}/{CLASSES_FILE}")
+        return _distinct(names.split("\n"), f"{images.root}/{CLASSES_FILE}")
     declared = {names: file for names, file in declared.items() if names != "null"}
     if len(declared) > 1:
-        one, other = list(declared.values())[:2]
-        raise UserError(f"{found.root}: {one} and {other} declare different classes; index them apart")
-    return next((_distinct(json.loads(names), f"{found.root}/{file}") for names, file in declared.items()), None)
+        first, second = list(declared.values())[:2]
+        raise UserError(f"{images.root}: {first} and {second} declare different classes; index them apart")
+    return next((_distinct(json.loads(names), f"{images.root}/{file}") for names, file in declared.items()), None)
 
 
 def _distinct(names: list[str], file: str) -> list[str]:
@@ -188,7 +188,7 @@ def _distinct(names: list[str], file: str) -> list[str]:
     return names
 
 
-def _labels(found: Source, rows: pa.Table, names: list[str] | None) -> tuple[pa.Array, list[str]]:
+def _labels(images: Source, rows: pa.Table, names: list[str] | None) -> tuple[pa.Array, list[str]]:
     """int32 class numbers, null where a label is not among the classes; and the classes."""
     texts, numbers = rows["text"].combine_chunks(), rows["number"].combine_chunks()
     if names is None and texts.null_count == len(texts):
@@ -196,10 +196,10 @@ def _labels(found: Source, rows: pa.Table, names: list[str] | None) -> tuple[pa.
         return numbers, [str(k) for k in range(0 if highest is None else highest + 1)]
     if names is None:
         if texts.null_count:
-            one, other = (rows.filter(pc.is_valid(column)).slice(0, 1).to_pylist()[0] for column in (texts, numbers))
-            examples = " and ".join(f"{_text(row)} ({row['file']} {row['name']})" for row in (one, other))
+            examples = (rows.filter(pc.is_valid(column)).slice(0, 1).to_pylist()[0] for column in (texts, numbers))
+            listed = " and ".join(f"{_text(row)} ({row['file']} {row['name']})" for row in examples)
             raise UserError(
-                f"{found.root} has both names and numbers for labels, such as {examples}; fix those that are wrong, "
+                f"{images.root} has both names and numbers for labels, such as {listed}; fix those that are wrong, "
                 f"or give the names by number in {CLASSES_FILE} there, one a line"
             )
         names = sorted(pc.unique(texts).to_pylist())
@@ -224,7 +224,7 @@ def make_index(columns: dict[str, Any], root: str, classes: list[str]) -> Index:
     return Index(pa.Table.from_arrays(arrays, schema=SCHEMA.with_metadata(metadata)))
 
 
-def without(index: Index, rows: list[int]) -> Index:
+def drop_rows(index: Index, rows: list[int]) -> Index:
     """The index without some rows; its classes stay."""
     keep = np.ones(len(index), dtype=bool)
     keep[rows] = False
@@ -251,7 +251,7 @@ def _fingerprint(arrays: list[pa.Array], classes: list[str]) -> str:
 
 def index_files(paths: Sequence[Path]) -> tuple[Index | None, list[SkippedInput]]:
     """Index single image files, without labels; None where none is usable. Paths stay as given."""
-    rows = [Row.of(str(p), "", 0, partial(Label, text=""), partial(image_file, p)) for p in dict.fromkeys(paths)]
+    rows = [Row.of(str(p), "", 0, partial(Label, text=""), partial(read_file_header, p)) for p in dict.fromkeys(paths)]
     refused = [SkippedInput(row.file, row.reason) for row in rows if row.reason is not None]
     kept = [row for row in rows if row.reason is None]
     columns = {name: pa.array([getattr(row, name, 0) for row in kept]) for name in SCHEMA.names}

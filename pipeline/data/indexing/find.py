@@ -62,13 +62,13 @@ def kind_of(file: str) -> Kind | None:
 
 def is_index(source: str) -> bool:
     """Whether a source is an index rather than what one is made of."""
-    place = Storage(source)
-    if "{" in source or (kind_of(place.name) and not (place.local and place.local.is_dir())):
+    storage = Storage(source)
+    if "{" in source or (kind_of(storage.name) and not (storage.local and storage.local.is_dir())):
         return False
-    return not place.local.is_dir() if place.local else place.name.endswith(".arrow")
+    return not storage.local.is_dir() if storage.local else storage.name.endswith(".arrow")
 
 
-def find(source: str) -> Source:
+def find_source(source: str) -> Source:
     """What is in a source.
 
     Raises:
@@ -76,19 +76,19 @@ def find(source: str) -> Source:
     """
     if not source.strip():
         raise UserError("the source of images is an empty text; give a folder, a file, a pattern or a URI")
-    place = Storage(source)
+    storage = Storage(source)
     refuse_credentials("the images' URI", source)
-    if not place.local and not urlsplit(source).netloc:
+    if not storage.local and not urlsplit(source).netloc:
         raise UserError(f"{source} names no bucket or server; write it as s3://BUCKET/PATH")
     sizes: dict[str, int] = {}
     folders: list[str] = []
     try:
-        if kind_of(place.name) in ("tar", "parquet") and not (place.local and place.local.is_dir()):
-            place.parent.check()
-            root, files = place.parent, _expand(source, place)
+        if kind_of(storage.name) in ("tar", "parquet") and not (storage.local and storage.local.is_dir()):
+            storage.parent.check()
+            root, files = storage.parent, _expand(source, storage)
         else:
-            root = place
-            files, folders, sizes = _list(place)
+            root = storage
+            files, folders, sizes = _list(storage)
     except ValueError as e:
         if isinstance(e, UserError):
             raise
@@ -113,23 +113,23 @@ def find(source: str) -> Source:
     return Source(root, kind, units, folders if kind == "images" else [])
 
 
-def _expand(source: str, place: Storage) -> list[str]:
+def _expand(source: str, storage: Storage) -> list[str]:
     """The files that a pattern names."""
-    if "{" in place.parent.uri:
+    if "{" in storage.parent.uri:
         raise UserError(f"{source}: braces may be in the files' names alone, as in DIR/train-{{000..146}}.tar")
-    for first, last in re.findall(r"\{(\d+)\.\.(\d+)", place.name):
+    for first, last in re.findall(r"\{(\d+)\.\.(\d+)", storage.name):
         if len(first + last) > 18 or abs(int(last) - int(first)) > MAX_SHARDS:
             raise UserError(
                 f"{source}: stands for more than {MAX_SHARDS} files; write it as DIR/train-{{000..146}}.tar"
             )
     try:
-        files = list(dict.fromkeys(braceexpand(place.name)))
+        files = list(dict.fromkeys(braceexpand(storage.name)))
     except ValueError as e:
         raise UserError(f"{source}: {e}; write it as DIR/train-{{000..146}}.tar") from None
-    for file in files if place.local else []:
-        if not (path := place.parent.local / file).is_file():  # type: ignore[operator]
-            there = "is not a file" if path.exists() else "does not exist"
-            raise UserError(f"{path} {there}; give a folder, a file, or several as DIR/train-{{000..146}}.tar")
+    for file in files if storage.local else []:
+        if not (path := storage.parent.local / file).is_file():  # type: ignore[operator]
+            fault = "is not a file" if path.exists() else "does not exist"
+            raise UserError(f"{path} {fault}; give a folder, a file, or several as DIR/train-{{000..146}}.tar")
     return files
 
 
@@ -166,12 +166,12 @@ def images_at(path: Path) -> list[Path]:
     if not is_folder:
         return [path]
     try:
-        found = [file for file in _below(path, "") if kind_of(file) == "images"]
+        files = [file for file in _below(path, "") if kind_of(file) == "images"]
     except OSError as e:
         raise UserError(f"{path} cannot be listed ({e.strerror})") from None
-    if not found:
+    if not files:
         raise UserError(f"{path} has no image file at any depth; their names end in {', '.join(sorted(SUFFIXES))}")
-    return [path / file for file in sorted(found, key=posixpath.split)]
+    return [path / file for file in sorted(files, key=posixpath.split)]
 
 
 def _below(root: Path, folder: str) -> Iterator[str]:

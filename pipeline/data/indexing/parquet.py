@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import parquet
 
-from pipeline.data.indexing.rows import Header, InvalidImage, Row, label_of, look
+from pipeline.data.indexing.rows import Header, InvalidImage, Row, parse_label, read_header
 
 WHOLE = -1  # in place of a row's number, for a file that is refused as a whole
 BATCH_ROWS = 64  # of images in memory at once
@@ -21,7 +21,7 @@ def image_column(schema: pa.Schema) -> str | None:
     return _column(schema, "Image", IMAGE_NAMES)
 
 
-def rows(file: str, f: BinaryIO) -> tuple[list[Row], list[str] | None]:
+def read_rows(file: str, f: BinaryIO) -> tuple[list[Row], list[str] | None]:
     """The rows of a file, whose offsets are row numbers; and its class names, where it declares them.
 
     Args:
@@ -37,20 +37,20 @@ def rows(file: str, f: BinaryIO) -> tuple[list[Row], list[str] | None]:
     fault = _fault(schema, image, label)
     if image is None or label is None or fault:
         return [Row.refused(file, fault, offset=WHOLE)], None
-    found: list[Row] = []
+    rows: list[Row] = []
     first = 0
     for group in range(source.num_row_groups):
         count = source.metadata.row_group(group).num_rows
         try:
             pairs = _pairs(source, group, image, label)
-            found += [_row(file, first + k, data, value) for k, (data, value) in enumerate(pairs)]
+            rows += [_row(file, first + k, data, value) for k, (data, value) in enumerate(pairs)]
         except (pa.ArrowException, OSError) as e:
             _check_storage(f, source.metadata.row_group(group))
-            found.append(Row.refused(file, f"rows {first} to {first + count - 1} cannot be read ({e})", offset=first))
+            rows.append(Row.refused(file, f"rows {first} to {first + count - 1} cannot be read ({e})", offset=first))
         first += count
     names = _features(schema).get(label, {}).get("names")
     are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    return found, names if are_names else None
+    return rows, names if are_names else None
 
 
 def _fault(schema: pa.Schema, image: str | None, label: str | None) -> str:
@@ -70,9 +70,9 @@ def _row(file: str, number: int, data: bytes | None, value: Any) -> Row:
     def header() -> Header:
         if data is None:
             raise InvalidImage("no image's bytes in it")
-        return look(io.BytesIO(data))
+        return read_header(io.BytesIO(data))
 
-    return Row.of(file, "", number, lambda: label_of(value), header)
+    return Row.of(file, "", number, lambda: parse_label(value), header)
 
 
 def _pairs(source: parquet.ParquetFile, group: int, image: str, label: str) -> Iterator[tuple[bytes | None, Any]]:

@@ -86,7 +86,7 @@ class Row(NamedTuple):
         return cls(printable(file), printable(name), offset, reason=printable(reason))
 
 
-def image_file(path: Path, root: Path | None = None) -> Header:
+def read_file_header(path: Path, root: Path | None = None) -> Header:
     """An image file of this machine, of which no pixels are read if it is sound.
 
     Args:
@@ -106,10 +106,10 @@ def image_file(path: Path, root: Path | None = None) -> Header:
             raise
         raise InvalidImage("no such file" if e.errno == errno.ENOENT else f"not readable ({e.strerror})") from None
     with f:
-        return look(f)
+        return read_header(f)
 
 
-def look(f: BinaryIO) -> Header:
+def read_header(f: BinaryIO) -> Header:
     """The header of an encoded image.
 
     Raises:
@@ -153,10 +153,10 @@ def _orientation(f: BinaryIO, image: Image.Image) -> int:
     if image.format == "TIFF":
         return int(image.getexif().get(EXIF_ORIENTATION, 1))
     if image.format == "PNG" and "exif" not in image.info:
-        place = f.tell()
+        position = f.tell()
         f.seek(0)
         behind_pixels = b"eXIf" in f.read()
-        f.seek(place)
+        f.seek(position)
         if behind_pixels:
             image.load()
     exif = Image.Exif()
@@ -169,7 +169,7 @@ def _ends_well(image_format: str | None, tail: bytes) -> bool:
     return {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}.get(image_format or "", b"") in tail
 
 
-def label_of(value: Any) -> Label:
+def parse_label(value: Any) -> Label:
     """A class number or name as found in a file.
 
     Raises:
@@ -186,7 +186,7 @@ def label_of(value: Any) -> Label:
     )
 
 
-def whole_number(text: str) -> bool:
+def is_class_number(text: str) -> bool:
     """Whether a label's text is a class number, as opposed to a class name."""
     return re.fullmatch(r"-?[0-9]{1,4000}", text) is not None  # beyond, Python refuses to read it
 

@@ -1,6 +1,6 @@
-"""Work on a source in units that stand for themselves: in threads or in processes, and kept on disk when done.
+"""Work on a source in units that stand for themselves: in threads or in process_pool, and kept on disk when done.
 
-Imports neither torch nor DALI, so that the processes of `pipeline index` start in a moment.
+Imports neither torch nor DALI, so that the process_pool of `pipeline index` start in a moment.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ import pyarrow as pa
 from pipeline.data.index import write_table
 from pipeline.data.indexing import parquet, shards
 from pipeline.data.indexing.find import Unit
-from pipeline.data.indexing.rows import Header, Label, Row, image_file, look
+from pipeline.data.indexing.rows import Header, Label, Row, read_file_header, read_header
 from pipeline.errors import UserError
 from pipeline.failures import READ_SOURCE_S, retry, says_of_one_file
 from pipeline.storage import Storage
@@ -83,9 +83,9 @@ def _scan(root: Storage, unit: Unit) -> pa.Table:
         (file,) = unit.files
         with _open(root, file) as f:
             if unit.kind == "tar":
-                rows = shards.rows(file, f)
+                rows = shards.read_rows(file, f)
             else:
-                rows, names = parquet.rows(file, f)
+                rows, names = parquet.read_rows(file, f)
     schema = SCHEMA.with_metadata({"names": json.dumps(names)})
     return pa.Table.from_pylist([row._asdict() for row in rows], schema)
 
@@ -100,8 +100,8 @@ def _open(root: Storage, file: str) -> Any:
 def _image(root: Storage, file: str) -> Row:
     def header() -> Header:
         if root.local:
-            return image_file(root.local / file, root.local)
-        return look(io.BytesIO(root.read_bytes(file)))  # all of it: faults of the network are none of the image
+            return read_file_header(root.local / file, root.local)
+        return read_header(io.BytesIO(root.read_bytes(file)))  # all of it: faults of the network are none of the image
 
     return Row.of(file, "", 0, lambda: Label(text=file.partition("/")[0]), header)
 
@@ -154,8 +154,8 @@ def read_part(part: Path) -> pa.Table:
 
 
 @contextlib.contextmanager
-def processes(number: int) -> Iterator[Executor]:
-    """A pool of processes, which end when this one does, also when it is killed.
+def process_pool(number: int) -> Iterator[Executor]:
+    """A pool of process_pool, which end when this one does, also when it is killed.
 
     Raises:
         UserError: one of them died.
@@ -172,7 +172,7 @@ def processes(number: int) -> Iterator[Executor]:
 
 
 def _end_with_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches all processes of a terminal: no tracebacks
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches all process_pool of a terminal: no tracebacks
     parent = parent_process()
     assert parent is not None
     threading.Thread(target=_end_after, args=(parent,), daemon=True).start()

@@ -12,7 +12,7 @@ import tarfile
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
-from pipeline.data.indexing.rows import SUFFIXES, InvalidImage, Label, Row, label_of, look, whole_number
+from pipeline.data.indexing.rows import SUFFIXES, InvalidImage, Label, Row, is_class_number, parse_label, read_header
 
 BLOCK = tarfile.BLOCKSIZE
 MAGIC, MAGIC_AT = b"ustar", 257
@@ -30,15 +30,15 @@ class Member(NamedTuple):
     fault: str = ""
 
 
-def rows(file: str, f: BinaryIO) -> list[Row]:
+def read_rows(file: str, f: BinaryIO) -> list[Row]:
     """The rows of a shard in its order.
 
     Args:
         file: its name in the index.
         f: the shard, open.
     """
-    found: list[Row] = []
-    images: dict[str, int] = {}  # key -> place in `found`
+    rows: list[Row] = []
+    images: dict[str, int] = {}  # key -> position in `rows`
     dotted: dict[str, str] = {}  # key -> name of an image such as a.5.jpg
     labels: dict[tuple[str, str], Label | InvalidImage] = {}  # by key and kind
     for name, offset, size, fault in _members(f):
@@ -48,25 +48,25 @@ def rows(file: str, f: BinaryIO) -> list[Row]:
         if not fault and key in images and f".{kind}" in SUFFIXES:
             fault = f"a second image of the key {key}"
         if fault:
-            found.append(Row.refused(file, fault, name, offset))
+            rows.append(Row.refused(file, fault, name, offset))
         elif not stem:
             continue  # hidden, such as ._x.jpg
         elif f".{kind}" in SUFFIXES:
-            images[key] = len(found)
+            images[key] = len(rows)
             data = io.BytesIO(_read(f, offset, size))
-            found.append(Row.of(file, name, offset, Label, lambda data=data: look(data)))  # type: ignore[misc]
+            rows.append(Row.of(file, name, offset, Label, lambda data=data: read_header(data)))  # type: ignore[misc]
         elif kind in ("cls", "json"):
             if (label := _label(kind, _read(f, offset, min(size, MAX_LABEL_BYTES)))) is not None:
                 labels.setdefault((key, kind), label)
         elif posixpath.splitext(base)[1].lower() in SUFFIXES:
             dotted.setdefault(key, name)
-    for key, place in images.items():
-        found[place] = _labelled(found[place], key, labels)
+    for key, position in images.items():
+        rows[position] = _labelled(rows[position], key, labels)
     for key, name in dotted.items():
         if key not in images:
             reason = f"its key ends at the first dot, so {key!r} has no image; rename it to have one dot"
-            found.append(Row.refused(file, reason, name))
-    return found
+            rows.append(Row.refused(file, reason, name))
+    return rows
 
 
 def _labelled(row: Row, key: str, labels: dict[tuple[str, str], Label | InvalidImage]) -> Row:
@@ -86,10 +86,10 @@ def _label(kind: str, data: bytes) -> Label | InvalidImage | None:
     try:
         text = data.decode().strip()
         if kind == "cls":
-            return label_of(int(text) if whole_number(text) else text)
-        found: Any = json.loads(text)
-        values = [found[key] for key in JSON_KEYS if key in found] if isinstance(found, dict) else []
-        return label_of(values[0]) if values else None
+            return parse_label(int(text) if is_class_number(text) else text)
+        content: Any = json.loads(text)
+        values = [content[key] for key in JSON_KEYS if key in content] if isinstance(content, dict) else []
+        return parse_label(values[0]) if values else None
     except InvalidImage as e:
         return e
     except (ValueError, RecursionError) as e:
@@ -103,8 +103,8 @@ def _members(f: BinaryIO) -> Iterator[Member]:
         for member in _run(f, offset):
             offset = member.offset + -(-member.size // BLOCK) * BLOCK
             if member.offset + member.size > end:
-                there = max(0, end - member.offset)
-                yield member._replace(fault=f"cut off: {there} of {member.size} bytes are there")
+                num_bytes = max(0, end - member.offset)
+                yield member._replace(fault=f"cut off: {num_bytes} of {member.size} bytes are there")
             elif member.name:
                 yield member
         if offset > end:
@@ -113,15 +113,15 @@ def _members(f: BinaryIO) -> Iterator[Member]:
         if offset == 0 and block.startswith(COMPRESSED):
             yield Member("", 0, 0, "compressed, so that its images cannot be read in place; unpack it, as with gunzip")
             return
-        found = _next_header(f, offset + 1)
+        header = _next_header(f, offset + 1)
         if len(block) < BLOCK:
             yield Member("", offset, 0, f"cut off: it ends at byte {offset} without the mark of a tar file's end")
         elif any(block):  # otherwise that mark; after it may come another tar file
-            until = "its end" if found is None else f"byte {found}"
+            until = "its end" if header is None else f"byte {header}"
             yield Member("", offset, 0, f"not a tar file, or damaged, from byte {offset} to {until}; that is left out")
-        if found is None:
+        if header is None:
             return
-        offset = found
+        offset = header
 
 
 def _run(f: BinaryIO, offset: int) -> Iterator[Member]:
@@ -156,12 +156,12 @@ def _next_header(f: BinaryIO, start: int) -> int | None:
     at, data = start, b""
     while more := f.read(1 << 20):
         data += more
-        place = data.find(MAGIC)
-        while place >= 0 and place - MAGIC_AT + BLOCK <= len(data):
-            header = place - MAGIC_AT
+        magic = data.find(MAGIC)
+        while magic >= 0 and magic - MAGIC_AT + BLOCK <= len(data):
+            header = magic - MAGIC_AT
             if header >= 0 and _is_header(data[header : header + BLOCK]):
                 return at + header
-            place = data.find(MAGIC, place + 1)
+            magic = data.find(MAGIC, magic + 1)
         at, data = at + max(0, len(data) - BLOCK), data[-BLOCK:]
     return None
 

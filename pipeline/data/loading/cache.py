@@ -22,28 +22,28 @@ RETRY_AFTER_S = 60.0
 # In front of a chunk's bytes: how many there are, by which a file that lost its end is told.
 HEADER_BYTES = 8
 
-PIECES, PARTS, LOCKS, BOOK = "chunks", "parts", "locks", "bytes"
+CHUNKS, PARTS, LOCKS, USAGE = "chunks", "parts", "locks", "bytes"
 
 
-class Cache:
+class DiskCache:
     """A bounded folder of chunks; for several processes and threads at once.
 
     Args:
         folder: is made; nothing else may be in it.
         max_bytes: of all chunks together. What is being written comes within it: room is made first.
-        report: told, once, when the disk does not take any more.
+        warn: told, once, when the disk does not take any more.
     """
 
-    def __init__(self, folder: Path, max_bytes: int, report: Callable[[str], None]):
-        self._folder, self._max_bytes, self._report = folder, max_bytes, report
-        self._away_until, self._told = 0.0, False
-        with self._writing(), self._book() as book:
-            _count(book, self._evict(to=max_bytes))  # also removes what killed processes left
+    def __init__(self, folder: Path, max_bytes: int, warn: Callable[[str], None]):
+        self._folder, self._max_bytes, self._warn = folder, max_bytes, warn
+        self._unusable_until, self._has_warned = 0.0, False
+        with self._survive_disk_errors(), self._lock_usage() as usage:
+            _count_usage(usage, self._evict(to=max_bytes))  # also removes what killed processes left
 
     @property
     def usable(self) -> bool:
         """Not after the disk did not take a chunk, for a while: `read` would fetch one for every call."""
-        return time.monotonic() >= self._away_until
+        return time.monotonic() >= self._unusable_until
 
     def has(self, *key: object) -> bool:
         """Whether the chunk is here; it may be gone the next moment."""
@@ -61,27 +61,27 @@ class Cache:
             OSError: from `fetch`; the cache itself raises nothing.
         """
         path = self._path(key)
-        if (part := _part(path, start, stop)) is not None:
+        if (part := _read_part(path, start, stop)) is not None:
             return part
-        with self._lock(path.name):
-            if (part := _part(path, start, stop)) is not None:
+        with self._fetch_alone(path.name):
+            if (part := _read_part(path, start, stop)) is not None:
                 return part
             data = fetch()
-            self._keep(path, data)
+            self._store(path, data)
         return data[start:stop]
 
     def _path(self, key: tuple[object, ...]) -> Path:
         name = hashlib.sha256("\n".join(map(str, key)).encode()).hexdigest()
-        return self._folder / PIECES / name[:2] / name
+        return self._folder / CHUNKS / name[:2] / name
 
-    def _keep(self, path: Path, data: bytes) -> None:
+    def _store(self, path: Path, data: bytes) -> None:
         size = HEADER_BYTES + len(data)
         if not self.usable or size > self._max_bytes:
             return
-        with self._writing():
+        with self._survive_disk_errors():
             temporary = self._folder / PARTS / path.name
             try:
-                with self._room(temporary, size) as descriptor:
+                with self._reserve(temporary, size) as descriptor:
                     _write(descriptor, len(data).to_bytes(HEADER_BYTES, "little"), data)
                     os.fdatasync(descriptor)  # else, after a host's crash, it could be there with zeros in it
                     path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,13 +91,13 @@ class Cache:
                 raise
 
     @contextlib.contextmanager
-    def _room(self, temporary: Path, size: int) -> Iterator[int]:
-        """A new file of `size` bytes, locked, entered in the book before it is there."""
-        with self._book() as book:
-            used = _count(book)
+    def _reserve(self, temporary: Path, size: int) -> Iterator[int]:
+        """A new file of `size` bytes, locked, counted before it is there."""
+        with self._lock_usage() as usage:
+            used = _count_usage(usage)
             if used is None or used + size > self._max_bytes:
                 used = self._evict(to=self._max_bytes - size)
-            _count(book, used + size)
+            _count_usage(usage, used + size)
             descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -113,11 +113,11 @@ class Cache:
     def _evict(self, to: int) -> int:
         """Delete abandoned parts, and the chunks used least lately if there are more than `to` bytes; the bytes left.
 
-        Under the book's lock.
+        With the usage locked.
         """
-        used = sum(_unless_abandoned(part) for part in (self._folder / PARTS).iterdir())
+        used = sum(_size_unless_abandoned(part) for part in (self._folder / PARTS).iterdir())
         chunks = []
-        for folder in (self._folder / PIECES).iterdir():
+        for folder in (self._folder / CHUNKS).iterdir():
             with os.scandir(folder) as entries:
                 for entry in entries:
                     with contextlib.suppress(FileNotFoundError):
@@ -133,38 +133,38 @@ class Cache:
         return used
 
     @contextlib.contextmanager
-    def _book(self) -> Iterator[int]:
+    def _lock_usage(self) -> Iterator[int]:
         """The file that holds the number of bytes in use, locked."""
-        for name in (PIECES, PARTS):
+        for name in (CHUNKS, PARTS):
             (self._folder / name).mkdir(parents=True, exist_ok=True)
-        with _locked(self._folder / BOOK) as descriptor:
+        with _lock_file(self._folder / USAGE) as descriptor:
             yield descriptor
 
     @contextlib.contextmanager
-    def _lock(self, name: str) -> Iterator[None]:
+    def _fetch_alone(self, name: str) -> Iterator[None]:
         """Only one process and thread fetches this chunk; all do where the disk does not even take a lock."""
         with contextlib.ExitStack() as stack:
-            with self._writing():
+            with self._survive_disk_errors():
                 (self._folder / LOCKS).mkdir(parents=True, exist_ok=True)
-                stack.enter_context(_locked(self._folder / LOCKS / str(int(name[:8], 16) % NUM_LOCKS)))
+                stack.enter_context(_lock_file(self._folder / LOCKS / str(int(name[:8], 16) % NUM_LOCKS)))
             yield
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _survive_disk_errors(self) -> Iterator[None]:
         """Survive a disk that is full or cannot be written to: tell it once, and do without for a while."""
         try:
             yield
         except OSError as e:
-            self._away_until = time.monotonic() + RETRY_AFTER_S
-            if not self._told:
-                self._told = True
-                self._report(
+            self._unusable_until = time.monotonic() + RETRY_AFTER_S
+            if not self._has_warned:
+                self._has_warned = True
+                self._warn(
                     f"the cache in {self._folder} cannot be written to, so remote data is read without it: "
                     f"{e.strerror or e}; free space there, or set data.cache_dir or data.cache_gb"
                 )
 
 
-def _part(path: Path, start: int, stop: int) -> bytes | None:
+def _read_part(path: Path, start: int, stop: int) -> bytes | None:
     """Bytes [start, stop) of a chunk's file; None if it is not there or not whole. It counts as used now."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
@@ -192,16 +192,16 @@ def _write(descriptor: int, *contents: bytes) -> None:
             rest = rest[os.write(descriptor, rest) :]
 
 
-def _count(book: int, new: int | None = None) -> int | None:
-    """The number in the book, or a new one for it; None where there is none that can be read."""
+def _count_usage(usage: int, new: int | None = None) -> int | None:
+    """The number of bytes in use, or a new one for it; None where there is none that can be read."""
     if new is not None:
-        os.pwrite(book, b"%020d" % new, 0)
+        os.pwrite(usage, b"%020d" % new, 0)
         return new
-    text = os.pread(book, 20, 0)
+    text = os.pread(usage, 20, 0)
     return int(text) if len(text) == 20 and text.isdigit() else None
 
 
-def _unless_abandoned(part: Path) -> int:
+def _size_unless_abandoned(part: Path) -> int:
     """The size of a file that is being written; 0, and it is deleted, if its writer has died."""
     with contextlib.suppress(FileNotFoundError), part.open("rb") as f:
         try:
@@ -213,7 +213,7 @@ def _unless_abandoned(part: Path) -> int:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[int]:
+def _lock_file(path: Path) -> Iterator[int]:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

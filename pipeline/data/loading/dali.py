@@ -76,7 +76,7 @@ class DaliPipeline:
     Args:
         max_batch: most images in a batch.
         num_threads: CPU threads for decoding.
-        on_bad: called once for each broken image with its place and the reason.
+        on_bad: called once for each broken image with its path and the reason.
         warn: told what makes reading slow.
         retry_timeout_s: how long a storage that does not answer is waited for.
         draws: the names of the batches' draws.

@@ -39,7 +39,7 @@ class BadImages:
 
     Args:
         max_fraction: of the index that may be broken; one image always may.
-        on_bad: called once for each broken image with its place and the reason.
+        on_bad: called once for each broken image with its path and the reason.
 
     Attributes:
         known: rows that are broken, and why, before anyone has read them (see `isolate`). They are never read.
@@ -60,7 +60,7 @@ class BadImages:
         if row in self._rows:
             return
         self._rows.add(row)
-        self._on_bad(self._index.place(row), reason)
+        self._on_bad(self._index.full_path(row), reason)
         if len(self._rows) > self._max_number:
             paths = ", ".join(self._index.path(r) for r in sorted(self._rows)[:MAX_NAMED])
             more = f" and {len(self._rows) - MAX_NAMED} more" if len(self._rows) > MAX_NAMED else ""

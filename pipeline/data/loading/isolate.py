@@ -48,7 +48,7 @@ class CannotTellError(RuntimeError):
 
 
 @dataclass
-class _Tried:
+class _Outcome:
     """What a child came to: trials that it survived, rows that DALI refused and why, and what it died of."""
 
     num_done: int = 0
@@ -82,31 +82,31 @@ class Isolation:
             record: called with each row that is found and the reason, at once.
             until: of the monotonic clock; what is found until then has to do.
         """
-        found = set(known)
+        avoided = set(known)
         max_bad = max_bad_images(self.cfg.max_bad_fraction, len(self.index))
 
-        def note(rows: dict[int, str]) -> None:
+        def add(rows: dict[int, str]) -> None:
             for row, reason in rows.items():
-                found.add(row)
+                avoided.add(row)
                 record(row, reason)
 
         try:
-            while specs and len(found) <= max_bad:
+            while specs and len(avoided) <= max_bad:
                 if time.monotonic() > until:
                     self.warn(f"{len(specs)} batches are left where images may kill the process that decodes them")
                     return
-                tried = self._try([(spec, frozenset(found)) for spec in specs])
-                note(tried.refused)
-                if tried.death is None:
+                outcome = self._try([(spec, frozenset(avoided)) for spec in specs])
+                add(outcome.refused)
+                if outcome.death is None:
                     return
-                specs = specs[tried.num_done :]
-                if tried.refused:  # it may be for these, and not for the images of its last batch, that it died
+                specs = specs[outcome.num_done :]
+                if outcome.refused:  # it may be for these, and not for the images of its last batch, that it died
                     continue
-                crashing = self._crashing(specs[0], frozenset(found))
-                note(dict.fromkeys(crashing, f"it kills the process that decodes it ({tried.death})"))
+                crashing = self._crashing(specs[0], frozenset(avoided))
+                add(dict.fromkeys(crashing, f"it kills the process that decodes it ({outcome.death})"))
                 if not crashing:
                     self.warn(
-                        f"decoding {len(specs[0])} images ended a process ({tried.death}), and none of them alone "
+                        f"decoding {len(specs[0])} images ended a process ({outcome.death}), and none of them alone "
                         f"does so again: rows of the index {' '.join(map(str, specs[0].rows))}"
                     )
                     specs = specs[1:]
@@ -121,67 +121,67 @@ class Isolation:
             parts = [part.tolist() for part in np.array_split(suspects, min(NUM_PARTS, len(suspects)))]
             # First none of the images: what dies of that dies of the machine.
             trials = [(spec, everything), *((spec, everything - set(part)) for part in parts * NUM_TRIES)]
-            tried = self._try(trials)
-            if tried.refused:
-                return set(tried.refused)
-            if tried.death is None:
+            outcome = self._try(trials)
+            if outcome.refused:
+                return set(outcome.refused)
+            if outcome.death is None:
                 return set()
-            if tried.num_done == 0:
-                raise CannotTellError(f"a process that decoded none of them ended, too ({tried.death})")
-            suspects = parts[(tried.num_done - 1) % len(parts)]
+            if outcome.num_done == 0:
+                raise CannotTellError(f"a process that decoded none of them ended, too ({outcome.death})")
+            suspects = parts[(outcome.num_done - 1) % len(parts)]
             if len(suspects) == 1:
                 return set(suspects)
         return set()
 
-    def _try(self, trials: Sequence[Trial]) -> _Tried:
+    def _try(self, trials: Sequence[Trial]) -> _Outcome:
         """Have a child decode one trial after the other.
 
         Raises:
             CannotTellError: it did not start, or could not read the images.
         """
-        mine, theirs = Pipe()
+        ours, theirs = Pipe()
         number = theirs.fileno()
         # It imports what this process would, and nothing from the current directory.
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         command = [sys.executable, "-P", "-m", "pipeline.data.loading.isolate", str(number)]
         process = subprocess.Popen(
-            command, pass_fds=[number], stdin=subprocess.DEVNULL, start_new_session=True, env=environment
+            command, pass_fds=[number], stdin=subprocess.DEVNULL, start_new_session=True, env=env
         )
         try:
-            with mine:
+            with ours:
                 theirs.close()
-                return self._watch(process, mine, trials)
+                return self._watch(process, ours, trials)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             with contextlib.suppress(subprocess.TimeoutExpired):  # one that waits for a dead mount cannot be killed
                 process.wait(5)
 
-    def _watch(self, process: "subprocess.Popen[bytes]", child: Connection, trials: Sequence[Trial]) -> _Tried:
-        tried = _Tried()
+    def _watch(self, process: "subprocess.Popen[bytes]", child: Connection, trials: Sequence[Trial]) -> _Outcome:
+        outcome = _Outcome()
         try:
-            if not self._answers(child, START_S):
+            if not self._wait_for_answer(child, START_S):
                 raise CannotTellError("a process for it does not start")
             child.recv()
             child.send((self.path, self.cfg, self.context, self.max_batch, trials))
         except (EOFError, OSError) as e:
-            raise CannotTellError(f"a process for it ended before it began ({_end_of(process)})") from e
+            raise CannotTellError(f"a process for it ended before it began ({_describe_end(process)})") from e
         try:
             for _ in trials:
-                if not self._answers(child, self.context.retry_timeout_s + DECODE_S):
+                if not self._wait_for_answer(child, self.context.retry_timeout_s + DECODE_S):
                     raise CannotTellError("the images' storage does not answer")
                 if (error := child.recv()) is not None:
                     raise CannotTellError(error)
-                if not self._answers(child, DECODE_S):
-                    tried.death = f"no end after {DECODE_S:.0f} s"
-                    return tried
-                tried.refused |= child.recv()
-                tried.num_done += 1
+                if not self._wait_for_answer(child, DECODE_S):
+                    outcome.death = f"no end after {DECODE_S:.0f} s"
+                    return outcome
+                outcome.refused |= child.recv()
+                outcome.num_done += 1
         except (EOFError, OSError):
-            tried.death = _end_of(process)
-        return tried
+            outcome.death = _describe_end(process)
+        return outcome
 
-    def _answers(self, child: Connection, seconds: float) -> bool:
+    def _wait_for_answer(self, child: Connection, seconds: float) -> bool:
         """Whether it does within so long."""
         deadline = time.monotonic() + seconds
         while not (answers := child.poll(POLL_S)) and time.monotonic() < deadline:
@@ -189,7 +189,7 @@ class Isolation:
         return answers
 
 
-def _end_of(process: "subprocess.Popen[bytes]") -> str:
+def _describe_end(process: "subprocess.Popen[bytes]") -> str:
     try:
         code = process.wait(10)
     except subprocess.TimeoutExpired:
@@ -208,7 +208,7 @@ def _decode(
     """The child's work: after each reading, send what went wrong, or None; after each decoding, what DALI refused."""
     index, refused = load_index(path), dict[str, str]()
     for spec, avoided in trials:
-        rows = {index.place(row): row for row in spec.rows.tolist()}
+        rows = {index.full_path(row): row for row in spec.rows.tolist()}
         with closing(
             DaliPipeline(
                 index,

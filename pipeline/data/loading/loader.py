@@ -73,7 +73,7 @@ class LoaderContext:
 
 
 Views = Literal["one", "flip", "ten"]
-OnBad = Callable[[str, str], None]  # called with a broken image's place and the reason
+OnBad = Callable[[str, str], None]  # called with a broken image's path and the reason
 Warn = Callable[[str], None]
 
 

@@ -25,8 +25,8 @@ def mix(images: Tensor, labels: Tensor, weights: IntArray, boxes: IntArray, num_
     pixels = images.permute(0, 2, 3, 1)  # as they lie in memory
     own = torch.from_numpy(weights).repeat_interleave(2).to(device, torch.int32)
     top, left, bottom, right = torch.from_numpy(boxes).repeat_interleave(2, 0).to(device).T[:, :, None]
-    place = torch.arange(size, device=device)
-    inside_y, inside_x = (place >= top) & (place < bottom), (place >= left) & (place < right)  # (B, S) each
+    pixel = torch.arange(size, device=device)
+    inside_y, inside_x = (pixel >= top) & (pixel < bottom), (pixel >= left) & (pixel < right)  # (B, S) each
     cut = (inside_y[:, :, None] & inside_x[:, None, :])[..., None]
 
     others = _partners(pixels)

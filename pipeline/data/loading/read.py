@@ -15,8 +15,8 @@ import numpy as np
 
 from pipeline.config.schema import DataConfig
 from pipeline.data.index import Index
-from pipeline.data.loading.cache import CHUNK_BYTES, Cache
-from pipeline.data.loading.groups import PLACE_BYTES, LruCache, read_group, row_group_ends
+from pipeline.data.loading.cache import CHUNK_BYTES, DiskCache
+from pipeline.data.loading.groups import OFFSET_BYTES, LruCache, read_group, row_group_ends
 from pipeline.failures import READ_SOURCE_S, backoff, says_of_one_file
 from pipeline.storage import Storage, scratch_folder
 
@@ -24,10 +24,10 @@ T = TypeVar("T")
 
 # Of row groups in this process's memory, where they cannot go through the cache.
 GROUP_BYTES = 256 * 2**20
-# What waits to be fetched ahead; `read` fetches what found no place.
+# What waits to be fetched ahead; `read` fetches what found no room.
 MAX_AHEAD = 1024
 # In place of a chunk's number.
-WHICH_GROUPS = -1
+FIND_GROUPS = -1
 # Between two lines about a storage that does not answer: many threads find it so at once.
 WARN_EVERY_S = 10.0
 
@@ -58,14 +58,14 @@ class Reader:
         self._warn, self._retry_timeout_s, self._chunk_bytes = warn, retry_timeout_s, chunk_bytes
         self._warned_at, self._closed = -WARN_EVERY_S, threading.Event()
         self._away_since: float | None = None
-        self._ends: dict[str, list[int]] = {}
-        self._recent = LruCache(GROUP_BYTES)
-        self._lock, self._decoding = threading.Lock(), threading.Lock()
-        self._ahead: set[tuple[str, int]] = set()
+        self._group_ends: dict[str, list[int]] = {}
+        self._row_groups = LruCache(GROUP_BYTES)
+        self._lock, self._reading_group = threading.Lock(), threading.Lock()
+        self._in_flight: set[tuple[str, int]] = set()
         self._pool = ThreadPoolExecutor(cfg.read_threads, thread_name_prefix="ahead")
         self._cache = self._open_cache(cfg)
 
-    def _open_cache(self, cfg: DataConfig) -> Cache | None:
+    def _open_cache(self, cfg: DataConfig) -> DiskCache | None:
         """The node's cache, where there is use for it."""
         index, max_bytes = self._index, int(cfg.cache_gb * 1e9)
         if not len(index) or (self._root.local and not index.file(0).endswith(".parquet")):
@@ -79,7 +79,7 @@ class Reader:
                 "whole, each image is fetched by itself, or with its row group; data.shuffle_block makes that faster"
             )
             return None
-        return Cache(Path(cfg.cache_dir) if cfg.cache_dir else scratch_folder() / "cache", max_bytes, self._warn)
+        return DiskCache(Path(cfg.cache_dir) if cfg.cache_dir else scratch_folder() / "cache", max_bytes, self._warn)
 
     def close(self) -> None:
         """End the threads; what they have not begun is not done."""
@@ -98,18 +98,18 @@ class Reader:
         offset, size = int(index.offsets[row]), int(index.sizes[row])
         try:
             if file.endswith(".parquet"):
-                data = self._parquet_image(file, offset)
+                data = self._read_parquet(file, offset)
             elif self._root.local:
                 data = self._retry(self._fetch, file, offset, offset + size)
             else:
-                data = self._range(file, offset, offset + size)
+                data = self._read_range(file, offset, offset + size)
         except OSError as e:
             if e.filename is not None:  # a local file's, which its text names
                 raise
             kind = next((k for k in (FileNotFoundError, StorageAwayError) if isinstance(e, k)), OSError)
-            raise kind(f"{index.place(row)}: {e}") from e
+            raise kind(f"{index.full_path(row)}: {e}") from e
         if len(data) != size:
-            raise OSError(f"{index.place(row)}: {len(data)} bytes where the index has {size}")
+            raise OSError(f"{index.full_path(row)}: {len(data)} bytes where the index has {size}")
         return data
 
     def prefetch(self, rows: Iterable[int]) -> None:
@@ -123,59 +123,59 @@ class Reader:
                 in_parquet.setdefault(file, []).append(offset)
             else:
                 for chunk in self._chunks(offset, offset + int(self._index.sizes[row])):
-                    self._start(file, chunk)
+                    self._fetch_soon(file, chunk)
         for file, offsets in in_parquet.items():
-            self._start(file, WHICH_GROUPS, offsets)
+            self._fetch_soon(file, FIND_GROUPS, offsets)
 
     @property
-    def _usable_cache(self) -> Cache | None:
+    def _usable_cache(self) -> DiskCache | None:
         return self._cache if self._cache and self._cache.usable else None
 
-    def _start(self, file: str, part: int, rows: Sequence[int] = ()) -> None:
+    def _fetch_soon(self, file: str, number: int, rows: Sequence[int] = ()) -> None:
         """Have a thread fetch a chunk, or a row group of a Parquet file, or find out which groups these rows are in."""
         with self._lock:
-            if (file, part) in self._ahead or len(self._ahead) >= MAX_AHEAD or self._closed.is_set():
+            if (file, number) in self._in_flight or len(self._in_flight) >= MAX_AHEAD or self._closed.is_set():
                 return
-            self._ahead.add((file, part))
-            self._pool.submit(self._fetch_ahead, file, part, rows)
+            self._in_flight.add((file, number))
+            self._pool.submit(self._fetch_ahead, file, number, rows)
 
-    def _fetch_ahead(self, file: str, part: int, rows: Sequence[int]) -> None:
+    def _fetch_ahead(self, file: str, number: int, rows: Sequence[int]) -> None:
         try:
-            if part == WHICH_GROUPS:
-                for group in sorted({self._group(file, row)[0] for row in rows}):
-                    self._start(file, group)
-            elif (cache := self._usable_cache) and not cache.has(*self._key(file, part)):
-                self._cached(cache, file, part, 0, 0)
+            if number == FIND_GROUPS:
+                for group in sorted({self._find_group(file, row)[0] for row in rows}):
+                    self._fetch_soon(file, group)
+            elif (cache := self._usable_cache) and not cache.has(*self._cache_key(file, number)):
+                self._read_cached(cache, file, number, 0, 0)
         except OSError:
             pass  # `read` meets it too, and tells
         finally:
             with self._lock:
-                self._ahead.discard((file, part))
+                self._in_flight.discard((file, number))
 
-    def _key(self, file: str, part: int) -> tuple[object, ...]:
-        return (self._root.uri, file, self._index.fingerprint, part, self._chunk_bytes)
+    def _cache_key(self, file: str, number: int) -> tuple[object, ...]:
+        return (self._root.uri, file, self._index.fingerprint, number, self._chunk_bytes)
 
-    def _cached(self, cache: Cache, file: str, part: int, start: int, stop: int) -> bytes:
+    def _read_cached(self, cache: DiskCache, file: str, number: int, start: int, stop: int) -> bytes:
         """Bytes [start, stop) of a chunk or a row group."""
 
         def fetch() -> bytes:
             if file.endswith(".parquet"):
-                return self._decode(file, part)
-            first = part * self._chunk_bytes
+                return self._read_group(file, number)
+            first = number * self._chunk_bytes
             return self._retry(self._fetch, file, first, first + self._chunk_bytes)
 
-        return cache.read(start, stop, fetch, *self._key(file, part))
+        return cache.read(start, stop, fetch, *self._cache_key(file, number))
 
     def _chunks(self, start: int, stop: int) -> range:
         return range(start // self._chunk_bytes, -(-stop // self._chunk_bytes))
 
-    def _range(self, file: str, start: int, stop: int) -> bytes:
+    def _read_range(self, file: str, start: int, stop: int) -> bytes:
         """Bytes [start, stop) of a remote file, fewer where it ends before."""
         if (cache := self._usable_cache) is None:
             return self._retry(self._fetch, file, start, stop)
         size = self._chunk_bytes
         return b"".join(
-            self._cached(cache, file, k, max(0, start - k * size), min(size, stop - k * size))
+            self._read_cached(cache, file, k, max(0, start - k * size), min(size, stop - k * size))
             for k in self._chunks(start, stop)
         )
 
@@ -185,29 +185,29 @@ class Reader:
             f.seek(min(start, stop))
             return bytes(f.read(max(0, stop - start)))
 
-    def _parquet_image(self, file: str, row: int) -> bytes:
-        group, place = self._group(file, row)
+    def _read_parquet(self, file: str, row: int) -> bytes:
+        group, position = self._find_group(file, row)
 
         def part(start: int, stop: int) -> bytes:
             if cache := self._usable_cache:
-                return self._cached(cache, file, group, start, stop)
-            return self._recent.get((file, group), lambda: self._decode(file, group))[start:stop]
+                return self._read_cached(cache, file, group, start, stop)
+            return self._row_groups.get((file, group), lambda: self._read_group(file, group))[start:stop]
 
-        start, stop = np.frombuffer(part(PLACE_BYTES * place, PLACE_BYTES * (place + 2)), dtype="<i8").tolist()
+        start, stop = np.frombuffer(part(OFFSET_BYTES * position, OFFSET_BYTES * (position + 2)), dtype="<i8").tolist()
         return part(start, stop)
 
-    def _group(self, file: str, row: int) -> tuple[int, int]:
-        """The row group that holds a row of a Parquet file, and the row's place in it."""
-        if file not in self._ends:
-            self._ends[file] = self._retry(row_group_ends, self._root, file)
-        ends = self._ends[file]
+    def _find_group(self, file: str, row: int) -> tuple[int, int]:
+        """The row group that holds a row of a Parquet file, and the row's position in it."""
+        if file not in self._group_ends:
+            self._group_ends[file] = self._retry(row_group_ends, self._root, file)
+        ends = self._group_ends[file]
         group = int(np.searchsorted(ends, row, side="right"))
         if group == len(ends):
             raise OSError(f"the file has {ends[-1] if ends else 0} rows")
         return group, row - (ends[group - 1] if group else 0)
 
-    def _decode(self, file: str, group: int) -> bytes:
-        with self._decoding:  # one at a time: they can be large
+    def _read_group(self, file: str, group: int) -> bytes:
+        with self._reading_group:  # one at a time: they can be large
             return self._retry(read_group, self._root, file, group)
 
     def _retry(self, action: Callable[..., T], *args: object) -> T:

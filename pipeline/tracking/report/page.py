@@ -105,7 +105,8 @@ def find_mistakes(said: Predictions, loader: EvalLoader) -> list[Mistake]:
         return []
     images = loader.pictures(rows).permute(0, 2, 3, 1).numpy()
     return [
-        Mistake(int(row), loader.index.place(int(row)), _jpeg(pixels)) for row, pixels in zip(rows, images, strict=True)
+        Mistake(int(row), loader.index.full_path(int(row)), _jpeg(pixels))
+        for row, pixels in zip(rows, images, strict=True)
     ]
 
 
