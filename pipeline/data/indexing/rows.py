@@ -72,12 +72,11 @@ class Row(NamedTuple):
     def of(cls, file: str, name: str, offset: int, label: Callable[[], Label], header: Callable[[], Header]) -> "Row":
         """The row of an image whose label and header may raise InvalidImage."""
         try:
-            try:
-                f"{file}{name}".encode()
-            except UnicodeEncodeError:
-                raise InvalidImage("the name is not UTF-8; rename it") from None
+            f"{file}{name}".encode()
             number, text = label()
             return cls(file, name, offset, number, text, **header()._asdict())
+        except UnicodeEncodeError:
+            return cls.refused(file, "the name is not UTF-8; rename it", name, offset)
         except InvalidImage as e:
             return cls.refused(file, str(e), name, offset)
 

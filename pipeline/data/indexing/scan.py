@@ -16,7 +16,6 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import zip_longest
 from multiprocessing import get_context, parent_process
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -175,9 +174,9 @@ def _end_with_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches all process_pool of a terminal: no tracebacks
     parent = parent_process()
     assert parent is not None
-    threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
 
+    def end_after_parent() -> None:
+        parent.join()
+        os._exit(1)
 
-def _end_after(parent: BaseProcess) -> None:
-    parent.join()
-    os._exit(1)
+    threading.Thread(target=end_after_parent, daemon=True).start()

@@ -82,7 +82,8 @@ class DiskCache:
             temporary = self._folder / PARTS / path.name
             try:
                 with self._reserve(temporary, size) as descriptor:
-                    _write(descriptor, len(data).to_bytes(HEADER_BYTES, "little"), data)
+                    with open(descriptor, "wb", closefd=False) as f:
+                        f.writelines((len(data).to_bytes(HEADER_BYTES, "little"), data))
                     os.fdatasync(descriptor)  # else, after a host's crash, it could be there with zeros in it
                     path.parent.mkdir(parents=True, exist_ok=True)
                     temporary.rename(path)
@@ -183,13 +184,6 @@ def _read_part(path: Path, start: int, stop: int) -> bytes | None:
         return None
     finally:
         os.close(descriptor)
-
-
-def _write(descriptor: int, *contents: bytes) -> None:
-    for content in contents:
-        rest = memoryview(content)
-        while rest:
-            rest = rest[os.write(descriptor, rest) :]
 
 
 def _count_usage(usage: int, new: int | None = None) -> int | None:

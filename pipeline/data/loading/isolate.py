@@ -30,9 +30,8 @@ import torch
 from pipeline.config.schema import DataConfig
 from pipeline.data.batch_spec import BatchSpec
 from pipeline.data.index import Index, load_index
-from pipeline.data.loading.dali import DaliPipeline
 from pipeline.data.loading.fetch import max_bad_images
-from pipeline.data.loading.loader import LoaderContext
+from pipeline.data.loading.loader import Loader, LoaderContext
 
 START_S = 120.0  # for the imports, on a busy machine
 DECODE_S = 60.0  # for one batch that is in memory; what takes longer hangs
@@ -209,28 +208,17 @@ def _decode(
     index, refused = load_index(path), dict[str, str]()
     for spec, avoided in trials:
         rows = {index.full_path(row): row for row in spec.rows.tolist()}
-        with closing(
-            DaliPipeline(
-                index,
-                cfg,
-                max_batch,
-                context.num_threads,
-                context.device,
-                on_bad=refused.__setitem__,
-                warn=lambda _: None,
-                retry_timeout_s=context.retry_timeout_s,
-                draws=list(spec.draws),
-            )
-        ) as pipeline:
-            pipeline.bad_images.known.update(dict.fromkeys(avoided, ""))
+        loader = Loader(index, cfg, context, refused.__setitem__, lambda _: None, max_batch, list(spec.draws))
+        with closing(loader):
+            loader.avoid(dict.fromkeys(avoided, ""))
             try:
-                encoded = list(pipeline.fetcher.prefetch(iter([spec])))
+                encoded = list(loader.pipeline.fetcher.prefetch(iter([spec])))
             except OSError as e:
                 send(str(e))
                 return
             send(None)
             refused.clear()  # what cannot be read never reaches DALI
-            list(pipeline.make_pixels(iter(encoded)))
+            list(loader.pipeline.make_pixels(iter(encoded)))
             if context.device.type == "cuda":
                 torch.cuda.synchronize(context.device)
             send({rows[image]: reason for image, reason in refused.items()})

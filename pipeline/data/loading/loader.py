@@ -77,7 +77,7 @@ OnBad = Callable[[str, str], None]  # called with a broken image's path and the 
 Warn = Callable[[str], None]
 
 
-class _Loader:
+class Loader:
     """Decodes batches of at most `max_batch` images of an index."""
 
     def __init__(
@@ -91,23 +91,23 @@ class _Loader:
         draws: Sequence[str] = (),
     ):
         self.index, self._cfg, self._context, self.max_batch = index, cfg, context, max_batch
-        self._pipeline = DaliPipeline(
+        self.pipeline = DaliPipeline(
             *(index, cfg, max_batch, context.num_threads, context.device, on_bad, warn, context.retry_timeout_s, draws)
         )
 
     def avoid(self, known: Mapping[int, str]) -> None:
         """From now on take these rows for broken, for the given reasons, without reading them."""
-        self._pipeline.bad_images.known.update(known)
+        self.pipeline.bad_images.known.update(known)
 
     def close(self) -> None:
         """End its threads."""
-        self._pipeline.close()
+        self.pipeline.close()
 
     def _labels(self, rows: IntArray, device: torch.device) -> Tensor:
         return torch.from_numpy(self.index.labels[rows].astype(np.int64)).to(device, non_blocking=True)
 
 
-class TrainLoader(_Loader):
+class TrainLoader(Loader):
     """The training stream of one rank.
 
     Args:
@@ -135,7 +135,7 @@ class TrainLoader(_Loader):
     def from_step(self, step: int, stop: int) -> Iterator[Batch]:
         """This rank's part of global batches [step, stop)."""
         steps = range(step, stop)
-        decoded = self._pipeline.decode(map(self.batch_spec, steps))
+        decoded = self.pipeline.decode(map(self.batch_spec, steps))
         return starmap(self._make_batch, zip(steps, decoded, strict=True))
 
     def batch_spec(self, step: int) -> BatchSpec:
@@ -157,7 +157,7 @@ class TrainLoader(_Loader):
         return mask.to(device, non_blocking=True)
 
 
-class EvalLoader(_Loader):
+class EvalLoader(Loader):
     """Evaluation in chunks that are the same for every world size, so that figures are too.
 
     Chunk j holds rows [j * batch, (j + 1) * batch); rank r takes chunks r, r + W, r + 2W, ...
@@ -187,7 +187,7 @@ class EvalLoader(_Loader):
 
     def __iter__(self) -> Iterator[tuple[int, Batch]]:
         """(chunk, batch) for this rank's chunks; of several places all their images, see `views`."""
-        decoded = self._pipeline.decode(map(self.batch_spec, self.chunks))
+        decoded = self.pipeline.decode(map(self.batch_spec, self.chunks))
         for chunk, (spec, images) in zip(self.chunks, decoded, strict=True):
             rows = spec.rows[: len(spec) // len(self._places)]
             yield chunk, Batch(images, self._labels(rows, images.device), rows)
@@ -206,4 +206,4 @@ class EvalLoader(_Loader):
         """The centre crops of at least one row, as they are evaluated: (N, 3, S, S) uint8, on the host."""
         parts = [rows[i : i + self._chunk_size] for i in range(0, len(rows), self._chunk_size)]
         specs = (make_eval_spec(self.index, self._cfg, part) for part in parts)
-        return torch.cat([images.cpu() for _, images in self._pipeline.decode(specs)])
+        return torch.cat([images.cpu() for _, images in self.pipeline.decode(specs)])
