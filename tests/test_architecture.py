@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "pipeline"
 # Rooms and, within them, modules; each may import what stands above it.
 ROOMS = {
-    "": "__init__ machine clock errors events environment failures http_storage storage versions",
+    "": "__init__ machine clock errors text events environment failures http_storage storage versions",
     "config": "fields schema loading",
     "data": "stream augment_params index batch_spec",
     "data.indexing": "rows find shards parquet scan build",
@@ -44,7 +44,7 @@ OWNERS = {
     "nvidia": {"data.loading"},
     "omegaconf": {"config.loading"},
     "pyarrow": {"storage", "http_storage", "data.index", "data.indexing", "data.loading"},
-    "rich": {"cli.console"},
+    "rich": {"cli.console", "text"},
     "fsspec": {"storage", "http_storage"},
     "aiohttp": {"http_storage", "cluster.jobs"},
     "timm": {"training.optim", "bench.loader_baselines"},

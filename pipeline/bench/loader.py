@@ -19,6 +19,7 @@ from pipeline.config.schema import Config, DataConfig
 from pipeline.data.indexing.build import Progress, open_index
 from pipeline.errors import UserError
 from pipeline.machine import cpu_count
+from pipeline.text import between, columns, figure
 
 TRIALS = 2  # rounds before those that count, to find each contestant's best setting
 AIM = 1.4  # times the best of the others
@@ -127,25 +128,23 @@ def table(result: dict[str, Any]) -> list[str]:
         f"pixels; batch {result['batch']}, cores {result['cores']}",
         f"{result['rounds']} rounds of {result['images_per_round']} images; median and quartiles",
         result["what"],
-        f"{'':20}{'images/s':>10}   {'quartiles':<16}{'per CPU s':>12}   setting",
     ]
-    for name, one in result["loaders"].items():
-        low, high = one["images_per_s_quartiles"]
-        spread = f"{low:.0f} to {high:.0f}"
-        lines.append(
-            f"{name:<20}{one['images_per_s']:>10.0f}   {spread:<16}{one['images_per_cpu_s']:>12.0f}   {one['setting']}"
-        )
-    return [*lines, verdict(result)]
+    rows = [("", "images/s", "quartiles", "per CPU s", "setting")]
+    for name, loader in result["loaders"].items():
+        quartiles = between(loader["images_per_s_quartiles"], ".0f")
+        speeds = figure(loader["images_per_s"], ".0f"), quartiles, figure(loader["images_per_cpu_s"], ".0f")
+        rows.append((name, *speeds, loader["setting"]))
+    return [*lines, *columns(rows, "<><>"), verdict(result)]
 
 
 def verdict(result: dict[str, Any]) -> str:
     """The ratio, and what holds our loader back."""
-    low, high = result["ratio_quartiles"]
     aim = "the aim" if result["ratio"] >= AIM else "less than the aim"
     share = result["decode_share"]
     rest = "decoding" if share >= 0.5 else "what comes beside decoding: reading, draws, resizing"
     return (
-        f"{OURS}: {result['ratio']:.2f} times the best other of each round (quartiles {low:.2f} to {high:.2f}), "
+        f"{OURS}: {result['ratio']:.2f} times the best other of each round (quartiles "
+        f"{between(result['ratio_quartiles'], '.2f')}), "
         f"{aim} of {AIM:g}; by CPU time {result['cpu_ratio']:.2f} times; {share:.0%} of its CPU time is decoding, "
         f"so {rest} is what bounds it"
     )

@@ -31,6 +31,7 @@ from pipeline.data.indexing.build import Progress
 from pipeline.errors import UserError
 from pipeline.events import AttemptFailed, AttemptStarted, Event, StepLogged, Warned
 from pipeline.failures import TrainingFailedError
+from pipeline.text import between, columns, figure
 from pipeline.tracking.ledger import PHASES
 from pipeline.training.precision import with_precision
 
@@ -175,13 +176,13 @@ def table(result: dict[str, Any]) -> list[str]:
     lines = [
         f"{title(result)}, batch {result['global_batch_per_worker']} and {result['cpus_per_worker']} cores for each "
         f"worker; {result['rounds']} rounds of {result['steps_per_round']} steps, by turns; median and quartiles",
-        f"{'workers':<9}{'images/s':>10}   {'efficiency':>10}   {'quartiles':<16}" + "".join(f"{p:>15}" for p in PARTS),
     ]
-    for name, one in result["workers"].items():
-        low, high = one["efficiency_quartiles"]
-        parts = "".join(f"{1000 * one[f'{part}_s_per_step']:>12.1f} ms" for part in PARTS)
-        efficiency = f"{one['efficiency']:>10.3f}   {f'{low:.3f} to {high:.3f}':<16}"
-        lines.append(f"{name:<9}{one['images_per_s']:>10.1f}   {efficiency}{parts}")
+    rows = [("workers", "images/s", "efficiency", "quartiles", *PARTS)]
+    for name, row in result["workers"].items():
+        efficiency = figure(row["efficiency"], ".3f"), between(row["efficiency_quartiles"], ".3f")
+        parts = [f"{1000 * row[f'{part}_s_per_step']:.1f} ms" for part in PARTS]
+        rows.append((name, figure(row["images_per_s"], ".1f"), *efficiency, *parts))
+    lines += columns(rows, "<>><>>>>")
     lines.append("start-up: " + ", ".join(f"{name} {s:.1f} s" for name, s in result["startup"].items()))
     if "allreduce_gb_s" in result:
         lines.append(f"an all-reduce sends {result['allreduce_gb_s']:.2f} GB/s from each worker")

@@ -25,6 +25,7 @@ from pipeline.data.loading.loader import Batch, LoaderContext
 from pipeline.errors import UserError
 from pipeline.events import Event, StepLogged, Warned
 from pipeline.runs.spec import WorkerContext
+from pipeline.text import between, columns, figure
 from pipeline.tracking.ledger import COMPUTE, TimeLedger, total
 from pipeline.training import open_run
 from pipeline.training.ddp import compiled
@@ -202,8 +203,8 @@ def step_verdict(result: dict[str, Any]) -> str:
 
 def train_verdict(result: dict[str, Any]) -> str:
     """How near to the ceiling, and what keeps it from there."""
-    ratio, (low, high) = (result["rows"][PIPELINE][key] for key in ("ratio", "ratio_quartiles"))
-    text = f"{ratio:.3f} of the ceiling (quartiles {low:.3f} to {high:.3f})"
+    row = result["rows"][PIPELINE]
+    text = f"{row['ratio']:.3f} of the ceiling (quartiles {between(row['ratio_quartiles'], '.3f')})"
     wait = result["shares"]["data wait"]
     if wait > NOISE:
         return (
@@ -218,15 +219,12 @@ def table(result: dict[str, Any]) -> list[str]:
     lines = [
         f"{title(result)}, batch {result['batch']} on {result['device']}, {result['threads']} threads; "
         f"{result['rounds']} rounds of {result['steps_per_round']} steps, by turns; median and quartiles",
-        f"{'':32}{'images/s':>10}   {'quartiles':<18}{'ratio':>6}   quartiles",
     ]
-    for name, one in result["rows"].items():
-        low, high = one["images_per_s_quartiles"]
-        a, b = one["ratio_quartiles"]
-        lines.append(
-            f"{name:<32}{one['images_per_s']:>10.1f}   {f'{low:.1f} to {high:.1f}':<18}{one['ratio']:>6.3f}   "
-            f"{a:.3f} to {b:.3f}"
-        )
+    rows = [("", "images/s", "quartiles", "ratio", "quartiles")]
+    for name, row in result["rows"].items():
+        speed = figure(row["images_per_s"], ".1f"), between(row["images_per_s_quartiles"], ".1f")
+        rows.append((name, *speed, figure(row["ratio"], ".3f"), between(row["ratio_quartiles"], ".3f")))
+    lines += columns(rows, "<><>")
     if "parts" in result:
         lines.append("of a step: " + ", ".join(f"{part} {share:.0%}" for part, share in result["parts"].items()))
         mfu = "not known" if result["mfu"] is None else f"{result['mfu']:.1%} of {result['peak_tflops']:.2f} TFLOP/s"

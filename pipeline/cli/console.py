@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import IO, Any, Self
 
-from rich.cells import cell_len, set_cell_size
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -24,6 +23,7 @@ from pipeline.events import (
     Stopping,
     Warned,
 )
+from pipeline.text import columns, figure, shorten
 
 LINE_EVERY_S = 5.0  # where there is no bar
 
@@ -157,8 +157,8 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
     seconds = ", ".join(f"{name} {s:.0f} s" for name, s in spent if s >= 0.5)
     lines = [
         f"{summary['status']} at step {summary['step']} of {summary['num_steps']}",
-        f"  top-1       {_figure(summary['top1'])}   top-5 {_figure(summary['top5'])}",
-        f"  speed       {_figure(summary['images_per_s'], '.1f')} images/s",
+        f"  top-1       {figure(summary['top1'])}   top-5 {figure(summary['top5'])}",
+        f"  speed       {figure(summary['images_per_s'], '.1f')} images/s",
         f"  time        {seconds}",
         f"  goodput     {summary['goodput']:.1%} of all time, in all attempts, computed steps that count",
         f"  checkpoint  {summary['checkpoint']}",
@@ -185,29 +185,18 @@ def report_lines(head: Mapping[str, Any], worst: Sequence[Mapping[str, Any]], nu
     """
     top = [f"top-1 {head['top1']:.4f}", f"top-5 {head['top5']:.4f}", f"loss {head['loss']:.4f}"]
     of = "" if head["num_steps"] is None else f" of {head['num_steps']}"
-    goodput = _figure(head["goodput"], ".1%")
     lines = [
         "  ".join([*top, f"calibration error {head['ece']:.4f}"]),
         f"on {int(head['count'])} images, after step {head['step']}{of}",
-        f"{_figure(head['images_per_s'], '.1f')} images/s, goodput {goodput}, "
-        f"attempts {_figure(head['attempts'], 'd')}, failures {_figure(head['failures'], 'd')}",
+        f"{figure(head['images_per_s'], '.1f')} images/s, goodput {figure(head['goodput'], '.1%')}, "
+        f"attempts {figure(head['attempts'])}, failures {figure(head['failures'])}",
         "",
-        f"{f'worst of {num_classes} classes':26}  images  accuracy  precision  taken for",
     ]
-    for one in worst:
-        figures = f"{one['images']:6}  {_figure(one['recall'], '8.4f'):>8}  {_figure(one['precision'], '9.4f'):>9}"
-        lines.append(f"{_cell(one['class'], 26)}  {figures}  {_cell(one['taken_for'] or '-', 21)}".rstrip())
-    whole = sum(head["seconds"].values())
-    lines += ["", f"{'time ' + head['counted']:29} seconds  share"]
-    lines += [f"{name:25}  {s:10.1f}  {s / whole:5.1%}" for name, s in head["seconds"].items() if s >= 0.05]
-    return lines
-
-
-def _cell(text: str, width: int) -> str:
-    """A name that anyone may have chosen, in so many columns of a terminal."""
-    safe = "".join(c if c.isprintable() else "?" for c in text)
-    return set_cell_size(safe if cell_len(safe) <= width else set_cell_size(safe, width - 1).rstrip() + "…", width)
-
-
-def _figure(value: float | None, form: str = ".4f") -> str:
-    return "-" if value is None else format(value, form)
+    rows = [(f"worst of {num_classes} classes", "images", "accuracy", "precision", "taken for")]
+    for scores in worst:
+        figures = figure(scores["images"], "d"), figure(scores["recall"]), figure(scores["precision"])
+        rows.append((shorten(scores["class"], 26), *figures, shorten(scores["taken_for"] or "-", 21)))
+    lines += [*columns(rows, "<>>>"), ""]
+    total_s = sum(head["seconds"].values())
+    times = [(name, f"{s:.1f}", f"{s / total_s:.1%}") for name, s in head["seconds"].items() if s >= 0.05]
+    return lines + columns([(f"time {head['counted']}", "seconds", "share"), *times], "<>>")

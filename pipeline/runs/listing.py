@@ -14,6 +14,7 @@ from pipeline.failures import CheckpointError, IncompleteError
 from pipeline.runs import checkpoint, lock
 from pipeline.runs.manifest import FILE, RunManifest
 from pipeline.storage import Storage
+from pipeline.text import columns, figure
 
 # training: a live process of a machine that shares the directory holds it. died: an attempt has not ended, and nobody
 # holds it. open: an attempt has not ended, and an object store has no locks to tell more. stopped: before its last
@@ -116,15 +117,10 @@ def table(runs: Sequence[Listed]) -> list[str]:
     """For people; of 80 columns where names have up to 24 characters."""
     rows = [("RUN", "STATE", "STEP", "TOP-1", "IMG/S", "CHANGED", "RESUMES")]
     for one in runs:
-        top1 = "-" if one.best_top1 is None else f"{one.best_top1:.4f}"
-        speed = "-" if one.images_per_s is None else f"{one.images_per_s:.0f}"
-        resumes = "-" if one.resumes_at is None else f"at {one.resumes_at}"
         steps = f"{one.step}/{'?' if one.num_steps is None else one.num_steps}"
-        rows.append((one.name, one.state, steps, top1, speed, _age(one.changed), resumes))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [" ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    notes = [f"{one.name}: {one.problem}" for one in runs if one.problem]
-    return [*lines, *notes]
+        speed, resumes = figure(one.images_per_s, ".0f"), "-" if one.resumes_at is None else f"at {one.resumes_at}"
+        rows.append((one.name, one.state, steps, figure(one.best_top1), speed, _age(one.changed), resumes))
+    return [*columns(rows, gap=1), *(f"{one.name}: {one.problem}" for one in runs if one.problem)]
 
 
 def _age(changed: float | None) -> str:

@@ -3,6 +3,8 @@
 import textwrap
 from typing import Any
 
+from pipeline.text import columns, figure
+
 WIDTH = 80
 
 
@@ -11,15 +13,17 @@ def table(result: dict[str, Any]) -> list[str]:
     lines = _wrap(_title(result))
     for note in result["notes"]:
         lines += _wrap(note)
-    head = f"{'GPUs':>7}{'batch':>8}{'images/s':>11}{'effic.':>8}{'goodput':>9}{'hours':>9}{'$':>9}  bound by"
-    lines += ["", head, *(_row(one, one["gpus"] == result["gpus"]) for one in result["rows"]), ""]
+    head = ("", "GPUs", "batch", "images/s", "effic.", "goodput", "hours", "$", "bound by")
+    rows = [_row(row, row["gpus"] == result["gpus"]) for row in result["rows"]]
+    lines += ["", *columns([head, *rows], "<>>>>>>><"), ""]
     lines += [*_step(result), *_checkpoints(result["checkpoints"])]
     if result["measured"]:
         lines += ["", *_measured(result["measured"])]
     lines += ["", "All numbers that this rests on (--assume NAME=VALUE replaces one):"]
-    for name, one in result["assumptions"].items():
-        value = f"{one['value']:,.10g} {one['unit']}".strip()
-        lines += _wrap(f"{name:<20} {value:<14} {one['origin']:<9}  {one['what']}", " " * 47)
+    assumptions = result["assumptions"]
+    rows = [(name, f"{a['value']:,.10g} {a['unit']}", a["origin"], a["what"]) for name, a in assumptions.items()]
+    for line, (*_, text) in zip(columns(rows), rows, strict=True):
+        lines += _wrap(line, " " * (len(line) - len(text)))
     return lines
 
 
@@ -39,16 +43,22 @@ def _title(result: dict[str, Any]) -> str:
     )
 
 
-def _row(one: dict[str, Any], chosen: bool) -> str:
-    hours, cost = ("-", "-") if one["hours"] is None else (_hours(one["hours"]), f"{one['cost']:,.0f}")
+def _row(row: dict[str, Any], chosen: bool) -> tuple[str, ...]:
     return (
-        f"{'>' if chosen else ' '}{one['gpus']:>6,}{one['global_batch']:>8,}{one['images_per_s']:>11,.0f}"
-        f"{one['efficiency']:>8.2f}{one['goodput']:>9.4f}{hours:>9}{cost:>9}  {one['bound']}"
+        ">" if chosen else "",
+        figure(row["gpus"]),
+        figure(row["global_batch"]),
+        figure(row["images_per_s"], ",.0f"),
+        figure(row["efficiency"], ".2f"),
+        figure(row["goodput"]),
+        _hours(row["hours"]),
+        figure(row["cost"], ",.0f"),
+        row["bound"],
     )
 
 
-def _hours(hours: float) -> str:
-    return f"{hours:,.2f}" if hours < 10 else f"{hours:,.1f}"
+def _hours(hours: float | None) -> str:
+    return figure(hours, ",.2f" if hours is not None and hours < 10 else ",.1f")
 
 
 def _step(result: dict[str, Any]) -> list[str]:

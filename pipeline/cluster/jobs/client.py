@@ -16,6 +16,7 @@ from ray.job_submission import JobDetails, JobSubmissionClient
 
 from pipeline.cluster.jobs.submission import Submission
 from pipeline.errors import UserError
+from pipeline.text import columns
 
 for _name in ("modules.dashboard_sdk", "modules.job.sdk"):
     logging.getLogger(f"ray.dashboard.{_name}").setLevel(logging.ERROR)  # they tell of each upload and connection
@@ -214,5 +215,4 @@ def table(jobs: Sequence[Mapping[str, Any]]) -> list[str]:
         started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(job["started"]))
         took = str(timedelta(seconds=round(job["seconds"])))
         rows.append((job["job"], job["status"], job["run"] or "-", started, took, job["why"] or ""))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return columns(rows)

@@ -19,6 +19,7 @@ from PIL import Image
 from pipeline.config.loading import changed_keys, dump, load, marked
 from pipeline.config.schema import Config
 from pipeline.data.loading.loader import EvalLoader
+from pipeline.text import figure
 from pipeline.tracking.ledger import goodput, summed_up
 from pipeline.tracking.metrics import ClassFigures, Predictions
 from pipeline.tracking.report import charts
@@ -144,7 +145,7 @@ def _page(facts: Facts, head: dict[str, Any], images: dict[str, str], note: str)
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"share": _share, "figure": _figure, "span": _span}
+    environment.filters |= {"share": _share, "figure": figure, "span": _span}
     template = environment.from_string(Path(__file__).with_name(TEMPLATE).read_text(encoding="utf-8"))
     ranked = facts.worst_first()
     num_classes, half = len(ranked), MAX_CLASSES // 2
@@ -210,10 +211,6 @@ def _date(seconds: float) -> str:
 
 def _share(value: float | None, digits: int = 1) -> str:
     return "-" if value is None else f"{100 * value:.{digits}f}%"
-
-
-def _figure(value: float | None, form: str = ",d") -> str:
-    return "-" if value is None else format(value, form)
 
 
 def _span(seconds: float) -> str:

@@ -1,0 +1,48 @@
+"""How people read results: rows in columns, and numbers."""
+
+from collections.abc import Sequence
+
+from rich.cells import cell_len, set_cell_size
+
+
+def columns(rows: Sequence[Sequence[str]], align: str = "", *, gap: int = 2) -> list[str]:
+    """Rows of cells as lines, in which each column is as wide as its widest cell.
+
+    Args:
+        align: "<" or ">" for each column, such as "<>>"; columns beyond its end are "<".
+        gap: spaces between columns.
+    """
+    shown = [[_printable(cell) for cell in row] for row in rows]
+    widths = [max(map(cell_len, column)) for column in zip(*shown, strict=True)]
+    lines = []
+    for row in shown:
+        fills = [" " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)]
+        sides = align.ljust(len(row), "<")
+        cells = [
+            fill + cell if side == ">" else cell + fill for cell, fill, side in zip(row, fills, sides, strict=True)
+        ]
+        lines.append((" " * gap).join(cells).rstrip())
+    return lines
+
+
+def figure(value: float | None, form: str | None = None) -> str:
+    """A number for people, or "-" where it is not known; by default 1,234 for counts and 0.1234 for all others."""
+    if value is None:
+        return "-"
+    return format(value, form or (",d" if isinstance(value, int) else ".4f"))
+
+
+def between(bounds: Sequence[float], form: str) -> str:
+    """Two bounds, such as quartiles: "0.98 to 1.02"."""
+    low, high = bounds
+    return f"{low:{form}} to {high:{form}}"
+
+
+def shorten(text: str, width: int) -> str:
+    """A name that anyone may have chosen, in at most so many columns of a terminal."""
+    text = _printable(text)
+    return text if cell_len(text) <= width else set_cell_size(text, width - 1).rstrip() + "…"
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)
