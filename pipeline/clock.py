@@ -7,6 +7,6 @@ import time
 
 BEGAN = time.time()  # Unix time
 
-from pipeline.machine import Neighbours  # noqa: E402  after the time was taken
+from pipeline.machine import OtherLoad  # noqa: E402  after the time was taken
 
-NEIGHBOURS = Neighbours()
+OTHER_LOAD = OtherLoad()

@@ -63,20 +63,20 @@ def busy_seconds() -> list[float]:
     return [core.user + core.nice + core.system + core.irq + core.softirq for core in cores]
 
 
-class Neighbours:
+class OtherLoad:
     """What other processes do with this process's cores, from now on."""
 
     def __init__(self) -> None:
         self._began, self._used, self._own = time.monotonic(), sum(busy_seconds()), sum(os.times()[:2])
 
-    def cores(self) -> float:
+    def num_busy_cores(self) -> float:
         """How many of the cores they have kept busy."""
         others = sum(busy_seconds()) - self._used - (sum(os.times()[:2]) - self._own)
         return max(0.0, others / max(time.monotonic() - self._began, 1e-3))
 
-    def crowd(self) -> bool:
+    def is_high(self) -> bool:
         """Whether they take half of the cores or more."""
-        return self.cores() >= len(os.sched_getaffinity(0)) / 2
+        return self.num_busy_cores() >= len(os.sched_getaffinity(0)) / 2
 
 
 def user_name() -> str:
@@ -100,16 +100,16 @@ def _cgroups(controller: str, proc: Path) -> Iterator[Path]:
             paths[name] = PurePosixPath(path)
     for line in _lines(proc / "self/mountinfo"):
         mount, _, kind = line.partition(" - ")
-        root, place = (_unescaped(word) for word in mount.split()[3:5])
+        root, folder = (_unescaped(word) for word in mount.split()[3:5])
         system, _, options = kind.split(" ", 2)
         name = "unified" if system == "cgroup2" else controller
         if name not in paths or (system == "cgroup" and controller not in options.strip().split(",")):
             continue
         if system in ("cgroup", "cgroup2"):
-            seen = paths[name].is_relative_to(root) and ".." not in paths[name].parts
-            inside = paths[name].relative_to(root) if seen else PurePosixPath()
-            for below in (inside, *inside.parents) if inside.parts else (inside,):
-                yield Path(place, below)
+            visible = paths[name].is_relative_to(root) and ".." not in paths[name].parts
+            inside = paths[name].relative_to(root) if visible else PurePosixPath()
+            for path in (inside, *inside.parents) if inside.parts else (inside,):
+                yield Path(folder, path)
 
 
 def _cpu_quota(folder: Path) -> float | None:
@@ -118,8 +118,8 @@ def _cpu_quota(folder: Path) -> float | None:
     quota, period = words if len(words) == 2 else ("max", "")
     if words:
         return float(quota) / float(period) if quota != "max" else None
-    micros, of = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")
-    return micros / of if micros is not None and of else None
+    quota_us, period_us = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")
+    return quota_us / period_us if quota_us is not None and period_us else None
 
 
 def _number(file: Path) -> int | None:

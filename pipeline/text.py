@@ -14,13 +14,13 @@ def columns(rows: Sequence[Sequence[str]], align: str = "", *, gap: int = 2) -> 
     """
     shown = [[_printable(cell) for cell in row] for row in rows]
     widths = [max(map(cell_len, column)) for column in zip(*shown, strict=True)]
+    sides = align.ljust(len(widths), "<")
     lines = []
     for row in shown:
-        fills = [" " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)]
-        sides = align.ljust(len(row), "<")
-        cells = [
-            fill + cell if side == ">" else cell + fill for cell, fill, side in zip(row, fills, sides, strict=True)
-        ]
+        cells = []
+        for cell, width, side in zip(row, widths, sides, strict=True):
+            fill = " " * (width - cell_len(cell))
+            cells.append(fill + cell if side == ">" else cell + fill)
         lines.append((" " * gap).join(cells).rstrip())
     return lines
 

@@ -28,11 +28,11 @@ def software() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Of this package, Python, and those of PACKAGES that are installed, under these names for any CUDA."""
-    found = {"pipeline": pipeline.__version__, "python": platform.python_version()}
-    for one in distributions():
-        if (name := str(one.name).lower().partition("-cuda")[0]) in PACKAGES:
-            found.setdefault(name, one.version)  # the first of a name is the one that is imported
-    return found
+    installed = {"pipeline": pipeline.__version__, "python": platform.python_version()}
+    for package in distributions():
+        if (name := str(package.name).lower().partition("-cuda")[0]) in PACKAGES:
+            installed.setdefault(name, package.version)  # the first of a name is the one that is imported
+    return installed
 
 
 def device_name(device: "torch.device") -> str:

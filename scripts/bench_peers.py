@@ -31,7 +31,7 @@ from peer import LABEL_SMOOTHING, LR, Peer
 from peers_report import AIMS, CEILING, FIT, OURS, fastest, steps_per_s, summarise, table
 from turns import Program, Running, race
 
-from pipeline.bench.common import machine
+from pipeline.bench.common import describe_machine
 from pipeline.machine import cpu_count
 from pipeline.training.precision import decide, emulation, hardware_of
 
@@ -238,7 +238,7 @@ def main() -> int:
         "settings": {name: str(s) for name, s in settings.items()},
         "trials": trials,
         **summarise(windows, case.batch, args.discard, bench.background[OURS]),
-        "machine": machine(),
+        "machine": describe_machine(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
     if args.out:

@@ -131,9 +131,9 @@ def test_a_user_without_an_entry_has_a_number() -> None:
     assert told.stdout.strip() == "pipeline-12345"
 
 
-@pytest.mark.parametrize(("others", "crowd"), [(0.0, False), (0.4, False), (0.6, True), (1.0, True)])
-def test_neighbours_are_what_else_works_on_these_cores(
-    others: float, crowd: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("others", "high"), [(0.0, False), (0.4, False), (0.6, True), (1.0, True)])
+def test_other_load_is_what_else_works_on_these_cores(
+    others: float, high: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A share of each core; what this process does itself does not count."""
     num_cores = len(os.sched_getaffinity(0))
@@ -141,16 +141,16 @@ def test_neighbours_are_what_else_works_on_these_cores(
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(os, "times", lambda: (own[0], 0.0, 0.0, 0.0, 0.0))
     monkeypatch.setattr(machine, "busy_seconds", lambda: [c * num_cores for c in [others * clock[0]]] + [own[0]])
-    beside = machine.Neighbours()
+    load = machine.OtherLoad()
     clock[0], own[0] = 110.0, 12.0
-    assert beside.cores() == pytest.approx(others * num_cores)
-    assert beside.crowd() is crowd
+    assert load.num_busy_cores() == pytest.approx(others * num_cores)
+    assert load.is_high() is high
 
 
-def test_a_busy_process_is_a_neighbour() -> None:
-    beside = machine.Neighbours()
+def test_a_busy_process_is_other_load() -> None:
+    load = machine.OtherLoad()
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
         time.sleep(1)
-        found = beside.cores()
+        num_cores = load.num_busy_cores()
         process.kill()
-    assert found > 0.2
+    assert num_cores > 0.2

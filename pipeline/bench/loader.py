@@ -1,6 +1,6 @@
 """`pipeline bench loader`: our loader's images/s beside those that people use, on the same images and cores.
 
-Absolute figures of a shared machine say little, so the contestants take turns, round by round, and what counts is the
+Absolute figures of a shared machine say little, so the loaders take turns, round by round, and what counts is the
 ratio within a round.
 """
 
@@ -13,19 +13,19 @@ from typing import Any
 import numpy as np
 
 from pipeline.bench import common
-from pipeline.bench.common import machine, spread, turns
-from pipeline.bench.loader_baselines import CEILING, OURS, Contestant, Running, Speed, Task, contestants
+from pipeline.bench.common import batch_per_worker, describe_machine, spread, take_turns
+from pipeline.bench.loader_baselines import CEILING, OURS, LoaderBaseline, LoaderProcess, Speed, Task, loader_baselines
 from pipeline.config.schema import Config, DataConfig
 from pipeline.data.indexing.build import Progress, open_index
 from pipeline.errors import UserError
 from pipeline.machine import cpu_count
 from pipeline.text import between, columns, figure
 
-TRIALS = 2  # rounds before those that count, to find each contestant's best setting
+TRIALS = 2  # rounds before those that count, to find each loader's best setting
 AIM = 1.4  # times the best of the others
 WHAT = "random-resized-crop and flip alone, whatever the configuration augments with; uint8 out, on the CPU"
 PACKAGES = ("torch", "torchvision", "timm", "pillow", "nvidia-dali-cuda130")
-Speeds = dict[str, list[Speed]]  # of each round, by contestant
+Speeds = dict[str, list[Speed]]  # of each round, by loader
 
 
 def bench_loader(
@@ -34,25 +34,24 @@ def bench_loader(
     """Measure all loaders, by turns.
 
     Args:
-        num_cores: that each contestant may use; None for all that this process may.
+        num_cores: that each loader may use; None for all that this process may.
         num_images: timed in a round, rounded up to whole batches.
 
     Raises:
         UserError: more cores than there are, missing packages or data.
     """
-    allowed = sorted(os.sched_getaffinity(0))
     usable = cpu_count()
-    cores = tuple(allowed[: num_cores or usable])
     if num_cores and num_cores > usable:
         raise UserError(f"--cores {num_cores}: this process may use {usable}; lower it")
+    cores = tuple(sorted(os.sched_getaffinity(0))[: num_cores or usable])
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "index.arrow"
         index, _ = open_index(cfg.data.train, progress=progress)
         index.save(file)
-        batch = min(-(-cfg.train.global_batch // cfg.cluster.max_workers), len(index))
+        batch = min(batch_per_worker(cfg), len(index))
         num_batches = -(-num_images // (batch * len(cores))) * len(cores)  # DataLoader's workers finish side by side
-        task = Task(file, plain(cfg.data), batch, cores, num_batches, TRIALS + num_rounds)
-        speeds, settings = measure(task, contestants(len(cores)), progress)
+        task = Task(file, plain_config(cfg.data), batch, cores, num_batches, TRIALS + num_rounds)
+        speeds, settings = measure(task, loader_baselines(len(cores)), progress)
     return {
         "train": cfg.data.train,
         "images": len(index),
@@ -64,43 +63,39 @@ def bench_loader(
         "images_per_round": batch * num_batches,
         "what": WHAT,
         **summarise(speeds, settings),
-        "machine": machine(),
+        "machine": describe_machine(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
 
 
-def plain(data: DataConfig) -> DataConfig:
+def plain_config(data: DataConfig) -> DataConfig:
     """The images' size and the range of crops and flips as configured, and else what every loader does: see WHAT."""
-    what = ("image_size", "val_size", "val_resize", "crop_scale", "crop_ratio", "flip")
-    how = ("read_threads", "prefetch", "cache_dir", "cache_gb")
-    return DataConfig(**{name: getattr(data, name) for name in (*what, *how)})
+    images = ("image_size", "val_size", "val_resize", "crop_scale", "crop_ratio", "flip")
+    loading = ("read_threads", "prefetch", "cache_dir", "cache_gb")
+    return DataConfig(**{name: getattr(data, name) for name in (*images, *loading)})
 
 
-def measure(task: Task, ones: list[Contestant], progress: Progress) -> tuple[Speeds, dict[str, str]]:
-    """Each contestant's speed by rounds, and its setting: the one that did best in the trials."""
-    running = list[Running]()
+def measure(task: Task, baselines: list[LoaderBaseline], progress: Progress) -> tuple[Speeds, dict[str, str]]:
+    """Each loader's speed by rounds, and its setting: the one that did best in the trials."""
+    processes = list[LoaderProcess]()
     try:
-        for one in ones:
-            running.append(Running(one, task))
-        trials = {r: max(r.round().per_s for _ in range(TRIALS)) for r in running}
-        best = {r.one.name: r for r in sorted(running, key=lambda r: trials[r])}  # the last of a name wins
-        racing = [r for r in running if r in best.values()]
-        speeds: Speeds = {r.one.name: [] for r in racing}
-        for done, turn in enumerate(turns(racing, task.num_rounds - TRIALS), 1):
-            for r in turn:
-                speeds[r.one.name].append(r.round())
-            figures = ", ".join(f"{name} {rounds[-1].per_s:.0f}" for name, rounds in speeds.items())
-            progress(done, task.num_rounds - TRIALS, f"images/s: {figures}")
+        for baseline in baselines:
+            processes.append(LoaderProcess(baseline, task))
+        trials = {process: max(process.run_round().per_s for _ in range(TRIALS)) for process in processes}
+        fastest = {p.baseline.name: p for p in sorted(processes, key=lambda p: trials[p])}  # the last of a name wins
+        racing = {p.baseline.name: p for p in processes if p in fastest.values()}
+        rounds = {name: process.run_round for name, process in racing.items()}
+        speeds = take_turns(rounds, task.num_rounds - TRIALS, progress, lambda speed: speed.per_s)
     finally:
-        for r in running:
-            r.end()
-    return speeds, {r.one.name: r.one.setting for r in racing}
+        for process in processes:
+            process.end()
+    return speeds, {name: process.baseline.setting for name, process in racing.items()}
 
 
 def summarise(speeds: Speeds, settings: dict[str, str]) -> dict[str, Any]:
     """Medians and quartiles; ours beside the best of the others within each round, and beside decoding alone."""
-    per_s = {name: np.array([one.per_s for one in rounds]) for name, rounds in speeds.items()}
-    per_cpu_s = {name: np.array([one.per_cpu_s for one in rounds]) for name, rounds in speeds.items()}
+    per_s = {name: np.array([speed.per_s for speed in rounds]) for name, rounds in speeds.items()}
+    per_cpu_s = {name: np.array([speed.per_cpu_s for speed in rounds]) for name, rounds in speeds.items()}
     others = [name for name in speeds if name not in (OURS, CEILING)]
     loaders = {
         name: {
@@ -120,33 +115,33 @@ def summarise(speeds: Speeds, settings: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def table(result: dict[str, Any]) -> list[str]:
+def format_result(result: dict[str, Any]) -> list[str]:
     """The result for people."""
     height, width = result["median_size"]
-    lines = [
-        f"{result['images']} images of {result['train']}, {height}x{width} in the median, to {result['image_size']} "
-        f"pixels; batch {result['batch']}, cores {result['cores']}",
-        f"{result['rounds']} rounds of {result['images_per_round']} images; median and quartiles",
-        result["what"],
-    ]
     rows = [("", "images/s", "quartiles", "per CPU s", "setting")]
     for name, loader in result["loaders"].items():
         quartiles = between(loader["images_per_s_quartiles"], ".0f")
         speeds = figure(loader["images_per_s"], ".0f"), quartiles, figure(loader["images_per_cpu_s"], ".0f")
         rows.append((name, *speeds, loader["setting"]))
-    return [*lines, *columns(rows, "<><>"), verdict(result)]
+    return [
+        f"{result['images']} images of {result['train']}, {height}x{width} in the median, to {result['image_size']} "
+        f"pixels; batch {result['batch']}, cores {result['cores']}",
+        f"{result['rounds']} rounds of {result['images_per_round']} images; median and quartiles",
+        result["what"],
+        *columns(rows, "<><>"),
+        verdict(result),
+    ]
 
 
 def verdict(result: dict[str, Any]) -> str:
     """The ratio, and what holds our loader back."""
     aim = "the aim" if result["ratio"] >= AIM else "less than the aim"
     share = result["decode_share"]
-    rest = "decoding" if share >= 0.5 else "what comes beside decoding: reading, draws, resizing"
+    bound = "decoding" if share >= 0.5 else "what comes beside decoding: reading, draws, resizing"
     return (
         f"{OURS}: {result['ratio']:.2f} times the best other of each round (quartiles "
-        f"{between(result['ratio_quartiles'], '.2f')}), "
-        f"{aim} of {AIM:g}; by CPU time {result['cpu_ratio']:.2f} times; {share:.0%} of its CPU time is decoding, "
-        f"so {rest} is what bounds it"
+        f"{between(result['ratio_quartiles'], '.2f')}), {aim} of {AIM:g}; by CPU time {result['cpu_ratio']:.2f} times; "
+        f"{share:.0%} of its CPU time is decoding, so {bound} is what bounds it"
     )
 
 
@@ -154,4 +149,4 @@ def plot(result: dict[str, Any], file: Path) -> None:
     height, width = result["median_size"]
     title = f"{height}x{width} to {result['image_size']} pixels, batch {result['batch']}"
     colours = {OURS: "tab:green", CEILING: "lightgrey"}
-    common.plot(result["loaders"], title, file, text=f", cores: {result['cores']}", colours=colours)
+    common.plot(result["loaders"], title, file, note=f", cores: {result['cores']}", colours=colours)

@@ -32,13 +32,13 @@ from pipeline.data.loading.read import Reader
 
 CPU = torch.device("cpu")
 DECODE_BATCHES = 8  # that the decoder alone has in memory
-PATIENCE_S = 120.0  # for a contestant to fall idle after its round
+IDLE_TIMEOUT_S = 120.0  # for a loader to fall idle after its round
 OURS, CEILING = "pipeline", "decode alone"
 
 
 @dataclass(frozen=True)
 class Task:
-    """What every contestant does. batch: images; num_batches: timed in a round; num_rounds: with the trials."""
+    """What every loader does. batch: images; num_batches: timed in a round; num_rounds: with the trials."""
 
     index: Path
     data: DataConfig
@@ -49,11 +49,11 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Contestant:
+class LoaderBaseline:
     """One way to load. workers: of torch's DataLoader, 0 for the main process; None: threads, as many as cores."""
 
     name: str
-    batches: Callable[["Contestant", Task], Iterator[Any]]
+    batches: Callable[["LoaderBaseline", Task], Iterator[Any]]
     workers: int | None = None
 
     @property
@@ -64,7 +64,7 @@ class Contestant:
         """The most batches that lie ready when a round starts, and are not counted."""
         return 2 * task.data.prefetch + 2 if self.workers is None else 2 * self.workers  # DataLoader's prefetch_factor
 
-    def total(self, task: Task) -> int:
+    def total_batches(self, task: Task) -> int:
         return (self.num_ahead(task) + task.num_batches) * task.num_rounds
 
 
@@ -75,7 +75,7 @@ class Speed(NamedTuple):
     per_cpu_s: float
 
 
-class Rows(Dataset[tuple[Any, int]]):
+class IndexRows(Dataset[tuple[Any, int]]):
     """An index's rows, over and over until `length`, for the loaders that are not ours."""
 
     def __init__(self, task: Task, length: int, decode: Callable[[bytes], Any], transform: Callable[[Any], Any] | None):
@@ -97,13 +97,12 @@ class Rows(Dataset[tuple[Any, int]]):
         return self.transform(self._decode(reader.read(row))), int(index.labels[row])
 
 
-def _pil(data: bytes) -> Image.Image:
+def _decode_pil(data: bytes) -> Image.Image:
     return Image.open(BytesIO(data)).convert("RGB")
 
 
-def _tensor(data: bytes) -> torch.Tensor:
-    image: torch.Tensor = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
-    return image
+def _decode_uint8(data: bytes) -> Any:
+    return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
 
 
 def _crop_and_flip(data: DataConfig) -> list[Any]:
@@ -111,33 +110,33 @@ def _crop_and_flip(data: DataConfig) -> list[Any]:
     return [crop, v2.RandomHorizontalFlip(data.flip)]
 
 
-def _torchvision(one: Contestant, task: Task, rows: Rows) -> Iterator[Any]:
+def _torchvision(
+    baseline: LoaderBaseline, task: Task, decode: Callable[[bytes], Any], transforms: list[Any]
+) -> Iterator[Any]:
     loader = DataLoader(
-        rows,
+        IndexRows(task, baseline.total_batches(task) * task.batch, decode, v2.Compose(transforms)),
         task.batch,
         shuffle=True,
-        num_workers=one.workers or 0,
-        persistent_workers=bool(one.workers),
+        num_workers=baseline.workers or 0,
+        persistent_workers=bool(baseline.workers),
         drop_last=True,
     )
     return (images for images, _ in loader)
 
 
-def torchvision_pil(one: Contestant, task: Task) -> Iterator[Any]:
-    transform = v2.Compose([*_crop_and_flip(task.data), v2.PILToTensor()])
-    return _torchvision(one, task, Rows(task, one.total(task) * task.batch, _pil, transform))
+def torchvision_pil(baseline: LoaderBaseline, task: Task) -> Iterator[Any]:
+    return _torchvision(baseline, task, _decode_pil, [*_crop_and_flip(task.data), v2.PILToTensor()])
 
 
-def torchvision_uint8(one: Contestant, task: Task) -> Iterator[Any]:
-    transform = v2.Compose(_crop_and_flip(task.data))
-    return _torchvision(one, task, Rows(task, one.total(task) * task.batch, _tensor, transform))
+def torchvision_uint8(baseline: LoaderBaseline, task: Task) -> Iterator[Any]:
+    return _torchvision(baseline, task, _decode_uint8, _crop_and_flip(task.data))
 
 
-def timm(one: Contestant, task: Task) -> Iterator[Any]:
+def timm(baseline: LoaderBaseline, task: Task) -> Iterator[Any]:
     from timm.data import create_loader
 
     loader = create_loader(
-        Rows(task, one.total(task) * task.batch, _pil, None),
+        IndexRows(task, baseline.total_batches(task) * task.batch, _decode_pil, None),
         task.data.image_size,
         task.batch,
         is_training=True,
@@ -146,21 +145,20 @@ def timm(one: Contestant, task: Task) -> Iterator[Any]:
         hflip=task.data.flip,
         color_jitter=None,
         interpolation="bilinear",
-        num_workers=one.workers,
+        num_workers=baseline.workers,
         device=CPU,
     )
     return (images for images, _ in loader.loader)  # beneath its normalisation, which is the model's with us
 
 
-def ours(one: Contestant, task: Task) -> Iterator[Any]:
-    stream = _stream(task).from_step(0, one.total(task))
-    return (batch.images for batch in stream)
+def pipeline_batches(baseline: LoaderBaseline, task: Task) -> Iterator[Any]:
+    return (batch.images for batch in _train_loader(task).from_step(0, baseline.total_batches(task)))
 
 
-def decode_alone(one: Contestant, task: Task) -> Iterator[Any]:
+def decode_alone(baseline: LoaderBaseline, task: Task) -> Iterator[Any]:
     """The same crops decoded and nothing else, from memory: what no CPU loader on this decoder gets past."""
-    stream, reader = _stream(task), Reader(load_index(task.index), task.data)
-    specs = [stream.batch_spec(step) for step in range(min(DECODE_BATCHES, one.total(task)))]
+    loader, reader = _train_loader(task), Reader(load_index(task.index), task.data)
+    specs = [loader.batch_spec(step) for step in range(min(DECODE_BATCHES, baseline.total_batches(task)))]
     inputs = [decode_inputs(spec, [reader.read(int(row)) for row in spec.rows]) for spec in specs]
     reader.close()
     pipe = decode_graph(
@@ -170,36 +168,36 @@ def decode_alone(one: Contestant, task: Task) -> Iterator[Any]:
         device_id=None,
         prefetch_queue_depth=task.data.prefetch,
     )
-    return (pipe.run()[0] for _ in range(one.total(task)))
+    return (pipe.run()[0] for _ in range(baseline.total_batches(task)))
 
 
-def _stream(task: Task) -> TrainLoader:
+def _train_loader(task: Task) -> TrainLoader:
     def refuse(path: str, reason: str) -> None:
         raise RuntimeError(f"{path} is broken ({reason}), which not all loaders survive; leave it out of the index")
 
-    place = LoaderContext(0, 1, CPU, len(task.cores))
-    return TrainLoader(load_index(task.index), task.data, place, refuse, global_batch=task.batch, seed=0)
+    context = LoaderContext(0, 1, CPU, len(task.cores))
+    return TrainLoader(load_index(task.index), task.data, context, refuse, global_batch=task.batch, seed=0)
 
 
-def contestants(num_cores: int) -> list[Contestant]:
+def loader_baselines(num_cores: int) -> list[LoaderBaseline]:
     """All of them, DataLoaders with each setting that may be their best on so many cores."""
     others = {"torchvision PIL": torchvision_pil, "torchvision uint8": torchvision_uint8, "timm": timm}
     settings = [1, 0] if num_cores == 1 else [num_cores]
     return [
-        Contestant(OURS, ours),
-        *(Contestant(name, batches, workers) for name, batches in others.items() for workers in settings),
-        Contestant(CEILING, decode_alone),
+        LoaderBaseline(OURS, pipeline_batches),
+        *(LoaderBaseline(name, batches, workers) for name, batches in others.items() for workers in settings),
+        LoaderBaseline(CEILING, decode_alone),
     ]
 
 
-class Running:
-    """A contestant in its process, which works in its own rounds alone."""
+class LoaderProcess:
+    """A loader in its process, which works in its own rounds alone."""
 
-    def __init__(self, one: Contestant, task: Task):
-        self.one = one
+    def __init__(self, baseline: LoaderBaseline, task: Task):
+        self.baseline = baseline
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(one, task, theirs))
+        self._process = context.Process(target=_run_loader, args=(baseline, task, theirs))
         allowed = os.sched_getaffinity(0)
         os.sched_setaffinity(0, task.cores)  # inherited, also by the threads that start with an import
         try:
@@ -208,7 +206,7 @@ class Running:
             os.sched_setaffinity(0, allowed)
         theirs.close()
 
-    def round(self) -> Speed:
+    def run_round(self) -> Speed:
         """Work one round.
 
         Raises:
@@ -218,7 +216,7 @@ class Running:
             self._pipe.send(None)
             speed: Speed = self._pipe.recv()
         except (EOFError, ConnectionError):
-            raise RuntimeError(f"the loader {self.one.name!r} has failed, see above") from None
+            raise RuntimeError(f"the loader {self.baseline.name!r} has failed, see above") from None
         return speed
 
     def end(self) -> None:
@@ -228,33 +226,33 @@ class Running:
         self._process.join()
 
 
-def _serve(one: Contestant, task: Task, pipe: Connection) -> None:
+def _run_loader(baseline: LoaderBaseline, task: Task, pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's affair, which closes the pipe
     torch.set_num_threads(len(task.cores))
-    batches, me = one.batches(one, task), psutil.Process()
+    batches, process = baseline.batches(baseline, task), psutil.Process()
     while True:
         try:
             pipe.recv()
         except EOFError:
             return
-        for _ in range(one.num_ahead(task)):
+        for _ in range(baseline.num_ahead(task)):
             next(batches)
-        started, used = time.perf_counter(), _cpu_seconds(me)
+        started, used = time.perf_counter(), _cpu_seconds(process)
         num_images = sum(len(next(batches)) for _ in range(task.num_batches))
-        seconds, cpu_seconds = time.perf_counter() - started, _cpu_seconds(me) - used
-        _fall_idle(me)
+        seconds, cpu_seconds = time.perf_counter() - started, _cpu_seconds(process) - used
+        _wait_until_idle(process)
         pipe.send(Speed(num_images / seconds, num_images / max(cpu_seconds, 0.01)))  # which is told in 10 ms
 
 
-def _fall_idle(me: psutil.Process) -> None:
-    """Wait until what is made ahead is made, so that the next contestant has the cores for itself."""
-    deadline = time.monotonic() + PATIENCE_S
-    used, before = _cpu_seconds(me), -1.0
+def _wait_until_idle(process: psutil.Process) -> None:
+    """Wait until what is made ahead is made, so that the next loader has the cores for itself."""
+    deadline = time.monotonic() + IDLE_TIMEOUT_S
+    used, before = _cpu_seconds(process), -1.0
     while used - before > 0.02:
         if time.monotonic() > deadline:
-            raise RuntimeError(f"still at work {PATIENCE_S:.0f} s after its round")
+            raise RuntimeError(f"still at work {IDLE_TIMEOUT_S:.0f} s after its round")
         time.sleep(0.2)
-        before, used = used, _cpu_seconds(me)
+        before, used = used, _cpu_seconds(process)
 
 
 def _cpu_seconds(process: psutil.Process) -> float:

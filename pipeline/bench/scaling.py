@@ -10,19 +10,18 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from pipeline import machine
-from pipeline.bench import common
-from pipeline.bench.common import about, rows, title, to_measure, turns
+from pipeline.bench.common import batch_per_worker, compare, config_to_measure, describe, spread, take_turns, title
 from pipeline.bench.planning.cost_model import count_network
 from pipeline.cluster import supervisor
 from pipeline.cluster.doctor import node_checks
@@ -38,7 +37,15 @@ from pipeline.training.precision import with_precision
 LOG_EVERY = 5  # steps; what was before the first logged one is warming up
 POOR = 0.9
 PARTS = {"compute": "compute", "communication": "communication wait", "data": "data wait", "logging": "logging"}
-CONNECT_SECONDS = 60.0
+CONNECT_TIMEOUT_S = 60.0
+
+
+class Measurement(NamedTuple):
+    """Of one training: seconds: by phase, from the first logged step to the last. startup: seconds of its parts."""
+
+    images_per_s: float
+    seconds: dict[str, float]
+    startup: dict[str, float]
 
 
 def bench_scale(
@@ -68,60 +75,60 @@ def bench_scale(
     if not joins and counts[-1] * cores > num_cores:
         room = num_cores // cores
         raise UserError(f"--workers {counts[-1]}: with {cores} cores each, this machine has room for {room}")
-    share = -(-cfg.train.global_batch // cfg.cluster.max_workers)
-    per_s: dict[str, list[float]] = {str(n): [] for n in counts}
-    spent: dict[str, list[dict[str, float]]] = {str(n): [] for n in counts}
-    startup = list[dict[str, float]]()
-    for done, turn in enumerate(turns(counts, num_rounds), 1):
-        for n in turn:
-            with ExitStack() as opened:
-                storage = (
-                    cfg.run.storage if joins else opened.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))
-                )
-                start, steps = _train(_to_measure(cfg, n, cores, share, LOG_EVERY + num_steps, storage))
-            cfg = with_precision(cfg, start.precision)  # what the first workers have is what all are compared in
-            first, last = steps[0].seconds, steps[-1].seconds
-            seconds = {phase: last[phase] - first[phase] for phase in PHASES}
-            per_s[str(n)].append(num_steps * share * n / sum(seconds[phase] for phase in PARTS.values()))
-            spent[str(n)].append(seconds)
-            startup.append(start.startup)
-        figures_s = ", ".join(f"{name} workers {ones[-1]:.1f}" for name, ones in per_s.items())
-        progress(done, num_rounds, f"images/s: {figures_s}")
-    found = rows(per_s, "1")
-    for name, row in found.items():
-        row |= common.spread("efficiency", np.array(per_s[name]) / np.array(per_s["1"]) / int(name))
-        row |= {f"{key}_s_per_step": _median(spent[name], phase) / num_steps for key, phase in PARTS.items()}
-    result: dict[str, Any] = about(cfg) | {
-        "global_batch_per_worker": share,
+    batch = batch_per_worker(cfg)
+
+    def measure(num_workers: int) -> Measurement:
+        nonlocal cfg
+        with nullcontext(cfg.run.storage) if joins else tempfile.TemporaryDirectory(prefix="bench-") as storage:
+            start, steps = _train(_config(cfg, num_workers, cores, batch, LOG_EVERY + num_steps, storage))
+        cfg = with_precision(cfg, start.precision)  # what the first workers have is what all are compared in
+        first, last = steps[0].seconds, steps[-1].seconds
+        seconds = {phase: last[phase] - first[phase] for phase in PHASES}
+        images = num_steps * batch * num_workers
+        return Measurement(images / sum(seconds[phase] for phase in PARTS.values()), seconds, start.startup)
+
+    rounds = take_turns(
+        {str(n): partial(measure, n) for n in counts}, num_rounds, progress, lambda m: m.images_per_s, " workers"
+    )
+    per_s = {name: [m.images_per_s for m in measured] for name, measured in rounds.items()}
+    rows = compare(per_s, "1")
+    for name, row in rows.items():
+        row |= spread("efficiency", np.array(per_s[name]) / np.array(per_s["1"]) / int(name))
+        medians = _medians([m.seconds for m in rounds[name]])
+        row |= {f"{part}_s_per_step": medians[phase] / num_steps for part, phase in PARTS.items()}
+    result: dict[str, Any] = describe(cfg) | {
+        "global_batch_per_worker": batch,
         "cpus_per_worker": cores,
         "parameters": count_network(cfg.model, cfg.data.image_size).parameters,
         "rounds": num_rounds,
         "steps_per_round": num_steps,
-        "workers": found,
-        "startup": {name: _median(startup, name) for name in startup[0]},
+        "workers": rows,
+        "startup": _medians([m.startup for measured in rounds.values() for m in measured]),
     }
     if not joins and counts[-1] > 1 and not torch.cuda.is_available():
-        result["allreduce_gb_s"] = _link(counts[-1])
-    return result | {"verdict": verdict(found)}
+        result["allreduce_gb_s"] = _measure_all_reduce(counts[-1])
+    return result | {"verdict": verdict(rows)}
 
 
-def _median(ones: list[dict[str, float]], name: str) -> float:
-    return float(np.median([one[name] for one in ones]))
+def _medians(measured: list[dict[str, float]]) -> dict[str, float]:
+    return {name: float(np.median([values[name] for values in measured])) for name in measured[0]}
 
 
-def _to_measure(cfg: Config, num_workers: int, cores: int, share: int, num_steps: int, storage: str) -> Config:
+def _config(cfg: Config, num_workers: int, cores: int, batch: int, num_steps: int, storage: str) -> Config:
     """Logged to a database of its own."""
     name = f"bench-{num_workers}-{time.strftime('%Y%m%d-%H%M%S')}"
     uri = cfg.mlflow.uri if "://" in storage else f"sqlite:///{Path(storage).absolute()}/bench.db"
-    cluster, batch = replace(cfg.cluster, workers=num_workers, cpus_per_worker=cores), share * num_workers
-    return to_measure(cfg, cluster, name, storage, uri, batch=batch, steps=num_steps, every=LOG_EVERY)
+    cluster = replace(cfg.cluster, workers=num_workers, cpus_per_worker=cores)
+    return config_to_measure(
+        cfg, cluster, name, storage, uri, batch=batch * num_workers, steps=num_steps, every=LOG_EVERY
+    )
 
 
 def _train(cfg: Config) -> tuple[AttemptStarted, list[StepLogged]]:
     """Train; the events of the start and of the logged steps."""
     starts, steps = list[AttemptStarted](), list[StepLogged]()
 
-    def watch(event: Event) -> None:
+    def emit(event: Event) -> None:
         if isinstance(event, AttemptStarted):
             starts.append(event)
         elif isinstance(event, StepLogged):
@@ -129,33 +136,35 @@ def _train(cfg: Config) -> tuple[AttemptStarted, list[StepLogged]]:
         elif isinstance(event, Warned | AttemptFailed):
             print(event.text, file=sys.stderr)
 
-    if supervisor.train(cfg, "bench", None, watch)["status"] == "interrupted":
+    if supervisor.train(cfg, "bench", None, emit)["status"] == "interrupted":
         raise KeyboardInterrupt
     if len(starts) != 1:
         raise TrainingFailedError("a failure interrupted the measurement; run it again")
     return starts[0], steps
 
 
-def _link(num_workers: int) -> float:
+def _measure_all_reduce(num_workers: int) -> float:
     """GB/s that each of so many processes here sends at while their gradients are summed."""
     with (
         tempfile.TemporaryDirectory() as folder,
         ProcessPoolExecutor(num_workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool,
     ):
-        where = f"file://{folder}/rendezvous"
-        reduce = partial(node_checks.all_reduce, "gloo", where, num_workers=num_workers, patience_s=CONNECT_SECONDS)
+        rendezvous = f"file://{folder}/rendezvous"
+        reduce = partial(
+            node_checks.all_reduce, "gloo", rendezvous, num_workers=num_workers, timeout_s=CONNECT_TIMEOUT_S
+        )
         seconds = max(pool.map(reduce, range(num_workers)))
     return 2 * (num_workers - 1) / num_workers * node_checks.ALL_REDUCE_BYTES / seconds / 1e9
 
 
-def verdict(found: dict[str, Any]) -> str:
+def verdict(rows: dict[str, Any]) -> str:
     """How well the most workers do, and what keeps them from doing better."""
-    most = str(max(map(int, found)))
-    one, many = found["1"], found[most]
+    most = str(max(map(int, rows)))
+    one, many = rows["1"], rows[most]
     if most == "1":
         return "one worker alone says nothing of scaling; give --workers 1,2"
-    low, high = many["efficiency_quartiles"]
-    text = f"{most} workers attain {many['efficiency']:.1%} of {most} times one's speed ({low:.1%} to {high:.1%})"
+    quartiles = between(many["efficiency_quartiles"], ".1%")
+    text = f"{most} workers attain {many['efficiency']:.1%} of {most} times one's speed ({quartiles})"
     if many["efficiency"] >= POOR:
         return text
     costs = {part: many[f"{part}_s_per_step"] - one[f"{part}_s_per_step"] for part in PARTS}
@@ -171,19 +180,19 @@ def verdict(found: dict[str, Any]) -> str:
     return f"{text}; of what a step takes longer, most is {worst} ({1000 * costs[worst]:.0f} ms): {fixes[worst]}"
 
 
-def table(result: dict[str, Any]) -> list[str]:
+def format_result(result: dict[str, Any]) -> list[str]:
     """For people."""
-    lines = [
-        f"{title(result)}, batch {result['global_batch_per_worker']} and {result['cpus_per_worker']} cores for each "
-        f"worker; {result['rounds']} rounds of {result['steps_per_round']} steps, by turns; median and quartiles",
-    ]
     rows = [("workers", "images/s", "efficiency", "quartiles", *PARTS)]
     for name, row in result["workers"].items():
         efficiency = figure(row["efficiency"], ".3f"), between(row["efficiency_quartiles"], ".3f")
         parts = [f"{1000 * row[f'{part}_s_per_step']:.1f} ms" for part in PARTS]
         rows.append((name, figure(row["images_per_s"], ".1f"), *efficiency, *parts))
-    lines += columns(rows, "<>><>>>>")
-    lines.append("start-up: " + ", ".join(f"{name} {s:.1f} s" for name, s in result["startup"].items()))
+    lines = [
+        f"{title(result)}, batch {result['global_batch_per_worker']} and {result['cpus_per_worker']} cores for each "
+        f"worker; {result['rounds']} rounds of {result['steps_per_round']} steps, by turns; median and quartiles",
+        *columns(rows, "<>><>>>>"),
+        "start-up: " + ", ".join(f"{name} {s:.1f} s" for name, s in result["startup"].items()),
+    ]
     if "allreduce_gb_s" in result:
         lines.append(f"an all-reduce sends {result['allreduce_gb_s']:.2f} GB/s from each worker")
     return [*lines, result["verdict"]]

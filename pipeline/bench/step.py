@@ -11,12 +11,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from pipeline.bench.common import about, rows, title, to_measure, turns
+from pipeline.bench.common import batch_per_worker, compare, config_to_measure, describe, take_turns, title
 from pipeline.bench.planning.assumptions import CARDS
 from pipeline.bench.planning.cost_model import count_network
 from pipeline.config.schema import Config
@@ -42,25 +43,27 @@ FEW = 5  # rounds
 CONFIGURED, PIPELINE, CEILING = "as configured", "pipeline", "ceiling"
 
 
-class Stepper:
+class BareStep:
     """Our training step over one batch that lies on the device: no data, no logging, one worker."""
 
-    def __init__(self, cfg: Config, place: LoaderContext):
-        self._cfg, self._context = cfg, place
-        self.batch = -(-cfg.train.global_batch // cfg.cluster.max_workers)
+    def __init__(self, cfg: Config, context: LoaderContext):
+        self._cfg, self._context = cfg, context
+        self.batch = batch_per_worker(cfg)
         self._train = replace(cfg.train, global_batch=self.batch)
-        self._state = TrainState.create(cfg, NUM_CLASSES, place.device)
+        self._state = TrainState.create(cfg, NUM_CLASSES, context.device)
         self._net = self._state.model if cfg.model.compile == "none" else compiled(self._state.model, cfg.model.compile)
         size = cfg.data.image_size
-        images = torch.randint(0, 256, (self.batch, 3, size, size), dtype=torch.uint8, device=place.device)
-        labels = torch.randint(0, NUM_CLASSES, (self.batch,), device=place.device)
+        images = torch.randint(0, 256, (self.batch, 3, size, size), dtype=torch.uint8, device=context.device)
+        labels = torch.randint(0, NUM_CLASSES, (self.batch,), device=context.device)
         images = images.contiguous(memory_format=torch.channels_last)
         self._batch = Batch(images, labels, np.arange(self.batch))
-        self.first_step_s = self.seconds(1)  # with whatever is compiled or looked up first
-        self.ledger = TimeLedger("outside", place.device)
+        self.first_step_s = self._time_steps(1)  # with whatever is compiled or looked up first
 
-    def seconds(self, num_steps: int, mark: Callable[[str], object] = unmarked) -> float:
-        """That so many steps take."""
+    def measure(self, num_steps: int) -> float:
+        """Images/s over so many steps."""
+        return num_steps * self.batch / self._time_steps(num_steps)
+
+    def _time_steps(self, num_steps: int, mark: Callable[[str], object] = unmarked) -> float:
         torch.set_num_threads(self._context.num_threads)
         began = time.perf_counter()
         for _ in range(num_steps):
@@ -69,22 +72,23 @@ class Stepper:
         loss.item()
         return time.perf_counter() - began
 
-    def parts(self, num_steps: int) -> dict[str, float]:
+    def share_of_parts(self, num_steps: int) -> dict[str, float]:
         """Each part's share of so many steps."""
-        self.seconds(num_steps, self.ledger.start_phase)
-        self.ledger.start_phase("outside")
-        seconds = self.ledger.seconds()
+        ledger = TimeLedger("outside", self._context.device)
+        self._time_steps(num_steps, ledger.start_phase)
+        ledger.start_phase("outside")
+        seconds = ledger.seconds()
         return {part: seconds[part] / total(seconds, *COMPUTE) for part in COMPUTE}
 
 
-def same_step(one: Config, other: Config) -> bool:
+def have_same_step(a: Config, b: Config) -> bool:
     """Whether both have the same bare step, the workers' number and the images' size among it."""
-    parts = [(c.model, c.train, c.optim, c.data.image_size, c.cluster.max_workers) for c in (one, other)]
-    return parts[0] == parts[1]
+    first, second = ((c.model, c.train, c.optim, c.data.image_size, c.cluster.max_workers) for c in (a, b))
+    return first == second
 
 
 def bench_step(
-    variants: dict[str, Config], place: LoaderContext, num_rounds: int, num_steps: int, progress: Progress
+    variants: dict[str, Config], context: LoaderContext, num_rounds: int, num_steps: int, progress: Progress
 ) -> dict[str, Any]:
     """Images/s on synthetic data of each variant, by turns.
 
@@ -92,41 +96,36 @@ def bench_step(
         variants: configurations by what they change; the first one changes nothing.
         num_steps: timed in a turn.
     """
-    steppers = dict[str, Stepper]()
+    steps = dict[str, BareStep]()
     peak_memory = 0.0
     for name, cfg in variants.items():
-        steppers[name] = Stepper(cfg, place)
-        peak_memory = peak_memory or _peak_memory(place.device)  # of the first one alone
-        progress(len(steppers), len(variants), f"{name}: first step {steppers[name].first_step_s:.1f} s")
-    per_s: dict[str, list[float]] = {name: [] for name in steppers}
-    for done, turn in enumerate(turns(list(steppers.items()), num_rounds), 1):
-        for name, one in turn:
-            per_s[name].append(one.batch * num_steps / one.seconds(num_steps))
-        progress(done, num_rounds, ", ".join(f"{n} {s[-1]:.1f} images/s" for n, s in per_s.items()))
-    cfg, first = variants[CONFIGURED], steppers[CONFIGURED]
+        steps[name] = BareStep(cfg, context)
+        peak_memory = peak_memory or _peak_memory(context.device)  # of the first one alone
+        progress(len(steps), len(variants), f"{name}: first step {steps[name].first_step_s:.1f} s")
+    measurements = {name: partial(step.measure, num_steps) for name, step in steps.items()}
+    per_s = take_turns(measurements, num_rounds, progress, float)
+    cfg, configured = variants[CONFIGURED], steps[CONFIGURED]
     macs = count_network(cfg.model, cfg.data.image_size).macs
     rate = float(np.median(per_s[CONFIGURED]))
-    peak, origin = _peak(place.device, cfg.train.precision)
+    peak, origin = _peak_flops(context.device, cfg.train.precision)
     result = {
-        **_about(cfg, place, first.batch),
-        "rounds": num_rounds,
-        "steps_per_round": num_steps,
-        "rows": rows(per_s, CONFIGURED),
-        "first_step_s": {name: one.first_step_s for name, one in steppers.items()},
-        "parts": first.parts(max(2, num_steps)),
+        **_describe(cfg, context, configured.batch, num_rounds, num_steps),
+        "rows": compare(per_s, CONFIGURED),
+        "first_step_s": {name: step.first_step_s for name, step in steps.items()},
+        "parts": configured.share_of_parts(max(2, num_steps)),
         "macs_per_image": macs,
         "tflops": 6 * macs * rate / 1e12,  # two for a multiply-add; the backward pass takes twice the forward's
         "peak_tflops": peak and peak / 1e12,
         "peak_origin": origin,
         "mfu": peak and 6 * macs * rate / peak,
         "peak_memory_gb": peak_memory / 1e9,
-        "ledger_share": MARKS * _mark_s(place.device) / (first.batch / rate),
+        "ledger_share": MARKS * _seconds_per_mark(context.device) / (configured.batch / rate),
     }
     return result | {"verdict": step_verdict(result)}
 
 
 def bench_train(
-    cfg: Config, place: LoaderContext, num_rounds: int, num_steps: int, progress: Progress
+    cfg: Config, context: LoaderContext, num_rounds: int, num_steps: int, progress: Progress
 ) -> dict[str, Any]:
     """Images/s through `fit` (index, DALI, MLflow on SQLite) beside those on synthetic data, one worker, by turns.
 
@@ -137,52 +136,51 @@ def bench_train(
         num_steps: timed in a turn.
     """
     per_s: dict[str, list[float]] = {PIPELINE: [], CEILING: []}
-    shares = list[float]()  # of the time, spent waiting for data
-    ceiling: Stepper | None = None
-    since, before = 0.0, 0.0
+    wait_shares = list[float]()  # of the time, spent waiting for data
+    ceiling: BareStep | None = None
+    round_began, waited_before = 0.0, 0.0
 
     def warn(text: str) -> None:
         print(text, file=sys.stderr)
 
-    def watch(event: Event) -> None:
-        nonlocal since, before, ceiling
+    def emit(event: Event) -> None:
+        nonlocal round_began, waited_before, ceiling
         if isinstance(event, Warned):
             warn(event.text)
         if not isinstance(event, StepLogged):
             return
-        passed, waited = time.perf_counter() - since, event.seconds["data wait"]
+        seconds, waited = time.perf_counter() - round_began, event.seconds["data wait"]
         if ceiling is None:  # the first round is for warming up
-            ceiling = Stepper(cfg, place)
-            ceiling.seconds(num_steps)
+            ceiling = BareStep(cfg, context)
+            ceiling.measure(num_steps)
         else:
-            per_s[PIPELINE].append(num_steps * ceiling.batch / passed)
-            per_s[CEILING].append(num_steps * ceiling.batch / ceiling.seconds(num_steps))
-            shares.append((waited - before) / passed)
-            figures = ", ".join(f"{name} {rates[-1]:.1f}" for name, rates in per_s.items())
-            progress(len(shares), num_rounds, f"images/s: {figures}")
-        since, before = time.perf_counter(), waited
+            per_s[PIPELINE].append(num_steps * batch / seconds)
+            per_s[CEILING].append(ceiling.measure(num_steps))
+            wait_shares.append((waited - waited_before) / seconds)
+            speeds = ", ".join(f"{name} {rates[-1]:.1f}" for name, rates in per_s.items())
+            progress(len(wait_shares), num_rounds, f"images/s: {speeds}")
+        round_began, waited_before = time.perf_counter(), waited
 
-    batch = -(-cfg.train.global_batch // cfg.cluster.max_workers)
+    batch = batch_per_worker(cfg)
     with tempfile.TemporaryDirectory() as storage:
         uri, all_steps = f"sqlite:///{storage}/mlflow.db", (num_rounds + 1) * num_steps
-        one = replace(cfg.cluster, workers=1)
-        cfg = to_measure(cfg, one, "bench", storage, uri, batch=batch, steps=all_steps, every=num_steps)
-        with open_run.open_run(cfg, warn) as job:
-            fit(job, WorkerContext(0, 1, place.device, place.num_threads, watch))
+        cluster = replace(cfg.cluster, workers=1)
+        cfg = config_to_measure(cfg, cluster, "bench", storage, uri, batch=batch, steps=all_steps, every=num_steps)
+        with open_run.open_run(cfg, warn) as spec:
+            fit(spec, WorkerContext(0, 1, context.device, context.num_threads, emit))
     result = {
-        **_about(cfg, place, batch),
-        "rounds": num_rounds,
-        "steps_per_round": num_steps,
-        "rows": rows(per_s, CEILING),
-        "shares": {"data wait": float(np.median(shares))},
-        "peak_memory_gb": _peak_memory(place.device) / 1e9,
+        **_describe(cfg, context, batch, num_rounds, num_steps),
+        "rows": compare(per_s, CEILING),
+        "shares": {"data wait": float(np.median(wait_shares))},
+        "peak_memory_gb": _peak_memory(context.device) / 1e9,
     }
     return result | {"verdict": train_verdict(result)}
 
 
 def step_verdict(result: dict[str, Any]) -> str:
     """What bounds a step, and which of the variants helps most."""
-    gains = {n: one for n, one in result["rows"].items() if n != CONFIGURED and one["ratio_quartiles"][0] > 1 + NOISE}
+    tried = {name: row for name, row in result["rows"].items() if name != CONFIGURED}
+    gains = {name: row["ratio"] for name, row in tried.items() if row["ratio_quartiles"][0] > 1 + NOISE}
     mfu = result["mfu"]
     if mfu is None:
         text = "the device's peak is not known, so neither is what bounds a step"
@@ -197,8 +195,8 @@ def step_verdict(result: dict[str, Any]) -> str:
         return f"{text}; fewer than {FEW} rounds do not say which of the settings tried helps"
     if not gains:
         return f"{text}; none of the settings tried helps"
-    best = max(gains, key=lambda n: float(gains[n]["ratio"]))
-    return f"{text}; {best} helps most: {gains[best]['ratio']:.2f} times"
+    best = max(gains, key=lambda name: float(gains[name]))
+    return f"{text}; {best} helps most: {gains[best]:.2f} times"
 
 
 def train_verdict(result: dict[str, Any]) -> str:
@@ -214,17 +212,17 @@ def train_verdict(result: dict[str, Any]) -> str:
     return f"{text}; computing bounds training; `pipeline bench step --try KEY=VALUE` says what makes that faster"
 
 
-def table(result: dict[str, Any]) -> list[str]:
+def format_result(result: dict[str, Any]) -> list[str]:
     """For people."""
-    lines = [
-        f"{title(result)}, batch {result['batch']} on {result['device']}, {result['threads']} threads; "
-        f"{result['rounds']} rounds of {result['steps_per_round']} steps, by turns; median and quartiles",
-    ]
     rows = [("", "images/s", "quartiles", "ratio", "quartiles")]
     for name, row in result["rows"].items():
         speed = figure(row["images_per_s"], ".1f"), between(row["images_per_s_quartiles"], ".1f")
         rows.append((name, *speed, figure(row["ratio"], ".3f"), between(row["ratio_quartiles"], ".3f")))
-    lines += columns(rows, "<><>")
+    lines = [
+        f"{title(result)}, batch {result['batch']} on {result['device']}, {result['threads']} threads; "
+        f"{result['rounds']} rounds of {result['steps_per_round']} steps, by turns; median and quartiles",
+        *columns(rows, "<><>"),
+    ]
     if "parts" in result:
         lines.append("of a step: " + ", ".join(f"{part} {share:.0%}" for part, share in result["parts"].items()))
         mfu = "not known" if result["mfu"] is None else f"{result['mfu']:.1%} of {result['peak_tflops']:.2f} TFLOP/s"
@@ -235,23 +233,24 @@ def table(result: dict[str, Any]) -> list[str]:
     return [*lines, f"peak memory {result['peak_memory_gb']:.2f} GB", result["verdict"]]
 
 
-def here(num_threads: int | None) -> LoaderContext:
+def context_here(num_threads: int | None) -> LoaderContext:
     """This machine's device, for one worker.
 
     Raises:
         UserError: more threads than cores.
     """
-    place = LoaderContext.here()
-    if num_threads and num_threads > place.num_threads:
-        raise UserError(f"--threads {num_threads}: this process may use {place.num_threads} cores; lower it")
-    return replace(place, num_threads=num_threads or place.num_threads)
+    context = LoaderContext.here()
+    if num_threads and num_threads > context.num_threads:
+        raise UserError(f"--threads {num_threads}: this process may use {context.num_threads} cores; lower it")
+    return replace(context, num_threads=num_threads or context.num_threads)
 
 
-def _about(cfg: Config, place: LoaderContext, batch: int) -> dict[str, Any]:
-    return about(cfg) | {"batch": batch, "device": device_name(place.device), "threads": place.num_threads}
+def _describe(cfg: Config, context: LoaderContext, batch: int, num_rounds: int, num_steps: int) -> dict[str, Any]:
+    place = {"batch": batch, "device": device_name(context.device), "threads": context.num_threads}
+    return {**describe(cfg), **place, "rounds": num_rounds, "steps_per_round": num_steps}
 
 
-def _peak(device: torch.device, precision: str) -> tuple[float | None, str]:
+def _peak_flops(device: torch.device, precision: str) -> tuple[float | None, str]:
     """FLOP/s that the device can do at most, and how that is known."""
     if device.type == "cuda":
         words = re.split(r"[ -]", torch.cuda.get_device_name())
@@ -275,7 +274,7 @@ def _peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 
-def _mark_s(device: torch.device) -> float:
+def _seconds_per_mark(device: torch.device) -> float:
     """Seconds that a mark of the ledger takes."""
     ledger, num_marks = TimeLedger("outside", device), 1000
     began = time.perf_counter()

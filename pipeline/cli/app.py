@@ -44,13 +44,13 @@ def _run(args: argparse.Namespace) -> int:
     except BrokenPipeError:
         return int(code)
     except OSError as e:  # a full disk; a training has ended well all the same
-        commands.say(f"pipeline: the result cannot be written: {e.strerror}")
+        commands.warn(f"pipeline: the result cannot be written: {e.strerror}")
         return int(code) if args.command is commands.train else FAILED
     return int(code)
 
 
 def _give_up(args: argparse.Namespace, code: int, result: dict[str, str]) -> int:
-    commands.say(f"pipeline: {result.get('error', result['status'])}")
+    commands.warn(f"pipeline: {result.get('error', result['status'])}")
     with suppress(OSError):  # nobody reads: the exit code says it
         if args.json:
             print(json.dumps(result), flush=True)

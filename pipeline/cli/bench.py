@@ -8,91 +8,95 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.cli.commands import DONE, FAILED, Outcome, say
+from pipeline.cli.commands import DONE, FAILED, Outcome, warn
 from pipeline.config.loading import load
 from pipeline.errors import UserError
 from pipeline.storage import make_folder
 
+Result = dict[str, Any]
+
 
 def loader(args: argparse.Namespace) -> Outcome:
-    from pipeline.bench import loader as bench_loader
+    from pipeline.bench import loader
 
     cfg = load(args.config, args.overrides)
-    with _measuring(args) as view:
-        result = bench_loader.bench_loader(cfg, args.cores, args.rounds, args.images, view)
-    return _done(args, "loader", result, bench_loader.table(result), partial(bench_loader.plot, result))
+    measure = partial(loader.bench_loader, cfg, args.cores, args.rounds, args.images)
+    return _bench(args, "loader", measure, loader.format_result, loader.plot)
 
 
 def step(args: argparse.Namespace) -> Outcome:
-    from pipeline.bench import step as bench_step
+    from pipeline.bench import step
     from pipeline.training.precision import emulation, hardware_of, settle
 
-    place = bench_step.here(args.threads)
-    variants = {bench_step.CONFIGURED: settle(load(args.config, args.overrides), place.device)}
-    for one in args.tries:
-        variants[one] = settle(load(args.config, [*args.overrides, one]), place.device)
-        if bench_step.same_step(variants[one], variants[bench_step.CONFIGURED]):
-            raise UserError(f"--try {one}: changes nothing of the bare step; try another of model., train. or optim.")
+    context = step.context_here(args.threads)
+    variants = {step.CONFIGURED: settle(load(args.config, args.overrides), context.device)}
+    for override in args.tries:
+        variants[override] = settle(load(args.config, [*args.overrides, override]), context.device)
+        if step.have_same_step(variants[override], variants[step.CONFIGURED]):
+            fix = "try another of model., train. or optim."
+            raise UserError(f"--try {override}: changes nothing of the bare step; {fix}")
     for precision in sorted({cfg.train.precision for cfg in variants.values()}):
-        if text := emulation(precision, [hardware_of(place.device)]):
-            say(text)
-    with _measuring(args) as view:
-        result = bench_step.bench_step(variants, place, args.rounds, args.steps, view)
-    return _done(args, "step", result, bench_step.table(result), _bars(result, "rows"))
+        if text := emulation(precision, [hardware_of(context.device)]):
+            warn(text)
+    measure = partial(step.bench_step, variants, context, args.rounds, args.steps)
+    return _bench(args, "step", measure, step.format_result, _plot("rows"))
 
 
 def train(args: argparse.Namespace) -> Outcome:
-    from pipeline.bench import step as bench_step
+    from pipeline.bench import step
     from pipeline.training.precision import settle
 
-    place = bench_step.here(args.threads)
-    cfg = settle(load(args.config, args.overrides), place.device)
-    with _measuring(args) as view:
-        result = bench_step.bench_train(cfg, place, args.rounds, args.steps, view)
-    return _done(args, "train", result, bench_step.table(result), _bars(result, "rows"))
+    context = step.context_here(args.threads)
+    cfg = settle(load(args.config, args.overrides), context.device)
+    measure = partial(step.bench_train, cfg, context, args.rounds, args.steps)
+    return _bench(args, "train", measure, step.format_result, _plot("rows"))
 
 
 def scale(args: argparse.Namespace) -> Outcome:
-    from pipeline.bench import scaling as bench_scaling
+    from pipeline.bench import scaling
     from pipeline.failures import TrainingFailedError
 
     cfg = load(args.config, args.overrides)
+    measure = partial(scaling.bench_scale, cfg, args.workers, args.rounds, args.steps)
     try:
-        with _measuring(args) as view:
-            result = bench_scaling.bench_scale(cfg, args.workers, args.rounds, args.steps, view)
+        return _bench(args, "scale", measure, scaling.format_result, _plot("workers"))
     except TrainingFailedError as e:
         return {"status": "failed", "error": str(e)}, [f"failed: {e}"], FAILED
-    return _done(args, "scale", result, bench_scaling.table(result), _bars(result, "workers"))
 
 
-def _measuring(args: argparse.Namespace) -> Any:
-    """Shows how far it is; what could not be written in the end is told before."""
+def _bench(
+    args: argparse.Namespace,
+    name: str,
+    measure: Callable[..., Result],
+    format_result: Callable[[Result], list[str]],
+    plot: Callable[[Result, Path], None],
+) -> Outcome:
+    """Measure, and show how far that is; the figures and their plot go to --out, which is made before.
+
+    Args:
+        measure: the benchmark, all but its `progress`.
+    """
     from pipeline.cli.console import WorkView
 
     if args.out:
         make_folder(args.out)
-    return WorkView(sys.stderr)
-
-
-def _bars(result: dict[str, Any], key: str) -> Callable[[Path], None]:
-    from pipeline.bench import common
-
-    return partial(common.plot, result[key], common.title(result))
-
-
-def _done(
-    args: argparse.Namespace, name: str, result: dict[str, Any], lines: list[str], plot: Callable[[Path], None]
-) -> Outcome:
-    """The outcome; its figures and their picture are in --out."""
+    with WorkView(sys.stderr) as view:
+        result = measure(view)
     if args.out:
         (args.out / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        plot(args.out / f"{name}.png")
-    return result, lines, DONE
+        plot(result, args.out / f"{name}.png")
+    return result, format_result(result), DONE
+
+
+def _plot(bars: str) -> Callable[[Result, Path], None]:
+    from pipeline.bench import common
+
+    return lambda result, file: common.plot(result[bars], common.title(result), file)
 
 
 def plan(args: argparse.Namespace) -> Outcome:
     from pipeline.bench.planning.plan import plan
-    from pipeline.bench.planning.view import table
+    from pipeline.bench.planning.view import format_plan
 
     result = plan(
         load(args.config, args.overrides),
@@ -104,4 +108,4 @@ def plan(args: argparse.Namespace) -> Outcome:
         rate=args.images_per_s_per_gpu,
         measured=args.measured,
     )
-    return result, table(result), DONE
+    return result, format_plan(result), DONE

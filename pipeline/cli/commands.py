@@ -25,7 +25,7 @@ Outcome = tuple[Any, list[str], int]  # for --json, for people, exit code
 
 
 def train(args: argparse.Namespace) -> Outcome:
-    from pipeline.cli.console import TrainingView, summary_lines
+    from pipeline.cli.console import TrainingView, format_summary
     from pipeline.cluster import supervisor
     from pipeline.failures import TrainingFailedError
     from pipeline.tracking import summary
@@ -36,13 +36,12 @@ def train(args: argparse.Namespace) -> Outcome:
     cfg, label, resume_from = config_to_train(args)
     with TrainingView(_people(args)) as view:
         try:
-            told = supervisor.train(cfg, label, resume_from, view, began=clock.BEGAN)
+            result = supervisor.train(cfg, label, resume_from, view, began=clock.BEGAN)
         except TrainingFailedError as e:
             return {"status": "failed", "run": view.run, "error": str(e)}, [f"failed: {e}"], FAILED
-    told = summary.completed(told)
-    summary.keep(told, say)
-    code = INTERRUPTED if told["status"] == "interrupted" else DONE
-    return told, summary_lines(told), code
+    result = summary.completed(result)
+    summary.keep(result, warn)
+    return result, format_summary(result), INTERRUPTED if result["status"] == "interrupted" else DONE
 
 
 def config_to_train(args: argparse.Namespace) -> tuple[Config, str, str | None]:
@@ -55,10 +54,9 @@ def config_to_train(args: argparse.Namespace) -> tuple[Config, str, str | None]:
         raise UserError(f"--resume takes the run's own configuration; leave out {words[0]}")
     from pipeline.tracking import find  # late, as in all commands: torch takes seconds to import
 
-    given = dict(map(parse_override, words))
-    found = find.find_to_resume(args.resume, given.get("run.storage"), given.get("mlflow.uri"), say)
-    cfg = find.config_to_resume(found, words)
-    return cfg, "", found.place.uri
+    settings = dict(map(parse_override, words))
+    checkpoint = find.find_to_resume(args.resume, settings.get("run.storage"), settings.get("mlflow.uri"), warn)
+    return find.config_to_resume(checkpoint, words), "", checkpoint.place.uri
 
 
 def sync(args: argparse.Namespace) -> Outcome:
@@ -70,8 +68,8 @@ def sync(args: argparse.Namespace) -> Outcome:
     if run is None:
         raise find.no_such_run(args.run, storage, args.mlflow_uri)
     run.local_dir.mkdir(parents=True, exist_ok=True)
-    with run_lock(run, say):
-        target, run_id, waiting = sync.sync(run, say)
+    with run_lock(run, warn):
+        target, run_id, waiting = sync.sync(run, warn)
     result = {"run": run.uri, "mlflow_uri": target.uri, "mlflow_run_id": run_id, "waiting": waiting}
     if waiting:
         return result, [f"MLflow at {target.uri} is away; {waiting} records of {run} wait"], FAILED
@@ -100,7 +98,7 @@ def index(args: argparse.Namespace) -> Outcome:
             index, report = verify(index, report, view)
     index.save(args.out)
     shutil.rmtree(parts, ignore_errors=True)
-    result = _indexed(index, report) | {
+    result = _describe_index(index, report) | {
         "index": str(args.out),
         "fingerprint": index.fingerprint,
         "verified": args.verify,
@@ -125,34 +123,34 @@ def pack(args: argparse.Namespace) -> Outcome:
     with WorkView(sys.stderr) as view:
         index, report = open_index(args.source, progress=view)
     with WorkView(sys.stderr) as view:
-        shards = pack(index, args.out, shard_mb=args.shard_mb, seed=args.seed, progress=view, warn=view.say)
-    result = _indexed(index, report) | {"out": str(args.out), "shards": shards}
+        shards = pack(index, args.out, shard_mb=args.shard_mb, seed=args.seed, progress=view, warn=view.print)
+    result = _describe_index(index, report) | {"out": str(args.out), "shards": shards}
     text = f"{args.out}: {len(index)} images of {len(index.classes)} classes in {len(shards)} shards"
     return result, [f"{text}, {len(report.refused)} left out"], DONE
 
 
-def _indexed(index: Any, report: Any) -> dict[str, Any]:
+def _describe_index(index: Any, report: Any) -> dict[str, Any]:
     """What was found in a source, for --json; what is left out also for people."""
-    for one in report.refused:
-        say(f"left out {one}")
+    for image in report.refused:
+        warn(f"left out {image}")
     return {
         "images": len(index),
         "classes": list(index.classes),
-        "refused": [{"path": one.path, "reason": one.reason} for one in report.refused],
+        "refused": [{"path": image.path, "reason": image.reason} for image in report.refused],
         "cmyk": [index.full_path(row) for row in report.cmyk],
         "exif_rotated": [index.full_path(row) for row in report.exif_rotated],
     }
 
 
 def evaluate(args: argparse.Namespace) -> Outcome:
+    from pipeline.cli.console import format_scores
     from pipeline.training import inference
 
-    found = found_by(args)
-    said, _ = inference.evaluate_checkpoint(found.place, args.data, say, views=args.tta, overrides=args.overrides)
-    scores = said.scores()
-    figures = f"top-1 {scores['top1']:.4f}  top-5 {scores['top5']:.4f}  loss {scores['loss']:.4f}"
-    text = f"{figures}  calibration error {scores['ece']:.4f}  on {scores['count']} images, tta: {args.tta}"
-    return {"checkpoint": str(found.place), "tta": args.tta, **scores}, [str(found.place), text], DONE
+    place = find_checkpoint(args).place
+    predictions, _ = inference.evaluate_checkpoint(place, args.data, warn, views=args.tta, overrides=args.overrides)
+    scores = predictions.scores()
+    text = f"{format_scores(scores)}  on {scores['count']} images, tta: {args.tta}"
+    return {"checkpoint": str(place), "tta": args.tta, **scores}, [str(place), text], DONE
 
 
 def doctor(args: argparse.Namespace) -> Outcome:
@@ -165,16 +163,15 @@ def doctor(args: argparse.Namespace) -> Outcome:
         cfg = load(None, [f"data.train={NOT_GIVEN}", f"data.val={NOT_GIVEN}", *words])
     with redirect_stdout(sys.stderr):  # Ray tells there of nodes that die
         checks = examine(cfg)
-    good = all(check.ok for check in checks)
-    result = {"status": "ok" if good else "bad", "checks": [asdict(check) for check in checks]}
-    return result, [str(check) for check in checks], DONE if good else FAILED
+    status, code = ("ok", DONE) if all(check.ok for check in checks) else ("bad", FAILED)
+    return {"status": status, "checks": [asdict(check) for check in checks]}, [str(check) for check in checks], code
 
 
 def preview(args: argparse.Namespace) -> Outcome:
     from pipeline.data.preview import preview
 
     cfg = load(args.config, args.overrides)
-    images = preview(cfg, args.step, args.images, args.out, say)
+    images = preview(cfg, args.step, args.images, args.out, warn)
     text = f"{args.out}: {len(images)} images of step {args.step}, as they enter the model"
     return {"out": str(args.out), "step": args.step, "images": images}, [text], DONE
 
@@ -183,12 +180,12 @@ def submit(args: argparse.Namespace) -> Outcome:
     from pipeline.cluster.jobs import client as jobs
     from pipeline.cluster.jobs import submission
 
-    what = submission.plan(args.config, args.overrides, args.secret, args.image)
+    new = submission.plan(args.config, args.overrides, args.secret, args.image)
     client = jobs.connect(args.address)
-    job = jobs.submit(client, what)
-    say(f"job {job} trains run {what.run}")
+    job = jobs.submit(client, new)
+    warn(f"job {job} trains run {new.run}")
     if args.detach:
-        return {"status": "submitted", "job": job, "run": what.run}, [jobs.how_to_go_on(client, job)], DONE
+        return {"status": "submitted", "job": job, "run": new.run}, [jobs.how_to_go_on(client, job)], DONE
     return _follow(args, client, job)
 
 
@@ -198,7 +195,7 @@ def _follow(args: argparse.Namespace, client: Any, job: str) -> Outcome:
 
     out = _people(args)
     try:
-        details = jobs.follow(client, job, lambda text: print(text, end="", file=out, flush=True), say)
+        details = jobs.follow(client, job, lambda text: print(text, end="", file=out, flush=True), warn)
     except KeyboardInterrupt:
         lines = ["", f"job {job} goes on; {jobs.how_to_go_on(client, job)}"]
         return {"status": "interrupted", "job": job}, lines, INTERRUPTED
@@ -213,11 +210,11 @@ def jobs(args: argparse.Namespace) -> Outcome:
     from pipeline.cluster.jobs import client as jobs
 
     client = jobs.connect(args.address)
-    known = jobs.listed(client)
+    submitted = jobs.list_jobs(client)
     if args.follow:
-        return _follow(args, client, jobs.find(known, args.follow).submission_id)
-    described = [jobs.describe(job) for job in known]
-    return described, jobs.table(described), DONE
+        return _follow(args, client, jobs.find(submitted, args.follow).submission_id)
+    described = [jobs.describe(job) for job in submitted]
+    return described, jobs.format_jobs(described), DONE
 
 
 def stop(args: argparse.Namespace) -> Outcome:
@@ -226,23 +223,23 @@ def stop(args: argparse.Namespace) -> Outcome:
     if (args.job is None) != args.all:
         raise UserError("name one job, such as: pipeline stop pets; or --all")
     client = jobs.connect(args.address)
-    known = jobs.listed(client)
-    chosen = [job for job in known if not job.status.is_terminal()] if args.all else [jobs.find(known, args.job)]
-    names = [job.submission_id for job in chosen]
+    submitted = jobs.list_jobs(client)
+    active = [job for job in submitted if not job.status.is_terminal()]
+    names = [job.submission_id for job in (active if args.all else [jobs.find(submitted, args.job)])]
     if not names:
         return [], ["no job is active"], DONE
-    say(f"asked for a checkpoint and an end of {', '.join(names)}; waiting")
+    warn(f"asked for a checkpoint and an end of {', '.join(names)}; waiting")
     stopped = list(jobs.stop(client, names))
     lines = [f"job {details.submission_id}: {details.status}{text and f', {text}'}" for details, text in stopped]
     return [jobs.describe(details) | {"log": text} for details, text in stopped], lines, DONE
 
 
-def found_by(args: argparse.Namespace) -> "Checkpoint":
+def find_checkpoint(args: argparse.Namespace) -> "Checkpoint":
     """The checkpoint that a command's RUN means."""
     from pipeline.tracking import find
 
     storage = find.open_storage(args.storage)
-    return find.find_checkpoint(args.run, storage, args.mlflow_uri, lambda text: say(f"warning: {text}"))
+    return find.find_checkpoint(args.run, storage, args.mlflow_uri, lambda text: warn(f"warning: {text}"))
 
 
 def drop_unread() -> None:
@@ -254,8 +251,8 @@ def drop_unread() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def say(text: str) -> None:
-    """To people, whatever goes to stdout; where nobody reads it, that ends nothing."""
+def warn(text: str) -> None:
+    """Tell people, whatever goes to stdout; where nobody reads it, that ends nothing."""
     with suppress(OSError):
         print(text, file=sys.stderr, flush=True)
 

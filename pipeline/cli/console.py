@@ -44,8 +44,8 @@ class _View:
         self._bar: Progress | None = None
         if self._console.is_terminal:
             text = TextColumn("{task.description}", markup=False)
-            columns = BarColumn(bar_width=30), MofNCompleteColumn(), text, TimeRemainingColumn()
-            self._bar = Progress(*columns, console=self._console)
+            bar = BarColumn(bar_width=30)
+            self._bar = Progress(bar, MofNCompleteColumn(), text, TimeRemainingColumn(), console=self._console)
 
     def __enter__(self) -> Self:
         if self._bar:
@@ -56,7 +56,7 @@ class _View:
         if self._bar:
             self._bar.stop()
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         try:
             self._console.print(text, markup=False)
         except OSError:  # nobody reads any more (a closed pipe or terminal): no reason to end what is under way
@@ -68,15 +68,15 @@ class WorkView(_View):
 
     def __init__(self, file: IO[str]):
         super().__init__(file)
-        self._told = self._began
+        self._last_line = self._began
 
     def __call__(self, done: int, total: int, text: str) -> None:
         if self._bar:
             self._task = self._bar.add_task("") if self._task is None else self._task
             self._bar.update(self._task, completed=done, total=total, description=text)
-        elif time.monotonic() - self._told >= LINE_EVERY_S:
-            self._told = time.monotonic()
-            self.say(f"{done} of {total}: {text}")
+        elif time.monotonic() - self._last_line >= LINE_EVERY_S:
+            self._last_line = time.monotonic()
+            self.print(f"{done} of {total}: {text}")
 
 
 class TrainingView(_View):
@@ -92,32 +92,32 @@ class TrainingView(_View):
         match event:
             case RunOpened(name, place):
                 self.run = name
-                self.say(f"run {name} in {place}")
+                self.print(f"run {name} in {place}")
             case AttemptStarted():
                 self._start(event)
             case StepLogged():
                 self._step(event)
             case Evaluated(step, scores):
-                self.say(
+                self.print(
                     f"step {step}: val top-1 {scores['top1']:.4f}, top-5 {scores['top5']:.4f}, "
                     f"loss {scores['loss']:.4f} on {int(scores['count'])} images"
                 )
             case CheckpointWritten(step, path):
                 self._saved = True
                 if self._bar is None:
-                    self.say(f"step {step}: saved {path}")
+                    self.print(f"step {step}: saved {path}")
             case Stopping(signal):
                 how = "saving a checkpoint at the next step" if self._num_steps else "ending, as no step is done"
-                self.say(f"{signal}: {how}; once more to stop at once")
+                self.print(f"{signal}: {how}; once more to stop at once")
             case Resizing(text):
-                self.say(f"{text}: saving a checkpoint, then going on with the workers there are")
+                self.print(f"{text}: saving a checkpoint, then going on with the workers there are")
             case AttemptFailed(text):
                 how = "going on from the newest checkpoint" if self._saved else "starting again"
-                self.say(f"failure: {text}; {how}")
+                self.print(f"failure: {text}; {how}")
             case Note(text) | ImageSearchStarted(text):
-                self.say(text)
+                self.print(text)
             case Warned(text) | CrashingImageFound(text):
-                self.say(f"warning: {text}")
+                self.print(f"warning: {text}")
 
     def _start(self, event: AttemptStarted) -> None:
         self._num_steps, self._global_batch = event.num_steps, event.global_batch
@@ -126,12 +126,12 @@ class TrainingView(_View):
         ready = f"after {time.monotonic() - self._began:.1f} s"
         if event.lost_steps is not None:
             ready = f"{event.recovery_s:.0f} s after the failure, {event.lost_steps} steps to do again"
-        self.say(
+        self.print(
             f"attempt {event.attempt}: step {event.step} of {self._num_steps}, {where}; "
             f"{event.world_size} workers x {event.num_threads} threads on {event.device} "
             f"in {event.precision} ({event.precision_reason}), ready {ready}"
         )
-        self.say("  " + ", ".join(f"{name} {s:.1f} s" for name, s in event.startup.items()))
+        self.print("  " + ", ".join(f"{name} {s:.1f} s" for name, s in event.startup.items()))
         if self._bar and self._task is None:
             self._task = self._bar.add_task("", total=self._num_steps, completed=event.step)
 
@@ -143,18 +143,18 @@ class TrainingView(_View):
             self._bar.update(self._task, completed=event.step, description=text)
             return
         left = (self._num_steps - event.step) * self._global_batch / self._rate
-        self.say(
+        self.print(
             f"step {event.step}/{self._num_steps}  epoch {metrics['train/epoch']:.2f}  lr {metrics['train/lr']:.2e}  "
             f"{text}  {timedelta(seconds=round(left))} left"
         )
 
 
-def summary_lines(summary: dict[str, Any]) -> list[str]:
+def format_summary(summary: dict[str, Any]) -> list[str]:
     """The end of a training, for people."""
     uri, run_id = summary["mlflow_uri"], summary["mlflow_run_id"]
-    place = f"#/experiments/{summary['mlflow_experiment_id']}/runs/{run_id}"
-    spent = sorted(summary["seconds"].items(), key=lambda item: -item[1])
-    seconds = ", ".join(f"{name} {s:.0f} s" for name, s in spent if s >= 0.5)
+    page = f"#/experiments/{summary['mlflow_experiment_id']}/runs/{run_id}"
+    longest = sorted(summary["seconds"].items(), key=lambda item: -item[1])
+    seconds = ", ".join(f"{name} {s:.0f} s" for name, s in longest if s >= 0.5)
     lines = [
         f"{summary['status']} at step {summary['step']} of {summary['num_steps']}",
         f"  top-1       {figure(summary['top1'])}   top-5 {figure(summary['top5'])}",
@@ -168,25 +168,29 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
         lines.append(f"  to send it  pipeline sync {summary['run_dir']}")
     elif uri.startswith("sqlite:"):
         lines.append(f"  look at it  mlflow ui --port 5000 --backend-store-uri {uri}")
-        lines.append(f"              then open http://127.0.0.1:5000/{place}")
+        lines.append(f"              then open http://127.0.0.1:5000/{page}")
     else:
-        lines.append(f"  look at it  {uri.rstrip('/')}/{place}")
+        lines.append(f"  look at it  {uri.rstrip('/')}/{page}")
     if summary["status"] == "interrupted":
         lines.append(f"  go on with  pipeline train --resume {summary['run_dir']}")
     return lines
 
 
-def report_lines(head: Mapping[str, Any], worst: Sequence[Mapping[str, Any]], num_classes: int) -> list[str]:
+def format_scores(scores: Mapping[str, float]) -> str:
+    named = {"top-1": "top1", "top-5": "top5", "loss": "loss", "calibration error": "ece"}
+    return "  ".join(f"{name} {scores[key]:.4f}" for name, key in named.items())
+
+
+def format_report(head: Mapping[str, Any], worst: Sequence[Mapping[str, Any]], num_classes: int) -> list[str]:
     """A report's figures, in at most 80 columns.
 
     Args:
         head: of `Facts.headline`.
         worst: of the classes with the lowest recall, {"class", "images", "recall", "precision", "taken_for"}.
     """
-    top = [f"top-1 {head['top1']:.4f}", f"top-5 {head['top5']:.4f}", f"loss {head['loss']:.4f}"]
     of = "" if head["num_steps"] is None else f" of {head['num_steps']}"
     lines = [
-        "  ".join([*top, f"calibration error {head['ece']:.4f}"]),
+        format_scores(head),
         f"on {int(head['count'])} images, after step {head['step']}{of}",
         f"{figure(head['images_per_s'], '.1f')} images/s, goodput {figure(head['goodput'], '.1%')}, "
         f"attempts {figure(head['attempts'])}, failures {figure(head['failures'])}",

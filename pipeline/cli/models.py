@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.cli.commands import DONE, FAILED, WRONG, Outcome, found_by, say
+from pipeline.cli.commands import DONE, FAILED, WRONG, Outcome, find_checkpoint, warn
 from pipeline.errors import UserError
 
 NUM_COMPARED = 16  # images that an exported model is compared on
@@ -22,59 +22,59 @@ def predict(args: argparse.Namespace) -> Outcome:
 
     if args.csv and args.json:
         raise UserError("--csv: does not go with --json; choose one of them")
-    images = _images(args.images)
-    place = found_by(args).place
-    told: list[dict[str, Any]] = []
-    tell = told.append if args.json else _csv(args.top) if args.csv else _print
+    images = _find_images(args.images)
+    place = find_checkpoint(args).place
+    predictions: list[dict[str, Any]] = []
+    show = predictions.append if args.json else _csv_writer(args.top) if args.csv else _print
     code = DONE
     with suppress(BrokenPipeError):  # the reader has had enough, as `head` has
-        for one in inference.predict(place, images, args.top, say):
-            if "error" in one:
+        for prediction in inference.predict(place, images, args.top, warn):
+            if "error" in prediction:
                 code = WRONG
-                say(f"{one['image']}: {one['error']}")
-            tell(one)
-    return {"checkpoint": str(place), "predictions": told}, [], code
+                warn(f"{prediction['image']}: {prediction['error']}")
+            show(prediction)
+    return {"checkpoint": str(place), "predictions": predictions}, [], code
 
 
-def _images(names: list[str]) -> list[Path]:
+def _find_images(names: list[str]) -> list[Path]:
     """The image files that are meant by paths of files and folders, and by "-", which stands for more of these."""
     from pipeline.data.indexing.find import images_at
 
-    paths = [path for name in names for path in (_named_on_stdin() if name == "-" else [name])]
+    paths = [path for name in names for path in (_read_names() if name == "-" else [name])]
     if not paths:
         raise UserError("-: stdin names no image; give it paths, one a line")
     return [image for path in paths for image in images_at(Path(path))]
 
 
-def _named_on_stdin() -> Iterator[str]:
+def _read_names() -> Iterator[str]:
     for line in sys.stdin.buffer:
         if name := os.fsdecode(line.rstrip(b"\r\n")):
             yield name
 
 
-def _print(one: dict[str, Any]) -> None:
-    if "error" not in one:
-        likeliest = "  ".join(f"{t['class']} {t['probability']:.4f}" for t in one["top"])
-        print(f"{one['image']}  {likeliest}", flush=True)
+def _print(prediction: dict[str, Any]) -> None:
+    if "error" not in prediction:
+        likeliest = "  ".join(f"{t['class']} {t['probability']:.4f}" for t in prediction["top"])
+        print(f"{prediction['image']}  {likeliest}", flush=True)
 
 
-def _csv(top: int) -> Callable[[dict[str, Any]], None]:
+def _csv_writer(top: int) -> Callable[[dict[str, Any]], None]:
     """Writes predictions to stdout, after a header; what comes after the likeliest class stands behind the error."""
     more = [f"{name}_{k}" for k in range(2, top + 1) for name in ("class", "probability")]
     table = csv.DictWriter(sys.stdout, ["image", "class", "probability", "error", *more], lineterminator="\n")
-    told = False
+    has_header = False
 
-    def tell(one: dict[str, Any]) -> None:
-        nonlocal told
-        if not told:  # not before: the request may turn out to be wrong
+    def write(prediction: dict[str, Any]) -> None:
+        nonlocal has_header
+        if not has_header:  # not before: the request may turn out to be wrong
             table.writeheader()
-        told = True
-        others = [f"{t[name]}" for t in one.get("top", [])[1:] for name in ("class", "probability")]
-        first = {key: value for key, value in one.items() if key != "top"}
-        table.writerow(first | dict(zip(more, others, strict=False)))
+        has_header = True
+        others = [f"{t[name]}" for t in prediction.get("top", [])[1:] for name in ("class", "probability")]
+        likeliest = {key: value for key, value in prediction.items() if key != "top"}
+        table.writerow(likeliest | dict(zip(more, others, strict=False)))
         sys.stdout.flush()
 
-    return tell
+    return write
 
 
 def export(args: argparse.Namespace) -> Outcome:
@@ -82,11 +82,11 @@ def export(args: argparse.Namespace) -> Outcome:
     from pipeline.training import inference
 
     export.require_writable(args.format, args.out)
-    place = found_by(args).place
+    place = find_checkpoint(args).place
     model, cfg, classes = pretrained.load_model(place)
     notes = export.notes_of(cfg, classes, place.name)
-    images, what = inference.some_images(cfg, NUM_COMPARED)
-    compared = {"images": len(images), "of": what, "tolerance": export.TOLERANCE}
+    images, source = inference.some_images(cfg, NUM_COMPARED)
+    compared = {"images": len(images), "of": source, "tolerance": export.TOLERANCE}
     result = {"checkpoint": str(place), "out": str(args.out), "format": args.format, "compared": compared}
     try:
         difference = export.export(model, notes, images, args.format, args.out)
@@ -99,7 +99,7 @@ def export(args: argparse.Namespace) -> Outcome:
         str(place),
         f"{args.out}: {args.format}, {num_bytes / 2**20:.1f} MB; "
         f"images uint8 (N, 3, {size}, {size}) -> logits float32 (N, {len(classes)}), N from 1 up",
-        f"compared with the checkpoint in batches of 1 and {len(images)} {what}: top-1 the "
+        f"compared with the checkpoint in batches of 1 and {len(images)} {source}: top-1 the "
         f"same, probabilities differ by at most {difference:.1e} (allowed: {export.TOLERANCE:.0e})",
     ]
     return result | {"status": "done", "bytes": num_bytes}, lines, DONE
@@ -110,21 +110,16 @@ def register(args: argparse.Namespace) -> Outcome:
     from pipeline.runs.checkpoint import CONFIG
     from pipeline.tracking import mlflow_run, mlflow_store
 
-    found = found_by(args)
-    run = found.place.parent.parent
-    if found.place.parent.name != "checkpoints":
-        raise UserError(f"{found.place}: lies in no run's folder, which MLflow would be told; name a run")
-    cfg = replace(load(found.file(CONFIG)).mlflow, log_model=True, register=args.name)  # which checks the name
-    target = mlflow_run.Target(
-        mlflow_store.tracking_uri(args.mlflow_uri or cfg.uri, run.parent),
-        cfg.experiment,
-        run.uri,
-        found.meta["training_id"],
-    )
+    checkpoint = find_checkpoint(args)
+    place, run = checkpoint.place, checkpoint.place.parent.parent
+    if place.parent.name != "checkpoints":
+        raise UserError(f"{place}: lies in no run's folder, which MLflow would be told; name a run")
+    cfg = replace(load(checkpoint.file(CONFIG)).mlflow, log_model=True, register=args.name)  # which checks the name
+    uri = mlflow_store.tracking_uri(args.mlflow_uri or cfg.uri, run.parent)
+    target = mlflow_run.Target(uri, cfg.experiment, run.uri, checkpoint.meta["training_id"])
     with redirect_stdout(sys.stderr):  # MLflow tells there where to look at the run
-        version = mlflow_run.register(target, found.place, args.name)
+        version = mlflow_run.register(target, place, args.name)
     model = f"models:/{args.name}/{version}"
-    result = {"model": model, "version": version, "checkpoint": str(found.place), "mlflow_uri": target.uri}
-    named, there = shlex.quote(model), shlex.quote(target.uri)
-    serve = f"MLFLOW_TRACKING_URI={there} mlflow models serve -m {named} --env-manager local --port 5001"
-    return result, [f"{model} is {found.place}", f"to serve it: {serve}"], DONE
+    command = f"mlflow models serve -m {shlex.quote(model)} --env-manager local --port 5001"
+    lines = [f"{model} is {place}", f"to serve it: MLFLOW_TRACKING_URI={shlex.quote(target.uri)} {command}"]
+    return {"model": model, "version": version, "checkpoint": str(place), "mlflow_uri": target.uri}, lines, DONE

@@ -7,18 +7,18 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from pipeline.cli.commands import DONE, Outcome, found_by, say
+from pipeline.cli.commands import DONE, Outcome, find_checkpoint, warn
 
 NUM_WORST = 10  # classes that are shown
 
 
 def report(args: argparse.Namespace) -> Outcome:
-    from pipeline.cli.console import report_lines
+    from pipeline.cli.console import format_report
     from pipeline.training import checkpoint_report
 
-    found = found_by(args)
+    found = find_checkpoint(args)
     out = args.out or Path(f"report-{found.place.parent.parent.name}")
-    made = checkpoint_report.report(found, out, args.data, args.mlflow_uri, say)
+    made = checkpoint_report.report(found, out, args.data, args.mlflow_uri, warn)
     head, classes = made.facts.headline(), made.facts.classes
     worst = [
         {
@@ -30,7 +30,7 @@ def report(args: argparse.Namespace) -> Outcome:
         }
         for one in made.facts.worst_first()[:NUM_WORST]
     ]
-    lines = report_lines(head, worst, len(classes))
+    lines = format_report(head, worst, len(classes))
     drawn = "curves.png" in made.files
     lines += ["", *([f"{'curves' if drawn else 'no curves'}: {made.note}"] if made.note else [])]
     lines += [f"not logged to MLflow: {made.not_logged}" if made.not_logged else "logged to MLflow, below report/"]

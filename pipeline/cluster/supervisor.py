@@ -107,7 +107,7 @@ def train(
     environment, notes = driver_environment(os.environ, starts_ray=not joins)
     for text in notes:
         emit(Warned(text))
-    if not joins and clock.NEIGHBOURS.crowd() and "OMP_WAIT_POLICY" not in environment:
+    if not joins and clock.OTHER_LOAD.is_high() and "OMP_WAIT_POLICY" not in environment:
         environment["OMP_WAIT_POLICY"] = "PASSIVE"
         emit(Note(BUSY))
     failures: tuple[Failure, ...] = ()

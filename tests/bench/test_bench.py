@@ -14,7 +14,7 @@ from commands import ROOT
 from PIL import Image
 
 from pipeline.bench import loader
-from pipeline.bench.loader_baselines import CEILING, OURS, Contestant, Running, Speed, Task, contestants
+from pipeline.bench.loader_baselines import CEILING, OURS, LoaderBaseline, LoaderProcess, Speed, Task, loader_baselines
 from pipeline.cli import app
 from pipeline.config.loading import load
 from pipeline.config.schema import DataConfig
@@ -51,7 +51,7 @@ def test_the_table_names_everyone_and_ends_with_the_verdict(tmp_path: Path) -> N
     head = {"train": "photos", "images": 9, "median_size": [375, 500], "image_size": 224, "batch": 4, "cores": 1}
     result = {**head, "rounds": 3, "images_per_round": 8, "what": loader.WHAT}
     result |= loader.summarise(SPEEDS, dict.fromkeys(SPEEDS, "threads"))
-    lines = loader.table(result)
+    lines = loader.format_result(result)
     for name in SPEEDS:
         assert sum(line.startswith(f"{name} ") for line in lines) == 1
     assert "2.50 times the best other" in lines[-1]
@@ -62,15 +62,15 @@ def test_the_table_names_everyone_and_ends_with_the_verdict(tmp_path: Path) -> N
 
 
 @pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities of TorchVision:DeprecationWarning")
-@pytest.mark.parametrize("one", [c for c in contestants(1) if not c.workers], ids=lambda c: str(c.name))
-def test_everyone_makes_the_same_batches(one: Contestant, digits_index: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("baseline", [b for b in loader_baselines(1) if not b.workers], ids=lambda b: str(b.name))
+def test_everyone_makes_the_same_batches(baseline: LoaderBaseline, digits_index: Callable[[str], Path]) -> None:
     """Another size, layout or a float output would be another amount of work; too few would end a round early."""
     wanted = task(digits_index("val"))
-    batches = list(one.batches(one, wanted))
-    assert len(batches) == one.num_ahead(wanted) + wanted.num_batches
+    batches = list(baseline.batches(baseline, wanted))
+    assert len(batches) == baseline.num_ahead(wanted) + wanted.num_batches
     for images in batches:
         assert len(images) == 8
-        if one.name != CEILING:
+        if baseline.name != CEILING:
             assert images.shape == (8, 3, 24, 24)
             assert images.dtype == torch.uint8
 
@@ -79,7 +79,7 @@ def test_nothing_is_measured_that_the_other_loaders_do_not_do() -> None:
     """The paper's scale augmentation and the augmentations of A1 are none of theirs."""
     for recipe in (ROOT / "configs" / "imagenet").glob("*.yaml"):
         cfg = load(recipe).data
-        plain = loader.plain(cfg)
+        plain = loader.plain_config(cfg)
         assert (plain.image_size, plain.crop_scale, plain.flip) == (cfg.image_size, cfg.crop_scale, cfg.flip)
         assert (plain.crop_short, plain.auto_augment, plain.repeated_aug, plain.mixes) == (None, "none", 1, False)
 
@@ -90,39 +90,39 @@ def test_more_cores_than_there_are_are_told_at_once() -> None:
         loader.bench_loader(cfg, 1000, 1, 1, lambda *_: None)
 
 
-def _steady_behind_a_full_queue(one: Contestant, wanted: Task) -> Iterator[Any]:
+def _steady_behind_a_full_queue(baseline: LoaderBaseline, wanted: Task) -> Iterator[Any]:
     """What was made ahead comes at once, all else takes 50 ms a batch of 8."""
     for _ in range(wanted.num_rounds):
-        yield from [range(8)] * one.num_ahead(wanted)
+        yield from [range(8)] * baseline.num_ahead(wanted)
         for _ in range(wanted.num_batches):
             time.sleep(0.05)
             yield range(8)
 
 
-def _broken(one: Contestant, wanted: Task) -> Iterator[Any]:
+def _broken(baseline: LoaderBaseline, wanted: Task) -> Iterator[Any]:
     raise OSError("no data")
 
 
 @pytest.mark.e2e
 def test_a_round_leaves_out_what_was_made_ahead(digits_index: Callable[[str], Path]) -> None:
-    running = Running(
-        Contestant("steady", _steady_behind_a_full_queue, workers=2), task(digits_index("val"), num_rounds=2)
+    process = LoaderProcess(
+        LoaderBaseline("steady", _steady_behind_a_full_queue, workers=2), task(digits_index("val"), num_rounds=2)
     )
     try:
         for _ in range(2):
-            assert running.round().per_s == pytest.approx(160, rel=0.2)
+            assert process.run_round().per_s == pytest.approx(160, rel=0.2)
     finally:
-        running.end()
+        process.end()
 
 
 @pytest.mark.e2e
 def test_a_loader_that_fails_is_named(digits_index: Callable[[str], Path]) -> None:
-    running = Running(Contestant("broken one", _broken), task(digits_index("val")))
+    process = LoaderProcess(LoaderBaseline("broken one", _broken), task(digits_index("val")))
     try:
         with pytest.raises(RuntimeError, match="the loader 'broken one' has failed"):
-            running.round()
+            process.run_round()
     finally:
-        running.end()
+        process.end()
 
 
 @pytest.mark.e2e
@@ -132,7 +132,7 @@ def test_bench_loader_measures_all(digits: Path, tmp_path: Path, capsys: pytest.
     options = ["--rounds", "2", "--images", "32", "--out", str(tmp_path / "out"), "--json"]
     assert app.main(["bench", "loader", *words, *options]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert set(found["loaders"]) == {one.name for one in contestants(found["cores"])}
+    assert set(found["loaders"]) == {baseline.name for baseline in loader_baselines(found["cores"])}
     assert all(len(one["per_round"]) == 2 and min(one["per_round"]) > 0 for one in found["loaders"].values())
     assert json.loads((tmp_path / "out" / "loader.json").read_text()) == found
     assert (tmp_path / "out" / "loader.png").stat().st_size > 1000

@@ -1,6 +1,7 @@
 """`pipeline bench step|train|scale`: ratios within rounds, true verdicts, and real measurements with each command."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ PLACE = LoaderContext(0, 1, torch.device("cpu"), 1)
 
 def judged(mfu: float | None, ratios: dict[str, float], rounds: int = 5) -> str:
     per_s = {step.CONFIGURED: [10.0, 20.0]} | {name: [10 * r, 20 * r] for name, r in ratios.items()}
-    found = common.rows(per_s, step.CONFIGURED)
+    found = common.compare(per_s, step.CONFIGURED)
     return step.step_verdict({"rows": found, "mfu": mfu, "peak_origin": "measured", "rounds": rounds})
 
 
@@ -37,7 +38,7 @@ def test_the_steps_verdict_names_the_bound_and_the_best_setting() -> None:
 
 @pytest.mark.parametrize(("wait", "words"), [(0.0, "computing bounds"), (0.2, "data bounds training: 20% of it")])
 def test_the_trainings_verdict_names_the_bound(wait: float, words: str) -> None:
-    found = common.rows({step.PIPELINE: [8.0, 18.0], step.CEILING: [10.0, 20.0]}, step.CEILING)
+    found = common.compare({step.PIPELINE: [8.0, 18.0], step.CEILING: [10.0, 20.0]}, step.CEILING)
     text = step.train_verdict({"rows": found, "shares": {"data wait": wait}})
     assert text.startswith("0.850 of the ceiling (quartiles 0.825 to 0.875)")
     assert words in text
@@ -91,7 +92,7 @@ def test_more_workers_than_cores_are_refused_by_scale() -> None:
 def test_what_a_training_begins_and_ends_with_is_not_measured() -> None:
     """A name for the registry needs a logged model; a run's weights do not lie in the measurement's storage."""
     cfg = load(ROOT / "configs/digits.yaml", ["mlflow.register=pets", "model.weights=other-run", "train.profile=[1,2]"])
-    made = common.to_measure(cfg, cfg.cluster, "bench", "runs", None, batch=8, steps=20, every=5)
+    made = common.config_to_measure(cfg, cfg.cluster, "bench", "runs", None, batch=8, steps=20, every=5)
     assert (made.mlflow.register, made.mlflow.log_model, made.model.weights, made.train.profile) == (
         None,
         False,
@@ -102,12 +103,16 @@ def test_what_a_training_begins_and_ends_with_is_not_measured() -> None:
 
 
 def test_turns_let_everyone_be_first() -> None:
-    assert list(common.turns(["a", "b", "c"], 4)) == [list("abc"), list("bca"), list("cab"), list("abc")]
+    order = list[str]()
+    measurements = {name: partial(order.append, name) for name in "abc"}
+    measured = common.take_turns(measurements, 4, lambda done, total, text: None, lambda _: 1.0)
+    assert "".join(order) == "abcbcacababc"
+    assert {name: len(values) for name, values in measured.items()} == {"a": 4, "b": 4, "c": 4}
 
 
 def test_more_threads_than_cores_are_refused() -> None:
     with pytest.raises(UserError, match=r"--threads 4096: this process may use \d+ cores; lower it"):
-        step.here(4096)
+        step.context_here(4096)
 
 
 def test_a_place_for_figures_that_cannot_be_made_is_told_before(tmp_path: Path) -> None:
@@ -134,7 +139,7 @@ def test_step_and_train_as_commands(digits: Path, tmp_path: Path, capsys: pytest
     assert {p.name for p in tmp_path.iterdir()} == {"step.json", "step.png", "train.json", "train.png"}
     assert json.loads((tmp_path / "train.json").read_text()) == train
     for result in (of_step, train):
-        assert step.table(result)[-1] == result["verdict"]
+        assert step.format_result(result)[-1] == result["verdict"]
 
 
 @pytest.mark.e2e

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from commands import ROOT
 
-from pipeline.bench.planning import cost_model, failure_model, plan
+from pipeline.bench.planning import cost_model, plan
 from pipeline.bench.planning.assumptions import CARDS, Assumptions, assume
 from pipeline.bench.planning.cost_model import ModelCost, Scenario
-from pipeline.bench.planning.failure_model import Outages
+from pipeline.bench.planning.failure_model import FailureModel
 from pipeline.cli import app
 from pipeline.config.loading import load
 from pipeline.errors import UserError
@@ -138,8 +138,8 @@ def test_what_must_be_monotone(resnet152: ModelCost) -> None:
 
 def test_the_slowest_rank_has_the_largest_share(resnet152: ModelCost) -> None:
     """1,024 images on 96 GPUs: some have 11, and pairs stay together where images are mixed."""
-    assert cost_model.batches(case(resnet152, ALONE), 96) == (1024, 11)
-    assert cost_model.batches(case(resnet152, ALONE, "data.mixup=0.2"), 96) == (1024, 12)
+    assert cost_model.split_batch(case(resnet152, ALONE), 96) == (1024, 11)
+    assert cost_model.split_batch(case(resnet152, ALONE, "data.mixup=0.2"), 96) == (1024, 12)
 
 
 def test_hours_and_cost_follow_from_the_steps(resnet152: ModelCost) -> None:
@@ -152,21 +152,22 @@ def test_hours_and_cost_follow_from_the_steps(resnet152: ModelCost) -> None:
 
 
 def test_young_and_daly() -> None:
-    assert failure_model.young(50, 10_000) == 1000
-    assert failure_model.daly(50, 10_000) == pytest.approx(1000 * (1 + 0.05 / 3 + 0.0025 / 9) - 50)
-    assert failure_model.daly(300, 100) == 100
+    model = FailureModel(10_000, restart=0, hold=50, write=0)
+    assert model.young() == 1000
+    assert model.daly() == pytest.approx(1000 * (1 + 0.05 / 3 + 0.0025 / 9) - 50)
+    assert replace(model, hold=300, mtbf=100).daly() == 100
 
 
 @pytest.mark.parametrize(("hold", "mtbf"), [(0.1, 1e5), (5, 3600), (60, 1800)])
 def test_dalys_interval_loses_least(hold: float, mtbf: float) -> None:
-    o = Outages(mtbf, restart=60, hold=hold, write=0)
-    best = max(failure_model.goodput(x, o) for x in np.geomspace(hold / 10, mtbf, 2000))
-    assert failure_model.goodput(failure_model.daly(hold, mtbf), o) == pytest.approx(best, rel=1e-4)
-    assert failure_model.best_interval(replace(o, write=1e6)) == 1e6
+    model = FailureModel(mtbf, restart=60, hold=hold, write=0)
+    best = max(model.goodput(interval) for interval in np.geomspace(hold / 10, mtbf, 2000))
+    assert model.goodput(model.daly()) == pytest.approx(best, rel=1e-4)
+    assert replace(model, write=1e6).best_interval() == 1e6
 
 
 def test_without_failures_only_holding_costs() -> None:
-    assert failure_model.goodput(99, Outages(1e15, restart=100, hold=1, write=0)) == pytest.approx(0.99)
+    assert FailureModel(1e15, restart=100, hold=1, write=0).goodput(99) == pytest.approx(0.99)
 
 
 @pytest.mark.parametrize(
@@ -176,20 +177,20 @@ def test_without_failures_only_holding_costs() -> None:
 def test_the_closed_form_is_the_simulations_mean(
     mtbf: float, interval: float, restart: float, hold: float, write: float
 ) -> None:
-    o = Outages(mtbf, restart, hold, write)
-    runs = failure_model.simulate(300 * mtbf, interval, o, num_runs=200)
+    model = FailureModel(mtbf, restart, hold, write)
+    runs = model.simulate(300 * mtbf, interval, num_runs=200)
     assert runs is not None
     error = runs.std() / math.sqrt(len(runs))
-    assert runs.mean() == pytest.approx(failure_model.goodput(interval, o), rel=0.003 + 3 * error)
+    assert runs.mean() == pytest.approx(model.goodput(interval), rel=0.003 + 3 * error)
 
 
 def test_a_simulation_repeats_and_gives_up_on_what_never_ends() -> None:
-    o = Outages(1000, 60, 1, 10)
-    first, second, other = (failure_model.simulate(1e5, 100, o, num_runs=50, seed=s) for s in (1, 1, 2))
+    model = FailureModel(1000, 60, 1, 10)
+    first, second, other = (model.simulate(1e5, 100, num_runs=50, seed=s) for s in (1, 1, 2))
     assert first is not None and second is not None and other is not None  # noqa: PT018
     assert first.tolist() == second.tolist() != other.tolist()
-    assert failure_model.simulate(1e9, 100, o) is None
-    assert failure_model.goodput(100, Outages(5, 60, 1, 10)) == 0
+    assert model.simulate(1e9, 100) is None
+    assert FailureModel(5, 60, 1, 10).goodput(100) == 0
 
 
 def test_a_run_that_would_never_end_says_so() -> None:
@@ -221,7 +222,7 @@ def test_the_recommended_interval_loses_no_more_than_the_configured() -> None:
 def test_a_checkpoint_has_all_that_its_optimizer_keeps(resnet152: ModelCost) -> None:
     """Two moments for LAMB as for AdamW, one for SGD and LARS, besides the weights."""
     held = {
-        name: cost_model.failures(case(resnet152, Assumptions(), f"optim.name={name}"), 8).hold
+        name: cost_model.model_failures(case(resnet152, Assumptions(), f"optim.name={name}"), 8).hold
         for name in ("sgd", "lars", "adamw", "lamb")
     }
     assert held["sgd"] == held["lars"] == pytest.approx(2 / 3 * held["adamw"])
@@ -249,12 +250,12 @@ MEASURED = {
 def test_two_workers_are_predicted_from_one() -> None:
     """200 MB over 1 GB/s, once around: 0.2 s beside the second of computing, where nothing hides it."""
     a, origins = assume("H100", ["overlap=0", "latency_us=0"])
-    found = plan.check(MEASURED, a, origins)
+    found = plan.check_efficiency(MEASURED, a, origins)
     assert found["workers"][2]["predicted"] == pytest.approx(1 / 1.2)
     assert found["workers"][2]["measured"] == 0.8
     assert found["workers"][2]["compute_ratio"] == 1.05
     a, origins = assume("H100", ["overlap=0", "latency_us=0", "network_gb_s=0.5"])
-    assert plan.check(MEASURED, a, origins)["workers"][2]["predicted"] == pytest.approx(1 / 1.4)
+    assert plan.check_efficiency(MEASURED, a, origins)["workers"][2]["predicted"] == pytest.approx(1 / 1.4)
 
 
 def test_a_measurement_that_is_none(tmp_path: Path) -> None:
@@ -262,10 +263,10 @@ def test_a_measurement_that_is_none(tmp_path: Path) -> None:
     broken: dict[str, Any]
     for broken in ({}, {"workers": {}}, MEASURED | {"allreduce_gb_s": 0}, MEASURED | {"parameters": "many"}):
         with pytest.raises(UserError, match="bench scale"):
-            plan.check(broken, a, origins)
+            plan.check_efficiency(broken, a, origins)
     without = {k: v for k, v in MEASURED.items() if k != "allreduce_gb_s"}
     with pytest.raises(UserError, match="--assume network_gb_s="):
-        plan.check(without, a, origins)
+        plan.check_efficiency(without, a, origins)
 
 
 def test_every_card_is_planned_for(resnet152: ModelCost) -> None:

@@ -19,7 +19,7 @@ def test_a_reader_that_has_gone_ends_no_training(view: type[TrainingView] | type
     file = os.fdopen(write, "w")
     with view(file) as shown:
         for _ in range(3):
-            shown.say("x" * 100_000)
+            shown.print("x" * 100_000)
     with contextlib.suppress(BrokenPipeError):  # of what is left in its buffer
         file.close()
 

@@ -39,50 +39,52 @@ def heard(value: object) -> Answer:
 
 def test_nodes_that_do_not_answer_are_named() -> None:
     there = {"a": member(CPU=4, GPU=1), "b": member(CPU=0)}
-    good = check_results.of_nodes(there, {"a": heard({}), "b": heard({})}, 60)
+    good = check_results.check_nodes(there, {"a": heard({}), "b": heard({})}, 60)
     assert str(good) == "ok  nodes: 2: a (1 GPU, 4 CPU), b (0 CPU)"
-    silent = check_results.of_nodes(there, {"a": heard({})}, 60)
+    silent = check_results.check_nodes(there, {"a": heard({})}, 60)
     assert str(silent).startswith("bad nodes: no answer within 60 s from b; see the logs of these nodes")
-    failed = check_results.of_nodes(there, {"a": heard({}), "b": heard(ImportError("No module named 'pipeline'"))}, 60)
+    failed = check_results.check_nodes(
+        there, {"a": heard({}), "b": heard(ImportError("No module named 'pipeline'"))}, 60
+    )
     assert str(failed).startswith("bad nodes: No module named 'pipeline' on b; install this package there")
 
 
 def test_versions_that_differ_are_named_with_their_node() -> None:
     here = {"torch": "2.14.1", "mlflow": "3.17.2"}
     facts = {"a": {"versions": here}, "b": {"versions": {"torch": "2.13.0"}}}
-    check = check_results.of_versions(facts, here)
+    check = check_results.check_versions(facts, here)
     assert check.text == "mlflow is 3.17.2 here and missing on b, torch is 2.14.1 here and 2.13.0 on b"
-    assert check_results.of_versions({"a": facts["a"]}, here).ok
+    assert check_results.check_versions({"a": facts["a"]}, here).ok
 
 
 @pytest.mark.parametrize(("gpus", "shm_gib", "ok"), [(0, 0.2, True), (0, 0.06, False), (8, 0.9, False), (8, 1.2, True)])
 def test_shared_memory_holds_the_object_store_and_nccl(gpus: int, shm_gib: float, ok: bool) -> None:
     there = {"a": member(GPU=gpus, object_store_memory=0.1 * GIB)}
-    check = check_results.of_shm(there, {"a": {"shm": shm_gib * GIB}})
+    check = check_results.check_shm(there, {"a": {"shm": shm_gib * GIB}})
     assert check.ok == ok
     assert ok or f"{shm_gib:.2f} GiB where {0.1 + (gpus > 0):.2f} are needed on a" in check.text
 
 
 @pytest.mark.parametrize(("free", "total", "ok"), [(10e9, 100e9, True), (1.9e9, 10e9, False), (10e9, 1000e9, False)])
 def test_a_full_disk_is_bad_by_bytes_and_by_share(free: float, total: float, ok: bool) -> None:
-    assert check_results.of_tmp({"a": {"tmp_free": free, "tmp_total": total}}).ok == ok
+    assert check_results.check_tmp({"a": {"tmp_free": free, "tmp_total": total}}).ok == ok
 
 
 def test_clocks_are_off_only_where_the_round_trip_does_not_explain_it() -> None:
-    check = check_results.of_clocks({"a": (0.0, 0.01), "b": (-3.0, 0.5), "c": (1.4, 0.5)})
+    check = check_results.check_clocks({"a": (0.0, 0.01), "b": (-3.0, 0.5), "c": (1.4, 0.5)})
     assert check.text == "b is 3.0 s behind"
-    assert check_results.of_clocks({"a": (0.2, 0.01)}).text == "within 0.210 s of this one's"
+    assert check_results.check_clocks({"a": (0.2, 0.01)}).text == "within 0.210 s of this one's"
 
 
 def test_bandwidth_is_that_of_a_ring() -> None:
     """64 MiB in 0.1 s over 4 workers: each link carries 2 * 3 / 4 of it."""
-    check = check_results.of_all_reduce(0.1, 4, "nccl")
+    check = check_results.check_all_reduce(0.1, 4, "nccl")
     assert check.figures["algorithm_gb_per_s"] == pytest.approx(0.67108864)
     assert check.figures["bus_gb_per_s"] == pytest.approx(0.67108864 * 1.5)
     assert check.figures["gradients_s"] == pytest.approx(0.1 * 240_771_232 / 2**26)
     assert not check.ok
-    assert check_results.of_all_reduce(0.1, 4, "gloo").ok
-    assert check_results.of_all_reduce(0.01, 4, "nccl").ok
+    assert check_results.check_all_reduce(0.1, 4, "gloo").ok
+    assert check_results.check_all_reduce(0.01, 4, "nccl").ok
 
 
 def test_workers_on_gpus_talk_by_gloo_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,12 +104,12 @@ def test_workers_on_gpus_talk_by_gloo_too(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(ray_cluster, "on_each_node", lambda *_, **__: {})
     checks = doctors._try_network(there, cfg)
     assert ["no answer in time on a" in str(check) for check in checks] == [True, True]
-    assert doctors._clocks(there) == {}
+    assert doctors._measure_clocks(there) == {}
 
 
 def test_many_nodes_with_one_trouble_are_one_reason() -> None:
     answers = {f"n{i}": heard(OSError("away")) for i in range(7)} | {"good": heard(None)}
-    check = check_results.of_each("data", "data.train=/x", [*answers, "silent"], answers, good="read", fix="fix it")
+    check = check_results.check_each("data", "data.train=/x", [*answers, "silent"], answers, good="read", fix="fix it")
     assert str(check) == (
         "bad data: data.train=/x: no answer in time on silent, away on n0, n1, n2, n3, n4 and 2 more; fix it"
     )
@@ -211,7 +213,7 @@ assert time.monotonic() - began < 5
 
 
 @pytest.mark.e2e
-def test_a_probe_that_hangs_is_given_up(cluster: Cluster) -> None:
+def test_a_check_that_hangs_is_given_up(cluster: Cluster) -> None:
     """A worker whose partner never comes, as behind a firewall."""
     program = WORKER_WITHOUT_OTHER.format(address=cluster.address)
     env = {**os.environ, **AUTHENTICATION}

@@ -44,13 +44,13 @@ CARDS = {
 }
 
 
-def _is(default: float, origin: Origin, unit: str, text: str, *, low: float = TINY, high: float = HUGE) -> Any:
-    about = {"origin": origin, "unit": unit, "text": text, "low": low, "high": high}
-    return field(default=default, metadata=about)
+def _num(default: float, origin: Origin, unit: str, text: str, *, low: float = TINY, high: float = HUGE) -> Any:
+    metadata = {"origin": origin, "unit": unit, "text": text, "low": low, "high": high}
+    return field(default=default, metadata=metadata)
 
 
 def _card(attribute: str, unit: str, text: str, origin: Origin = "published") -> Any:
-    return _is(getattr(CARDS["A100"], attribute), origin, unit, text)
+    return _num(getattr(CARDS["A100"], attribute), origin, unit, text)
 
 
 @dataclass(frozen=True)
@@ -64,31 +64,31 @@ class Assumptions:
     network_gb_s: float = _card("network_gb_s", "GB/s", "of a node to the others", "assumed")
     cores_per_gpu: float = _card("cores_per_gpu", "", "CPU cores, as clouds rent them", "assumed")
     price_per_gpu_hour: float = _card("price_per_gpu_hour", "$", "a rough guess: ask your seller", "assumed")
-    resnet50_images_s: float = _is(2470, "published", "/s", f"one A100, AMP, batch 256 ({NVIDIA})")
-    resnet50_memory_gb_s: float = _is(2039, "published", "GB/s", "of that card")
-    fp32_speed: float = _is(0.38, "published", "", "of fp32 to AMP: TF32 938 / 2,470 there", high=1)
-    peak_share: float = _is(0.5, "assumed", "", "of the peak, that convolutions reach at most", high=1)
-    launch_us: float = _is(120, "assumed", "us", "to launch a layer, all passes; forward alone took 117 there", low=0)
-    full_node: float = _is(0.865, "published", "", "kept in a full node; fitted to 16,621 on 8 A100s there", high=1)
-    grad_bytes: float = _is(4, "counted", "B", "of a gradient on the wire, as cluster.gradients has it")
-    bucket_mb: float = _is(25, "counted", "MB", "of gradients in a bucket: cluster.bucket_mb")
-    link_share: float = _is(0.7, "assumed", "", "of a link's data sheet that an all-reduce attains", high=1)
-    latency_us: float = _is(10, "assumed", "us", "of one hop of an all-reduce", low=0)
-    overlap: float = _is(
+    resnet50_images_s: float = _num(2470, "published", "/s", f"one A100, AMP, batch 256 ({NVIDIA})")
+    resnet50_memory_gb_s: float = _num(2039, "published", "GB/s", "of that card")
+    fp32_speed: float = _num(0.38, "published", "", "of fp32 to AMP: TF32 938 / 2,470 there", high=1)
+    peak_share: float = _num(0.5, "assumed", "", "of the peak, that convolutions reach at most", high=1)
+    launch_us: float = _num(120, "assumed", "us", "to launch a layer, all passes; forward alone took 117 there", low=0)
+    full_node: float = _num(0.865, "published", "", "kept in a full node; fitted to 16,621 on 8 A100s there", high=1)
+    grad_bytes: float = _num(4, "counted", "B", "of a gradient on the wire, as cluster.gradients has it")
+    bucket_mb: float = _num(25, "counted", "MB", "of gradients in a bucket: cluster.bucket_mb")
+    link_share: float = _num(0.7, "assumed", "", "of a link's data sheet that an all-reduce attains", high=1)
+    latency_us: float = _num(10, "assumed", "us", "of one hop of an all-reduce", low=0)
+    overlap: float = _num(
         1, "assumed", "", "of the backward pass, that an all-reduce can hide behind; 0: none", low=0, high=1
     )
-    jitter: float = _is(0.02, "assumed", "", "a rank's step time: standard deviation / mean", low=0)
-    image_kb: float = _is(110, "published", "kB", "of a JPEG; ImageNet-1k: 138 GB / 1.28 million")
-    node_read_gb_s: float = _is(2, "assumed", "GB/s", "that a node reads at")
-    storage_gb_s: float = _is(40, "assumed", "GB/s", "of the storage to all nodes together")
-    decode_per_core: float = _is(1004, "measured", "/s", "images, 500x375 to 224; docs/performance.md")
-    decode_per_gpu: float = _is(0, "assumed", "/s", "images, by the card's decoder: not measured, so left out", low=0)
-    gpu_mtbf_h: float = _is(50_000, "published", "h", "of a card and its share of the rest: Llama 3, 419 in 54 d")
-    restart_s: float = _is(120, "assumed", "s", "from a failure to training; 33 measured here, on 2 CPU cores", low=0)
-    hold_gb_s: float = _is(7, "measured", "GB/s", "copy of the state, which steps wait for; docs/reliability.md")
-    write_gb_s: float = _is(0.45, "measured", "GB/s", "writing it beside training; docs/reliability.md")
-    start_s: float = _is(60, "assumed", "s", "until the first step; 21 measured here, on 2 CPU cores", low=0)
-    val_images: float = _is(50_000, "published", "", "ImageNet-1k's, in each evaluation", low=0)
+    jitter: float = _num(0.02, "assumed", "", "a rank's step time: standard deviation / mean", low=0)
+    image_kb: float = _num(110, "published", "kB", "of a JPEG; ImageNet-1k: 138 GB / 1.28 million")
+    node_read_gb_s: float = _num(2, "assumed", "GB/s", "that a node reads at")
+    storage_gb_s: float = _num(40, "assumed", "GB/s", "of the storage to all nodes together")
+    decode_per_core: float = _num(1004, "measured", "/s", "images, 500x375 to 224; docs/performance.md")
+    decode_per_gpu: float = _num(0, "assumed", "/s", "images, by the card's decoder: not measured, so left out", low=0)
+    gpu_mtbf_h: float = _num(50_000, "published", "h", "of a card and its share of the rest: Llama 3, 419 in 54 d")
+    restart_s: float = _num(120, "assumed", "s", "from a failure to training; 33 measured here, on 2 CPU cores", low=0)
+    hold_gb_s: float = _num(7, "measured", "GB/s", "copy of the state, which steps wait for; docs/reliability.md")
+    write_gb_s: float = _num(0.45, "measured", "GB/s", "writing it beside training; docs/reliability.md")
+    start_s: float = _num(60, "assumed", "s", "until the first step; 21 measured here, on 2 CPU cores", low=0)
+    val_images: float = _num(50_000, "published", "", "ImageNet-1k's, in each evaluation", low=0)
 
 
 NAMES = {f.name: f.metadata for f in fields(Assumptions)}
@@ -101,18 +101,18 @@ def assume(gpu: str, words: Sequence[str]) -> tuple[Assumptions, dict[str, Origi
         UserError: an unknown card or name, or a value that cannot be.
     """
     if gpu.upper() not in CARDS:
-        raise UserError(f"--gpu {gpu}: not in the table; use one of {', '.join(CARDS)}{_near(gpu.upper(), CARDS)}")
-    made = Assumptions(**asdict(CARDS[gpu.upper()]))
+        raise UserError(f"--gpu {gpu}: not in the table; use one of {', '.join(CARDS)}{_hint(gpu.upper(), CARDS)}")
+    assumptions = Assumptions(**asdict(CARDS[gpu.upper()]))
     origins: dict[str, Origin] = {name: meta["origin"] for name, meta in NAMES.items()}
     for word in words:
         name, _, text = word.partition("=")
         if name not in NAMES:
-            raise UserError(f"--assume {word}: no assumption {name!r}{_near(name, NAMES)}; `pipeline plan` lists all")
-        made, origins[name] = replace(made, **{name: _number(word, name, text)}), "given"
-    return made, origins
+            raise UserError(f"--assume {word}: no assumption {name!r}{_hint(name, NAMES)}; `pipeline plan` lists all")
+        assumptions, origins[name] = replace(assumptions, **{name: _parse(word, name, text)}), "given"
+    return assumptions, origins
 
 
-def _number(word: str, name: str, text: str) -> float:
+def _parse(word: str, name: str, text: str) -> float:
     try:
         value = float(text)
     except ValueError:
@@ -125,6 +125,6 @@ def _number(word: str, name: str, text: str) -> float:
     return value
 
 
-def _near(name: str, known: Any) -> str:
+def _hint(name: str, known: Any) -> str:
     names = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {names[0]}?" if names else ""

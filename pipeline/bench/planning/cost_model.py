@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.bench.planning import failure_model
 from pipeline.bench.planning.assumptions import Assumptions
+from pipeline.bench.planning.failure_model import FailureModel, FloatArray
 from pipeline.config.schema import Config, ModelConfig
 from pipeline.errors import UserError
 from pipeline.models.resnet import ResNet
@@ -39,8 +39,8 @@ class Scenario:
     one GPU alone, where it is known."""
 
     cfg: Config
-    a: Assumptions
-    net: ModelCost
+    assumed: Assumptions
+    model: ModelCost
     images: int
     batch_per_gpu: int | None = None
     rate: float | None = None
@@ -132,16 +132,16 @@ def exposed_s(all_reduce: float, buckets: int, backward_s: float, a: Assumptions
     return last + max(0.0, all_reduce - last - a.overlap * backward_s * (buckets - 1) / buckets)
 
 
-def batches(case: Scenario, gpus: int) -> tuple[int, int]:
+def split_batch(scenario: Scenario, gpus: int) -> tuple[int, int]:
     """The global batch, and the largest share of it.
 
     Raises:
         UserError: fewer images than GPUs.
     """
-    unit = 2 if case.cfg.data.mixes else 1
-    if case.batch_per_gpu and case.batch_per_gpu % unit:
-        raise UserError(f"--batch-per-gpu {case.batch_per_gpu}: must be even, for pairs of data.mixup or data.cutmix")
-    total = case.batch_per_gpu * gpus if case.batch_per_gpu else case.cfg.train.global_batch
+    unit, per_gpu = 2 if scenario.cfg.data.mixes else 1, scenario.batch_per_gpu
+    if per_gpu and per_gpu % unit:
+        raise UserError(f"--batch-per-gpu {per_gpu}: must be even, for pairs of data.mixup or data.cutmix")
+    total = per_gpu * gpus if per_gpu else scenario.cfg.train.global_batch
     if total < gpus * unit:
         raise UserError(
             f"--gpus {gpus}: train.global_batch={total} gives some of them nothing; ask for at most {total // unit}, "
@@ -150,25 +150,25 @@ def batches(case: Scenario, gpus: int) -> tuple[int, int]:
     return total, -(-total // unit // gpus) * unit
 
 
-def predict(case: Scenario, gpus: int) -> Row:
+def predict(scenario: Scenario, gpus: int) -> Row:
     """The row of a number of GPUs."""
-    cfg, a = case.cfg, case.a
-    total, share = batches(case, gpus)
-    rate = case.rate or card_rate(case.net, cfg.train.precision, a)
+    cfg, a = scenario.cfg, scenario.assumed
+    total, share = split_batch(scenario, gpus)
+    rate = scenario.rate or card_rate(scenario.model, cfg.train.precision, a)
     passes = -(-share // (cfg.train.micro_batch or share))
-    plain, one = share / rate, compute_s(share / passes, rate, case.net.layers * a.launch_us * 1e-6)
+    arithmetic_s = share / rate
+    launched_s = passes * compute_s(share / passes, rate, scenario.model.layers * a.launch_us * 1e-6)
     per_node = int(a.gpus_per_node)
-    crowd = (min(gpus, per_node) - 1) / max(per_node - 1, 1)
-    crowded = passes * one / (1 - (1 - a.full_node) * crowd)
-    num_bytes = case.net.parameters * a.grad_bytes
-    backward = crowded / passes * 2 / 3
-    reduced = all_reduce_s(gpus, num_bytes, a)
+    fullness = (min(gpus, per_node) - 1) / max(per_node - 1, 1)
+    shared_s = launched_s / (1 - (1 - a.full_node) * fullness)
+    num_bytes = scenario.model.parameters * a.grad_bytes
+    backward_s = shared_s / passes * 2 / 3
     parts = {
-        "arithmetic": plain,
-        "launching kernels": passes * one - plain,
-        "full nodes": crowded - passes * one,
-        "stragglers": crowded * a.jitter * expected_max(gpus),
-        "network": exposed_s(reduced, num_buckets(num_bytes, a), backward, a),
+        "arithmetic": arithmetic_s,
+        "launching kernels": launched_s - arithmetic_s,
+        "full nodes": shared_s - launched_s,
+        "stragglers": shared_s * a.jitter * expected_max(gpus),
+        "network": exposed_s(all_reduce_s(gpus, num_bytes, a), num_buckets(num_bytes, a), backward_s, a),
     }
     nodes = -(-gpus // per_node)
     times = {
@@ -178,11 +178,11 @@ def predict(case: Scenario, gpus: int) -> Row:
     }
     slowest = max(times, key=lambda name: times[name])
     step_s = times[slowest]
-    alone = 1.0 if gpus == 1 else predict(case, 1).images_per_s
+    alone = 1.0 if gpus == 1 else predict(scenario, 1).images_per_s
     speed = total / step_s
-    work_s = num_steps(case, gpus) * step_s + num_evaluations(case, gpus) * a.val_images / (3 * speed)
-    kept = failure_model.goodput(interval_s(case, gpus, step_s, cfg.checkpoint.every), failures(case, gpus))
-    hours = (a.start_s + work_s / kept) / 3600 if kept else math.inf
+    work_s = num_steps(scenario, gpus) * step_s + num_evaluations(scenario, gpus) * a.val_images / (3 * speed)
+    goodput = model_failures(scenario, gpus).goodput(interval_s(scenario, gpus, step_s, cfg.checkpoint.every))
+    hours = (a.start_s + work_s / goodput) / 3600 if goodput else math.inf
     return Row(
         gpus=gpus,
         global_batch=total,
@@ -193,74 +193,70 @@ def predict(case: Scenario, gpus: int) -> Row:
         parts=parts,
         images_per_s=speed,
         efficiency=1.0 if gpus == 1 else speed / (gpus * alone),
-        goodput=kept,
+        goodput=goodput,
         hours=hours,
         cost=hours * gpus * a.price_per_gpu_hour,
         bound=max(parts, key=lambda name: parts[name]) if slowest == "work" else slowest,
     )
 
 
-def num_steps(case: Scenario, gpus: int) -> int:
-    total, _ = batches(case, gpus)
-    if case.images < total:
-        fix = "--batch-per-gpu" if case.batch_per_gpu else "train.global_batch"
-        raise UserError(f"--gpus {gpus}: a global batch of {total} is more than the {case.images} images; lower {fix}")
-    return case.cfg.train.steps or case.cfg.train.epochs * (case.images // total)
+def num_steps(scenario: Scenario, gpus: int) -> int:
+    (total, _), images, train = split_batch(scenario, gpus), scenario.images, scenario.cfg.train
+    if images < total:
+        fix = "--batch-per-gpu" if scenario.batch_per_gpu else "train.global_batch"
+        raise UserError(f"--gpus {gpus}: a global batch of {total} is more than the {images} images; lower {fix}")
+    return train.steps or train.epochs * (images // total)
 
 
-def num_evaluations(case: Scenario, gpus: int) -> int:
-    total, _ = batches(case, gpus)
-    return math.ceil(num_steps(case, gpus) / (case.images // total) / case.cfg.train.eval_every)
+def num_evaluations(scenario: Scenario, gpus: int) -> int:
+    total, _ = split_batch(scenario, gpus)
+    return math.ceil(num_steps(scenario, gpus) / (scenario.images // total) / scenario.cfg.train.eval_every)
 
 
-def failures(case: Scenario, gpus: int) -> failure_model.Outages:
+def model_failures(scenario: Scenario, gpus: int) -> FailureModel:
     """The state is weights, the optimizer's copies, and averages, 4 bytes each."""
-    optim = case.cfg.optim
+    optim = scenario.cfg.optim
     moments = 2 if optim.name in ("adamw", "lamb") else int(optim.momentum > 0)
-    copies = 1 + moments + int(case.cfg.train.ema_decay is not None)
-    state_gb = case.net.parameters * 4 * copies / 1e9
-    mtbf = case.a.gpu_mtbf_h * 3600 / gpus
-    return failure_model.Outages(mtbf, case.a.restart_s, state_gb / case.a.hold_gb_s, state_gb / case.a.write_gb_s)
+    copies = 1 + moments + int(scenario.cfg.train.ema_decay is not None)
+    state_gb = scenario.model.parameters * 4 * copies / 1e9
+    a = scenario.assumed
+    return FailureModel(a.gpu_mtbf_h * 3600 / gpus, a.restart_s, state_gb / a.hold_gb_s, state_gb / a.write_gb_s)
 
 
-def interval_s(case: Scenario, gpus: int, step_s: float, every: int) -> float:
+def interval_s(scenario: Scenario, gpus: int, step_s: float, every: int) -> float:
     """Between two checkpoints: one that is due while another is being written is postponed."""
-    return max(min(every, num_steps(case, gpus)) * step_s, failures(case, gpus).write)
+    return max(min(every, num_steps(scenario, gpus)) * step_s, model_failures(scenario, gpus).write)
 
 
-def best_every(case: Scenario, row: Row) -> int:
+def best_every(scenario: Scenario, row: Row) -> int:
     """The checkpoint.every that loses least, to two digits, since the optimum is flat."""
-    steps = failure_model.best_interval(failures(case, row.gpus)) / row.step_s
+    steps = model_failures(scenario, row.gpus).best_interval() / row.step_s
     rounded = float(f"{max(1.0, steps):.2g}")
-    return min(math.ceil(rounded), num_steps(case, row.gpus))
+    return min(math.ceil(rounded), num_steps(scenario, row.gpus))
 
 
-def checkpoints(case: Scenario, row: Row) -> dict[str, Any]:
-    """The configured interval beside the best, by the closed form and by simulation."""
-    o = failures(case, row.gpus)
-    work = num_steps(case, row.gpus) * row.step_s
+def compare_intervals(scenario: Scenario, row: Row) -> dict[str, Any]:
+    """The configured checkpoint.every beside the best, by the closed form and by simulation."""
+    failures = model_failures(scenario, row.gpus)
+    work_s = num_steps(scenario, row.gpus) * row.step_s
 
-    def judged(every: int) -> dict[str, Any]:
-        interval = interval_s(case, row.gpus, row.step_s, every)
-        runs = failure_model.simulate(work, interval, o)
-        return {
-            "every": every,
-            "interval_s": interval,
-            "goodput": failure_model.goodput(interval, o),
-            "simulated": None if runs is None else _spread(runs),
-        }
+    def judge(every: int) -> dict[str, Any]:
+        interval = interval_s(scenario, row.gpus, row.step_s, every)
+        runs = failures.simulate(work_s, interval)
+        goodput = {"goodput": failures.goodput(interval), "simulated": None if runs is None else _spread(runs)}
+        return {"every": every, "interval_s": interval, **goodput}
 
     return {
-        **asdict(o),
-        "young_s": failure_model.young(o.hold, o.mtbf),
-        "daly_s": failure_model.daly(o.hold, o.mtbf),
-        "failures": row.hours * 3600 / o.mtbf if row.goodput else None,
-        "configured": judged(case.cfg.checkpoint.every),
-        "best": judged(best_every(case, row)),
+        **asdict(failures),
+        "young_s": failures.young(),
+        "daly_s": failures.daly(),
+        "failures": row.hours * 3600 / failures.mtbf if row.goodput else None,
+        "configured": judge(scenario.cfg.checkpoint.every),
+        "best": judge(best_every(scenario, row)),
     }
 
 
-def _spread(values: failure_model.FloatArray) -> dict[str, float]:
+def _spread(values: FloatArray) -> dict[str, float]:
     low, high = np.percentile(values, [5, 95]).tolist()
     error = float(values.std() / math.sqrt(len(values)))
     return {"mean": float(values.mean()), "error": error, "low": low, "high": high}

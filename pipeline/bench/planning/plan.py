@@ -1,7 +1,7 @@
 """`pipeline plan`: what a configuration would do on 8 to 1,024 GPUs, which change would help most, and why.
 
-It exists so that a cluster's size is chosen before it is paid for. The model is in `scaling` and `outages`; here are
-the questions put to it, and its check against what `pipeline bench scale` measured.
+It exists so that a cluster's size is chosen before it is paid for. The model is in `cost_model` and `failure_model`;
+here are the questions put to it, and its check against what `pipeline bench scale` measured.
 """
 
 import json
@@ -16,16 +16,16 @@ from pipeline.bench.planning.cost_model import (
     Row,
     Scenario,
     all_reduce_s,
-    batches,
     best_every,
     card_rate,
-    checkpoints,
+    compare_intervals,
     count_network,
     expected_max,
     exposed_s,
     num_buckets,
     num_steps,
     predict,
+    split_batch,
 )
 from pipeline.config.schema import Config
 from pipeline.data.index import load_index
@@ -71,8 +71,8 @@ def plan(
     a, origins = assume(gpu, assumed)
     card = precision.gpu(BEFORE_BF16.get(gpu.upper(), (8, 0)))
     cfg = precision.with_precision(cfg, precision.decide(cfg.train.precision, [card]).precision)
-    net = count_network(cfg.model, cfg.data.image_size)
-    index = _index(cfg.data.train)
+    model = count_network(cfg.model, cfg.data.image_size)
+    index = _index_here(cfg.data.train)
     known = {"bucket_mb": float(cfg.cluster.bucket_mb)}
     if cfg.cluster.gradients == "bf16":
         known["grad_bytes"] = 2
@@ -83,100 +83,99 @@ def plan(
     if origins["launch_us"] != "given" and cfg.model.compile in GRAPHS:
         a = replace(a, launch_us=a.launch_us / 5)
     images = num_images or (len(index) if index is not None else IMAGENET)
-    case = Scenario(cfg, a, net, images, batch_per_gpu, rate)
-    row = predict(case, gpus)
-    rows = [row if n == gpus else predict(case, n) for n in sorted({*SIZES, gpus}) if n == gpus or _fits(case, n)]
-    notes = [WARNING]
-    if num_images is None and index is None:
-        notes.append(f"data.train={cfg.data.train} is no index here: ImageNet-1k's {IMAGENET:,} images are assumed.")
-    if cfg.train.precision == "bf16" and gpu.upper() in BEFORE_BF16:
-        notes.append(f"A {gpu.upper()} has no fast bf16: train.precision=fp16 is assumed.")
-    if batch_per_gpu:
-        notes.append(
-            "The global batch grows with the GPUs: optim.lr must follow it, and above 8,192 images accuracy is at risk "
-            "(Goyal et al. 2017)."
-        )
-    if cfg.data.start_size and cfg.data.start_size < cfg.data.image_size:
-        notes.append(f"data.start_size is left out: all epochs count as {cfg.data.image_size} pixels.")
-    if math.isinf(row.hours):
-        notes.append(f"On {gpus} GPUs failures come faster than the run gets on: it would not end.")
+    scenario = Scenario(cfg, a, model, images, batch_per_gpu, rate)
+    row = predict(scenario, gpus)
+    sizes = [n for n in sorted({*SIZES, gpus}) if n == gpus or _fits(scenario, n)]
+    conditions = {
+        WARNING: True,
+        f"data.train={cfg.data.train} is no index here: ImageNet-1k's {IMAGENET:,} images are assumed.": (
+            num_images is None and index is None
+        ),
+        f"A {gpu.upper()} has no fast bf16: train.precision=fp16 is assumed.": (
+            cfg.train.precision == "bf16" and gpu.upper() in BEFORE_BF16
+        ),
+        "The global batch grows with the GPUs: optim.lr must follow it, and above 8,192 images accuracy is at risk "
+        "(Goyal et al. 2017).": batch_per_gpu is not None,
+        f"data.start_size is left out: all epochs count as {cfg.data.image_size} pixels.": (
+            cfg.data.start_size is not None and cfg.data.start_size < cfg.data.image_size
+        ),
+        f"On {gpus} GPUs failures come faster than the run gets on: it would not end.": math.isinf(row.hours),
+    }
     return {
         "gpu": gpu.upper(),
         "gpus": gpus,
         "scaling": "weak" if batch_per_gpu else "strong",
-        "network": asdict(net) | {"depth": cfg.model.depth, "image_size": cfg.data.image_size},
+        "network": asdict(model) | {"depth": cfg.model.depth, "image_size": cfg.data.image_size},
         "precision": cfg.train.precision,
         "epochs": cfg.train.epochs if cfg.train.steps is None else None,
         "steps": cfg.train.steps,
         "images": images,
         "images_per_s_per_gpu": {
-            "value": rate or card_rate(net, cfg.train.precision, a),
+            "value": rate or card_rate(model, cfg.train.precision, a),
             "origin": "given" if rate else "modelled",
         },
-        "rows": [_row(one) for one in rows],
-        "changes": changes(case, row),
-        "checkpoints": checkpoints(case, row),
-        "measured": check(_read(measured), a, origins) if measured else None,
+        "rows": [_to_json(row if n == gpus else predict(scenario, n)) for n in sizes],
+        "changes": try_changes(scenario, row),
+        "checkpoints": compare_intervals(scenario, row),
+        "measured": check_efficiency(_read(measured), a, origins) if measured else None,
         "assumptions": {
             name: {"value": value, "unit": NAMES[name]["unit"], "origin": origins[name], "what": NAMES[name]["text"]}
             for name, value in asdict(a).items()
         },
-        "notes": notes,
+        "notes": [note for note, holds in conditions.items() if holds],
     }
 
 
-def _index(source: str) -> Any:
+def _index_here(source: str) -> Any:
     """The index, where there is one on this machine: planning needs no data."""
-    place = Storage(source)
-    return load_index(place.local) if is_index(source) and place.local and place.local.is_file() else None
+    file = Storage(source).local
+    return load_index(file) if is_index(source) and file and file.is_file() else None
 
 
-def _fits(case: Scenario, gpus: int) -> bool:
+def _fits(scenario: Scenario, gpus: int) -> bool:
     try:
-        num_steps(case, gpus)
+        num_steps(scenario, gpus)
     except UserError:
         return False
     return True
 
 
-def _row(row: Row) -> dict[str, Any]:
+def _to_json(row: Row) -> dict[str, Any]:
     """JSON knows no infinity."""
-    return {k: None if v == math.inf else v for k, v in asdict(row).items()}
+    return {name: None if value == math.inf else value for name, value in asdict(row).items()}
 
 
-def changes(case: Scenario, row: Row) -> list[dict[str, Any]]:
+def try_changes(scenario: Scenario, row: Row) -> list[dict[str, Any]]:
     """What one change each would make of the hours, the most helpful first."""
-    a, cfg = case.a, case.cfg
-    best = best_every(case, row)
-    checkpoint = replace(cfg.checkpoint, every=best)
-    tried = {
-        "model.compile=reduce-overhead, which is CUDA graphs (launch_us a fifth)": replace(
-            case, a=replace(a, launch_us=a.launch_us / 5)
-        ),
-        "cluster.gradients=bf16 (grad_bytes=2)": replace(case, a=replace(a, grad_bytes=min(2, a.grad_bytes))),
-        "twice the network of a node (network_gb_s)": replace(case, a=replace(a, network_gb_s=2 * a.network_gb_s)),
-        "twice the reading (node_read_gb_s, storage_gb_s)": replace(
-            case, a=replace(a, node_read_gb_s=2 * a.node_read_gb_s, storage_gb_s=2 * a.storage_gb_s)
-        ),
-        "decoding on the GPU, or twice the cores (cores_per_gpu)": replace(
-            case, a=replace(a, cores_per_gpu=2 * a.cores_per_gpu)
-        ),
-        "half the jitter between ranks (jitter)": replace(case, a=replace(a, jitter=a.jitter / 2)),
-        "restarts in half the time (restart_s)": replace(case, a=replace(a, restart_s=a.restart_s / 2)),
-        f"checkpoint.every={best}": replace(case, cfg=replace(cfg, checkpoint=checkpoint)),
+    a, cfg = scenario.assumed, scenario.cfg
+    best = best_every(scenario, row)
+    assumptions: dict[str, dict[str, float]] = {
+        "model.compile=reduce-overhead, which is CUDA graphs (launch_us a fifth)": {"launch_us": a.launch_us / 5},
+        "cluster.gradients=bf16 (grad_bytes=2)": {"grad_bytes": min(2, a.grad_bytes)},
+        "twice the network of a node (network_gb_s)": {"network_gb_s": 2 * a.network_gb_s},
+        "twice the reading (node_read_gb_s, storage_gb_s)": {
+            "node_read_gb_s": 2 * a.node_read_gb_s,
+            "storage_gb_s": 2 * a.storage_gb_s,
+        },
+        "decoding on the GPU, or twice the cores (cores_per_gpu)": {"cores_per_gpu": 2 * a.cores_per_gpu},
+        "half the jitter between ranks (jitter)": {"jitter": a.jitter / 2},
+        "restarts in half the time (restart_s)": {"restart_s": a.restart_s / 2},
     }
+    tried = {text: replace(scenario, assumed=replace(a, **values)) for text, values in assumptions.items()}
+    checkpoint = replace(cfg.checkpoint, every=best)
+    tried[f"checkpoint.every={best}"] = replace(scenario, cfg=replace(cfg, checkpoint=checkpoint))
     larger = "four times the images on each GPU (another recipe: optim.lr, warm-up)"
-    if case.batch_per_gpu:
-        tried[larger] = replace(case, batch_per_gpu=4 * case.batch_per_gpu)
+    if scenario.batch_per_gpu:
+        tried[larger] = replace(scenario, batch_per_gpu=4 * scenario.batch_per_gpu)
     else:
-        tried[larger] = replace(case, cfg=replace(cfg, train=replace(cfg.train, global_batch=4 * row.global_batch)))
-    found = []
+        tried[larger] = replace(scenario, cfg=replace(cfg, train=replace(cfg.train, global_batch=4 * row.global_batch)))
+    changes = []
     for text, other in tried.items():
-        total, _ = batches(other, row.gpus)
-        hours = predict(other, row.gpus).hours if total <= case.images else math.inf
+        total, _ = split_batch(other, row.gpus)
+        hours = predict(other, row.gpus).hours if total <= scenario.images else math.inf
         if math.isfinite(row.hours) and math.isfinite(hours):
-            found.append({"change": text, "hours": hours, "saves": 1 - hours / row.hours})
-    return sorted(found, key=lambda one: -float(one["saves"]))
+            changes.append({"change": text, "hours": hours, "saves": 1 - hours / row.hours})
+    return sorted(changes, key=lambda change: -float(change["saves"]))
 
 
 def predicted_efficiency(compute_s: float, parameters: int, workers: int, a: Assumptions) -> float:
@@ -186,25 +185,27 @@ def predicted_efficiency(compute_s: float, parameters: int, workers: int, a: Ass
     """
     flat = replace(a, gpus_per_node=1, link_share=1)
     num_bytes = parameters * a.grad_bytes
-    reduced = all_reduce_s(workers, num_bytes, flat)
-    waited = exposed_s(reduced, num_buckets(num_bytes, a), compute_s * 2 / 3, a)
-    return compute_s / (compute_s * (1 + a.jitter * expected_max(workers)) + waited)
+    wait_s = exposed_s(all_reduce_s(workers, num_bytes, flat), num_buckets(num_bytes, a), compute_s * 2 / 3, a)
+    return compute_s / (compute_s * (1 + a.jitter * expected_max(workers)) + wait_s)
 
 
-def check(found: dict[str, Any], a: Assumptions, origins: dict[str, Origin]) -> dict[str, Any]:
+def check_efficiency(scale: dict[str, Any], a: Assumptions, origins: dict[str, Origin]) -> dict[str, Any]:
     """Predicted beside measured efficiency, from one worker's figures, the link and the jitter alone.
 
     Workers that share memory or cores compute more slowly together, which the model does not know: compute_ratio tells.
+
+    Args:
+        scale: what `pipeline bench scale` measured.
     """
     try:
-        one = found["workers"]["1"]
-        alone, parameters = float(one["images_per_s"]), int(found["parameters"])
-        compute_s = float(one.get("compute_s_per_step") or found["global_batch_per_worker"] / alone)
-        more = {int(n): w for n, w in found["workers"].items() if int(n) > 1}
-        speeds = {n: float(w["images_per_s"]) for n, w in more.items()}
-        computed = {n: float(w["compute_s_per_step"]) for n, w in more.items() if "compute_s_per_step" in w}
-        if "allreduce_gb_s" in found and origins["network_gb_s"] != "given":
-            a = replace(a, network_gb_s=float(found["allreduce_gb_s"]))
+        one = scale["workers"]["1"]
+        alone, parameters = float(one["images_per_s"]), int(scale["parameters"])
+        compute_s = float(one.get("compute_s_per_step") or scale["global_batch_per_worker"] / alone)
+        several = {int(n): row for n, row in scale["workers"].items() if int(n) > 1}
+        speeds = {n: float(row["images_per_s"]) for n, row in several.items()}
+        computed = {n: float(row["compute_s_per_step"]) for n, row in several.items() if "compute_s_per_step" in row}
+        if "allreduce_gb_s" in scale and origins["network_gb_s"] != "given":
+            a = replace(a, network_gb_s=float(scale["allreduce_gb_s"]))
         elif origins["network_gb_s"] != "given":
             raise UserError("--measured: the file has no allreduce_gb_s; give --assume network_gb_s=GB/s of the link")
         if "images_per_s_quartiles" in one and origins["jitter"] != "given":
@@ -212,9 +213,9 @@ def check(found: dict[str, Any], a: Assumptions, origins: dict[str, Origin]) -> 
             a = replace(a, jitter=(high - low) / 1.349 / alone)  # of a normal law
         if min(alone, compute_s, parameters, a.network_gb_s, *speeds.values()) <= 0 or a.jitter < 0:
             raise ValueError("figures must be above 0")
+    except UserError:
+        raise
     except (KeyError, TypeError, AttributeError, ValueError) as e:
-        if isinstance(e, UserError):
-            raise
         raise UserError("--measured: not what `pipeline bench scale --json` writes; give its file") from e
     return {
         "network_gb_s": a.network_gb_s,
@@ -233,7 +234,7 @@ def check(found: dict[str, Any], a: Assumptions, origins: dict[str, Origin]) -> 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise UserError(f"--measured {path}: cannot be read ({e}); give the JSON of `pipeline bench scale`") from None
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}

@@ -3,12 +3,12 @@
 import textwrap
 from typing import Any
 
-from pipeline.text import columns, figure
+from pipeline.text import between, columns, figure
 
 WIDTH = 80
 
 
-def table(result: dict[str, Any]) -> list[str]:
+def format_plan(result: dict[str, Any]) -> list[str]:
     """The lines of `plan.plan()`'s answer."""
     lines = _wrap(_title(result))
     for note in result["notes"]:
@@ -62,11 +62,11 @@ def _hours(hours: float | None) -> str:
 
 
 def _step(result: dict[str, Any]) -> list[str]:
-    chosen = next(one for one in result["rows"] if one["gpus"] == result["gpus"])
+    chosen = next(row for row in result["rows"] if row["gpus"] == result["gpus"])
     parts = ", ".join(f"{name} {seconds * 1e3:.1f}" for name, seconds in chosen["parts"].items())
-    where = "one GPU" if chosen["gpus"] == 1 else f"{chosen['gpus']:,} GPUs"
+    size = "one GPU" if chosen["gpus"] == 1 else f"{chosen['gpus']:,} GPUs"
     lines = _wrap(
-        f"On {where} a step takes {chosen['step_s'] * 1e3:.1f} ms: {parts}. Beside it, and hidden if "
+        f"On {size} a step takes {chosen['step_s'] * 1e3:.1f} ms: {parts}. Beside it, and hidden if "
         f"shorter: reading {chosen['read_s'] * 1e3:.1f}, decoding {chosen['decode_s'] * 1e3:.1f}."
     )
     best = result["changes"][0] if result["changes"] else None
@@ -74,48 +74,49 @@ def _step(result: dict[str, Any]) -> list[str]:
         lines += _wrap(f"Helps most: {best['change']}; {_hours(best['hours'])} hours, {best['saves']:.0%} fewer.")
     elif best:
         lines += _wrap("No single change would save 5% of the hours; more or faster GPUs would.")
-    speeds = {one["gpus"]: one["images_per_s"] for one in result["rows"]}
+    speeds = {row["gpus"]: row["images_per_s"] for row in result["rows"]}
     poor = [gpus for gpus in speeds if 2 * gpus in speeds and speeds[2 * gpus] < 1.5 * speeds[gpus]]
     if poor:
         lines += _wrap(f"From {poor[0]:,} GPUs on, twice as many bring less than 1.5 times the speed.")
     return lines
 
 
-def _checkpoints(found: dict[str, Any]) -> list[str]:
-    times = "" if found["failures"] is None else f", {found['failures']:.2g} in the whole run"
+def _checkpoints(checkpoints: dict[str, Any]) -> list[str]:
+    num_failures = checkpoints["failures"]
+    times = "" if num_failures is None else f", {num_failures:.2g} in the whole run"
     lines = _wrap(
-        f"A failure every {found['mtbf'] / 3600:,.2f} h{times}. A checkpoint holds steps for {found['hold']:.2f} s and "
-        f"is written in {found['write']:.1f} s, so least is lost with {found['daly_s']:,.0f} s between two (Daly; "
-        f"Young: {found['young_s']:,.0f} s):"
+        f"A failure every {checkpoints['mtbf'] / 3600:,.2f} h{times}. A checkpoint holds steps for "
+        f"{checkpoints['hold']:.2f} s and is written in {checkpoints['write']:.1f} s, so least is lost with "
+        f"{checkpoints['daly_s']:,.0f} s between two (Daly; Young: {checkpoints['young_s']:,.0f} s):"
     )
-    for name in ("best", "configured"):
-        one = found[name]
-        spread, text = one["simulated"], "not simulated, for its many failures"
+    best, configured = checkpoints["best"], checkpoints["configured"]
+    for name, interval in (("best", best), ("configured", configured)):
+        spread, text = interval["simulated"], "not simulated, for its many failures"
         if spread:
             text = (
                 f"simulated {1 - spread['mean']:.3%}, standard error {spread['error']:.3%}, nine runs in ten "
-                f"{1 - spread['high']:.3%} to {1 - spread['low']:.3%}"
+                f"{between((1 - spread['high'], 1 - spread['low']), '.3%')}"
             )
         lines += _wrap(
-            f"  {name:<11}checkpoint.every={one['every']} ({one['interval_s']:,.0f} s) loses {1 - one['goodput']:.3%} "
-            f"of the time; {text}",
+            f"  {name:<11}checkpoint.every={interval['every']} ({interval['interval_s']:,.0f} s) loses "
+            f"{1 - interval['goodput']:.3%} of the time; {text}",
             " " * 13,
         )
-    if not found["best"]["goodput"]:
+    if not best["goodput"]:
         return lines
-    more = found["best"]["goodput"] - found["configured"]["goodput"]
-    fix = "leave it" if more < 0.001 else f"set checkpoint.every={found['best']['every']}"
+    more = best["goodput"] - configured["goodput"]
+    fix = "leave it" if more < 0.001 else f"set checkpoint.every={best['every']}"
     return [*lines, *_wrap(f"The configured interval loses {more:.3%} more than the best: {fix}.")]
 
 
-def _measured(found: dict[str, Any]) -> list[str]:
+def _measured(measured: dict[str, Any]) -> list[str]:
     lines = _wrap(
-        f"Measured here, and predicted from one worker, a link of {found['network_gb_s']:.3g} GB/s, a jitter of "
-        f"{found['jitter']:.3f} and an overlap of {found['overlap']:g}:"
+        f"Measured here, and predicted from one worker, a link of {measured['network_gb_s']:.3g} GB/s, a jitter of "
+        f"{measured['jitter']:.3f} and an overlap of {measured['overlap']:g}:"
     )
-    for workers, one in found["workers"].items():
-        slower = one["compute_ratio"]
+    for workers, row in measured["workers"].items():
+        slower = row["compute_ratio"]
         text = "" if slower is None else f"; a step computed for {slower:.2f} times as long as one worker's"
-        figures = f"efficiency {one['predicted']:.3f} predicted, {one['measured']:.3f} measured"
-        lines += _wrap(f"  {workers} workers: {figures}{text}", "    ")
+        efficiency = f"efficiency {row['predicted']:.3f} predicted, {row['measured']:.3f} measured"
+        lines += _wrap(f"  {workers} workers: {efficiency}{text}", "    ")
     return lines

@@ -32,64 +32,62 @@ class Check:
         return f"ok  {self.name}: {self.text}" if self.ok else f"bad {self.name}: {self.text}; {self.fix}"
 
 
-def of_nodes(there: Mapping[str, Node], answers: Mapping[str, Answer], patience_s: float) -> Check:
-    """Whether each node ran the first probe."""
-    silent = [name for name in there if name not in answers]
-    failed = {name: answer.value for name, answer in answers.items() if isinstance(answer.value, BaseException)}
-    if silent:
-        text = f"no answer within {patience_s:.0f} s from {names_of(silent)}"
+def check_nodes(nodes: Mapping[str, Node], answers: Mapping[str, Answer], timeout_s: float) -> Check:
+    """Whether each node answered the first call, which asks for its facts."""
+    if silent := [name for name in nodes if name not in answers]:
+        text = f"no answer within {timeout_s:.0f} s from {name_some(silent)}"
         return Check("nodes", False, text, "see the logs of these nodes, restart them, or drain them")
-    if failed:
+    if failed := _errors(answers):
         fix = "install this package there, best with the image that the head has"
-        return Check("nodes", False, _failures(failed), fix)
-    sizes = [f"{name} ({size_of(node.resources)})" for name, node in there.items()]
-    return Check("nodes", True, f"{len(there)}: {names_of(sizes)}")
+        return Check("nodes", False, _by_reason(failed), fix)
+    sizes = [f"{name} ({format_size(node.resources)})" for name, node in nodes.items()]
+    return Check("nodes", True, f"{len(nodes)}: {name_some(sizes)}")
 
 
-def of_versions(facts: Mapping[str, Any], here: Mapping[str, str]) -> Check:
+def check_versions(facts: Mapping[str, Any], here: Mapping[str, str]) -> Check:
     """Whether all nodes have what this process has."""
-    names = {name for one in facts.values() for name in one["versions"]} | set(here)
+    versions = {node: known["versions"] for node, known in facts.items()}
     different = [
-        f"{name} is {here.get(name, 'missing')} here and {one['versions'].get(name, 'missing')} on {node}"
-        for node, one in facts.items()
-        for name in sorted(names)
-        if one["versions"].get(name) != here.get(name)
+        f"{name} is {here.get(name, 'missing')} here and {there.get(name, 'missing')} on {node}"
+        for node, there in versions.items()
+        for name in sorted({*here, *(name for there in versions.values() for name in there)})
+        if there.get(name) != here.get(name)
     ]
-    text = names_of(different) or ", ".join(f"{name} {version}" for name, version in sorted(here.items()))
+    text = name_some(different) or ", ".join(f"{name} {version}" for name, version in sorted(here.items()))
     return Check("versions", not different, text, "give all nodes one image, or one environment")
 
 
-def of_shm(there: Mapping[str, Node], facts: Mapping[str, Any]) -> Check:
+def check_shm(nodes: Mapping[str, Node], facts: Mapping[str, Any]) -> Check:
     """Whether /dev/shm holds Ray's object store, and NCCL's buffers where there are GPUs."""
     needed = {
         name: node.resources.get("object_store_memory", 0) + (NCCL_SHM_BYTES if node.resources.get("GPU") else 0)
-        for name, node in there.items()
+        for name, node in nodes.items()
     }
+    sizes = {name: known["shm"] for name, known in facts.items()}
     small = [
-        f"{one['shm'] / GIB:.2f} GiB where {needed[name] / GIB:.2f} are needed on {name}"
-        for name, one in facts.items()
-        if one["shm"] < needed[name]
+        f"{size / GIB:.2f} GiB where {needed[name] / GIB:.2f} are needed on {name}"
+        for name, size in sizes.items()
+        if size < needed[name]
     ]
-    least = min((one["shm"] for one in facts.values()), default=0)
+    text = name_some(small) or f"at least {min(sizes.values(), default=0) / GIB:.1f} GiB"
     fix = "raise it: an emptyDir of medium Memory at /dev/shm, or docker run --shm-size; or ray start with a smaller "
-    return Check(
-        "/dev/shm", not small, names_of(small) or f"at least {least / GIB:.1f} GiB", f"{fix}--object-store-memory"
-    )
+    return Check("/dev/shm", not small, text, f"{fix}--object-store-memory")
 
 
-def of_tmp(facts: Mapping[str, Any]) -> Check:
+def check_tmp(facts: Mapping[str, Any]) -> Check:
     """Whether the disk of the temporary directory has room for Ray's files, copies and caches."""
+    sizes = {name: (known["tmp_free"], known["tmp_total"]) for name, known in facts.items()}
     full = [
-        f"{one['tmp_free'] / 1e9:.1f} of {one['tmp_total'] / 1e9:.0f} GB are free on {name}"
-        for name, one in facts.items()
-        if one["tmp_free"] < MIN_TMP_BYTES or one["tmp_free"] < (1 - MAX_DISK_USE) * one["tmp_total"]
+        f"{free / 1e9:.1f} of {total / 1e9:.0f} GB are free on {name}"
+        for name, (free, total) in sizes.items()
+        if free < max(MIN_TMP_BYTES, (1 - MAX_DISK_USE) * total)
     ]
-    least = min((one["tmp_free"] for one in facts.values()), default=0)
+    text = name_some(full) or f"at least {min((free for free, _ in sizes.values()), default=0) / 1e9:.1f} GB free"
     fix = f"make room, at least {MIN_TMP_BYTES / 1e9:.0f} GB and {1 - MAX_DISK_USE:.0%}, below which Ray refuses work"
-    return Check("temporary disk", not full, names_of(full) or f"at least {least / 1e9:.1f} GB free", fix)
+    return Check("temporary disk", not full, text, fix)
 
 
-def of_clocks(skews: Mapping[str, tuple[float, float]]) -> Check:
+def check_clocks(skews: Mapping[str, tuple[float, float]]) -> Check:
     """Whether clocks agree: node -> seconds ahead of this one's, and how far that may be out."""
     off = [
         f"{name} is {abs(skew):.1f} s {'ahead' if skew > 0 else 'behind'}"
@@ -98,18 +96,20 @@ def of_clocks(skews: Mapping[str, tuple[float, float]]) -> Check:
     ]
     most = max((abs(skew) + error for skew, error in skews.values()), default=0.0)
     fix = "keep time with NTP on these hosts: metrics are shown by time, and object stores refuse a wrong one"
-    return Check("clocks", not off, names_of(off) or f"within {most:.3f} s of this one's", fix, {"seconds": most})
+    return Check("clocks", not off, name_some(off) or f"within {most:.3f} s of this one's", fix, {"seconds": most})
 
 
-def of_each(name: str, what: str, there: Iterable[str], answers: Mapping[str, Answer], *, good: str, fix: str) -> Check:
-    """Whether a probe went well on each node."""
-    failed: dict[str, object] = {node: "no answer in time" for node in there if node not in answers}
-    failed |= {node: answer.value for node, answer in answers.items() if isinstance(answer.value, BaseException)}
-    text = _failures(failed) if failed else good
-    return Check(name, not failed, f"{what}: {text}" if what else text, fix)
+def check_each(
+    name: str, subject: str, nodes: Iterable[str], answers: Mapping[str, Answer], *, good: str, fix: str
+) -> Check:
+    """Whether a call went well on each node."""
+    failed: dict[str, object] = {node: "no answer in time" for node in nodes if node not in answers}
+    failed |= _errors(answers)
+    text = _by_reason(failed) if failed else good
+    return Check(name, not failed, f"{subject}: {text}" if subject else text, fix)
 
 
-def of_all_reduce(seconds: float, num_workers: int, kind: str) -> Check:
+def check_all_reduce(seconds: float, num_workers: int, kind: str) -> Check:
     """What the network is worth. Bus bandwidth: what each link carries, 2 (n - 1) / n times the algorithm's."""
     algorithm = node_checks.ALL_REDUCE_BYTES / seconds / 1e9
     bus = algorithm * 2 * (num_workers - 1) / num_workers
@@ -127,21 +127,25 @@ def of_all_reduce(seconds: float, num_workers: int, kind: str) -> Check:
     return Check("all-reduce", kind != "nccl" or gradients_s <= MAX_GRADIENTS_S, text, fix, figures)
 
 
-def names_of(names: Iterable[str]) -> str:
+def name_some(names: Iterable[str]) -> str:
     listed = list(names)
     more = f" and {len(listed) - MAX_NAMED} more" if len(listed) > MAX_NAMED else ""
     return ", ".join(listed[:MAX_NAMED]) + more
 
 
-def _failures(failed: Mapping[str, object]) -> str:
+def _errors(answers: Mapping[str, Answer]) -> dict[str, object]:
+    return {node: answer.value for node, answer in answers.items() if isinstance(answer.value, BaseException)}
+
+
+def _by_reason(failed: Mapping[str, object]) -> str:
     """Nodes by reason."""
     nodes = defaultdict[str, list[str]](list)
     for name, error in failed.items():
         nodes[(str(error).strip() or type(error).__name__).splitlines()[0]].append(name)
-    return names_of(f"{reason} on {names_of(some)}" for reason, some in nodes.items())
+    return name_some(f"{reason} on {name_some(names)}" for reason, names in nodes.items())
 
 
-def size_of(resources: Mapping[str, float]) -> str:
+def format_size(resources: Mapping[str, float]) -> str:
     return ", ".join(
         f"{resources.get(kind, 0):g} {kind}" for kind in ("GPU", "CPU") if resources.get(kind) or kind == "CPU"
     )

@@ -69,14 +69,14 @@ def read(source: str, cfg: Config) -> None:
     from pipeline.data.indexing.find import find_source, is_index, kind_of
     from pipeline.data.loading.read import Reader
 
-    place = Storage(source)
+    folder = Storage(source).local
     if is_index(source):
         index = fetch_index(source)
         with closing(Reader(index, cfg.data, retry_timeout_s=10.0)) as reader:
             for row in (0, len(index) - 1):
                 reader.read(row)
-    elif place.local and place.local.is_dir():  # a million files are not listed here
-        files = (Path(parent, name) for parent, _, names in os.walk(place.local) for name in names if kind_of(name))
+    elif folder and folder.is_dir():  # a million files are not listed here
+        files = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names if kind_of(name))
         first = next(files, None)
         if first is None:
             raise UserError(f"no images, tar shards or Parquet files in {source}")
@@ -106,17 +106,17 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def all_reduce(backend: str, where: str, rank: int, num_workers: int, patience_s: float) -> float:
+def all_reduce(backend: str, address: str, rank: int, num_workers: int, timeout_s: float) -> float:
     """Seconds that summing ALL_REDUCE_BYTES over all workers takes, as the gradients of a step are.
 
     Args:
-        where: tcp://HOST:PORT, for the workers to find each other.
+        address: tcp://HOST:PORT, for the workers to find each other.
     """
     import torch
     import torch.distributed as dist
 
-    wait = timedelta(seconds=patience_s)
-    dist.init_process_group(backend, init_method=where, rank=rank, world_size=num_workers, timeout=wait)
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group(backend, init_method=address, rank=rank, world_size=num_workers, timeout=timeout)
     try:
         device = "cuda" if backend == "nccl" else "cpu"
         values, seconds = torch.zeros(ALL_REDUCE_BYTES // 4, device=device), []

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from difflib import get_close_matches
+from itertools import chain, count
 from typing import Any
 
 import aiohttp
@@ -22,9 +23,9 @@ for _name in ("modules.dashboard_sdk", "modules.job.sdk"):
     logging.getLogger(f"ray.dashboard.{_name}").setLevel(logging.ERROR)  # they tell of each upload and connection
 
 STOP_WAIT_S = 600  # for a checkpoint, before Ray kills a job that is to stop; 3 s by default
-REQUEST_S = 60.0
-SILENCE_S = 60.0  # without a line, before a log is asked for anew: the connection may be dead
-PATIENCE_S = 300.0  # with a cluster that does not answer while a log is followed
+REQUEST_TIMEOUT_S = 60.0
+SILENCE_TIMEOUT_S = 60.0  # without a line, before a log is asked for anew: the connection may be dead
+RETRY_TIMEOUT_S = 300.0  # with a cluster that does not answer while a log is followed
 TOKEN = "set RAY_AUTH_MODE=token, and put the head's token into RAY_AUTH_TOKEN or ~/.ray/auth_token"
 
 
@@ -37,7 +38,7 @@ class Client(JobSubmissionClient):  # type: ignore[misc]
 
     def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
         try:
-            return super()._do_request(method, endpoint, timeout=REQUEST_S, **options)
+            return super()._do_request(method, endpoint, timeout=REQUEST_TIMEOUT_S, **options)
         except AuthenticationError:
             raise UserError(f"{self._address} refuses the token, or got none; {TOKEN}") from None
         except OSError:  # also of `requests`
@@ -78,7 +79,7 @@ def _is_url(text: str | None) -> bool:
     return re.match(r"https?://[^/]", text or "") is not None
 
 
-def submit(client: Client, what: Submission) -> str:
+def submit(client: Client, submission: Submission) -> str:
     """Send a job.
 
     Returns:
@@ -87,24 +88,22 @@ def submit(client: Client, what: Submission) -> str:
     Raises:
         UserError: another job trains the run.
     """
-    jobs = listed(client)
+    run, jobs = submission.run, list_jobs(client)
     for job in jobs:
-        if run_of(job) == what.run and not job.status.is_terminal():
+        if run_of(job) == run and not job.status.is_terminal():
             raise UserError(
-                f"run.name={what.run}: is being trained by job {job.submission_id}, {job.status}; "
+                f"run.name={run}: is being trained by job {job.submission_id}, {job.status}; "
                 f"pipeline stop {job.submission_id} stops it; or use another name"
             )
-    taken, number, new = {job.submission_id for job in jobs}, 1, what.run
-    while new in taken:
-        number += 1
-        new = f"{what.run}-{number}"
+    taken = {job.submission_id for job in jobs}
+    job_id = next(name for name in chain([run], (f"{run}-{n}" for n in count(2))) if name not in taken)
     environment: dict[str, Any] = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}}
-    if what.tree is not None:
-        environment["working_dir"] = str(what.tree)
-    return str(client.submit_job(entrypoint=what.entrypoint, submission_id=new, runtime_env=environment))
+    if submission.tree is not None:
+        environment["working_dir"] = str(submission.tree)
+    return str(client.submit_job(entrypoint=submission.entrypoint, submission_id=job_id, runtime_env=environment))
 
 
-def listed(client: Client) -> list[JobDetails]:
+def list_jobs(client: Client) -> list[JobDetails]:
     """All jobs that were submitted, the newest last."""
     return sorted((job for job in client.list_jobs() if job.submission_id), key=lambda job: job.start_time or 0)
 
@@ -121,33 +120,33 @@ def find(jobs: Sequence[JobDetails], name: str) -> JobDetails:
     Raises:
         UserError: there is none.
     """
-    if found := [job for job in jobs if name in (job.submission_id, run_of(job))]:
-        return max(found, key=lambda job: (not job.status.is_terminal(), job.start_time or 0))
+    if named := [job for job in jobs if name in (job.submission_id, run_of(job))]:
+        return max(named, key=lambda job: (not job.status.is_terminal(), job.start_time or 0))
     known = [job.submission_id for job in jobs]
     near = get_close_matches(name, known)
     hint = f"did you mean {' or '.join(near)}?" if near else f"jobs there: {', '.join(known[-5:]) or 'none'}"
     raise UserError(f"no job {name} ({hint})")
 
 
-def follow(client: Client, job: str, write: Callable[[str], Any], say: Callable[[str], None]) -> JobDetails:
+def follow(client: Client, job: str, write: Callable[[str], Any], warn: Callable[[str], None]) -> JobDetails:
     """Pass on a job's log, from its beginning, until the job ends; a lost connection is taken up again.
 
     Raises:
         ConnectionError: the cluster is away for too long, or has forgotten the job.
     """
-    seen, lost = 0, 0.0  # characters; when the connection broke
+    num_seen, lost_at = 0, 0.0  # characters; when the connection broke
 
     async def tail() -> bool:
         """Until the end of the log; False if it is silent."""
-        nonlocal seen, lost
+        nonlocal num_seen, lost_at
         position, stream = 0, client.tail_job_logs(job)
         try:
             while True:
-                text = await asyncio.wait_for(anext(stream), SILENCE_S)
-                lost = 0.0
-                write(text[max(0, seen - position) :])
+                text = await asyncio.wait_for(anext(stream), SILENCE_TIMEOUT_S)
+                lost_at = 0.0
+                write(text[max(0, num_seen - position) :])
                 position += len(text)
-                seen = max(seen, position)
+                num_seen = max(num_seen, position)
         except StopAsyncIteration:
             return True
         except TimeoutError:
@@ -162,17 +161,17 @@ def follow(client: Client, job: str, write: Callable[[str], Any], say: Callable[
                 f"the cluster has forgotten job {job}: its head was restarted; submit it again, and it resumes"
             ) from None
         except (OSError, RuntimeError, aiohttp.ClientError) as e:
-            if not lost:
-                lost = time.monotonic()
-                say(f"lost the connection to {client.get_address()}; trying again for {PATIENCE_S:.0f} s")
-            if time.monotonic() - lost > PATIENCE_S:
+            if not lost_at:
+                lost_at = time.monotonic()
+                warn(f"lost the connection to {client.get_address()}; trying again for {RETRY_TIMEOUT_S:.0f} s")
+            if time.monotonic() - lost_at > RETRY_TIMEOUT_S:
                 raise ConnectionError(f"lost job {job}, which may go on; {how_to_go_on(client, job)}") from e
         time.sleep(1)
 
 
 def how_to_go_on(client: Client, job: str) -> str:
-    there = f"{job} --address {client.get_address()}"
-    return f"pipeline jobs --follow {there} shows its log, pipeline stop {there} stops it"
+    words = f"{job} --address {client.get_address()}"
+    return f"pipeline jobs --follow {words} shows its log, pipeline stop {words} stops it"
 
 
 def stop(client: Client, jobs: Sequence[str]) -> Iterator[tuple[JobDetails, str]]:
@@ -195,9 +194,9 @@ def describe(job: JobDetails) -> dict[str, Any]:
     began, ended = ((t or 0) / 1000 for t in (job.start_time, job.end_time))
     why = None
     if job.status == "FAILED":
-        told = re.findall(r"^(?:pipeline|failed): .*", job.message or "", re.MULTILINE)
+        errors = re.findall(r"^(?:pipeline|failed): .*", job.message or "", re.MULTILINE)
         killed = f"ended with exit code {job.driver_exit_code}: killed, perhaps for its memory; sent again, it resumes"
-        why = told[-1][:200] if told else killed
+        why = errors[-1][:200] if errors else killed
     return {
         "job": job.submission_id,
         "status": str(job.status),
@@ -208,7 +207,7 @@ def describe(job: JobDetails) -> dict[str, Any]:
     }
 
 
-def table(jobs: Sequence[Mapping[str, Any]]) -> list[str]:
+def format_jobs(jobs: Sequence[Mapping[str, Any]]) -> list[str]:
     """Jobs as `describe` gives them, for people."""
     rows = [("JOB", "STATUS", "RUN", "STARTED", "TOOK", "")]
     for job in jobs:
