@@ -98,11 +98,11 @@ def _python(variables: dict[str, str]) -> Iterator[str]:
 
 def _leftovers(variables: dict[str, str], starts_ray: bool) -> Iterator[str]:
     """Of other programs, and of other ways to use Ray and torch."""
-    found = [name for name in variables if name in OF_TORCHRUN or name.startswith("TORCHELASTIC_")]
-    for name in found:
+    left_over = [name for name in variables if name in OF_TORCHRUN or name.startswith("TORCHELASTIC_")]
+    for name in left_over:
         del variables[name]
-    if found:
-        yield f"{', '.join(sorted(found))}: left out, they are torchrun's; Ray gives each worker its own"
+    if left_over:
+        yield f"{', '.join(sorted(left_over))}: left out, they are torchrun's; Ray gives each worker its own"
     for name in ("RAY_TRAIN_V2_ENABLED", "RAY_OVERRIDE_RESOURCES") if starts_ray else ("RAY_TRAIN_V2_ENABLED",):
         if (value := variables.pop(name, "")) and value.lower() not in ("1", "true"):
             yield f"{name}={value} is left out: {HARMFUL[name]}"
@@ -115,11 +115,11 @@ def _leftovers(variables: dict[str, str], starts_ray: bool) -> Iterator[str]:
 def _temporary(variables: dict[str, str], starts_ray: bool) -> Iterator[str]:
     """A directory for temporary files, and a short one for Ray's sockets."""
     given = {name: variables[name] for name in ("RAY_TMPDIR", "TMPDIR") if variables.get(name)}
-    for name, place in given.items():
-        if not _usable(place):
+    for name, folder in given.items():
+        if not _usable(folder):
             del variables[name]
-    places = [*dict.fromkeys([*given.values(), *TEMPORARY])]
-    chosen = next((place for place in places if _usable(place) and _short(place)), None)
+    folders = [*dict.fromkeys([*given.values(), *TEMPORARY])]
+    chosen = next((folder for folder in folders if _usable(folder) and _short(folder)), None)
     if chosen is None:
         if starts_ray:
             raise UserError(
@@ -127,23 +127,23 @@ def _temporary(variables: dict[str, str], starts_ray: bool) -> Iterator[str]:
                 f"set RAY_TMPDIR to a directory that you can write to, of at most {MAX_SOCKET - len(SOCKET)} bytes"
             )
         return
-    if chosen != places[0]:
-        name, place = next(iter(given.items()), ("TMPDIR", "/tmp"))
-        why = "is too long a path for Ray's sockets" if _usable(place) else "cannot be written to"
-        yield f"{name}={place} {why}; Ray uses {chosen}"
+    if chosen != folders[0]:
+        name, folder = next(iter(given.items()), ("TMPDIR", "/tmp"))
+        why = "is too long a path for Ray's sockets" if _usable(folder) else "cannot be written to"
+        yield f"{name}={folder} {why}; Ray uses {chosen}"
     variables["RAY_TMPDIR"] = chosen
 
 
 def _home(variables: dict[str, str], starts_ray: bool) -> Iterator[str]:
     """A home directory, and a name of the user, for libraries that ask for them; caches that can be written."""
     try:
-        known: str | None = pwd.getpwuid(os.getuid()).pw_dir
+        user_home: str | None = pwd.getpwuid(os.getuid()).pw_dir
     except KeyError:  # in a container, any number may be the user
-        known = None
+        user_home = None
         if not any(variables.get(name) for name in ("LOGNAME", "USER", "LNAME", "USERNAME")):
             variables["LOGNAME"] = variables["USER"] = user_name()
     given = variables.get("HOME")
-    home = given or known
+    home = given or user_home
     if home is None or not Path(home).is_absolute() or not Path(home).is_dir():
         variables["HOME"] = _private(variables)
         if given:
@@ -154,8 +154,8 @@ def _home(variables: dict[str, str], starts_ray: bool) -> Iterator[str]:
         return
     # It stays, for what can be read there, such as the login of an object store.
     private = _private(variables)
-    for name, place in {"XDG_CACHE_HOME": private, "MPLCONFIGDIR": private, "TRITON_HOME": private}.items():
-        variables.setdefault(name, place)
+    for name in ("XDG_CACHE_HOME", "MPLCONFIGDIR", "TRITON_HOME"):
+        variables.setdefault(name, private)
     yield f"HOME={home} cannot be written to; caches are kept in {private}"
     token = any(variables.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"))
     if starts_ray and not token and not Path(home, ".ray/auth_token").exists():
@@ -164,17 +164,17 @@ def _home(variables: dict[str, str], starts_ray: bool) -> Iterator[str]:
 
 def _absolute(variables: dict[str, str]) -> Iterator[str]:
     """Paths that hold in every directory."""
-    here = Path.cwd()
+    current = Path.cwd()
     for name in FILES:
         if variables.get(name):
-            variables[name] = str(here / variables[name])
+            variables[name] = str(current / variables[name])
     if (uri := variables.get("MLFLOW_TRACKING_URI", "")).startswith(SQLITE):
-        variables["MLFLOW_TRACKING_URI"] = f"{SQLITE}{here / uri.removeprefix(SQLITE)}"
+        variables["MLFLOW_TRACKING_URI"] = f"{SQLITE}{current / uri.removeprefix(SQLITE)}"
     if "PYTHONPATH" in variables:
         # An empty entry is the current directory, mostly by accident: PYTHONPATH=$PYTHONPATH:/mine.
-        mine = Path(__file__).parent.parent == here
-        entries = [str(here / entry) for entry in variables["PYTHONPATH"].split(os.pathsep) if entry or mine]
-        variables["PYTHONPATH"] = os.pathsep.join(entries)
+        keeps_empty = Path(__file__).parent.parent == current
+        entries = variables["PYTHONPATH"].split(os.pathsep)
+        variables["PYTHONPATH"] = os.pathsep.join(str(current / entry) for entry in entries if entry or keeps_empty)
     yield from ()
 
 
@@ -183,19 +183,19 @@ def _private(variables: Mapping[str, str]) -> str:
     top = next((p for p in (variables.get("TMPDIR"), *TEMPORARY) if p and _usable(p)), tempfile.gettempdir())
     folder = Path(top, f"pipeline-{user_name()}", "home")
     with suppress(OSError):  # someone else was there first
-        for one in (folder.parent, folder):
-            one.mkdir(mode=0o700, exist_ok=True)
-            if one.is_symlink() or one.stat().st_uid != os.getuid():
-                raise PermissionError(one)
-            one.chmod(0o700)
+        for path in (folder.parent, folder):
+            path.mkdir(mode=0o700, exist_ok=True)
+            if path.is_symlink() or path.stat().st_uid != os.getuid():
+                raise PermissionError(path)
+            path.chmod(0o700)
         if _usable(str(folder)):
             return str(folder)
     return tempfile.mkdtemp(prefix="pipeline-home-", dir=top)
 
 
-def _usable(place: str) -> bool:
-    return Path(place).is_absolute() and Path(place).is_dir() and os.access(place, os.W_OK | os.X_OK)
+def _usable(folder: str) -> bool:
+    return Path(folder).is_absolute() and Path(folder).is_dir() and os.access(folder, os.W_OK | os.X_OK)
 
 
-def _short(place: str) -> bool:
-    return len(os.fsencode(place + SOCKET)) <= MAX_SOCKET
+def _short(folder: str) -> bool:
+    return len(os.fsencode(folder + SOCKET)) <= MAX_SOCKET

@@ -108,8 +108,8 @@ def _cgroups(controller: str, proc: Path) -> Iterator[Path]:
         if system in ("cgroup", "cgroup2"):
             visible = paths[name].is_relative_to(root) and ".." not in paths[name].parts
             inside = paths[name].relative_to(root) if visible else PurePosixPath()
-            for path in (inside, *inside.parents) if inside.parts else (inside,):
-                yield Path(folder, path)
+            for relative in (inside, *inside.parents) if inside.parts else (inside,):
+                yield Path(folder, relative)
 
 
 def _cpu_quota(folder: Path) -> float | None:

@@ -125,10 +125,15 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(command=function)
         return command
 
-    def add_run(command: argparse.ArgumentParser) -> None:
-        command.add_argument("run", metavar="RUN", help="a run's name, an MLflow run id, or a checkpoint's path")
+    def add_storage(command: argparse.ArgumentParser) -> None:
         command.add_argument("--storage", default="runs", metavar="PLACE", help="the directory or URI where runs lie")
+
+    def add_run(command: argparse.ArgumentParser, data: bool = False) -> None:
+        command.add_argument("run", metavar="RUN", help="a run's name, an MLflow run id, or a checkpoint's path")
+        add_storage(command)
         command.add_argument("--mlflow-uri", metavar="URI", help="the store that an MLflow run id is looked up in")
+        if data:
+            command.add_argument("--data", metavar="SRC", help=f"{SOURCES}, or an index; the run's own val by default")
 
     def add_config(command: argparse.ArgumentParser, optional: str = "") -> None:
         number = "?" if optional else None
@@ -194,13 +199,31 @@ def _parser() -> argparse.ArgumentParser:
 
     text = "Measure how fast this machine is at a part of training."
     parts = subparsers.add_parser("bench", help=text, description=text).add_subparsers(required=True, metavar="PART")
+
+    def add_bench(
+        name: str, function: Any, text: str, rounds: int, timed: int, unit: str = "--steps"
+    ) -> argparse.ArgumentParser:
+        command = add(name, function, text, parts)
+        add_config(command)
+        command.add_argument("--rounds", type=_count, default=rounds, metavar="R", help=f"(default {rounds})")
+        command.add_argument(unit, type=_count, default=timed, metavar="N", help=f"timed in a round (default {timed})")
+        command.add_argument("--out", type=Path, metavar="DIR", help=f"for {name}.json and a plot, {name}.png")
+        return command
+
     text = "images/s of the loader beside torchvision's and timm's, by turns, on the CPU."
-    loader = add("loader", bench.loader, text, parts)
-    add_config(loader)
+    loader = add_bench("loader", bench.loader, text, 7, 2048, "--images")
     loader.add_argument("--cores", type=_count, metavar="N", help="for each loader; by default all")
-    loader.add_argument("--rounds", type=_count, default=7, metavar="R", help="that all take part in (default 7)")
-    loader.add_argument("--images", type=_count, default=2048, metavar="K", help="timed in a round (default 2048)")
-    loader.add_argument("--out", type=Path, metavar="DIR", help="for loader.json and a plot, loader.png")
+    text = "images/s of the bare step on synthetic data, the part of the peak that this is, and what would help."
+    step = add_bench("step", bench.step, text, 7, 3)
+    text = "a setting to compare with, by turns, such as model.compile=default; may be given again"
+    step.add_argument("--try", action="append", default=[], dest="tries", metavar="KEY=VALUE", help=text)
+    text = "images/s through data, training and logging beside the bare step on synthetic data, by turns."
+    for command in (step, add_bench("train", bench.train, text, 10, 10)):
+        command.add_argument("--threads", type=_count, metavar="N", help="for computing; by default all cores")
+    text = "images/s of whole trainings through Ray with more and more workers, by turns."
+    scale = add_bench("scale", bench.scale, text, 3, 20)
+    text = "numbers of workers, separated by commas (default 1,2)"
+    scale.add_argument("--workers", type=_counts, default=[1, 2], metavar="N,N", help=text)
 
     plan = add("plan", bench.plan, "Predict images/s, hours, goodput and cost on 8 to 1,024 GPUs, on paper.")
     add_config(plan)
@@ -216,44 +239,21 @@ def _parser() -> argparse.ArgumentParser:
     text = "the JSON of `pipeline bench scale`: predict its efficiency from one worker's figures"
     plan.add_argument("--measured", type=Path, metavar="FILE", help=text)
 
-    def add_bench(name: str, function: Any, text: str, rounds: int, steps: int) -> argparse.ArgumentParser:
-        command = add(name, function, text, parts)
-        add_config(command)
-        command.add_argument("--rounds", type=_count, default=rounds, metavar="R", help=f"(default {rounds})")
-        text = f"timed in each round (default {steps})"
-        command.add_argument("--steps", type=_count, default=steps, metavar="S", help=text)
-        command.add_argument("--out", type=Path, metavar="DIR", help=f"for {name}.json and a plot, {name}.png")
-        return command
-
-    text = "images/s of the bare step on synthetic data, the part of the peak that this is, and what would help."
-    step = add_bench("step", bench.step, text, rounds=7, steps=3)
-    text = "a setting to compare with, by turns, such as model.compile=default; may be given again"
-    step.add_argument("--try", action="append", default=[], dest="tries", metavar="KEY=VALUE", help=text)
-    text = "images/s through data, training and logging beside the bare step on synthetic data, by turns."
-    for command in (step, add_bench("train", bench.train, text, rounds=10, steps=10)):
-        command.add_argument("--threads", type=_count, metavar="N", help="for computing; by default all cores")
-    text = "images/s of whole trainings through Ray with more and more workers, by turns."
-    scale = add_bench("scale", bench.scale, text, rounds=3, steps=20)
-    text = "numbers of workers, separated by commas (default 1,2)"
-    scale.add_argument("--workers", type=_counts, default=[1, 2], metavar="N,N", help=text)
-
     text = "Exact top-1, top-5 and loss of a run's newest checkpoint, or of a given one."
     evaluate = add("evaluate", commands.evaluate, text)
-    add_run(evaluate)
+    add_run(evaluate, data=True)
     evaluate.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, such as data.val_size=288")
-    evaluate.add_argument("--data", metavar="SRC", help=f"{SOURCES}, or an index; the run's own val by default")
     text = "of each image, averaged: itself, with its mirror image, or the ten crops of He et al. 2015"
     evaluate.add_argument("--tta", choices=["one", "flip", "ten"], default="one", help=text)
 
     text = "A run's report as one HTML page and its figures: of the newest checkpoint, or of a given one."
     report = add("report", reports.report, text)
-    add_run(report)
+    add_run(report, data=True)
     report.add_argument("--out", type=Path, metavar="DIR", help="the folder of its files (default report-NAME)")
-    report.add_argument("--data", metavar="SRC", help=f"{SOURCES}, or an index; the run's own val by default")
 
     text = "List the runs of a storage: state, best top-1, images/s, where they resume."
     runs = add("runs", reports.runs, text)
-    runs.add_argument("--storage", default="runs", metavar="PLACE", help="the directory or URI where runs lie")
+    add_storage(runs)
 
     text = "Class and probability of images, by a run's newest checkpoint or a given one."
     predict = add("predict", models.predict, text)

@@ -84,7 +84,7 @@ def export(args: argparse.Namespace) -> Outcome:
     export.require_writable(args.format, args.out)
     place = find_checkpoint(args).place
     model, cfg, classes = pretrained.load_model(place)
-    notes = export.notes_of(cfg, classes, place.name)
+    notes = export.make_notes(cfg, classes, place.name)
     images, source = inference.some_images(cfg, NUM_COMPARED)
     compared = {"images": len(images), "of": source, "tolerance": export.TOLERANCE}
     result = {"checkpoint": str(place), "out": str(args.out), "format": args.format, "compared": compared}

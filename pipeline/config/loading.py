@@ -80,10 +80,10 @@ def marked(text: str, keys: Collection[str]) -> Iterator[tuple[str, bool]]:
     """The lines of a `dump`, each with whether it belongs to one of the "section.key" in `keys`."""
     section, key = "", ""
     for line in text.splitlines():
-        if found := re.match(r"(\w+):", line):
-            section, key = found[1], ""
-        elif found := re.match(r"  (\w+):", line):
-            key = found[1]
+        if match := re.match(r"(\w+):", line):
+            section, key = match[1], ""
+        elif match := re.match(r"  (\w+):", line):
+            key = match[1]
         yield line, f"{section}.{key}" in keys
 
 
@@ -92,9 +92,8 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
         content = OmegaConf.to_container(OmegaConf.load(path))
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
-        raise UserError(
-            f"no config file {path}" + (f"; did you mean {path.parent / near[0]}?" if near else "")
-        ) from None
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise UserError(f"no config file {path}{hint}") from None
     except (OSError, UnicodeDecodeError) as e:
         if isinstance(e, OSError) and not says_of_one_file(e, path.parent):  # it may be a checkpoint's
             raise

@@ -47,9 +47,8 @@ class DataConfig(Section):
     crop_short: tuple[int, int] | None = num(None, low=8, high=4096)  # pixels
     crop_ratio: tuple[float, float] = num((3 / 4, 4 / 3), above=0)  # width / height of the random crop
     flip: float = num(0.5, low=0, high=1)  # probability of a horizontal flip
-    jitter: tuple[float, float, float, float] = num(
-        (0.0, 0.0, 0.0, 0.0), low=0
-    )  # brightness, contrast, saturation, hue
+    # Brightness, contrast, saturation, hue.
+    jitter: tuple[float, float, float, float] = num((0.0, 0.0, 0.0, 0.0), low=0)
     auto_augment: Literal["none", "trivial", "rand", "auto"] = "none"  # TrivialAugmentWide, RandAugment, AutoAugment
     rand_ops: int = num(2, low=1, high=8)  # RandAugment: operations in a row
     rand_magnitude: int = num(9, low=0, high=30)  # RandAugment: their strength
@@ -105,9 +104,7 @@ class ModelConfig(Section):
     zero_init_residual: bool = True  # the last BN of each branch starts at 0, so blocks start as identity
     drop_path: float = num(0.0, low=0, high=0.9)  # stochastic depth: of the last block; rises from 0 at the first
     sync_bn: bool = False  # BatchNorm over all workers' images; needs GPUs
-    activation_checkpointing: bool = (
-        False  # activations in the backward pass, block by block, instead of keeping them in memory
-    )
+    activation_checkpointing: bool = False  # compute each block again in the backward pass, instead of keeping it all
     weights: str | None = None  # to begin with: a file of torchvision's or timm's, or a run, as RUN of `--resume`
     # This part and all before it stay as they are: for fine-tuning. Their BatchNorms do not follow the data either.
     freeze: Literal["none", "stem", "layer1", "layer2", "layer3", "layer4"] = "none"
@@ -193,10 +190,8 @@ class MlflowConfig(Section):
         self.require(legal, "register", "must be a name without / : . % and quotes")
         self.require(self.register is None or self.log_model, "register", "needs mlflow.log_model")
         refuse_credentials("mlflow.uri", self.uri)
-        refused = self.uri is not None and (self.uri.startswith("file:") or "://" not in self.uri)
-        self.require(
-            not refused, "uri", "MLflow keeps no runs in plain files; use sqlite:///FILE.db or http://HOST:PORT"
-        )
+        legal = self.uri is None or ("://" in self.uri and not self.uri.startswith("file:"))
+        self.require(legal, "uri", "MLflow keeps no runs in plain files; use sqlite:///FILE.db or http://HOST:PORT")
 
 
 @dataclass(frozen=True)
@@ -215,13 +210,10 @@ class ClusterConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = self.workers if isinstance(self.workers, (list, tuple)) else [self.workers]
-        whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in given)
-        self.require(
-            whole and len(given) in (1, 2) and list(given) == sorted(given),
-            "workers",
-            "must be a whole number, at least 1, or [min,max] of them",
-        )
+        numbers = list(self.workers) if isinstance(self.workers, (list, tuple)) else [self.workers]
+        whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in numbers)
+        legal = whole and len(numbers) in (1, 2) and numbers == sorted(numbers)
+        self.require(legal, "workers", "must be a whole number, at least 1, or [min,max] of them")
 
     @property
     def min_workers(self) -> int:
@@ -245,17 +237,13 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in ("train", "val"):
-            self.data.require(
-                bool(getattr(self.data, name).strip()), name, "give a folder of class/image files or an index"
-            )
+            given = bool(getattr(self.data, name).strip())
+            self.data.require(given, name, "give a folder of class/image files or an index")
         train, workers, unit = self.train, self.cluster.max_workers, self._unit
-        for number, why in (
-            (self.data.repeated_aug, "data.repeated_aug copies"),
-            (unit, "pairs for data.mixup or data.cutmix"),
-        ):
-            train.require(
-                train.global_batch % number == 0, "global_batch", f"must be a multiple of {number}, for {why}"
-            )
+        units = {"data.repeated_aug copies": self.data.repeated_aug, "pairs for data.mixup or data.cutmix": unit}
+        for why, number in units.items():
+            holds = train.global_batch % number == 0
+            train.require(holds, "global_batch", f"must be a multiple of {number}, for {why}")
         some = f"gives some of cluster.workers={show(self.cluster.workers)} nothing"
         fix = f"{some}; raise it to {workers * unit} or lower cluster.workers"
         train.require(train.global_batch >= workers * unit, "global_batch", fix)
@@ -265,10 +253,9 @@ class Config:
         fix = f"{single}, too few for BatchNorm; raise it or train.micro_batch"
         train.require(smallest > 1 or size > 32, "global_batch", fix)
         self._require_equal_passes()
-        goes = not self.model.activation_checkpointing or self.model.compile == "none"
-        self.model.require(
-            goes, "activation_checkpointing", "does not go together with model.compile; choose one of them"
-        )
+        holds = not self.model.activation_checkpointing or self.model.compile == "none"
+        fix = "does not go together with model.compile; choose one of them"
+        self.model.require(holds, "activation_checkpointing", fix)
         fits = train.steps is not None or self.optim.warmup_epochs <= train.epochs
         self.optim.require(fits, "warmup_epochs", f"longer than train.epochs={train.epochs}")
 

@@ -30,23 +30,19 @@ class ExportError(RuntimeError):
 
 
 def require_writable(kind: str, out: Path) -> None:
-    """Tell of a format or a place that cannot be written to, before anything is loaded.
-
-    Raises:
-        UserError: it is one.
-    """
+    """Raise UserError for a format or a place that cannot be written to, before anything is loaded."""
     if kind not in FORMATS:
         raise UserError(f"--format {kind}: must be {' or '.join(FORMATS)}")
     if out.is_dir():
         raise UserError(f"--out {out}: is a folder; name a file, such as {out / f'model.{kind}'}")
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}; make it, or name another file")
-    lacking = [name for name in ONNX_PACKAGES if kind == "onnx" and importlib.util.find_spec(name) is None]
-    if lacking:
-        raise UserError(f"--format onnx: {lacking[0]} is not installed; install it with: pip install 'pipeline[onnx]'")
+    missing = [name for name in ONNX_PACKAGES if kind == "onnx" and importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"--format onnx: {missing[0]} is not installed; install it with: pip install 'pipeline[onnx]'")
 
 
-def graph_of(model: nn.Module, size: int) -> ExportedProgram:
+def trace_graph(model: nn.Module, size: int) -> ExportedProgram:
     """The graph of a model in eval mode: (N, 3, size, size) uint8 to logits (N, C) float32, for any N from 1 up."""
     example = torch.zeros(2, 3, size, size, dtype=torch.uint8)  # of two images: one would fix N
     # torch.export.save warns of weights in another order.
@@ -54,7 +50,7 @@ def graph_of(model: nn.Module, size: int) -> ExportedProgram:
     return torch.export.export(plain, (example,), dynamic_shapes=({0: Dim("batch", min=1)},))
 
 
-def notes_of(cfg: Config, classes: tuple[str, ...], checkpoint: str) -> dict[str, Any]:
+def make_notes(cfg: Config, classes: tuple[str, ...], checkpoint: str) -> dict[str, Any]:
     """What a user of the graph must know: classes in the order of the logits, how images are cut, where it is from."""
     size = {"size": cfg.data.size_to_evaluate, "val_resize": cfg.data.val_resize}
     return {"classes": list(classes), **size, "checkpoint": checkpoint}
@@ -64,7 +60,7 @@ def export(model: nn.Module, notes: dict[str, Any], images: Tensor, kind: str, o
     """Write a model to the file `out`, if it passes the comparison.
 
     Args:
-        notes: see `notes_of`.
+        notes: see `make_notes`.
         images: (N, 3, S, S) uint8, to compare with, one alone and all in a batch.
 
     Returns:
@@ -75,7 +71,7 @@ def export(model: nn.Module, notes: dict[str, Any], images: Tensor, kind: str, o
         UserError: the file cannot be written.
     """
     write, read = {"onnx": (_write_onnx, _read_onnx), "pt2": (write_pt2, _read_pt2)}[kind]
-    graph = graph_of(model, notes["size"])
+    graph = trace_graph(model, notes["size"])
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         write(graph, notes, temporary)
@@ -89,12 +85,12 @@ def export(model: nn.Module, notes: dict[str, Any], images: Tensor, kind: str, o
 
 
 @torch.inference_mode()
-def _compare(model: nn.Module, other: Callable[[Tensor], Tensor], images: Tensor) -> float:
+def _compare(model: nn.Module, exported: Callable[[Tensor], Tensor], images: Tensor) -> float:
     difference = 0.0
     for number in (1, len(images)):
-        ours, theirs = (run(images[:number]).double().softmax(1) for run in (model, other))
-        difference = max(difference, float((ours - theirs).abs().max()))
-        if not torch.equal(ours.argmax(1), theirs.argmax(1)):
+        expected, actual = (run(images[:number]).double().softmax(1) for run in (model, exported))
+        difference = max(difference, float((expected - actual).abs().max()))
+        if not torch.equal(expected.argmax(1), actual.argmax(1)):
             raise ExportError(f"in a batch of {number} it takes an image for another class than the checkpoint does")
     if not difference <= TOLERANCE:  # also where it is not a number
         raise ExportError(f"a probability differs from the checkpoint's by {difference:.1e}, more than {TOLERANCE:.0e}")

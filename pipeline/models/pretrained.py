@@ -37,10 +37,10 @@ def load_model(place: Storage, overrides: Sequence[str] = ()) -> tuple[ResNet, C
     Raises:
         CheckpointError: the checkpoint is damaged. UserError: overrides that make another network.
     """
-    found = checkpoint.load(place, use_copy=True)
-    cfg, classes = load(found.file(checkpoint.CONFIG), overrides), tuple(found.meta["classes"])
+    source = checkpoint.load(place, use_copy=True)
+    cfg, classes = load(source.file(checkpoint.CONFIG), overrides), tuple(source.meta["classes"])
     model = ResNet(cfg.model, len(classes)).to(memory_format=torch.channels_last)
-    saved = found.state()
+    saved = source.state()
     try:
         load_weights(model, saved["ema"] or saved["model"])
     except ValueError as e:
@@ -61,13 +61,14 @@ def load_pretrained(model: ResNet, place: str, classes: tuple[str, ...]) -> str:
     Raises:
         UserError: they cannot be read, or are another network's.
     """
-    weights, theirs = _read(Storage(place))
-    number, own = weights[BIAS].numel(), model.state_dict()
-    kept = number == len(classes) and theirs in (None, classes)
-    if not kept:
-        weights |= {name: own[name] for name in (WEIGHT, BIAS)}
-    model.load_state_dict(_fitting(model, weights, place))
-    head = "the last layer, too" if kept else f"the last layer anew: {number} classes there, {len(classes)} here"
+    weights, saved_classes = _read(Storage(place))
+    num_saved = weights[BIAS].numel()
+    same_classes = num_saved == len(classes) and saved_classes in (None, classes)
+    if not same_classes:
+        weights |= {name: model.state_dict()[name] for name in (WEIGHT, BIAS)}
+    model.load_state_dict(_fit_weights(model, weights, place))
+    anew = f"the last layer anew: {num_saved} classes there, {len(classes)} here"
+    head = "the last layer, too" if same_classes else anew
     return f"begins with the weights of {place}; {head}"
 
 
@@ -76,10 +77,10 @@ def check_pretrained(cfg: ModelConfig, place: str) -> None:
     weights, _ = _read(Storage(place))
     with torch.device("meta"):
         model = ResNet(cfg, weights[BIAS].numel())
-    _fitting(model, weights, place)
+    _fit_weights(model, weights, place)
 
 
-def _fitting(model: ResNet, weights: dict[str, Tensor], place: str) -> dict[str, Tensor]:
+def _fit_weights(model: ResNet, weights: dict[str, Tensor], place: str) -> dict[str, Tensor]:
     """The weights, with the model's own counters where there are none; UserError where they are not the model's."""
     weights = {name: value for name, value in model.state_dict().items() if name.endswith(COUNTER)} | weights
     try:
@@ -95,11 +96,11 @@ def _read(place: Storage) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
     """The weights by name, and the classes if they are known."""
     if checkpoint.META in place.sizes():
         try:
-            found = checkpoint.load(place)
+            source = checkpoint.load(place)
         except CheckpointError as e:
             raise UserError(f"model.weights={place}: {e}") from None
-        saved = found.state()
-        return dict(saved["ema"] or saved["model"]), tuple(found.meta["classes"])
+        saved = source.state()
+        return dict(saved["ema"] or saved["model"]), tuple(source.meta["classes"])
     file = place.fetch()
     try:
         content = _load(file)
@@ -109,11 +110,11 @@ def _read(place: Storage) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
             f"model.weights={place}: is no file of tensors ({text}); fetch it again, or save the state_dict alone"
         ) from None
     inner = next((content[name] for name in WRAPPERS if isinstance(content.get(name), dict)), content)
-    tensors = _of_one_network({str(name): value for name, value in inner.items() if isinstance(value, Tensor)}, place)
+    tensors = _select_network({str(name): value for name, value in inner.items() if isinstance(value, Tensor)}, place)
     for name, value in tensors.items():
-        counts = name.endswith(COUNTER) and value.dtype == torch.int64
+        is_counter = name.endswith(COUNTER) and value.dtype == torch.int64
         kind = value.dtype if value.layout == torch.strided else value.layout
-        if kind not in FLOATS and not counts:
+        if kind not in FLOATS and not is_counter:
             raise UserError(
                 f"model.weights={place}: {name} is {kind}, not plain floating-point numbers; "
                 "give the weights as they were before they were quantized or packed"
@@ -123,7 +124,7 @@ def _read(place: Storage) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
     return tensors, None
 
 
-def _of_one_network(found: dict[str, Tensor], place: Storage) -> dict[str, Tensor]:
+def _select_network(tensors: dict[str, Tensor], place: Storage) -> dict[str, Tensor]:
     """The tensors of the one network among them, by its own names.
 
     What wraps a network puts a prefix before them: DDP "module.", torch.compile "_orig_mod.", Lightning what its module
@@ -134,7 +135,7 @@ def _of_one_network(found: dict[str, Tensor], place: Storage) -> dict[str, Tenso
         UserError: there is no network, or more than one.
     """
     ends = (BIAS, INSIDE)
-    first, second = ({n.removesuffix(end) for n in found if f".{n}".endswith(f".{end}")} for end in ends)
+    first, second = ({n.removesuffix(end) for n in tensors if f".{n}".endswith(f".{end}")} for end in ends)
     if not first & second:
         lacking = f"{INSIDE} under the prefix of its {BIAS}" if first else BIAS
         raise UserError(f"model.weights={place}: has no {lacking}; give the weights of a ResNet classifier")
@@ -142,7 +143,7 @@ def _of_one_network(found: dict[str, Tensor], place: Storage) -> dict[str, Tenso
     if others:
         named = ", ".join(f"{p}{BIAS}" for p in (prefix, *others))
         raise UserError(f"model.weights={place}: holds several networks ({named}); save the state_dict of one alone")
-    return {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _load(file: Path) -> dict[str, Any]:

@@ -58,7 +58,7 @@ class BasicBlock(nn.Module):
         self.downsample = downsample
 
     def forward(self, x: Tensor, drop_path_mask: Tensor | None = None) -> Tensor:
-        """keep: (N,) factors of the residual branch, for stochastic depth."""
+        """drop_path_mask: (N,) factors of the residual branch, for stochastic depth."""
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         out = _scaled(self.bn2(self.conv2(out)), drop_path_mask)
         out += x if self.downsample is None else self.downsample(x)
@@ -82,7 +82,7 @@ class Bottleneck(nn.Module):
         self.downsample = downsample
 
     def forward(self, x: Tensor, drop_path_mask: Tensor | None = None) -> Tensor:
-        """keep: (N,) factors of the residual branch, for stochastic depth."""
+        """drop_path_mask: (N,) factors of the residual branch, for stochastic depth."""
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         out = F.relu(self.bn2(self.conv2(out)), inplace=True)
         out = _scaled(self.bn3(self.conv3(out)), drop_path_mask)

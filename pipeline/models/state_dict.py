@@ -15,14 +15,10 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
 
 def check_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Raise ValueError, naming the first difference, where a state dict's names or shapes are not the model's."""
-    own = model.state_dict()
-    for name in sorted(own.keys() | weights.keys()):
-        mine, theirs = own.get(name), weights.get(name)
-        if mine is None or theirs is None:
-            raise ValueError(
-                f"{name} is only in the {'model' if theirs is None else 'saved weights'}; the networks differ"
-            )
-        if mine.shape != theirs.shape:
-            raise ValueError(
-                f"{name} is {tuple(theirs.shape)} in the saved weights and {tuple(mine.shape)} in the model"
-            )
+    shapes, saved = ({name: tuple(t.shape) for name, t in ts.items()} for ts in (model.state_dict(), weights))
+    for name in sorted(shapes.keys() | saved.keys()):
+        if name not in shapes or name not in saved:
+            only = "model" if name in shapes else "saved weights"
+            raise ValueError(f"{name} is only in the {only}; the networks differ")
+        if shapes[name] != saved[name]:
+            raise ValueError(f"{name} is {saved[name]} in the saved weights and {shapes[name]} in the model")

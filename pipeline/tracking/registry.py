@@ -80,13 +80,13 @@ class ModelRegistry:
         from mlflow.models import Model
 
         model, cfg, classes = pretrained.load_model(place)
-        notes = export.notes_of(cfg, classes, place.name)
+        notes = export.make_notes(cfg, classes, place.name)
         tags = {CHECKPOINT_TAG: place.name}
         # `pyfunc.log_model` would start the run again and end it; `Model.log` alone would not know the experiment.
         logged = self._client.create_logged_model(self._experiment_id, "model", self._run_id, tags)
         with tempfile.TemporaryDirectory() as folder:
             graph = Path(folder) / "graph.pt2"
-            export.write_pt2(export.graph_of(model, notes["size"]), notes, graph)
+            export.write_pt2(export.trace_graph(model, notes["size"]), notes, graph)
             Model.log(
                 None,
                 mlflow.pyfunc,

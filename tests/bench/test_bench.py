@@ -38,13 +38,13 @@ def task(index: Path, num_rounds: int = 1) -> Task:
 
 def test_ratios_are_taken_within_rounds_to_the_best_of_each() -> None:
     """A machine that slows down for a round must not change them."""
-    found = loader.summarise(SPEEDS, dict.fromkeys(SPEEDS, "threads"))
-    assert found["ratio"] == 2.5  # of 100/60, 300/100 and 200/80
-    assert found["cpu_ratio"] == 2.5
-    assert found["best_other"] == "fast"
-    assert found["decode_share"] == 0.5
-    assert found["loaders"][OURS]["images_per_s"] == 200.0
-    assert found["loaders"][OURS]["images_per_s_quartiles"] == [150.0, 250.0]
+    summary = loader.summarise(SPEEDS, dict.fromkeys(SPEEDS, "threads"))
+    assert summary["ratio"] == 2.5  # of 100/60, 300/100 and 200/80
+    assert summary["cpu_ratio"] == 2.5
+    assert summary["best_other"] == "fast"
+    assert summary["decode_share"] == 0.5
+    assert summary["loaders"][OURS]["images_per_s"] == 200.0
+    assert summary["loaders"][OURS]["images_per_s_quartiles"] == [150.0, 250.0]
 
 
 def test_the_table_names_everyone_and_ends_with_the_verdict(tmp_path: Path) -> None:
@@ -131,10 +131,12 @@ def test_bench_loader_measures_all(digits: Path, tmp_path: Path, capsys: pytest.
     words = ["configs/digits.yaml", f"data.train={digits / 'val'}", "data.auto_augment=rand", "train.global_batch=16"]
     options = ["--rounds", "2", "--images", "32", "--out", str(tmp_path / "out"), "--json"]
     assert app.main(["bench", "loader", *words, *options]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert set(found["loaders"]) == {baseline.name for baseline in loader_baselines(found["cores"])}
-    assert all(len(one["per_round"]) == 2 and min(one["per_round"]) > 0 for one in found["loaders"].values())
-    assert json.loads((tmp_path / "out" / "loader.json").read_text()) == found
+    result = json.loads(capsys.readouterr().out)
+    assert set(result["loaders"]) == {baseline.name for baseline in loader_baselines(result["cores"])}
+    assert all(
+        len(measured["per_round"]) == 2 and min(measured["per_round"]) > 0 for measured in result["loaders"].values()
+    )
+    assert json.loads((tmp_path / "out" / "loader.json").read_text()) == result
     assert (tmp_path / "out" / "loader.png").stat().st_size > 1000
 
 
@@ -148,15 +150,15 @@ def _script(name: str, *options: str) -> Any:
 @pytest.mark.thorough
 @pytest.mark.timeout(900)
 def test_memory_stays_flat_over_ten_thousand_batches() -> None:
-    for one in _script("bench_memory.py", "--batches", "10000", "--threads", "2").values():
-        assert len(one["samples_mb"]) == 100
-        assert one["growth"] <= 0.05
+    for measured in _script("bench_memory.py", "--batches", "10000", "--threads", "2").values():
+        assert len(measured["samples_mb"]) == 100
+        assert measured["growth"] <= 0.05
 
 
 @pytest.mark.e2e
 def test_ids_come_without_loading_the_index(tmp_path: Path) -> None:
     """The table of 2 million rows has 108 MB: a copy of it would show."""
-    found = _script("bench_order.py", "--rows", "2000000", "--rounds", "1", "--folder", str(tmp_path))
-    for name, (one,) in found["rounds"].items():
-        assert one["seconds"] < 2, name
-        assert name.startswith("torch") or one["private_mb"] < 50, name
+    result = _script("bench_order.py", "--rows", "2000000", "--rounds", "1", "--folder", str(tmp_path))
+    for name, (measured,) in result["rounds"].items():
+        assert measured["seconds"] < 2, name
+        assert name.startswith("torch") or measured["private_mb"] < 50, name

@@ -22,8 +22,8 @@ PLACE = LoaderContext(0, 1, torch.device("cpu"), 1)
 
 def judged(mfu: float | None, ratios: dict[str, float], rounds: int = 5) -> str:
     per_s = {step.CONFIGURED: [10.0, 20.0]} | {name: [10 * r, 20 * r] for name, r in ratios.items()}
-    found = common.compare(per_s, step.CONFIGURED)
-    return step.step_verdict({"rows": found, "mfu": mfu, "peak_origin": "measured", "rounds": rounds})
+    compared = common.compare(per_s, step.CONFIGURED)
+    return step.step_verdict({"rows": compared, "mfu": mfu, "peak_origin": "measured", "rounds": rounds})
 
 
 def test_the_steps_verdict_names_the_bound_and_the_best_setting() -> None:
@@ -38,8 +38,8 @@ def test_the_steps_verdict_names_the_bound_and_the_best_setting() -> None:
 
 @pytest.mark.parametrize(("wait", "words"), [(0.0, "computing bounds"), (0.2, "data bounds training: 20% of it")])
 def test_the_trainings_verdict_names_the_bound(wait: float, words: str) -> None:
-    found = common.compare({step.PIPELINE: [8.0, 18.0], step.CEILING: [10.0, 20.0]}, step.CEILING)
-    text = step.train_verdict({"rows": found, "shares": {"data wait": wait}})
+    compared = common.compare({step.PIPELINE: [8.0, 18.0], step.CEILING: [10.0, 20.0]}, step.CEILING)
+    text = step.train_verdict({"rows": compared, "shares": {"data wait": wait}})
     assert text.startswith("0.850 of the ceiling (quartiles 0.825 to 0.875)")
     assert words in text
 
@@ -63,8 +63,8 @@ def test_the_scalings_verdict_names_what_grows_most() -> None:
 
 def test_a_step_is_timed_for_the_share_of_one_worker() -> None:
     cfg = load(ROOT / "configs/digits.yaml", [*SMALL, "train.precision=fp32"])
-    told = list[str]()
-    result = step.bench_step({step.CONFIGURED: cfg}, PLACE, 3, 2, lambda done, total, text: told.append(text))
+    progress = list[str]()
+    result = step.bench_step({step.CONFIGURED: cfg}, PLACE, 3, 2, lambda done, total, text: progress.append(text))
     assert result["batch"] == 8
     assert len(result["rows"][step.CONFIGURED]["per_round"]) == 3
     assert sum(result["parts"].values()) == pytest.approx(1)
@@ -73,14 +73,14 @@ def test_a_step_is_timed_for_the_share_of_one_worker() -> None:
     assert result["tflops"] == pytest.approx(
         6 * result["macs_per_image"] * result["rows"][step.CONFIGURED]["images_per_s"] / 1e12, rel=1e-3
     )
-    assert len(told) == 4
+    assert len(progress) == 4
 
 
 def test_settings_that_leave_the_step_alone_are_not_tried(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["bench", "step", str(ROOT / "configs/digits.yaml"), "--try"]
-    for one in ("data.train=/x", "model.compile=none"):
-        assert app.main([*words, one]) == 2
-        assert f"--try {one}: changes nothing of the bare step" in capsys.readouterr().err
+    for setting in ("data.train=/x", "model.compile=none"):
+        assert app.main([*words, setting]) == 2
+        assert f"--try {setting}: changes nothing of the bare step" in capsys.readouterr().err
 
 
 def test_more_workers_than_cores_are_refused_by_scale() -> None:
@@ -92,14 +92,14 @@ def test_more_workers_than_cores_are_refused_by_scale() -> None:
 def test_what_a_training_begins_and_ends_with_is_not_measured() -> None:
     """A name for the registry needs a logged model; a run's weights do not lie in the measurement's storage."""
     cfg = load(ROOT / "configs/digits.yaml", ["mlflow.register=pets", "model.weights=other-run", "train.profile=[1,2]"])
-    made = common.config_to_measure(cfg, cfg.cluster, "bench", "runs", None, batch=8, steps=20, every=5)
-    assert (made.mlflow.register, made.mlflow.log_model, made.model.weights, made.train.profile) == (
+    measured = common.config_to_measure(cfg, cfg.cluster, "bench", "runs", None, batch=8, steps=20, every=5)
+    assert (measured.mlflow.register, measured.mlflow.log_model, measured.model.weights, measured.train.profile) == (
         None,
         False,
         None,
         None,
     )
-    assert (made.run.stop_at_step, made.train.global_batch, made.train.log_every) == (20, 8, 5)
+    assert (measured.run.stop_at_step, measured.train.global_batch, measured.train.log_every) == (20, 8, 5)
 
 
 def test_turns_let_everyone_be_first() -> None:
@@ -147,15 +147,15 @@ def test_step_and_train_as_commands(digits: Path, tmp_path: Path, capsys: pytest
 def test_scale_as_a_command(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = [f"data.train={digits}/train", f"data.val={digits}/val", *SMALL, "cluster.cpus_per_worker=1"]
     words = ["--rounds", "1", "--steps", "10", "--workers", "2", "--out", str(tmp_path)]
-    found = run(capsys, "scale", str(ROOT / "configs/digits.yaml"), *data, *words)
-    assert set(found["workers"]) == {"1", "2"}
-    assert found["global_batch_per_worker"] == 8
-    one, two = found["workers"]["1"], found["workers"]["2"]
+    result = run(capsys, "scale", str(ROOT / "configs/digits.yaml"), *data, *words)
+    assert set(result["workers"]) == {"1", "2"}
+    assert result["global_batch_per_worker"] == 8
+    one, two = result["workers"]["1"], result["workers"]["2"]
     assert one["efficiency"] == 1
     assert 0.1 < two["efficiency"] < 1.5
     assert one["communication_s_per_step"] == 0 < two["communication_s_per_step"]
-    assert found["allreduce_gb_s"] > 0.01
-    assert set(found["startup"]) >= {"driver", "Ray and imports", "processes", "state"}
+    assert result["allreduce_gb_s"] > 0.01
+    assert set(result["startup"]) >= {"driver", "Ray and imports", "processes", "state"}
     plan = ["plan", str(ROOT / "configs/digits.yaml"), "--gpus", "8", "--gpu", "A100", "--json"]
     assert app.main([*plan, "--measured", str(tmp_path / "scale.json")]) == 0
     predicted = json.loads(capsys.readouterr().out)["measured"]["workers"]["2"]

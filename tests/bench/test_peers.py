@@ -32,7 +32,7 @@ def steady(start: float, seconds_per_step: float, num_steps: int) -> list[float]
 
 
 def windows(**seconds_per_step: list[float]) -> dict[str, list[list[float]]]:
-    return {name: [steady(100 * i, s, 9) for i, s in enumerate(ones)] for name, ones in seconds_per_step.items()}
+    return {name: [steady(100 * i, s, 9) for i, s in enumerate(rounds)] for name, rounds in seconds_per_step.items()}
 
 
 RACE = windows(
@@ -50,12 +50,12 @@ def test_the_pause_between_windows_does_not_count() -> None:
 
 
 def test_ratios_are_taken_within_rounds_to_the_best_peer_of_each() -> None:
-    found = peers_report.summarise(RACE, batch=4, num_ahead=2, background=0)
-    assert found["ratios"]["best peer"]["per_round"] == [2.0, 2.0]
-    assert found["ratios"]["timm"]["per_round"] == [4.0, 2.0]
-    assert found["ratios"]["ceiling"]["median"] == pytest.approx(0.75)
-    assert found["contestants"]["pipeline"]["images_per_s"]["median"] == pytest.approx(30.0)
-    assert found["ray_and_mlflow_ms_per_step"]["median"] == pytest.approx(15.0)
+    summary = peers_report.summarise(RACE, batch=4, num_ahead=2, background=0)
+    assert summary["ratios"]["best peer"]["per_round"] == [2.0, 2.0]
+    assert summary["ratios"]["timm"]["per_round"] == [4.0, 2.0]
+    assert summary["ratios"]["ceiling"]["median"] == pytest.approx(0.75)
+    assert summary["contestants"]["pipeline"]["images_per_s"]["median"] == pytest.approx(30.0)
+    assert summary["ray_and_mlflow_ms_per_step"]["median"] == pytest.approx(15.0)
 
 
 def test_what_ours_takes_in_the_turns_of_others_is_made_good_to_them() -> None:
@@ -67,9 +67,9 @@ def test_what_ours_takes_in_the_turns_of_others_is_made_good_to_them() -> None:
 
 
 def test_the_verdicts_tell_an_aim_that_is_missed() -> None:
-    found = peers_report.summarise(RACE, batch=4, num_ahead=2, background=0)
-    assert peers_report.verdict(found, "best peer").startswith("aim reached: pipeline / best peer 2.000")
-    assert peers_report.verdict(found, "ceiling").startswith("aim missed: pipeline / ceiling 0.750")
+    summary = peers_report.summarise(RACE, batch=4, num_ahead=2, background=0)
+    assert peers_report.verdict(summary, "best peer").startswith("aim reached: pipeline / best peer 2.000")
+    assert peers_report.verdict(summary, "ceiling").startswith("aim missed: pipeline / ceiling 0.750")
 
 
 def test_a_slow_minute_does_not_choose_the_setting() -> None:
@@ -105,10 +105,10 @@ def test_a_frozen_program_stands_still_and_goes_on(ticking: turns.Running) -> No
     time.sleep(0.3)
     assert ticking.times() == before
     started = time.monotonic()
-    found = ticking.window(0.3, 5)
-    assert len(found) >= 5
-    assert started <= found[0] <= found[-1] <= time.monotonic()
-    assert ticking.times() == before + found
+    step_times = ticking.window(0.3, 5)
+    assert len(step_times) >= 5
+    assert started <= step_times[0] <= step_times[-1] <= time.monotonic()
+    assert ticking.times() == before + step_times
 
 
 def test_turns_do_not_overlap(ticking: turns.Running, tmp_path: Path) -> None:
@@ -116,12 +116,12 @@ def test_turns_do_not_overlap(ticking: turns.Running, tmp_path: Path) -> None:
     command = ["sh", "-c", f"{sys.executable} {tmp_path / 'tick.py'} {other_file} & wait"]
     other = turns.Running(turns.Program("others", command, "tick.py", {}, other_file, tmp_path / "other_log"))
     try:
-        for one in (ticking, other):
-            one.warm_up(1)
-        found = turns.race([ticking, other], 2, 0.2, 3, lambda i, windows: None)
+        for running in (ticking, other):
+            running.warm_up(1)
+        raced = turns.race([ticking, other], 2, 0.2, 3, lambda i, windows: None)
     finally:
         other.end()
-    (a, d), (b, c) = found["ticks"], found["others"]  # the order turns round
+    (a, d), (b, c) = raced["ticks"], raced["others"]  # the order turns round
     for earlier, later in ((a, b), (b, c), (c, d)):
         assert earlier[-1] < later[0]
 
@@ -147,13 +147,13 @@ def test_a_short_race_tells_all_and_leaves_nothing_running(tmp_path: Path) -> No
         stdout=subprocess.PIPE,
         text=True,
     )
-    found = json.loads(done.stdout)
-    assert found == json.loads((tmp_path / "peers_resnet18_32.json").read_text())
+    result = json.loads(done.stdout)
+    assert result == json.loads((tmp_path / "peers_resnet18_32.json").read_text())
     names = ["torchvision", "timm", "pipeline", "fit", "ceiling"]
-    assert list(found["contestants"]) == list(found["settings"]) == names
-    assert all(len(found["contestants"][name]["per_round"]) == 2 for name in names)
-    assert found["machine"]["cores"] == bench_peers.num_cores()
-    missed = [name for name, aim in peers_report.AIMS.items() if found["ratios"][name]["median"] < aim]
+    assert list(result["contestants"]) == list(result["settings"]) == names
+    assert all(len(result["contestants"][name]["per_round"]) == 2 for name in names)
+    assert result["machine"]["cores"] == bench_peers.num_cores()
+    missed = [name for name, aim in peers_report.AIMS.items() if result["ratios"][name]["median"] < aim]
     assert done.returncode == bool(missed)
     assert [p.pid for p in psutil.process_iter() if str(photos) in " ".join(_command(p))] == []
 

@@ -196,7 +196,7 @@ def test_a_simulation_repeats_and_gives_up_on_what_never_ends() -> None:
 def test_a_run_that_would_never_end_says_so() -> None:
     result = plan.plan(load(IMAGENET / "resnet152.yaml"), 64, "H100", ["gpu_mtbf_h=0.01"])
     assert "Infinity" not in json.dumps(result)
-    row = next(one for one in result["rows"] if one["gpus"] == 64)
+    row = next(candidate for candidate in result["rows"] if candidate["gpus"] == 64)
     assert (row["goodput"], row["hours"], row["cost"]) == (0, None, None)
     assert any("would not end" in note for note in result["notes"])
 
@@ -205,7 +205,7 @@ def test_small_images_and_small_data_are_planned_for() -> None:
     """An image of 32 pixels leaves one value a channel at the end; a larger cluster's batch exceeds the data."""
     cfg = load(IMAGENET.parent / "digits.yaml")
     result = plan.plan(cfg, 2, "T4", batch_per_gpu=256, num_images=1437)
-    assert [one["gpus"] for one in result["rows"]] == [2]
+    assert [row["gpus"] for row in result["rows"]] == [2]
     grown = load(IMAGENET.parent / "digits.yaml", ["data.start_size=16"])
     assert any("start_size" in note for note in plan.plan(grown, 2, "T4")["notes"])
 
@@ -214,9 +214,9 @@ def test_the_recommended_interval_loses_no_more_than_the_configured() -> None:
     words = ["gpu_mtbf_h=2000", "write_gb_s=2"]
     for every in (1, 1000, 200_000):
         cfg = load(IMAGENET / "resnet152.yaml", [f"checkpoint.every={every}"])
-        found = plan.plan(cfg, 64, "H100", words)["checkpoints"]
-        assert found["best"]["goodput"] >= found["configured"]["goodput"]
-        assert found["best"]["simulated"]["mean"] == pytest.approx(found["best"]["goodput"], abs=0.01)
+        intervals = plan.plan(cfg, 64, "H100", words)["checkpoints"]
+        assert intervals["best"]["goodput"] >= intervals["configured"]["goodput"]
+        assert intervals["best"]["simulated"]["mean"] == pytest.approx(intervals["best"]["goodput"], abs=0.01)
 
 
 def test_a_checkpoint_has_all_that_its_optimizer_keeps(resnet152: ModelCost) -> None:
@@ -250,10 +250,10 @@ MEASURED = {
 def test_two_workers_are_predicted_from_one() -> None:
     """200 MB over 1 GB/s, once around: 0.2 s beside the second of computing, where nothing hides it."""
     a, origins = assume("H100", ["overlap=0", "latency_us=0"])
-    found = plan.check_efficiency(MEASURED, a, origins)
-    assert found["workers"][2]["predicted"] == pytest.approx(1 / 1.2)
-    assert found["workers"][2]["measured"] == 0.8
-    assert found["workers"][2]["compute_ratio"] == 1.05
+    checked = plan.check_efficiency(MEASURED, a, origins)
+    assert checked["workers"][2]["predicted"] == pytest.approx(1 / 1.2)
+    assert checked["workers"][2]["measured"] == 0.8
+    assert checked["workers"][2]["compute_ratio"] == 1.05
     a, origins = assume("H100", ["overlap=0", "latency_us=0", "network_gb_s=0.5"])
     assert plan.check_efficiency(MEASURED, a, origins)["workers"][2]["predicted"] == pytest.approx(1 / 1.4)
 
@@ -300,13 +300,13 @@ def test_the_answer_for_programs(
     """Images and their size come from the index where there is one."""
     words = ["model.depth=50", f"data.train={digits_index('train')}", "train.global_batch=64"]
     code, out, _ = run(capsys, IMAGENET / "resnet152.yaml", *words, "--gpus", 8, "--gpu", "A100", "--json")
-    found = json.loads(out)
+    result = json.loads(out)
     assert code == 0
-    assert found["images"] == 1437
-    assert found["assumptions"]["image_kb"]["origin"] == "counted"
-    assert found["assumptions"]["image_kb"]["value"] < 2
-    assert [one["gpus"] for one in found["rows"]] == [8, 16, 32, 64]  # no more than images in a batch
-    assert len(found["notes"]) == 1
+    assert result["images"] == 1437
+    assert result["assumptions"]["image_kb"]["origin"] == "counted"
+    assert result["assumptions"]["image_kb"]["value"] < 2
+    assert [row["gpus"] for row in result["rows"]] == [8, 16, 32, 64]  # no more than images in a batch
+    assert len(result["notes"]) == 1
 
 
 @pytest.mark.parametrize(

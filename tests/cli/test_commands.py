@@ -80,8 +80,8 @@ def test_index_counts_and_names_what_it_leaves_out(run: Run, tmp_path: Path) -> 
     assert f"{len(usable)} images of 2 classes, {len(unusable)} left out" in out
     assert all(name in err for name in unusable)
     code, out, _ = run("index", tmp_path / "images", "--out", tmp_path / "i.arrow", "--json")
-    found = json.loads(out)
-    assert (found["images"], len(found["refused"])) == (len(usable), len(unusable))
+    result = json.loads(out)
+    assert (result["images"], len(result["refused"])) == (len(usable), len(unusable))
     code, _, err = run("index", tmp_path / "nothing", "--out", tmp_path / "i.arrow")
     assert (code, err.count("\n")) == (2, 1)
 
@@ -90,16 +90,16 @@ def test_evaluate_repeats_the_trainings_figures(
     run: Run, trained: dict[str, Any], digits: Path, tmp_path: Path
 ) -> None:
     code, out, _ = run("evaluate", "small", "--storage", storage(trained), "--json")
-    found = json.loads(out)
+    scores = json.loads(out)
     assert code == 0
-    assert found["count"] == 360
-    assert found["top1"] == trained["top1"]
-    assert found["loss"] == pytest.approx(trained["loss"], rel=1e-3)
-    assert found["checkpoint"] == trained["checkpoint"]
+    assert scores["count"] == 360
+    assert scores["top1"] == trained["top1"]
+    assert scores["loss"] == pytest.approx(trained["loss"], rel=1e-3)
+    assert scores["checkpoint"] == trained["checkpoint"]
     for reference in (trained["run_dir"], trained["checkpoint"]):
-        assert json.loads(run("evaluate", reference, "--json")[1]) == found
+        assert json.loads(run("evaluate", reference, "--json")[1]) == scores
     by_id = run("evaluate", trained["mlflow_run_id"], "--storage", storage(trained), "--json")
-    assert json.loads(by_id[1]) == found
+    assert json.loads(by_id[1]) == scores
     code, out, _ = run("evaluate", trained["run_dir"], "--data", digits / "train")
     assert code == 0
     assert "on 1437 images" in out
@@ -162,10 +162,14 @@ def test_predict_takes_folders_and_stdin_in_their_order(
     assert out.startswith("image,class,probability,error,class_2,probability_2\n")
     assert [row["image"] for row in rows] == [str(path) for path in expected]
     code, out, _ = asked("--json")
-    for row, one in zip(rows, json.loads(out)["predictions"], strict=True):
-        top = [value for t in one.get("top", [{}, {}]) for value in (t.get("class", ""), str(t.get("probability", "")))]
+    for row, prediction in zip(rows, json.loads(out)["predictions"], strict=True):
+        top = [
+            value
+            for t in prediction.get("top", [{}, {}])
+            for value in (t.get("class", ""), str(t.get("probability", "")))
+        ]
         assert [row[k] for k in ("class", "probability", "class_2", "probability_2")] == top
-        assert row["error"] == one.get("error", "")
+        assert row["error"] == prediction.get("error", "")
 
 
 def test_predict_is_told_of_every_broken_image(run: Run, trained: dict[str, Any], tmp_path: Path) -> None:

@@ -36,11 +36,11 @@ def test_a_reader_that_has_gone_ends_no_training(view: type[TrainingView] | type
 )
 def test_what_nobody_reads_changes_no_exit_code(words: list[str], code: int, text: str, unbuffered: str) -> None:
     env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
-    said = subprocess.run(
+    shown = subprocess.run(
         [PIPELINE, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, text=True, cwd=ROOT, env=env
     )
-    assert said.returncode == code
-    assert text in said.stdout
+    assert shown.returncode == code
+    assert text in shown.stdout
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run([PIPELINE, *words], stdout=write, stderr=write, check=False, cwd=ROOT, env=env)

@@ -38,13 +38,13 @@ def heard(value: object) -> Answer:
 
 
 def test_nodes_that_do_not_answer_are_named() -> None:
-    there = {"a": member(CPU=4, GPU=1), "b": member(CPU=0)}
-    good = check_results.check_nodes(there, {"a": heard({}), "b": heard({})}, 60)
+    nodes = {"a": member(CPU=4, GPU=1), "b": member(CPU=0)}
+    good = check_results.check_nodes(nodes, {"a": heard({}), "b": heard({})}, 60)
     assert str(good) == "ok  nodes: 2: a (1 GPU, 4 CPU), b (0 CPU)"
-    silent = check_results.check_nodes(there, {"a": heard({})}, 60)
+    silent = check_results.check_nodes(nodes, {"a": heard({})}, 60)
     assert str(silent).startswith("bad nodes: no answer within 60 s from b; see the logs of these nodes")
     failed = check_results.check_nodes(
-        there, {"a": heard({}), "b": heard(ImportError("No module named 'pipeline'"))}, 60
+        nodes, {"a": heard({}), "b": heard(ImportError("No module named 'pipeline'"))}, 60
     )
     assert str(failed).startswith("bad nodes: No module named 'pipeline' on b; install this package there")
 
@@ -59,8 +59,8 @@ def test_versions_that_differ_are_named_with_their_node() -> None:
 
 @pytest.mark.parametrize(("gpus", "shm_gib", "ok"), [(0, 0.2, True), (0, 0.06, False), (8, 0.9, False), (8, 1.2, True)])
 def test_shared_memory_holds_the_object_store_and_nccl(gpus: int, shm_gib: float, ok: bool) -> None:
-    there = {"a": member(GPU=gpus, object_store_memory=0.1 * GIB)}
-    check = check_results.check_shm(there, {"a": {"shm": shm_gib * GIB}})
+    nodes = {"a": member(GPU=gpus, object_store_memory=0.1 * GIB)}
+    check = check_results.check_shm(nodes, {"a": {"shm": shm_gib * GIB}})
     assert check.ok == ok
     assert ok or f"{shm_gib:.2f} GiB where {0.1 + (gpus > 0):.2f} are needed on a" in check.text
 
@@ -123,13 +123,13 @@ def metrics_port() -> int:
 @pytest.fixture(scope="module")
 def cluster(metrics_port: int) -> Iterator[Cluster]:
     """A head without CPUs, and two nodes."""
-    one = Cluster(free_port(), dashboard=(*NO_DASHBOARD, f"--metrics-export-port={metrics_port}"))
+    started = Cluster(free_port(), dashboard=(*NO_DASHBOARD, f"--metrics-export-port={metrics_port}"))
     try:
-        one.add()
-        one.add()
-        yield one
+        started.add()
+        started.add()
+        yield started
     finally:
-        one.stop()
+        started.stop()
 
 
 def doctor(cluster: Cluster, tmp_path: Path, digits: Path, *words: str) -> "subprocess.CompletedProcess[str]":
@@ -144,9 +144,9 @@ def doctor(cluster: Cluster, tmp_path: Path, digits: Path, *words: str) -> "subp
 def test_a_sound_cluster_is_ok(cluster: Cluster, tmp_path: Path, digits: Path) -> None:
     done = doctor(cluster, tmp_path, digits, "mlflow.uri=sqlite:///mine.db")
     assert done.returncode == 0, done.stdout + done.stderr
-    said = done.stdout.splitlines()
+    lines = done.stdout.splitlines()
     names = ["nodes", "workers", "versions", "/dev/shm", "temporary disk", "clocks", "storage", "data", "data"]
-    assert [line.partition(":")[0] for line in said] == [f"ok  {name}" for name in [*names, "MLflow", "all-reduce"]]
+    assert [line.partition(":")[0] for line in lines] == [f"ok  {name}" for name in [*names, "MLflow", "all-reduce"]]
     assert re.search(r"^ok  nodes: 3: .*\(0 CPU\)", done.stdout, re.MULTILINE)
     assert re.search(r"^ok  all-reduce: 2 gloo workers, 64 MiB in 0\.\d+ s", done.stdout, re.MULTILINE)
     assert "experiment pipeline from" in done.stdout

@@ -77,9 +77,9 @@ def test_what_means_nothing_on_a_cluster_is_refused(tree: Path, settings: list[s
 
 def test_settings_for_an_image_are_checked_as_far_as_they_are_known(tree: Path) -> None:
     for word in ("run.storage=runs", "run.storage=s3://KEY:hush@bucket/runs", "run.name=../x"):
-        with pytest.raises(UserError) as told:
+        with pytest.raises(UserError) as error:
             submission.plan("conf/there.yaml", [word], [], image=True)
-        assert "hush" not in str(told.value)
+        assert "hush" not in str(error.value)
 
 
 def test_only_a_small_tree_with_the_configuration_is_sent(
@@ -125,10 +125,10 @@ def test_a_login_in_a_uri_is_refused_and_not_repeated(key: str, value: str, refu
     if not refused:
         load(None, settings)
         return
-    with pytest.raises(UserError, match=f"^{key}: leave the login out of it.*MLFLOW_TRACKING_PASSWORD") as told:
+    with pytest.raises(UserError, match=f"^{key}: leave the login out of it.*MLFLOW_TRACKING_PASSWORD") as error:
         load(None, settings)
-    assert "hush" not in str(told.value)
-    assert "hu/sh" not in str(told.value)
+    assert "hush" not in str(error.value)
+    assert "hu/sh" not in str(error.value)
 
 
 def test_a_training_that_needs_a_secret_does_not_start_without_it(
@@ -206,10 +206,10 @@ class Relay:
             return  # cut
 
     def cut(self) -> None:
-        for one in self._open:
+        for connection in self._open:
             with suppress(OSError):  # the other end may have gone
-                one.shutdown(socket.SHUT_RDWR)
-            one.close()
+                connection.shutdown(socket.SHUT_RDWR)
+            connection.close()
 
 
 class Outside:
@@ -260,9 +260,9 @@ def outside(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     options = ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}"]
     env = {"PATH": f"{BIN}:{os.environ['PATH']}", "HUB_TOKEN": "hush"}
     with ExitStack() as stack:
-        one = Cluster(free_port(), dashboard=(*options, f"--dashboard-agent-listen-port={free_port()}"), env=env)
-        stack.callback(one.stop)
-        one.add(num_cpus=2)
+        cluster = Cluster(free_port(), dashboard=(*options, f"--dashboard-agent-listen-port={free_port()}"), env=env)
+        stack.callback(cluster.stop)
+        cluster.add(num_cpus=2)
         yield Outside(f"http://127.0.0.1:{port}", port, tmp_path_factory.mktemp("outside"), digits)
 
 
@@ -314,14 +314,14 @@ def test_followed_cut_off_stopped_and_resumed_each_step_is_trained_once(outside:
         assert (outside.jobs()["pets"]["status"], outside.jobs()["pets"]["run"]) == ("RUNNING", "pets")
         stopped = outside.call("stop", "pets")
         assert stopped.returncode == 0, stopped.stderr
-        told = re.fullmatch(r"job pets: STOPPED, interrupted at step (\d+) of \d+, (\S+)\n", stopped.stdout)
-        assert told is not None, stopped.stdout
+        message = re.fullmatch(r"job pets: STOPPED, interrupted at step (\d+) of \d+, (\S+)\n", stopped.stdout)
+        assert message is not None, stopped.stdout
         assert follower.finish() == 130, follower.said
         relay.cut()
-        step = int(told[1])
-        assert told[2] == f"{outside.storage}/pets/checkpoints/step_{step:08d}"
-        seen = [int(n) for n in re.findall(r"^step (\d+)/", follower.said, re.MULTILINE)]
-        assert seen == list(range(1, step + 1))  # no line twice, none lost
+        step = int(message[1])
+        assert message[2] == f"{outside.storage}/pets/checkpoints/step_{step:08d}"
+        steps = [int(n) for n in re.findall(r"^step (\d+)/", follower.said, re.MULTILINE)]
+        assert steps == list(range(1, step + 1))  # no line twice, none lost
         assert outside.call("stop", "pets").stdout == stopped.stdout
         unknown = outside.call("stop", "pest")
         assert (unknown.returncode, unknown.stderr) == (2, "pipeline: no job pest (did you mean pets?)\n")
@@ -355,8 +355,8 @@ def test_followed_cut_off_stopped_and_resumed_each_step_is_trained_once(outside:
 @on_a_cluster
 def test_all_processes_of_a_job_import_the_tree_that_was_sent(outside: Outside) -> None:
     """Of the jobs above."""
-    told = [file.read_text().replace("\0", " ") for file in outside.imports.iterdir()]
+    commands = [file.read_text().replace("\0", " ") for file in outside.imports.iterdir()]
     for process in ("pipeline train", "pipeline.cluster.driver", "RayTrainWorker"):
-        of_it = [text for text in told if process in text]
-        assert of_it, (process, told)
+        of_it = [text for text in commands if process in text]
+        assert of_it, (process, commands)
         assert all("/_ray_pkg_" in text.split()[0] for text in of_it), of_it

@@ -27,7 +27,7 @@ def load_onnx(file: Path) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
     (image,), (logits,) = session.get_inputs(), session.get_outputs()
     assert (image.name, image.type, image.shape) == ("images", "tensor(uint8)", ["batch", 3, 32, 32])
     assert (logits.name, logits.type, logits.shape) == ("logits", "tensor(float)", ["batch", 10])
-    notes = {one.key: json.loads(one.value) for one in onnx.load(file).metadata_props}
+    notes = {entry.key: json.loads(entry.value) for entry in onnx.load(file).metadata_props}
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0]), notes
 
 
@@ -41,8 +41,8 @@ def test_a_file_says_of_the_validation_set_what_the_checkpoint_says(
     run: Run, trained: dict[str, Any], tmp_path: Path, kind: str, read: Callable[..., Any]
 ) -> None:
     out = tmp_path / f"model.{kind}"
-    code, said, _ = run("export", trained["run_dir"], "--format", kind, "--out", out, "--json")
-    result = json.loads(said)
+    code, output, _ = run("export", trained["run_dir"], "--format", kind, "--out", out, "--json")
+    result = json.loads(output)
     assert (code, result["status"], result["compared"]["of"]) == (0, "done", "validation images")
     assert result["compared"]["batches"] == [1, 16]
     assert 0 <= result["compared"]["largest_difference"] <= 1e-4
@@ -55,9 +55,9 @@ def test_a_file_says_of_the_validation_set_what_the_checkpoint_says(
     with torch.inference_mode():
         expected = model(images).softmax(1)
         for number in (1, 7, NUM_IMAGES):
-            found = exported(images[:number]).softmax(1)
-            assert torch.equal(found.argmax(1), expected[:number].argmax(1))
-            torch.testing.assert_close(found, expected[:number], rtol=0, atol=1e-4)
+            probabilities = exported(images[:number]).softmax(1)
+            assert torch.equal(probabilities.argmax(1), expected[:number].argmax(1))
+            torch.testing.assert_close(probabilities, expected[:number], rtol=0, atol=1e-4)
 
 
 class OtherWhenExported(nn.Module):
@@ -94,9 +94,9 @@ def test_a_file_that_computes_something_else_is_not_written(tmp_path: Path, fact
 def test_without_the_validation_set_random_images_are_compared(trained: dict[str, Any]) -> None:
     _, cfg, _ = pretrained.load_model(Storage(trained["checkpoint"]))
     gone = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, val="/gone"))
-    images, what = inference.some_images(gone, 5)
+    images, source = inference.some_images(gone, 5)
     assert (tuple(images.shape), images.dtype) == ((5, 3, 32, 32), torch.uint8)
-    assert what.startswith("random images (of the run's own: no folder")
+    assert source.startswith("random images (of the run's own: no folder")
     assert torch.equal(images, inference.some_images(gone, 5)[0])
 
 
@@ -107,8 +107,8 @@ def test_what_cannot_be_written_gets_one_line(run: Run, trained: dict[str, Any],
         ("pt2", tmp_path / "none" / "m.pt2", f"there is no folder {tmp_path}/none"),
         ("pt2", Path("/proc/m.pt2"), "--out /proc/m.pt2: cannot be written"),
     ):
-        code, said, err = run("export", trained["run_dir"], "--format", kind, "--out", out)
-        assert (code, said, err.count("\n")) == (2, "", 1), err
+        code, output, err = run("export", trained["run_dir"], "--format", kind, "--out", out)
+        assert (code, output, err.count("\n")) == (2, "", 1), err
         assert message in err
 
 

@@ -49,8 +49,8 @@ def test_torchvisions_file_gives_all_but_the_last_layer_to_ten_classes(
 ) -> None:
     torch.save(theirs, tmp_path / "resnet18.pth")
     model, untouched = new_model(10), new_model(10)
-    said = load_pretrained(model, str(tmp_path / "resnet18.pth"), TEN)
-    assert said.endswith("resnet18.pth; the last layer anew: 1000 classes there, 10 here")
+    line = load_pretrained(model, str(tmp_path / "resnet18.pth"), TEN)
+    assert line.endswith("resnet18.pth; the last layer anew: 1000 classes there, 10 here")
     assert holds(model, theirs, without=("fc.weight", "fc.bias"))
     assert torch.equal(model.fc.weight, untouched.fc.weight)
 
@@ -181,10 +181,10 @@ def test_a_run_begins_with_anothers_averaged_weights_and_resumes_with_its_own(sp
     fit(second, context(0, 1, events))
     (note,) = [event.text for event in events if isinstance(event, Note)]
     assert note == f"begins with the weights of {place}; the last layer, too"
-    found = checkpoint.newest_valid(second.checkpoints, pytest.fail)
-    assert found is not None
+    newest = checkpoint.newest_valid(second.checkpoints, pytest.fail)
+    assert newest is not None
     for kind in ("model", "ema"):
-        saved = found.state()[kind]
+        saved = newest.state()[kind]
         assert {name for name in averaged if not torch.equal(saved[name], averaged[name])} == {"fc.weight", "fc.bias"}
     events.clear()
     fit(second, context(0, 1, events))
