@@ -20,7 +20,7 @@ from pipeline.storage import Storage
 CHECKPOINT_TAG = "pipeline.checkpoint"  # of a logged model and its registered versions
 TOP1_TAG = "pipeline.top1"
 STORE = "MLFLOW_TRACKING_URI"
-SERVED = Path(__file__).with_name("served.py")
+SERVED = Path(__file__).with_name("pyfunc_model.py")
 SERVED_PACKAGES = ("mlflow", "numpy", "pandas", "pillow", "torch")  # what that file imports
 
 
