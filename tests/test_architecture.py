@@ -18,7 +18,7 @@ ROOMS = {
     "data.": "pack verify preview",
     "runs": "claim spec manifest state_file checkpoint retention async_checkpointer resume lock listing",
     "models": "resnet state_dict pretrained export",
-    "tracking": "ledger metrics summary outbox staging system_metrics mlflow_store pyfunc_model registry",
+    "tracking": "ledger metrics summary records outbox staging system_metrics mlflow_store pyfunc_model registry",
     "tracking.report": "charts page",
     "tracking.": "mlflow_run backlog mlflow_logger uploads find sync",
     "training": """precision schedule optim state step microbatch evaluation ddp control watchdog sample_log profiler

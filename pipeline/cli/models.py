@@ -118,7 +118,7 @@ def register(args: argparse.Namespace) -> Outcome:
     uri = mlflow_store.tracking_uri(args.mlflow_uri or cfg.uri, run.parent)
     target = mlflow_run.Target(uri, cfg.experiment, run.uri, checkpoint.meta["training_id"])
     with redirect_stdout(sys.stderr):  # MLflow tells there where to look at the run
-        version = mlflow_run.register(target, place, args.name)
+        version = mlflow_run.register(target, place.name, args.name)
     model = f"models:/{args.name}/{version}"
     command = f"mlflow models serve -m {shlex.quote(model)} --env-manager local --port 5001"
     lines = [f"{model} is {place}", f"to serve it: MLFLOW_TRACKING_URI={shlex.quote(target.uri)} {command}"]

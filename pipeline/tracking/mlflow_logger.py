@@ -24,7 +24,8 @@ from pipeline.storage import Storage
 from pipeline.tracking.backlog import Backlog
 from pipeline.tracking.mlflow_run import ATTEMPT, REPORT, MlflowRun, ReportError, Target
 from pipeline.tracking.mlflow_store import reason, tracking_uri
-from pipeline.tracking.outbox import Outbox, Record, leading_metrics
+from pipeline.tracking.outbox import Outbox, leading_metrics
+from pipeline.tracking.records import End, Folder, Metrics, Model, Params, Record, Report, Staged, Start, Tags, Text
 from pipeline.tracking.staging import Staging
 
 if TYPE_CHECKING:  # the driver uses this module, and does without torch
@@ -83,7 +84,7 @@ class MlflowLogger:
 
     def start(self) -> None:
         """Begin an attempt: the MLflow run is running, and this machine's system metrics are logged to it."""
-        self._put({"kind": "start", "attempt": ATTEMPT})
+        self._put(Start(ATTEMPT))
 
     @property
     def run_id(self) -> str | None:
@@ -133,17 +134,17 @@ class MlflowLogger:
 
     def params(self, values: dict[str, Any]) -> None:
         """Log parameters; MLflow keeps the first value of each for good, and a later one is not sent."""
-        self._put({"kind": "params", "values": {k: str(v) for k, v in values.items()}})
+        self._put(Params({k: str(v) for k, v in values.items()}))
 
     def tags(self, values: dict[str, Any]) -> None:
-        self._put({"kind": "tags", "values": {k: str(v) for k, v in values.items()}})
+        self._put(Tags({k: str(v) for k, v in values.items()}))
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        self._put({"kind": "metrics", "step": step, "time": int(time.time() * 1000), "values": values})
+        self._put(Metrics(step, int(time.time() * 1000), values))
 
     def text(self, text: str, to: str) -> None:
         """Log `text` as the artifact file `to`."""
-        self._put({"kind": "text", "text": text, "to": to})
+        self._put(Text(text, to))
 
     def folder(self, source: Path, to: str) -> None:
         """Log a directory's files below the artifact path `to`, as they are now.
@@ -153,7 +154,7 @@ class MlflowLogger:
         Raises:
             OSError: that cannot be done.
         """
-        self._put({"kind": "folder", "source": self._staging.place_of(self._staging.link(source)), "to": to})
+        self._put(Folder(self._staging.link(source), to))
 
     def report(self, facts: "Facts") -> None:
         """Make the report and log it, once all that was logged before has arrived; the facts wait on disk.
@@ -161,12 +162,11 @@ class MlflowLogger:
         Raises:
             OSError: they cannot be written there.
         """
-        self._put({"kind": "report", "source": self._staging.place_of(self._staging.save(REPORT, facts.save))})
+        self._put(Report(self._staging.save(REPORT, facts.save)))
 
     def model(self, checkpoint: Storage, register: str | None) -> None:
         """Log a checkpoint's model as the run's model, also in the registry where a name is given."""
-        source = self._staging.place_of(checkpoint.local) if checkpoint.local else checkpoint.uri
-        self._put({"kind": "model", "source": source, "register": register})
+        self._put(Model(checkpoint.name, register))
 
     def close(
         self,
@@ -185,7 +185,7 @@ class MlflowLogger:
         Returns:
             How many records still wait in the spool.
         """
-        self._put({"kind": "end", "status": status})
+        self._put(End(status))
         return self.drain(patience_s, limit_s, heartbeat)
 
     def drain(self, patience_s: float, limit_s: float = math.inf, heartbeat: Callable[[], None] = lambda: None) -> int:
@@ -261,26 +261,28 @@ class MlflowLogger:
 
     def _send_waiting(self) -> None:
         if self._run is None:
-            run = MlflowRun(self._target, follow=True)
+            run = MlflowRun(self._target, follow=True, staging=self._folder)
             if self._outbox.is_new or self._backlog:  # perhaps another machine has sent some of it
                 self._outbox.skip(run.last_steps())
             self._run = run
         waiting = self._outbox.head()
         while waiting and not self._abandoned.is_set():
             batch = leading_metrics(waiting, MAX_METRICS) or waiting[:1]
-            records = [self._staging.placed(record) for record, _ in batch]
-            self._staging.in_use = records[0].get("source")
+            first = batch[0][0]
+            self._staging.in_use = first.staged if isinstance(first, Staged) else None
             self._check_claim()
             try:
-                self._run.send(records)
+                self._run.send([record for record, _ in batch])
             except ReportError as e:
                 self._on_problem(f"no report is made: {reason(e)}")
             except Exception as e:
                 if not mlflow_refuses(e):
                     raise
-                self._on_problem(f"MLflow refused a record of kind {records[0]['kind']}, dropped: {reason(e)}")
-                if records[0]["kind"] == "folder":
-                    shutil.rmtree(records[0]["source"], ignore_errors=True)
+                self._on_problem(
+                    f"MLflow refused a record of kind {type(first).__name__.lower()}, dropped: {reason(e)}"
+                )
+                if isinstance(first, Staged):
+                    shutil.rmtree(self._folder / first.staged, ignore_errors=True)
             self._staging.in_use = None
             self._answered = time.monotonic()
             self._outbox.mark_sent(batch[-1][1])

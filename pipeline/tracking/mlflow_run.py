@@ -6,7 +6,7 @@ driver uses this file too, and starts faster without torch: what imports that is
 
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.environment import SQLITE
 from pipeline.storage import Storage
 from pipeline.tracking.mlflow_store import ARTIFACTS, follow_artifacts, is_missing, open_client, reason
-from pipeline.tracking.outbox import Record
+from pipeline.tracking.records import End, Folder, Metrics, Model, Params, Record, Report, Start, Tags, Text
 from pipeline.tracking.report.charts import METRICS, History
 
 TRAINING_ID_TAG = "pipeline.training_id"
@@ -46,13 +46,14 @@ class MlflowRun:
     Args:
         follow: whether a SQLite store that was moved is told where its artifacts lie now; not by who only reads it,
             perhaps on another machine, where the same folder has another path.
+        staging: where the folders lie that records name.
 
     Raises (here and in `send`):
         Exception: MLflow raises whatever its transport raises.
     """
 
-    def __init__(self, target: Target, *, follow: bool = False):
-        self._uri, self._folder, self._follows = target.uri, target.run, follow
+    def __init__(self, target: Target, *, follow: bool = False, staging: Path = Path()):
+        self._uri, self._folder, self._follows, self._staging = target.uri, target.run, follow, staging
         self._monitor: Any = None
         self._client = open_client(target.uri)
         self.experiment_id = self._experiment(target.experiment)
@@ -97,44 +98,46 @@ class MlflowRun:
         for file in files:
             self._client.log_artifact(self.id, str(file), REPORT)
 
-    def send(self, records: list[Record]) -> None:
+    def send(self, records: Sequence[Record]) -> None:
         """Log several records of metrics, or one of another kind. A record that was sent before changes nothing."""
         from mlflow.entities import Metric, Param, RunTag
 
-        record, client = records[0], self._client
-        match record["kind"]:
-            case "metrics":
-                metrics = [Metric(k, v, r["time"], r["step"]) for r in records for k, v in r["values"].items()]
-                client.log_batch(self.id, metrics=metrics)
-            case "params":
+        client = self._client
+        match records[0]:
+            case Metrics():
+                metrics = [r for r in records if isinstance(r, Metrics)]
+                values = [Metric(k, v, r.time, r.step) for r in metrics for k, v in r.values.items()]
+                client.log_batch(self.id, metrics=values)
+            case Params(values):
                 known = client.get_run(self.id).data.params
-                client.log_batch(self.id, params=[Param(k, v) for k, v in record["values"].items() if k not in known])
-            case "tags":
-                client.log_batch(self.id, tags=[RunTag(k, v) for k, v in record["values"].items()])
-            case "text":
-                client.log_text(self.id, record["text"], record["to"])
-            case "folder":
-                if Path(record["source"]).exists():  # else it was sent, or has given way on a full disk
-                    client.log_artifacts(self.id, record["source"], record["to"])
-                    shutil.rmtree(record["source"])
-            case "model":
-                self.publish(Storage(record["source"]), record.get("register"))
-            case "report":
-                self._report(Path(record["source"]))
-            case "start":
+                client.log_batch(self.id, params=[Param(k, v) for k, v in values.items() if k not in known])
+            case Tags(values):
+                client.log_batch(self.id, tags=[RunTag(k, v) for k, v in values.items()])
+            case Text(text, to):
+                client.log_text(self.id, text, to)
+            case Folder(staged, to):
+                if (self._staging / staged).exists():  # else it was sent, or has given way on a full disk
+                    client.log_artifacts(self.id, str(self._staging / staged), to)
+                    shutil.rmtree(self._staging / staged)
+            case Model(checkpoint, register):
+                self.publish(checkpoint, register)
+            case Report(staged):
+                self._report(self._staging / staged)
+            case Start(attempt):
                 client.update_run(self.id, status="RUNNING")
                 client.set_tag(self.id, RUN_TAG, self._folder)  # it may lie elsewhere now
-                if record["attempt"] == ATTEMPT and self._monitor is None:  # else it is sent once more
+                if attempt == ATTEMPT and self._monitor is None:  # else it is sent once more
                     self._monitor_system()
-            case "end":
+            case End(status):
                 self.stop_monitor()
-                client.set_terminated(self.id, record["status"])
+                client.set_terminated(self.id, status)
 
-    def publish(self, place: Storage, name: str | None) -> int | None:
-        """Log the model of a checkpoint, and register it where a `name` is given: see `published.Publisher`."""
+    def publish(self, checkpoint: str, name: str | None) -> int | None:
+        """Log the model of a checkpoint of this name, and register it where a `name` is given."""
         from pipeline.tracking.registry import ModelRegistry
 
         publisher = ModelRegistry(self._client, self._uri, self.experiment_id, self.id)
+        place = Storage(self._folder) / "checkpoints" / checkpoint
         model_id = publisher.log(place)
         return None if name is None else publisher.register(model_id, name, place, {RUN_TAG: self._folder})
 
@@ -223,8 +226,8 @@ def fetch_checkpoints(uri: str, run_id: str, to: Path) -> Iterator[Path]:
         raise ConnectionError(f"MLflow at {uri} does not give the checkpoints of run {run_id}: {reason(e)}") from None
 
 
-def register(target: Target, place: Storage, name: str) -> int:
-    """Log the model of a checkpoint to its training's MLflow run, as far as it is not there, and register it.
+def register(target: Target, checkpoint: str, name: str) -> int:
+    """Log the model of a training's checkpoint to its MLflow run, as far as it is not there, and register it.
 
     Returns:
         The version of the registered model `name`.
@@ -239,7 +242,7 @@ def register(target: Target, place: Storage, name: str) -> int:
         run = MlflowRun(target)
         if run.is_new:  # of a training that was logged elsewhere; nothing else would end it
             open_client(target.uri).set_terminated(run.id)
-        made = run.publish(place, name)
+        made = run.publish(checkpoint, name)
     except (MlflowException, OSError) as e:
         raise ConnectionError(f"MLflow at {target.uri} does not take the model: {reason(e)}") from None
     assert made is not None, "it has a name"
@@ -254,7 +257,7 @@ def try_out(uri: str, experiment: str) -> None:
     """
     run = MlflowRun(Target(uri, experiment, "doctor", uuid.uuid4().hex))
     try:
-        run.send([{"kind": "metrics", "time": 0, "step": 1, "values": {"doctor": 1.0}}])
+        run.send([Metrics(1, 0, {"doctor": 1.0})])
         if run.last_steps() != {"doctor": 1}:
             raise OSError("what was written does not come back")
     finally:

@@ -10,11 +10,10 @@ import uuid
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from pipeline.storage import fsync
+from pipeline.tracking.records import Metrics, Record, Staged, from_line, parse_lines, to_line
 
-Record = dict[str, Any]
 FILE, ID = "spool.jsonl", "id"
 HEAD_BYTES = 2**20
 LOCK_WAIT_S = 30.0
@@ -28,7 +27,7 @@ class Outbox:
 
     Attributes:
         id: tells it from the spools that the same training has on other machines.
-        staged: the folders that records of its file are of.
+        staged: the names of the folders that records of its file are of.
     """
 
     def __init__(self, folder: Path, on_problem: Callable[[str], None]):
@@ -39,12 +38,11 @@ class Outbox:
         self._unwritten: list[bytes] = []  # what a full disk keeps from the file
         self._skipped: dict[str, int] = {}
         content = self.path.read_bytes() if self.path.exists() else b""
-        sent = _parse(self._sent_path.read_bytes(), "bytes", "last_step") if self._sent_path.exists() else None
+        self._sent, self._last_step = 0, dict[str, int]()
         # Whether nothing was ever sent from here, as far as is known; MLflow may know better.
-        self.is_new = sent is None
+        self.is_new = not self._read_sent()
+        self._sent = min(self._sent, len(content))
         self._num_emptied = 0
-        self._sent: int = min((sent or {}).get("bytes", 0), len(content))
-        self._last_step: dict[str, int] = (sent or {}).get("last_step", {})
         lines, records = parse_lines(content[self._sent :])
         if len(records) < len(lines):
             on_problem(f"{len(lines) - len(records)} unreadable lines of {self.path} are left out")
@@ -53,7 +51,7 @@ class Outbox:
             _replace(self.path, sound)
         for record in records:
             self._note_steps(record)
-        self.staged = [record for record in records if "source" in record]
+        self.staged = {record.staged for record in records if isinstance(record, Staged)}
         self._file = self.path.open("ab+", buffering=0)
         self._lock_file()
         self._end = len(sound)  # of what is whole in the file
@@ -61,6 +59,14 @@ class Outbox:
         if not self._id_path.exists():
             _replace(self._id_path, uuid.uuid4().hex.encode())
         self.id = self._id_path.read_text(encoding="utf-8")
+
+    def _read_sent(self) -> bool:
+        try:
+            note = json.loads(self._sent_path.read_bytes())
+            self._sent, self._last_step = note["bytes"], note["last_step"]
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return False
+        return True
 
     def _lock_file(self) -> None:
         """Wait for `pipeline sync`, or a process that ends; not for ever, as one may hang."""
@@ -80,7 +86,8 @@ class Outbox:
 
     def append(self, record: Record) -> None:
         with self._lock:
-            record = _without(record, self._last_step)
+            if isinstance(record, Metrics):
+                record = record.after(self._last_step)
             self._note_steps(record)
             self._unwritten.append(to_line(record))
             self._write()
@@ -161,7 +168,9 @@ class Outbox:
         for line in os.pread(self._file.fileno(), end - start, start).splitlines(keepends=True):
             if line.endswith(b"\n"):
                 start += len(line)
-                records.append((_without(json.loads(line), self._skipped), start))
+                record = from_line(line)
+                assert record is not None, "only records are written here"
+                records.append((record.after(self._skipped) if isinstance(record, Metrics) else record, start))
         return records
 
     def _write(self) -> None:
@@ -182,16 +191,15 @@ class Outbox:
             self._problem = False
 
     def _note_steps(self, record: Record) -> None:
-        if record["kind"] == "metrics":
-            self._last_step.update(dict.fromkeys(record["values"], record["step"]))
+        if isinstance(record, Metrics):
+            self._last_step.update(dict.fromkeys(record.values, record.step))
 
 
 def leading_metrics(waiting: list[tuple[Record, int]], max_values: int) -> list[tuple[Record, int]]:
     """The metrics records at the head of the queue that have so many values."""
-    batch, size = [], 0
+    batch, size = list[tuple[Record, int]](), 0
     for record, end in waiting:
-        size += len(record.get("values", ()))
-        if record["kind"] != "metrics" or size > max_values:
+        if not isinstance(record, Metrics) or (size := size + len(record.values)) > max_values:
             break
         batch.append((record, end))
     return batch
@@ -233,30 +241,3 @@ def _replace(path: Path, content: bytes) -> None:
     temporary.write_bytes(content)
     fsync(temporary)
     temporary.replace(path)
-
-
-def parse_lines(content: bytes) -> tuple[list[bytes], list[Record]]:
-    """The whole lines, and the records of those that are sound."""
-    lines = content.rpartition(b"\n")[0].splitlines()  # a killed process may leave half a line
-    return lines, [record for line in lines if (record := _parse(line, "kind")) is not None]
-
-
-def to_line(record: Record) -> bytes:
-    return json.dumps(record).encode() + b"\n"
-
-
-def _without(record: Record, last_step: dict[str, int]) -> Record:
-    """A record less the metrics of steps up to these."""
-    if record["kind"] != "metrics":
-        return record
-    fresh = {k: v for k, v in record["values"].items() if record["step"] > last_step.get(k, -1)}
-    return {**record, "values": fresh}
-
-
-def _parse(line: bytes, *keys: str) -> Record | None:
-    """A JSON object that has these keys, or None."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) and record.keys() >= set(keys) else None

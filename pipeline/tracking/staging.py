@@ -3,25 +3,23 @@
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from pathlib import Path
-
-from pipeline.tracking.outbox import Record
 
 
 class Staging:
-    """Staged folders, each below a directory by its name and a time.
+    """Staged folders, each below a directory by a name of its own, which is what records say.
 
     Attributes:
-        in_use: path of the one that is being uploaded.
+        in_use: the one that is being uploaded.
     """
 
     def __init__(self, folder: Path):
         self._folder = folder
         self.in_use: str | None = None
 
-    def link(self, source: Path) -> Path:
-        """Stage a folder's files as they are now.
+    def link(self, source: Path) -> str:
+        """Stage a folder's files as they are now; return the new folder's name.
 
         Raises:
             OSError: that cannot be done.
@@ -30,8 +28,8 @@ class Staging:
         ignore = shutil.ignore_patterns(".*")
         return self.save(source.name, lambda to: shutil.copytree(source, to, True, ignore, _link, dirs_exist_ok=True))
 
-    def save(self, name: str, write: Callable[[Path], object]) -> Path:
-        """Stage what `write` puts into a folder.
+    def save(self, name: str, write: Callable[[Path], object]) -> str:
+        """Stage what `write` puts into a folder; return the folder's name.
 
         Raises:
             OSError: it cannot.
@@ -43,14 +41,14 @@ class Staging:
         except OSError:
             shutil.rmtree(staged, ignore_errors=True)
             raise
-        return staged
+        return staged.name
 
     def give_way(self) -> str | None:
         """Delete the oldest checkpoint that is staged, for a disk that is full; what that ends, if any.
 
         One whose files are here alone if there is one; the checkpoint of another one can be deleted next.
         """
-        waiting = [staged for staged in self._folder.glob("step_*.*/") if str(staged) != self.in_use]
+        waiting = [staged for staged in self._folder.glob("step_*.*/") if staged.name != self.in_use]
         waiting.sort(key=lambda staged: (any(file.stat().st_nlink > 1 for file in staged.iterdir()), staged.suffix))
         for staged in waiting[:1]:
             hidden = staged.with_name(f".{staged.name}")  # what is half deleted is not sent
@@ -59,22 +57,11 @@ class Staging:
             return f"the upload of {staged.stem} to MLflow"
         return None
 
-    def remove_others(self, waiting: Iterable[Record]) -> None:
+    def remove_others(self, waiting: Collection[str]) -> None:
         """Delete what a process has left that was killed while it staged or deleted a folder."""
-        staged = {self.placed(record).get("source") for record in waiting}
         for path in self._folder.glob("*.*/"):
-            if path.suffix[1:].isdecimal() and str(path) not in staged:
+            if path.suffix[1:].isdecimal() and path.name not in waiting:
                 shutil.rmtree(path, ignore_errors=True)
-
-    def place_of(self, path: Path) -> str:
-        """As records have a path: in the run's folder, which may be moved while they wait."""
-        run = self._folder.parent
-        return str(path.relative_to(run) if path.is_relative_to(run) else path)
-
-    def placed(self, record: Record) -> Record:
-        """With the path where it is now."""
-        source = record.get("source")
-        return record if source is None or "://" in source else {**record, "source": str(self._folder.parent / source)}
 
 
 def _link(source: str, target: str) -> None:

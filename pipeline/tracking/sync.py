@@ -32,19 +32,19 @@ def sync(run: Storage, report: Callable[[str], None], patience_s: float = 10.0) 
     """
     claim, last = Claim.last(run), RunManifest.read(run, report)
     folder, is_open = run.local_dir / FOLDER, last is not None and last.open
-    name, kept = ("", []) if run.local else backlog.read(run)
-    if outbox.is_in_use(folder) or (is_open and kept and kept[0]["id"] != outbox.owner(folder)):
+    saved = None if run.local else backlog.read(run)
+    if outbox.is_in_use(folder) or (is_open and saved and saved.owner != outbox.owner(folder)):
         raise UserError(
             f"the last attempt of {run} has not told of its end: it may be trained just now; where it is not, "
             "train it again, which sends all that waits"
         )
-    target = Target(**kept[0]["target"]) if kept else _target(folder / TARGET)
+    target = saved.target if saved else _target(folder / TARGET)
     if target is None:
         raise UserError(f"{folder} holds nothing that waits for MLflow")
     target = _moved(target, run)
     logger = MlflowLogger(target, folder, report, claim)  # a training that begins now sends what is left
-    if name:
-        logger.adopt(name)
+    if saved:
+        logger.adopt(saved.name)
     waiting = logger.close("KILLED", patience_s) if is_open else logger.drain(patience_s)
     return target, logger.run_id, waiting
 

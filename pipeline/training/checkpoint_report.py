@@ -19,7 +19,7 @@ from pipeline.storage import Storage, make_folder
 from pipeline.tracking import backlog, mlflow_run, mlflow_store, outbox, summary
 from pipeline.tracking.mlflow_logger import FOLDER
 from pipeline.tracking.mlflow_run import MlflowRun, Target
-from pipeline.tracking.outbox import Record
+from pipeline.tracking.records import Metrics, Record
 from pipeline.tracking.report.charts import METRICS, History
 from pipeline.tracking.report.page import NUM_MISTAKES, Facts, find_mistakes, write_report
 from pipeline.training.inference import evaluate_checkpoint
@@ -53,7 +53,8 @@ def report(found: Checkpoint, out: Path, data: str | None, mlflow_uri: str | Non
     """
     run, cfg = found.place.parent.parent, load(found.file(checkpoint.CONFIG))
     make_folder(out)
-    waiting = [*outbox.kept(run.local_dir / FOLDER), *backlog.read(run)[1]]
+    saved = backlog.read(run)
+    waiting = [*outbox.kept(run.local_dir / FOLDER), *(saved.records if saved else [])]
     quicker = "`pipeline evaluate RUN train.precision=fp32` gives the scores sooner"
     said, index = evaluate_checkpoint(found.place, data, warn, fix=quicker)
     with closing(EvalLoader(index, cfg.data, LoaderContext.here(), _sound, batch=NUM_MISTAKES)) as loader:
@@ -98,9 +99,9 @@ def _with_waiting(logged: History, waiting: Iterable[Record]) -> History:
     """The curves that MLflow has, with what it has not got yet."""
     points = {metric: dict(logged.get(metric, ())) for metric in METRICS}
     for record in waiting:
-        if record["kind"] == "metrics":
-            for metric in record["values"].keys() & points.keys():
-                points[metric][record["step"]] = record["values"][metric]
+        if isinstance(record, Metrics):
+            for metric in record.values.keys() & points.keys():
+                points[metric][record.step] = record.values[metric]
     return {metric: sorted(curve.items()) for metric, curve in points.items() if curve}
 
 

@@ -28,10 +28,16 @@ from pipeline.tracking.mlflow_logger import MlflowLogger
 from pipeline.tracking.mlflow_run import ATTEMPT, MlflowRun, Target, find_run
 from pipeline.tracking.mlflow_store import tracking_uri
 from pipeline.tracking.outbox import Outbox
+from pipeline.tracking.records import End, Metrics, Record, Start, Text
 
 
-def metric(step: int, value: float = 0.0, name: str = "loss") -> dict[str, object]:
-    return {"kind": "metrics", "step": step, "time": 0, "values": {name: value}}
+def metric(step: int, value: float = 0.0, name: str = "loss") -> Metrics:
+    return Metrics(step, 0, {name: value})
+
+
+def unsent(outbox: Outbox) -> list[Metrics]:
+    """The records that wait, all of them metrics."""
+    return [record for record, _ in outbox.unsent() if isinstance(record, Metrics)]
 
 
 def test_spool_keeps_order_and_survives_its_process(tmp_path: Path) -> None:
@@ -43,9 +49,9 @@ def test_spool_keeps_order_and_survives_its_process(tmp_path: Path) -> None:
     with outbox.path.open("ab") as f:
         f.write(b'{"kind": "metr')  # a process killed while writing
     reopened = Outbox(tmp_path, pytest.fail)
-    assert [r["step"] for r, _ in reopened.unsent()] == [2, 3]
+    assert [record.step for record in unsent(reopened)] == [2, 3]
     reopened.append(metric(4))
-    assert [r["step"] for r, _ in reopened.unsent()] == [2, 3, 4]
+    assert [record.step for record in unsent(reopened)] == [2, 3, 4]
     reopened.close()
 
 
@@ -61,7 +67,7 @@ def test_spool_drops_steps_that_were_logged_before(tmp_path: Path) -> None:
     outbox.close()
     reopened = Outbox(tmp_path, pytest.fail)
     reopened.append(metric(30))
-    values = [(r["step"], r["values"]) for r, _ in reopened.unsent() if r["values"]]
+    values = [(record.step, record.values) for record in unsent(reopened) if record.values]
     assert values == [(30, {"loss": 0.0}), (10, {"other": 0.0})]
     reopened.close()
 
@@ -73,21 +79,21 @@ def test_a_long_backlog_is_taken_in_parts_and_keeps_no_step_waiting(
     outbox, parse = Outbox(tmp_path, print), json.loads
     for step in range(1000):
         outbox.append(metric(step))
-    outbox.append({"kind": "text", "text": "x" * 10_000, "to": "large"})
+    outbox.append(Text("x" * 10_000, "large"))
     outbox.append(metric(1000))
 
     def checked(line: bytes) -> object:
         assert not outbox._lock.locked()
         return parse(line)
 
-    seen = list[dict[str, object]]()
+    seen = list[Record]()
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.tracking.outbox.json.loads", checked)
         while head := outbox.head(max_bytes=1000):
             assert len(head) < 20
             seen += [record for record, _ in head]
             outbox.mark_sent(head[-1][1])
-    assert [record.get("step") for record in seen] == [*range(1000), None, 1000]
+    assert [getattr(record, "step", None) for record in seen] == [*range(1000), None, 1000]
     assert outbox.unsent() == []
     outbox.close()
 
@@ -101,7 +107,7 @@ def test_spool_leaves_out_what_it_cannot_read(tmp_path: Path) -> None:
     problems: list[str] = []
     reopened = Outbox(tmp_path, problems.append)
     reopened.append(metric(2))
-    assert [r["step"] for r, _ in reopened.unsent()] == [1, 2]
+    assert [record.step for record in unsent(reopened)] == [1, 2]
     assert len(problems) == 1
     assert "2 unreadable lines of" in problems[0]
     reopened.close()
@@ -123,7 +129,7 @@ def test_a_spool_that_is_cleaned_up_is_whole_at_any_time(tmp_path: Path, monkeyp
         with pytest.raises(OSError, match="Input/output error"):
             Outbox(tmp_path, pytest.fail)
     reopened = Outbox(tmp_path, pytest.fail)
-    assert [r["step"] for r, _ in reopened.unsent()] == [1]
+    assert [record.step for record in unsent(reopened)] == [1]
     reopened.close()
 
 
@@ -131,7 +137,7 @@ def test_a_limited_end_does_not_wait_for_a_long_backlog(tmp_path: Path, monkeypa
     """As where a node is drained: MLflow answers, but slowly."""
     send = MlflowRun.send
 
-    def slow(run: MlflowRun, records: list[dict[str, object]]) -> None:
+    def slow(run: MlflowRun, records: list[Record]) -> None:
         time.sleep(0.5)
         send(run, records)
 
@@ -142,6 +148,7 @@ def test_a_limited_end_does_not_wait_for_a_long_backlog(tmp_path: Path, monkeypa
     began = time.monotonic()
     assert one.close("KILLED", 60, limit_s=1.0) > 0
     assert time.monotonic() - began < 20
+    one.drain(60)  # closes the outbox
 
 
 def test_a_disk_that_fails_in_the_middle_of_a_record_tears_none(
@@ -167,13 +174,13 @@ def test_a_disk_that_fails_in_the_middle_of_a_record_tears_none(
     monkeypatch.setattr(outbox, "_file", Failing())
     for step in (2, 3):
         outbox.append(metric(step))
-    assert [record["step"] for record, _ in outbox.unsent()] == [1]
+    assert [record.step for record in unsent(outbox)] == [1]
     assert len(problems) == 1
     monkeypatch.setattr(outbox, "_file", real)
     outbox.append(metric(4))
     outbox.close()
     reopened = Outbox(tmp_path, pytest.fail)
-    assert [record["step"] for record, _ in reopened.unsent()] == [1, 2, 3, 4]
+    assert [record.step for record in unsent(reopened)] == [1, 2, 3, 4]
     reopened.close()
 
 
@@ -207,11 +214,11 @@ def test_a_folder_that_is_away_for_a_while_does_not_hurt(tmp_path: Path) -> None
     with pytest.raises(OSError, match="No such file"):
         outbox.mark_sent(first)
     (tmp_path / "away").rename(tmp_path / "here")
-    assert [r["step"] for r, _ in outbox.unsent()] == [1, 2]
+    assert [record.step for record in unsent(outbox)] == [1, 2]
     outbox.mark_sent(first)
     outbox.close()
     reopened = Outbox(tmp_path / "here", pytest.fail)
-    assert [r["step"] for r, _ in reopened.unsent()] == [2]
+    assert [record.step for record in unsent(reopened)] == [2]
     reopened.close()
 
 
@@ -318,13 +325,13 @@ def test_system_metrics_go_on_after_a_call_that_fails(tmp_path: Path, monkeypatc
         return ask(client, run_id)
 
     monkeypatch.setattr(mlflow.MlflowClient, "get_run", get_run)
-    run.send([{"kind": "start", "attempt": ATTEMPT}])
+    run.send([Start(ATTEMPT)])
     deadline = time.monotonic() + 60
     while not any(key.startswith("system/") for key in run.last_steps()):
         assert time.monotonic() < deadline
         time.sleep(0.2)
     assert next(fails, None) is None, "it has failed twice"
-    run.send([{"kind": "end", "status": "FINISHED"}])
+    run.send([End("FINISHED")])
 
 
 def test_the_oldest_folder_gives_way_on_a_full_disk_and_blocks_nothing(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from pipeline.storage import Storage
 from pipeline.tracking import pyfunc_model
 from pipeline.tracking.mlflow_logger import TARGET
 from pipeline.tracking.mlflow_run import MlflowRun, Target
+from pipeline.tracking.records import Model
 from pipeline.training import inference
 
 
@@ -248,7 +249,7 @@ def test_a_training_registers_its_model_once(
     target = Target(**json.loads((Path(trained["run_dir"]) / "mlflow" / TARGET).read_text()))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     for _ in range(2):  # by one process: MLflow sets the variable for a new store only
-        MlflowRun(target).send([{"kind": "model", "source": trained["checkpoint"], "register": "digits"}])
+        MlflowRun(target).send([Model(Path(trained["checkpoint"]).name, "digits")])
         assert "MLFLOW_TRACKING_URI" not in os.environ
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/elsewhere.db")  # the process's own: a new process has another one
     monkeypatch.delenv("MLFLOW_TRACKING_URI")  # which that sets, too

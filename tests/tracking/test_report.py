@@ -27,6 +27,7 @@ from pipeline.tracking import summary
 from pipeline.tracking.metrics import Predictions
 from pipeline.tracking.mlflow_logger import MlflowLogger
 from pipeline.tracking.mlflow_run import MlflowRun, Target
+from pipeline.tracking.records import Report
 from pipeline.tracking.report import charts
 from pipeline.tracking.report.page import MAX_MATRIX, NUM_MISTAKES, Facts, Mistake, write_report
 from pipeline.training import recorder
@@ -288,7 +289,7 @@ def test_a_report_that_was_logged_is_not_asked_for_twice(trained: dict[str, Any]
     identity = json.loads((Path(trained["run_dir"]) / "run.json").read_text())
     run = MlflowRun(Target(trained["mlflow_uri"], "pipeline", trained["run_dir"], identity["training_id"]))
     before = (fetched(trained["mlflow_uri"], run.id, tmp_path) / "report.html").read_bytes()
-    run.send([{"kind": "report", "source": str(tmp_path / "gone")}])
+    run.send([Report(str(tmp_path / "gone"))])
     (tmp_path / "again").mkdir()
     assert (fetched(trained["mlflow_uri"], run.id, tmp_path / "again") / "report.html").read_bytes() == before
 
@@ -506,7 +507,8 @@ def test_what_waits_continues_mlflows_curves(
     shutil.copytree(trained["run_dir"], run)
     waiting = [{"kind": "metrics", "time": 0, "step": step, "values": {"train/loss": 9.0, "x": 1}} for step in (5, 6)]
     (run / "mlflow/spool.jsonl").write_text(json.dumps(waiting[1]) + "\n")
-    kept = [{"kind": "spool", "id": "another", "target": {}}, {"kind": "tags"}, waiting[0]]
+    target = {"uri": "", "experiment": "", "run": "", "training_id": ""}
+    kept = [{"owner": "another", "target": target}, {"kind": "tags"}, waiting[0]]
     (run / "mlflow-backlog").mkdir()
     (run / "mlflow-backlog/00000001.jsonl").write_text("".join(json.dumps(one) + "\n" for one in kept))
     code, out, _ = report(capsys, run, "--out", tmp_path / "out", "--mlflow-uri", trained["mlflow_uri"], "--json")

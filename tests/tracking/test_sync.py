@@ -18,6 +18,7 @@ from pipeline.tracking.mlflow_logger import MlflowLogger
 from pipeline.tracking.mlflow_run import MlflowRun, Target
 from pipeline.tracking.mlflow_store import store_beside, tracking_uri
 from pipeline.tracking.outbox import Outbox
+from pipeline.tracking.records import Record
 from pipeline.tracking.sync import _moved, sync
 
 
@@ -156,7 +157,7 @@ def test_a_training_that_begins_meanwhile_sends_the_rest(tmp_path: Path, monkeyp
     leave_waiting(run, tracking_uri(None, Storage(tmp_path)), monkeypatch, 1, 2, folder=tmp_path / "step_1")
     RunManifest(training_id="id").begin(0).end().write(run)
 
-    def begins(self: MlflowRun, records: list[dict[str, object]]) -> None:
+    def begins(self: MlflowRun, records: list[Record]) -> None:
         send(self, records)
         Claim.take(run)
 
