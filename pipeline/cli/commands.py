@@ -39,8 +39,8 @@ def train(args: argparse.Namespace) -> Outcome:
             result = supervisor.train(cfg, label, resume_from, view, began=clock.BEGAN)
         except TrainingFailedError as e:
             return {"status": "failed", "run": view.run, "error": str(e)}, [f"failed: {e}"], FAILED
-    result = summary.completed(result)
-    summary.keep(result, warn)
+    result = summary.complete(result)
+    summary.save(result, warn)
     return result, format_summary(result), INTERRUPTED if result["status"] == "interrupted" else DONE
 
 

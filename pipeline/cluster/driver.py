@@ -85,9 +85,9 @@ def _tell_end(spec: RunSpec, attempts: int, error: TrainingFailedError | Interru
     failure = str(error)[:500] if has_failed else ""
     manifest.replaced(manifest.end(failure), spec.run, spec.claim)
     logger = MlflowLogger.of_run(spec.cfg.mlflow, spec.run, manifest.training_id, lambda _: None, spec.claim)
-    logger.adopt(spec.attempt_name(manifest.attempts))
+    logger.take_backlog(spec.attempt_name(manifest.attempts))
     if has_failed:
-        logger.tags({"pipeline.failure": failure})
+        logger.set_tags({"pipeline.failure": failure})
     logger.close("FAILED" if has_failed else "KILLED", *MLFLOW_HANDOVER_S)
 
 

@@ -39,7 +39,7 @@ class Backlog:
         Raises:
             OSError: the storage does not take it, or the outbox cannot be read.
         """
-        lines, on_disk = self._outbox.waiting()
+        lines, on_disk = self._outbox.unsent_lines()
         # What a full disk keeps from the outbox's file is here alone: nobody's, so that this machine takes it, too.
         header = {"owner": self._outbox.id if on_disk else "", "target": asdict(self._target)}
         (self._run / FOLDER).write_bytes(self._name, json.dumps(header).encode() + b"\n" + lines)
@@ -56,7 +56,7 @@ class Backlog:
         if saved is not None and saved.owner != self._outbox.id:
             theirs = [record for record in saved.records if not isinstance(record, Staged)]
             ours = [record for record, _ in self._outbox.unsent() if isinstance(record, Staged)]
-            self._outbox.start_anew([*theirs, *ours])
+            self._outbox.replace([*theirs, *ours])
         self.save()
         with suppress(OSError):  # not every login may delete
             for name in (self._run / FOLDER).names():

@@ -50,7 +50,7 @@ def find_run(reference: str, storage: Storage, mlflow_uri: str | None) -> Storag
 
 
 def find_checkpoint(
-    reference: str, storage: Storage, mlflow_uri: str | None, report: Callable[[str], None] = lambda _: None
+    reference: str, storage: Storage, mlflow_uri: str | None, warn: Callable[[str], None] = lambda _: None
 ) -> Checkpoint:
     """The checkpoint that a user means by a run's name, an MLflow run id, a path or a URI.
 
@@ -59,7 +59,7 @@ def find_checkpoint(
     Args:
         storage: where runs lie.
         mlflow_uri: the store to look an MLflow run id up in; None is the usual one of `storage`.
-        report: told of newer checkpoints that are damaged.
+        warn: told of newer checkpoints that are damaged.
 
     Raises:
         UserError: nothing of that name, or no valid checkpoint in it.
@@ -68,7 +68,7 @@ def find_checkpoint(
         return _read(place)
     run = find_run(reference, storage, mlflow_uri)
     if run is not None:
-        return _newest(run, report)
+        return _newest(run, warn)
     raise no_such_run(reference, storage, mlflow_uri)
 
 
@@ -88,24 +88,24 @@ def find_weights(reference: str, storage: Storage, mlflow_uri: str | None) -> st
 
 
 def find_to_resume(
-    reference: str, storage_uri: str | None, mlflow_uri: str | None, report: Callable[[str], None]
+    reference: str, storage_uri: str | None, mlflow_uri: str | None, warn: Callable[[str], None]
 ) -> Checkpoint:
     """As `find_checkpoint`; where an MLflow run's folder is lost, its newest valid checkpoint among MLflow's artifacts.
 
     Args:
         storage_uri: where runs lie, and where the run is to lie again; None: "runs", and where it was.
-        report: told of damaged artifacts.
+        warn: told of damaged artifacts.
     """
     storage = open_storage(storage_uri or "runs")
     run = find_run(reference, storage, mlflow_uri)
     if run is None or not MLFLOW_RUN_ID.fullmatch(reference) or (run / "checkpoints").names():
         return find_checkpoint(reference, storage, mlflow_uri)
     place = storage / run.name if storage_uri else run
-    _fetch(place, tracking_uri(mlflow_uri, storage), reference, report)
+    _fetch(place, tracking_uri(mlflow_uri, storage), reference, warn)
     return _newest(place)
 
 
-def _fetch(run: Storage, uri: str, mlflow_id: str, report: Callable[[str], None]) -> None:
+def _fetch(run: Storage, uri: str, mlflow_id: str, warn: Callable[[str], None]) -> None:
     """Put the newest valid checkpoint that MLflow has into the run's folder; it says which training the run is."""
     problems: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -113,10 +113,10 @@ def _fetch(run: Storage, uri: str, mlflow_id: str, report: Callable[[str], None]
             try:
                 found = checkpoint.load(Storage(path))
             except CheckpointError as e:
-                report(f"of MLflow's artifacts: {e}")
+                warn(f"of MLflow's artifacts: {e}")
                 problems.append(str(e))
                 continue
-            there = RunManifest.read(run, report)
+            there = RunManifest.read(run, warn)
             if there is not None and there.training_id != found.meta["training_id"]:
                 raise UserError(f"run.storage={run.parent}: its {run.name} is another training; name another place")
             place = run / "checkpoints" / path.name
@@ -174,7 +174,7 @@ def _read(place: Storage) -> Checkpoint:
         raise UserError(str(e)) from None
 
 
-def _newest(run: Storage, report: Callable[[str], None] = lambda _: None) -> Checkpoint:
+def _newest(run: Storage, warn: Callable[[str], None] = lambda _: None) -> Checkpoint:
     problems: list[str] = []
     try:
         found = checkpoint.newest_valid(run / "checkpoints", problems.append)
@@ -183,5 +183,5 @@ def _newest(run: Storage, report: Callable[[str], None] = lambda _: None) -> Che
     if found is None:
         raise UserError(f"{run} has no valid checkpoint" + (f": {problems[0]}" if problems else " yet"))
     for problem in problems:
-        report(problem)
+        warn(problem)
     return found

@@ -1,7 +1,7 @@
 """MLflow, off the training's path.
 
-What is to be logged is appended to a spool, a file in the run's directory, and training goes on. A
-thread sends the spool's records to MLflow, in order, and notes how far it came. A server that is away
+What is to be logged is appended to an outbox, a file in the run's directory, and training goes on. A
+thread sends the outbox's records to MLflow, in order, and notes how far it came. A server that is away
 therefore costs nothing but time: records wait, for this process, the next one that resumes the run, or
 `pipeline sync`.
 """
@@ -42,22 +42,22 @@ class MlflowLogger:
     """Logs one training to one MLflow run, through restarts and resumes.
 
     Args:
-        folder: where the spool lies.
-        on_problem: called with a line for the user when MLflow cannot be reached or refuses a record.
+        folder: where the outbox lies.
+        warn: called with a line for the user when MLflow cannot be reached or refuses a record.
         claim: to the run. An attempt that has lost it sends nothing more.
     """
 
-    def __init__(self, target: Target, folder: Path, on_problem: Callable[[str], None], claim: Claim | None = None):
+    def __init__(self, target: Target, folder: Path, warn: Callable[[str], None], claim: Claim | None = None):
         self._run: MlflowRun | None = None
-        self._target, self._folder, self._on_problem = target, folder, on_problem
+        self._target, self._folder, self._warn = target, folder, warn
         self._claim, self._checked = claim, -math.inf
-        self._outbox = Outbox(folder, on_problem)
+        self._outbox = Outbox(folder, warn)
         self._backlog: Backlog | None = None
         self._staging = Staging(folder)
         try:
             self._staging.remove_others(self._outbox.staged)
         except OSError as e:
-            on_problem(f"{folder} cannot be read: {e}")
+            warn(f"{folder} cannot be read: {e}")
         (folder / TARGET).write_text(json.dumps(asdict(target)), encoding="utf-8")
         self._may_connect = threading.Event()
         self._wake, self._closing, self._abandoned = threading.Event(), threading.Event(), threading.Event()
@@ -71,12 +71,12 @@ class MlflowLogger:
         cfg: MlflowConfig,
         run: Storage,
         training_id: str,
-        on_problem: Callable[[str], None],
+        warn: Callable[[str], None],
         claim: Claim | None = None,
     ) -> "MlflowLogger":
         """For the training `training_id` in the folder `run`."""
         target = Target(tracking_uri(cfg.uri, run.parent), cfg.experiment, run.uri, training_id)
-        return cls(target, run.local_dir / FOLDER, on_problem, claim)
+        return cls(target, run.local_dir / FOLDER, warn, claim)
 
     def connect(self) -> None:
         """Begin to send. Until then, or until the end, MLflow is not even imported: that takes a core for seconds."""
@@ -101,11 +101,11 @@ class MlflowLogger:
         return self._run.experiment_id if self._run else None
 
     @property
-    def outbox(self) -> Path:
+    def outbox_path(self) -> Path:
         """The file of what MLflow has not got yet."""
         return self._outbox.path
 
-    def adopt(self, attempt: str) -> None:
+    def take_backlog(self, attempt: str) -> None:
         """Send what waited on the machine that had the run before, where that was another one.
 
         Args:
@@ -119,7 +119,7 @@ class MlflowLogger:
             self._backlog = Backlog(run, self._outbox, self._target, attempt)
             self._backlog.adopt()
 
-    def keep(self) -> None:
+    def save_backlog(self) -> None:
         """Have what waits outlive this machine, where the run does.
 
         Raises:
@@ -128,25 +128,25 @@ class MlflowLogger:
         if self._backlog is not None:
             self._backlog.save()
 
-    def give_way(self) -> str | None:
-        """Give up an upload that waits, for a disk that is full, see `Staging.give_way`; what it was of, if any."""
-        return self._staging.give_way()
+    def drop_oldest_upload(self) -> str | None:
+        """Give up an upload that waits, for a disk that is full, see `Staging.drop_oldest`; what it was of, if any."""
+        return self._staging.drop_oldest()
 
-    def params(self, values: dict[str, Any]) -> None:
+    def log_params(self, values: dict[str, Any]) -> None:
         """Log parameters; MLflow keeps the first value of each for good, and a later one is not sent."""
         self._put(Params({k: str(v) for k, v in values.items()}))
 
-    def tags(self, values: dict[str, Any]) -> None:
+    def set_tags(self, values: dict[str, Any]) -> None:
         self._put(Tags({k: str(v) for k, v in values.items()}))
 
-    def metrics(self, step: int, values: dict[str, float]) -> None:
+    def log_metrics(self, step: int, values: dict[str, float]) -> None:
         self._put(Metrics(step, int(time.time() * 1000), values))
 
-    def text(self, text: str, to: str) -> None:
+    def log_text(self, text: str, to: str) -> None:
         """Log `text` as the artifact file `to`."""
         self._put(Text(text, to))
 
-    def folder(self, source: Path, to: str) -> None:
+    def log_folder(self, source: Path, to: str) -> None:
         """Log a directory's files below the artifact path `to`, as they are now.
 
         They are hard-linked aside until they are sent, so that `source` may be deleted meanwhile.
@@ -156,7 +156,7 @@ class MlflowLogger:
         """
         self._put(Folder(self._staging.link(source), to))
 
-    def report(self, facts: "Facts") -> None:
+    def log_report(self, facts: "Facts") -> None:
         """Make the report and log it, once all that was logged before has arrived; the facts wait on disk.
 
         Raises:
@@ -164,14 +164,14 @@ class MlflowLogger:
         """
         self._put(Report(self._staging.save(REPORT, facts.save)))
 
-    def model(self, checkpoint: Storage, register: str | None) -> None:
+    def log_model(self, checkpoint: Storage, register: str | None) -> None:
         """Log a checkpoint's model as the run's model, also in the registry where a name is given."""
         self._put(Model(checkpoint.name, register))
 
     def close(
         self,
         status: str,
-        patience_s: float,
+        timeout_s: float,
         limit_s: float = math.inf,
         heartbeat: Callable[[], None] = lambda: None,
     ) -> int:
@@ -179,34 +179,34 @@ class MlflowLogger:
 
         Args:
             status: FINISHED, KILLED (to be resumed) or FAILED.
-            patience_s: how long to go on trying an MLflow that fails; one that answers is waited for.
+            timeout_s: how long to go on trying an MLflow that fails; one that answers is waited for.
             limit_s: of the whole wait. heartbeat: called meanwhile.
 
         Returns:
-            How many records still wait in the spool.
+            How many records still wait in the outbox.
         """
         self._put(End(status))
-        return self.drain(patience_s, limit_s, heartbeat)
+        return self.drain(timeout_s, limit_s, heartbeat)
 
-    def drain(self, patience_s: float, limit_s: float = math.inf, heartbeat: Callable[[], None] = lambda: None) -> int:
+    def drain(self, timeout_s: float, limit_s: float = math.inf, heartbeat: Callable[[], None] = lambda: None) -> int:
         """Wait until all is sent; arguments and result as of `close`."""
         self._closing.set()
         self._may_connect.set()
         self._wake.set()
         self._answered = time.monotonic()
-        end, deadline = self._answered + limit_s, self._answered + patience_s
+        end, deadline = self._answered + limit_s, self._answered + timeout_s
         while self._thread.is_alive() and time.monotonic() < min(deadline, end):
             self._thread.join(0.1)
             heartbeat()
             if not self._failing and time.monotonic() < self._answered + MLFLOW_CALL_S:
-                deadline = time.monotonic() + patience_s
+                deadline = time.monotonic() + timeout_s
         self._abandoned.set()
         self._thread.join(1)
-        waiting = len(retry(self._outbox.unsent, self._on_problem, READ_CHECKPOINT_S))
+        waiting = len(retry(self._outbox.unsent, self._warn, READ_CHECKPOINT_S))
         try:
-            self.keep()
+            self.save_backlog()
         except OSError as e:
-            self._on_problem(f"{waiting} records for MLflow wait on this machine alone, in {self.outbox}: {e}")
+            self._warn(f"{waiting} records for MLflow wait on this machine alone, in {self.outbox_path}: {e}")
         if not self._thread.is_alive():
             self._outbox.close()
         return waiting
@@ -238,7 +238,7 @@ class MlflowLogger:
             try:
                 self._send_waiting()
             except SupersededError as e:
-                self._on_problem(f"nothing more is sent to MLflow: {e}")
+                self._warn(f"nothing more is sent to MLflow: {e}")
                 self._stop_monitor()
                 return
             except Exception as e:  # MLflow raises whatever its transport raises; none of it may end a training
@@ -246,7 +246,7 @@ class MlflowLogger:
                     file = str(getattr(e, "filename", None) or "")
                     ours = [place for place in (str(self._folder), self._target.run) if file.startswith(place)]
                     what = f"{ours[0]} cannot be used" if ours else f"MLflow at {self._target.uri} fails"
-                    self._on_problem(f"{what}, records wait in {self.outbox}: {reason(e)}")
+                    self._warn(f"{what}, records wait in {self.outbox_path}: {reason(e)}")
                 self._failing = True
                 if self._closing.is_set():  # somebody waits
                     self._abandoned.wait(RETRY_SECONDS[0])
@@ -274,13 +274,11 @@ class MlflowLogger:
             try:
                 self._run.send([record for record, _ in batch])
             except ReportError as e:
-                self._on_problem(f"no report is made: {reason(e)}")
+                self._warn(f"no report is made: {reason(e)}")
             except Exception as e:
                 if not mlflow_refuses(e):
                     raise
-                self._on_problem(
-                    f"MLflow refused a record of kind {type(first).__name__.lower()}, dropped: {reason(e)}"
-                )
+                self._warn(f"MLflow refused a record of kind {type(first).__name__.lower()}, dropped: {reason(e)}")
                 if isinstance(first, Staged):
                     shutil.rmtree(self._folder / first.staged, ignore_errors=True)
             self._staging.in_use = None

@@ -29,7 +29,7 @@ class ReportError(RuntimeError):
 
 @dataclass(frozen=True)
 class Target:
-    """The MLflow run that a spool is for; kept beside it, so that a spool can be sent without its training.
+    """The MLflow run that an outbox is for; kept beside it, so that an outbox can be sent without its training.
 
     uri: of the MLflow store. run: path or URI of the run's folder. training_id: finds the same MLflow run again.
     """
@@ -175,7 +175,7 @@ def _search(client: Any, experiment_id: str, training_id: str) -> str | None:
     return str(found[0].info.run_id) if found else None
 
 
-def reopen(target: Target) -> MlflowRun | None:
+def open_existing(target: Target) -> MlflowRun | None:
     """A training's run, or None where the store has none; nothing is made.
 
     Raises:

@@ -14,7 +14,7 @@ from pathlib import Path
 from pipeline.storage import fsync
 from pipeline.tracking.records import Metrics, Record, Staged, from_line, parse_lines, to_line
 
-FILE, ID = "spool.jsonl", "id"
+FILE, ID = "outbox.jsonl", "id"
 HEAD_BYTES = 2**20
 LOCK_WAIT_S = 30.0
 
@@ -26,14 +26,14 @@ class Outbox:
     after a failure are not logged again (their values are the same: training is deterministic).
 
     Attributes:
-        id: tells it from the spools that the same training has on other machines.
+        id: tells it from the outboxes that the same training has on other machines.
         staged: the names of the folders that records of its file are of.
     """
 
-    def __init__(self, folder: Path, on_problem: Callable[[str], None]):
+    def __init__(self, folder: Path, warn: Callable[[str], None]):
         folder.mkdir(parents=True, exist_ok=True)
         self.path, self._sent_path = folder / FILE, folder / "sent.json"
-        self._on_problem, self._problem = on_problem, False
+        self._warn, self._problem = warn, False
         self._lock = threading.Lock()
         self._unwritten: list[bytes] = []  # what a full disk keeps from the file
         self._skipped: dict[str, int] = {}
@@ -45,7 +45,7 @@ class Outbox:
         self._num_emptied = 0
         lines, records = parse_lines(content[self._sent :])
         if len(records) < len(lines):
-            on_problem(f"{len(lines) - len(records)} unreadable lines of {self.path} are left out")
+            warn(f"{len(lines) - len(records)} unreadable lines of {self.path} are left out")
         sound = content[: self._sent] + b"".join(map(to_line, records))
         if sound != content:
             _replace(self.path, sound)
@@ -80,7 +80,7 @@ class Outbox:
             else:
                 return
             if time.monotonic() > deadline:
-                self._on_problem(f"{self.path} is used by another process, too; its records may be lost, or sent twice")
+                self._warn(f"{self.path} is used by another process, too; its records may be lost, or sent twice")
                 return
             time.sleep(0.2)
 
@@ -110,7 +110,7 @@ class Outbox:
             max_bytes *= 2  # a single record that is larger
         return some
 
-    def waiting(self) -> tuple[bytes, bool]:
+    def unsent_lines(self) -> tuple[bytes, bool]:
         """The lines of the records that wait, and whether the disk has all; a step that logs does not wait for it."""
         with suppress(FileNotFoundError):
             os.utime(self._id_path)  # whoever cleans /tmp takes what is old
@@ -124,7 +124,7 @@ class Outbox:
                 if emptied == self._num_emptied:
                     return lines + unwritten, not unwritten
 
-    def start_anew(self, records: Iterable[Record]) -> None:
+    def replace(self, records: Iterable[Record]) -> None:
         """Have these wait, in the place of all that is here."""
         with self._lock:
             self._file.truncate(0)
@@ -183,7 +183,7 @@ class Outbox:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as e:
             if not self._problem:
-                self._on_problem(f"{self.path} cannot be written, its records stay in memory: {e}")
+                self._warn(f"{self.path} cannot be written, its records stay in memory: {e}")
             self._problem = True
         else:
             self._end += len(content)
@@ -205,15 +205,15 @@ def leading_metrics(waiting: list[tuple[Record, int]], max_values: int) -> list[
     return batch
 
 
-def owner(folder: Path) -> str | None:
-    """The id of the spool there."""
+def read_id(folder: Path) -> str | None:
+    """The id of the outbox there."""
     with suppress(FileNotFoundError):
         return (folder / ID).read_text(encoding="utf-8")
     return None
 
 
 def is_in_use(folder: Path) -> bool:
-    """Whether a process of this machine has the spool open."""
+    """Whether a process of this machine has the outbox open."""
     try:
         with (folder / FILE).open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # NFS has an exclusive one for writers alone
@@ -224,10 +224,10 @@ def is_in_use(folder: Path) -> bool:
     return False
 
 
-def kept(folder: Path) -> list[Record]:
-    """What a spool's file has now, oldest first, also of what was sent since it was last empty.
+def read_records(folder: Path) -> list[Record]:
+    """What an outbox's file has now, oldest first, also of what was sent since it was last empty.
 
-    Nothing is changed: the spool may be in use.
+    Nothing is changed: the outbox may be in use.
     """
     try:
         return parse_lines((folder / FILE).read_bytes())[1]

@@ -1,6 +1,6 @@
 """A checkpoint's model in MLflow: logged, with what it takes to load and serve it, and a version in the Model Registry.
 
-Both are done once for a checkpoint, however often they are asked for: a record of the spool may be sent twice.
+Both are done once for a checkpoint, however often they are asked for: a record of the outbox may be sent twice.
 """
 
 import base64

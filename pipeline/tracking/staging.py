@@ -43,7 +43,7 @@ class Staging:
             raise
         return staged.name
 
-    def give_way(self) -> str | None:
+    def drop_oldest(self) -> str | None:
         """Delete the oldest checkpoint that is staged, for a disk that is full; what that ends, if any.
 
         One whose files are here alone if there is one; the checkpoint of another one can be deleted next.

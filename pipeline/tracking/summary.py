@@ -14,7 +14,7 @@ from pipeline.tracking.ledger import goodput, summed_up
 FILE = "summary.json"
 
 
-def completed(summary: dict[str, Any]) -> dict[str, Any]:
+def complete(summary: dict[str, Any]) -> dict[str, Any]:
     """What rank 0's `fit` returned, with the shut-down until now, by the phases that people read, and the goodput."""
     told = {name: value for name, value in summary.items() if name != "ended"}
     seconds = summary["seconds"] | {"shut-down": time.time() - summary["ended"]}
@@ -22,16 +22,16 @@ def completed(summary: dict[str, Any]) -> dict[str, Any]:
     return told | {"seconds": rounded, "goodput": round(goodput(seconds), 4)}
 
 
-def keep(summary: dict[str, Any], report: Callable[[str], None]) -> None:
+def save(summary: dict[str, Any], warn: Callable[[str], None]) -> None:
     """Write a completed summary into its run's folder; where that fails, it is reported: the training is done."""
     run = Storage(summary["run_dir"])
     try:
         run.write_bytes(FILE, json.dumps(summary, indent=1).encode())
     except OSError as e:
-        report(f"{run / FILE} is not written, a report will count until the last checkpoint: {e}")
+        warn(f"{run / FILE} is not written, a report will count until the last checkpoint: {e}")
 
 
-def whole_time(run: Storage, training_id: str, step: int) -> dict[str, float]:
+def read_seconds(run: Storage, training_id: str, step: int) -> dict[str, float]:
     """Seconds per phase of a training that is done and ended at `step`; empty where the run's folder does not say."""
     try:
         told = json.loads(run.read_bytes(FILE))

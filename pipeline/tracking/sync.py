@@ -15,13 +15,13 @@ from pipeline.tracking.mlflow_run import Target
 from pipeline.tracking.mlflow_store import is_missing, store_beside
 
 
-def sync(run: Storage, report: Callable[[str], None], patience_s: float = 10.0) -> tuple[Target, str | None, int]:
+def sync(run: Storage, warn: Callable[[str], None], timeout_s: float = 10.0) -> tuple[Target, str | None, int]:
     """Send what waits for MLflow of the run in a folder: on this machine, and of one on an object store there.
 
     A last attempt that has not told of its end was killed, which MLflow is told.
 
     Args:
-        patience_s: how long to go on trying an MLflow that fails.
+        timeout_s: how long to go on trying an MLflow that fails.
 
     Returns:
         What it is for, the MLflow run's id, and how many records still wait.
@@ -30,10 +30,10 @@ def sync(run: Storage, report: Callable[[str], None], patience_s: float = 10.0) 
         UserError: nothing waits, or on an object store, where the run may be trained from another machine just now.
         OSError: the storage does not answer.
     """
-    claim, last = Claim.last(run), RunManifest.read(run, report)
+    claim, last = Claim.last(run), RunManifest.read(run, warn)
     folder, is_open = run.local_dir / FOLDER, last is not None and last.open
     saved = None if run.local else backlog.read(run)
-    if outbox.is_in_use(folder) or (is_open and saved and saved.owner != outbox.owner(folder)):
+    if outbox.is_in_use(folder) or (is_open and saved and saved.owner != outbox.read_id(folder)):
         raise UserError(
             f"the last attempt of {run} has not told of its end: it may be trained just now; where it is not, "
             "train it again, which sends all that waits"
@@ -42,10 +42,10 @@ def sync(run: Storage, report: Callable[[str], None], patience_s: float = 10.0) 
     if target is None:
         raise UserError(f"{folder} holds nothing that waits for MLflow")
     target = _moved(target, run)
-    logger = MlflowLogger(target, folder, report, claim)  # a training that begins now sends what is left
+    logger = MlflowLogger(target, folder, warn, claim)  # a training that begins now sends what is left
     if saved:
-        logger.adopt(saved.name)
-    waiting = logger.close("KILLED", patience_s) if is_open else logger.drain(patience_s)
+        logger.take_backlog(saved.name)
+    waiting = logger.close("KILLED", timeout_s) if is_open else logger.drain(timeout_s)
     return target, logger.run_id, waiting
 
 

@@ -23,13 +23,13 @@ class Uploads:
 
     def folder(self, folder: Path) -> None:
         """A folder's files, below its name."""
-        self._hand_over(folder, lambda: self._mlflow.folder(folder, folder.name))
+        self._hand_over(folder, lambda: self._mlflow.log_folder(folder, folder.name))
 
     def checkpoint(self, saved: Checkpoint) -> None:
         def log() -> None:
             if not (saved.path / META).exists():  # of an object store only what was written last is here, and whole
                 checkpoint.load(saved.place, use_copy=True)
-            self._mlflow.folder(saved.path, f"{CHECKPOINTS}/{saved.path.name}")
+            self._mlflow.log_folder(saved.path, f"{CHECKPOINTS}/{saved.path.name}")
 
         self._hand_over(saved.place, log)
 

@@ -54,7 +54,7 @@ def report(found: Checkpoint, out: Path, data: str | None, mlflow_uri: str | Non
     run, cfg = found.place.parent.parent, load(found.file(checkpoint.CONFIG))
     make_folder(out)
     saved = backlog.read(run)
-    waiting = [*outbox.kept(run.local_dir / FOLDER), *(saved.records if saved else [])]
+    waiting = [*outbox.read_records(run.local_dir / FOLDER), *(saved.records if saved else [])]
     quicker = "`pipeline evaluate RUN train.precision=fp32` gives the scores sooner"
     said, index = evaluate_checkpoint(found.place, data, warn, fix=quicker)
     with closing(EvalLoader(index, cfg.data, LoaderContext.here(), _sound, batch=NUM_MISTAKES)) as loader:
@@ -76,7 +76,7 @@ def _sound(place: str, reason: str) -> None:
 
 def _whole_time(found: Checkpoint, run: Storage) -> dict[str, Any]:
     """In the place of the checkpoint's, where it is the last one of a training that is done."""
-    seconds = summary.whole_time(run, found.meta["training_id"], found.step)
+    seconds = summary.read_seconds(run, found.meta["training_id"], found.step)
     return {"seconds": seconds, "counted": "over the whole training"} if seconds else {}
 
 
@@ -87,7 +87,7 @@ def _logged(found: Checkpoint, run: Storage, experiment: str, uri: str | None) -
     except UserError as e:
         return None, {}, str(e)
     try:
-        kept = mlflow_run.reopen(target)
+        kept = mlflow_run.open_existing(target)
         if kept is None:
             return None, {}, f"MLflow at {target.uri} does not know this training; --mlflow-uri names another store"
         return kept, kept.history(), ""

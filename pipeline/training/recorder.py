@@ -74,8 +74,8 @@ class Recorder:
             self._spec.checkpoints,
             cfg,
             check=lambda: self._manifest.check(self._spec.run, self._spec.claim),
-            keep=lambda: self._mlflow.keep(),
-            free=lambda: self._mlflow.give_way(),
+            keep=lambda: self._mlflow.save_backlog(),
+            free=lambda: self._mlflow.drop_oldest_upload(),
             written=self._written,
             scored=self._scored,
             warn=ctx.warn,
@@ -84,15 +84,15 @@ class Recorder:
         make = partial(MlflowLogger.of_run, cfg.mlflow, run, self._manifest.training_id, ctx.warn, self._spec.claim)
         self._mlflow = retry(make, ctx.warn, timeout_s)
         self._uploads = Uploads(self._mlflow, ctx.warn, min(UPLOAD_S, timeout_s))
-        retry(partial(self._mlflow.adopt, self._spec.attempt_name(self._manifest.attempts)), ctx.warn, timeout_s)
+        retry(partial(self._mlflow.take_backlog, self._spec.attempt_name(self._manifest.attempts)), ctx.warn, timeout_s)
         self._mlflow.start()
-        self._mlflow.params(flatten(cfg))
+        self._mlflow.log_params(flatten(cfg))
         attempt = self._manifest.attempts
-        self._mlflow.text(dump(cfg), f"config/attempt_{attempt}.yaml")
+        self._mlflow.log_text(dump(cfg), f"config/attempt_{attempt}.yaml")
         tags = self._manifest.tags(failures, self._first_step, ctx.world_size)
-        self._mlflow.tags({**tags, "pipeline.data_fingerprint": self._data["fingerprint"]})
+        self._mlflow.set_tags({**tags, "pipeline.data_fingerprint": self._data["fingerprint"]})
         recovery = self._manifest.recovery(failures, self._first_step, ctx.world_size)
-        self._mlflow.metrics(attempt, {f"attempt/{name}": value for name, value in recovery.items()})  # step: attempt
+        self._mlflow.log_metrics(attempt, {f"attempt/{name}": value for name, value in recovery.items()})  # step: attempt
         ctx.emit(
             AttemptStarted(
                 attempt=attempt,
@@ -143,7 +143,7 @@ class Recorder:
             "data/bad_images": num_bad,
         }
         self._logged_step, self._logged = step, seconds
-        self._mlflow.metrics(step, metrics | for_mlflow(seconds))
+        self._mlflow.log_metrics(step, metrics | for_mlflow(seconds))
         self._ctx.emit(StepLogged(step, metrics | {"perf/goodput": goodput(seconds)}, summed_up(seconds)))
 
     def evaluation(self, state: TrainState, predictions: Predictions) -> None:
@@ -153,7 +153,7 @@ class Recorder:
         state.best_top1 = max(state.best_top1, scores["top1"])
         if self._ctx.rank != 0:
             return
-        self._mlflow.metrics(state.step, {f"val/{name}": value for name, value in scores.items()})
+        self._mlflow.log_metrics(state.step, {f"val/{name}": value for name, value in scores.items()})
         self._ctx.emit(Evaluated(state.step, scores))
         if self._checkpointer.has(state.step):
             self._checkpointer.add_scores(state.step, scores)
@@ -194,7 +194,7 @@ class Recorder:
             "checkpoint/postponed": float(self._checkpointer.num_postponed),
             "checkpoint/failed_tries": float(self._checkpointer.num_failed_tries),
         }
-        self._mlflow.metrics(saved.step, metrics)
+        self._mlflow.log_metrics(saved.step, metrics)
         self._ctx.emit(CheckpointWritten(saved.step, str(saved.place)))
 
     def _scored(self, scored: Checkpoint) -> None:
@@ -217,7 +217,7 @@ class Recorder:
         if isinstance(error, SupersededError):  # not its to end
             self._mlflow.abandon()
             return
-        self._mlflow.tags(
+        self._mlflow.set_tags(
             {f"pipeline.attempt_{self._manifest.attempts}.error": f"{type(error).__name__}: {error}"[:500]}
         )
         try:
@@ -255,8 +255,8 @@ class Recorder:
             self._uploads.checkpoint(chosen)
         self._heartbeat()
         if done and cfg.mlflow.log_model:
-            self._mlflow.model(newest.place, cfg.mlflow.register)
-        self._mlflow.metrics(state.step, for_mlflow(self._ledger.seconds()))
+            self._mlflow.log_model(newest.place, cfg.mlflow.register)
+        self._mlflow.log_metrics(state.step, for_mlflow(self._ledger.seconds()))
         if done and cfg.mlflow.report and self._predictions is not None:
             with self._ledger.phase("logging"):
                 self._report(newest.meta, self._predictions, val_loader)
@@ -267,7 +267,7 @@ class Recorder:
             retention.forget_copies(self._spec.checkpoints)
         elif status != "resize":
             self._ctx.warn(
-                f"MLflow is away; {waiting} records wait in {self._mlflow.outbox}; "
+                f"MLflow is away; {waiting} records wait in {self._mlflow.outbox_path}; "
                 f"to send them: pipeline sync {self._spec.run}"
             )
         return {
@@ -301,7 +301,7 @@ class Recorder:
         meta = {**meta, **time_spent, "mlflow_run_id": self._mlflow.run_id}
         cfg, run = self._spec.cfg, self._spec.run
         try:
-            self._mlflow.report(
+            self._mlflow.log_report(
                 Facts(run.name, cfg.data.val, meta, cfg, predictions, find_mistakes(predictions, val_loader))
             )
         except Exception as e:  # a full disk, images that cannot be read again, ...: the training is done all the same

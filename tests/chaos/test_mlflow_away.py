@@ -105,7 +105,7 @@ def test_everything_arrives_once_in_order(
     assert {a.path for a in client.list_artifacts(run.info.run_id, "checkpoints")} == {"checkpoints/step_00000060"}
 
 
-def test_it_never_comes_back_and_the_spool_is_sent_later(
+def test_it_never_comes_back_and_the_outbox_is_sent_later(
     spec: Callable[[str], RunSpec],
     proxy: Proxy,
     server: MlflowServer,
@@ -118,8 +118,8 @@ def test_it_never_comes_back_and_the_spool_is_sent_later(
     summary, warnings = train(one, proxy, {0: "up", 30: "down"})
     assert summary["status"] == "done"
     assert summary["mlflow_waiting"] > 30
-    spool = one.run.local_dir / "mlflow" / "spool.jsonl"
-    assert f"records wait in {spool}; to send them: pipeline sync {one.run}" in warnings[-1]
+    outbox = one.run.local_dir / "mlflow" / "outbox.jsonl"
+    assert f"records wait in {outbox}; to send them: pipeline sync {one.run}" in warnings[-1]
     capsys.readouterr()
     assert app.main(["sync", str(one.run)]) == 1
     assert f"MLflow at {proxy.uri} is away" in capsys.readouterr().out

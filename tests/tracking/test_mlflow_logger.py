@@ -1,4 +1,4 @@
-"""The spool and the tracker: nothing waits, nothing is lost, nothing twice, in order."""
+"""The outbox and the logger: nothing waits, nothing is lost, nothing twice, in order."""
 
 import errno
 import itertools
@@ -40,7 +40,7 @@ def unsent(outbox: Outbox) -> list[Metrics]:
     return [record for record, _ in outbox.unsent() if isinstance(record, Metrics)]
 
 
-def test_spool_keeps_order_and_survives_its_process(tmp_path: Path) -> None:
+def test_outbox_keeps_order_and_survives_its_process(tmp_path: Path) -> None:
     outbox = Outbox(tmp_path, pytest.fail)
     for step in (1, 2, 3):
         outbox.append(metric(step))
@@ -55,7 +55,7 @@ def test_spool_keeps_order_and_survives_its_process(tmp_path: Path) -> None:
     reopened.close()
 
 
-def test_spool_drops_steps_that_were_logged_before(tmp_path: Path) -> None:
+def test_outbox_drops_steps_that_were_logged_before(tmp_path: Path) -> None:
     outbox = Outbox(tmp_path, pytest.fail)
     outbox.append(metric(10))
     outbox.append(metric(20))
@@ -98,7 +98,7 @@ def test_a_long_backlog_is_taken_in_parts_and_keeps_no_step_waiting(
     outbox.close()
 
 
-def test_spool_leaves_out_what_it_cannot_read(tmp_path: Path) -> None:
+def test_outbox_leaves_out_what_it_cannot_read(tmp_path: Path) -> None:
     outbox = Outbox(tmp_path, pytest.fail)
     outbox.append(metric(1))
     outbox.close()
@@ -113,8 +113,8 @@ def test_spool_leaves_out_what_it_cannot_read(tmp_path: Path) -> None:
     reopened.close()
 
 
-def test_a_spool_that_is_cleaned_up_is_whole_at_any_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half a record of a killed process is taken out as the spool is opened; the process may be killed in that, too."""
+def test_an_outbox_that_is_cleaned_up_is_whole_at_any_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a record of a killed process is taken out as the outbox opens; the process may be killed in that, too."""
     outbox = Outbox(tmp_path, pytest.fail)
     outbox.append(metric(1))
     outbox.close()
@@ -144,7 +144,7 @@ def test_a_limited_end_does_not_wait_for_a_long_backlog(tmp_path: Path, monkeypa
     monkeypatch.setattr(MlflowRun, "send", slow)
     one = logger(tracking_uri(None, Storage(tmp_path)), tmp_path / "run")
     for number in range(60):
-        one.tags({str(number): number})
+        one.set_tags({str(number): number})
     began = time.monotonic()
     assert one.close("KILLED", 60, limit_s=1.0) > 0
     assert time.monotonic() - began < 20
@@ -197,12 +197,12 @@ def test_a_call_to_mlflow_that_never_ends_does_not_keep_the_training(
     monkeypatch.setattr(mlflow_logger, "MlflowRun", hang)
     target = Target("http://127.0.0.1:9", "x", str(tmp_path), "t")
     logger = MlflowLogger(target, tmp_path / "mlflow", lambda _: None)
-    logger.metrics(1, {"loss": 0.0})
+    logger.log_metrics(1, {"loss": 0.0})
     assert logger.close("FINISHED", 0.2, heartbeat=lambda: beats.append(time.monotonic())) == 2
     assert hanging.is_set()
     assert len(beats) > 2
     left.set()
-    logger.drain(10)  # closes the spool
+    logger.drain(10)  # closes the outbox
 
 
 def test_a_folder_that_is_away_for_a_while_does_not_hurt(tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_a_disk_that_fails_is_not_called_mlflow(tmp_path: Path, monkeypatch: pyt
         patch.setattr(Outbox, "mark_sent", away)
         assert one.close("KILLED", 3) > 0
     assert [problem.partition(":")[0] for problem in problems] == [
-        f"{place} cannot be used, records wait in {place}/spool.jsonl"
+        f"{place} cannot be used, records wait in {place}/outbox.jsonl"
     ]
 
 
@@ -251,18 +251,18 @@ def test_everything_logged_arrives_in_one_run_over_two_attempts(tmp_path: Path) 
     source.mkdir()
     (source / "state.pt").write_bytes(b"weights")
     one = logger(uri, tmp_path / "run")
-    one.params({"a": 1, "b": None})
-    one.metrics(1, {"loss": 2.5})
-    one.folder(source, "checkpoints/step_1")
+    one.log_params({"a": 1, "b": None})
+    one.log_metrics(1, {"loss": 2.5})
+    one.log_folder(source, "checkpoints/step_1")
     (source / "state.pt").unlink()  # it was set aside already
     assert one.close("KILLED", 60) == 0
     two = logger(uri, tmp_path / "run")
-    two.params({"a": 2, "c": 3})
-    two.metrics(1, {"loss": 9.0})
+    two.log_params({"a": 2, "c": 3})
+    two.log_metrics(1, {"loss": 9.0})
     for step in range(2, 2000):
-        two.metrics(step, {"loss": 1.5, "lr": 0.1})
-    two.tags({"t": "x"})
-    two.text("k: v", "config/two.yaml")
+        two.log_metrics(step, {"loss": 1.5, "lr": 0.1})
+    two.set_tags({"t": "x"})
+    two.log_text("k: v", "config/two.yaml")
     assert two.close("FINISHED", 60) == 0
     assert (one.run_id, one.experiment_id) == (two.run_id, two.experiment_id)
     client = mlflow.MlflowClient(uri)
@@ -276,8 +276,8 @@ def test_everything_logged_arrives_in_one_run_over_two_attempts(tmp_path: Path) 
     assert Path(local).read_bytes() == b"weights"
     assert sorted(p.name for p in (tmp_path / "run" / "mlflow").iterdir()) == [
         "id",
+        "outbox.jsonl",
         "sent.json",
-        "spool.jsonl",
         "target.json",
     ]
     found = find_run(uri, str(one.run_id))
@@ -290,7 +290,7 @@ def log_a_folder(runs: Path, source: Path) -> None:
     source.mkdir()
     (source / "state.pt").write_text(source.name)
     one = logger(tracking_uri(None, Storage(runs)), runs / "run")
-    one.folder(source, f"checkpoints/{source.name}")
+    one.log_folder(source, f"checkpoints/{source.name}")
     assert one.close("KILLED", 60) == 0
 
 
@@ -339,21 +339,21 @@ def test_the_oldest_folder_gives_way_on_a_full_disk_and_blocks_nothing(tmp_path:
     for name in ("step_00000001", "step_00000002", "profile"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "state.pt").write_text(name)
-        one.folder(tmp_path / name, f"checkpoints/{name}")
+        one.log_folder(tmp_path / name, f"checkpoints/{name}")
     shutil.rmtree(tmp_path / "step_00000002")
-    assert one.give_way() == "the upload of step_00000002 to MLflow", "whose files are here alone"
-    assert one.give_way() == "the upload of step_00000001 to MLflow", "whose checkpoint can be deleted next"
-    assert one.give_way() is None
+    assert one.drop_oldest_upload() == "the upload of step_00000002 to MLflow", "whose files are here alone"
+    assert one.drop_oldest_upload() == "the upload of step_00000001 to MLflow", "whose checkpoint can be deleted next"
+    assert one.drop_oldest_upload() is None
     assert one.close("FINISHED", 60) == 0
     logged = mlflow.MlflowClient(uri).list_artifacts(str(one.run_id), "checkpoints")
     assert [Path(one.path).name for one in logged] == ["profile"]
 
 
-@pytest.mark.parametrize("back", ["with its spool", "as a new machine"])
+@pytest.mark.parametrize("back", ["with its outbox", "as a new machine"])
 def test_a_run_that_moves_between_machines_logs_each_step_once(
     back: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On an object store each machine has a spool of its own, and MLflow is away all the time."""
+    """On an object store each machine has an outbox of its own, and MLflow is away all the time."""
     uri, problems = tracking_uri(None, Storage(tmp_path)), list[str]()
 
     attempts = itertools.count(1)
@@ -365,11 +365,11 @@ def test_a_run_that_moves_between_machines_logs_each_step_once(
                 patch.setattr(MlflowRun, "__init__", lambda *_, **__: 1 / 0)
             target = Target(uri, "new", run, "training")
             one = MlflowLogger(target, tmp_path / machine, problems.append)
-            one.adopt(f"{next(attempts):08d}")
+            one.take_backlog(f"{next(attempts):08d}")
             for step in steps:
-                one.metrics(step, {"loss": 10.0 * step})
+                one.log_metrics(step, {"loss": 10.0 * step})
                 if step == kept:
-                    one.keep()
+                    one.save_backlog()
             if away:
                 one.drain(0)
             else:
@@ -390,20 +390,20 @@ def test_a_run_that_moves_between_machines_logs_each_step_once(
 
 
 @pytest.mark.parametrize("harm", ["sent.json", "the folder"])
-def test_a_spool_that_forgot_logs_nothing_twice(tmp_path: Path, harm: str) -> None:
+def test_an_outbox_that_forgot_logs_nothing_twice(tmp_path: Path, harm: str) -> None:
     """A damaged note of what was sent, or a machine whose disk is new: MLflow itself knows."""
     uri = tracking_uri(None, Storage(tmp_path))
     one = logger(uri, tmp_path / "run")
-    one.metrics(1, {"loss": 1.0})
-    one.metrics(2, {"loss": 2.0})
+    one.log_metrics(1, {"loss": 1.0})
+    one.log_metrics(2, {"loss": 2.0})
     assert one.close("KILLED", 60) == 0
     if harm == "sent.json":
         (tmp_path / "run/mlflow/sent.json").write_text("")
     else:
         shutil.rmtree(tmp_path / "run")
     two = logger(uri, tmp_path / "run")
-    two.metrics(2, {"loss": 2.0})
-    two.metrics(3, {"loss": 3.0})
+    two.log_metrics(2, {"loss": 2.0})
+    two.log_metrics(3, {"loss": 3.0})
     assert two.close("FINISHED", 60) == 0
     client = mlflow.MlflowClient(uri)
     assert [m.step for m in client.get_metric_history(str(two.run_id), "loss")] == [1, 2, 3]
@@ -412,8 +412,8 @@ def test_a_spool_that_forgot_logs_nothing_twice(tmp_path: Path, harm: str) -> No
 def test_a_record_that_mlflow_refuses_is_told_and_does_not_block(tmp_path: Path) -> None:
     problems: list[str] = []
     one = logger(tracking_uri(None, Storage(tmp_path)), tmp_path / "run", problems)
-    one.metrics(1, {"not\nlegal": 1.0})
-    one.metrics(2, {"loss": 1.0})
+    one.log_metrics(1, {"not\nlegal": 1.0})
+    one.log_metrics(2, {"loss": 1.0})
     assert one.close("FINISHED", 60) == 0
     assert len(problems) == 1
     assert "MLflow refused a record of kind metrics, dropped" in problems[0]
@@ -438,7 +438,7 @@ def test_a_folder_that_is_gone_or_refused_blocks_nothing_and_leaves_nothing(
     for name in ("sent", "refused", "good"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)
-        one.folder(tmp_path / name, name)
+        one.log_folder(tmp_path / name, name)
     (sent,) = (tmp_path / "run/mlflow").glob("sent.*/")
     shutil.rmtree(sent)  # the process ended before it could note that
     assert one.close("FINISHED", 60) == 0
@@ -510,12 +510,12 @@ def test_a_server_that_comes_late_gets_everything(
     late = logger(uri, tmp_path / "run", problems)
     started = time.perf_counter()
     for step in range(1000):
-        late.metrics(step, {"loss": float(step)})
+        late.log_metrics(step, {"loss": float(step)})
     assert time.perf_counter() - started < 2
     assert late.close("KILLED", 3) > 1000
     assert len(problems) == 1
     assert f"MLflow at {uri} fails, records wait in" in problems[0]
-    waiting = (tmp_path / "run" / "mlflow" / "spool.jsonl").read_text().splitlines()
+    waiting = (tmp_path / "run" / "mlflow" / "outbox.jsonl").read_text().splitlines()
     assert [json.loads(line)["kind"] for line in waiting].count("metrics") == 1000
 
     command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
@@ -528,7 +528,7 @@ def test_a_server_that_comes_late_gets_everything(
     with (tmp_path / "server.log").open("wb") as log:
         server.append(subprocess.Popen(command, stdout=log, stderr=log))
     again = logger(uri, tmp_path / "run")
-    again.text("hello", "note.txt")
+    again.log_text("hello", "note.txt")
     assert again.close("FINISHED", 120) == 0
     client = mlflow.MlflowClient(uri)
     history = [(m.step, m.value) for m in client.get_metric_history(str(again.run_id), "loss")]

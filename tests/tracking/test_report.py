@@ -73,7 +73,7 @@ class Page(HTMLParser):
         return next(table[1:] for table in self.tables if heading in table[0])
 
 
-def said_of(num_classes: int, num_images: int) -> Predictions:
+def predictions_of(num_classes: int, num_images: int) -> Predictions:
     """What a model might say that is right on about two thirds."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, num_classes, num_images)
@@ -85,7 +85,7 @@ def said_of(num_classes: int, num_images: int) -> Predictions:
 
 
 def facts_of(classes: list[str], num_images: int = 600) -> Facts:
-    said = said_of(len(classes), num_images)
+    predictions = predictions_of(len(classes), num_images)
     meta: dict[str, Any] = {
         "classes": classes,
         "step": 40,
@@ -96,8 +96,8 @@ def facts_of(classes: list[str], num_images: int = 600) -> Facts:
     }
     meta |= {"seconds": {"forward": 30.0, "data wait": 10.0}, "images_per_s": 123.4, "versions": {"torch": "9.9"}}
     cfg = load(None, ["data.train=here/train", "data.val=here/val", "model.depth=34", "data.crop_scale=[0.5,1.0]"])
-    mistakes = [Mistake(int(row), f"val/{row}.jpg", JPEG) for row in said.confident_mistakes(NUM_MISTAKES)]
-    return Facts("odd", "here/val", meta, cfg, said, mistakes)
+    mistakes = [Mistake(int(row), f"val/{row}.jpg", JPEG) for row in predictions.confident_mistakes(NUM_MISTAKES)]
+    return Facts("odd", "here/val", meta, cfg, predictions, mistakes)
 
 
 def page_of(folder: Path) -> Page:
@@ -105,28 +105,29 @@ def page_of(folder: Path) -> Page:
 
 
 def test_figures_of_classes_follow_from_the_confusion_matrix() -> None:
-    said = said_of(7, 300)
-    matrix = said.confusion(7)
-    for k, one in enumerate(said.per_class(7)):
+    predictions = predictions_of(7, 300)
+    matrix = predictions.confusion(7)
+    for k, one in enumerate(predictions.per_class(7)):
         assert one.images == matrix[k].sum()
         assert one.recall == pytest.approx(matrix[k, k] / matrix[k].sum())
         assert one.precision == pytest.approx(matrix[k, k] / matrix[:, k].sum())
         others = np.delete(matrix[k], k)
         assert one.taken_for is not None
         assert one.taken_for[1] == others.max() == matrix[k, one.taken_for[0]]
-    pairs = said.confused()
+    pairs = predictions.confused()
     assert sorted(pairs, key=lambda pair: -pair[2]) == pairs
     assert {(a, b): n for a, b, n in pairs} == {
         (a, b): matrix[a, b] for a in range(7) for b in range(7) if a != b and matrix[a, b]
     }
-    mistakes = said.confident_mistakes(5)
-    assert not said.correct[mistakes].any()
-    assert said.probabilities[mistakes[-1], 0] >= np.sort(said.probabilities[said.correct == 0, 0])[-5]
+    mistakes = predictions.confident_mistakes(5)
+    assert not predictions.correct[mistakes].any()
+    of_mistakes = predictions.probabilities[predictions.correct == 0, 0]
+    assert predictions.probabilities[mistakes[-1], 0] >= np.sort(of_mistakes)[-5]
 
 
 def test_a_class_without_images_has_no_accuracy() -> None:
-    said = dataclasses.replace(said_of(3, 30), labels=np.ones(30, dtype=np.int64))
-    assert [(one.images, one.recall) for one in said.per_class(3)[::2]] == [(0, None), (0, None)]
+    predictions = dataclasses.replace(predictions_of(3, 30), labels=np.ones(30, dtype=np.int64))
+    assert [(one.images, one.recall) for one in predictions.per_class(3)[::2]] == [(0, None), (0, None)]
     assert facts_of(["a", "b"]).worst_first()[0].recall is not None
 
 
@@ -135,7 +136,7 @@ def test_the_page_shows_the_facts(tmp_path: Path) -> None:
     files = write_report(facts, HISTORY, tmp_path / "out")
     assert files == ["report.html", "curves.png", "time.png", "reliability.png", "confusion.png"]
     assert all((tmp_path / "out" / name).read_bytes().startswith(PNG) for name in files[1:])
-    page, scores = page_of(tmp_path / "out"), facts.said.scores()
+    page, scores = page_of(tmp_path / "out"), facts.predictions.scores()
     assert page.cards["top-1 accuracy"] == f"{scores['top1']:.2%}"
     assert page.cards["loss, nats"] == f"{scores['loss']:.4f}"
     assert page.cards["calibration error"] == f"{scores['ece']:.4f}"
@@ -145,7 +146,7 @@ def test_the_page_shows_the_facts(tmp_path: Path) -> None:
     assert len(accuracies) == 10
     assert accuracies == sorted(accuracies), "the worst class first"
     matrix = [[int(cell or 0) for cell in row[2:]] for row in page.table("true class")]
-    assert matrix == facts.said.confusion(10).tolist()
+    assert matrix == facts.predictions.confusion(10).tolist()
     assert ["torch", "9.9"] in page.tables[-1]
     pictures = [
         attributes for tag, attributes in page.tags if tag == "img" and (attributes["src"] or "")[5:15] == "image/jpeg"
@@ -177,7 +178,7 @@ def test_a_names_characters_may_be_in_any_font_that_is_installed(
         monkeypatch.setattr(charts, "FONTS", ("DejaVu Sans", *fonts))
         charts._fonts.cache_clear()
         for first, file in (("\u20d2", "a.png"), ("?", "b.png")):
-            charts.confusion(said_of(2, 30), [first, "b"], tmp_path / file)
+            charts.confusion(predictions_of(2, 30), [first, "b"], tmp_path / file)
         return (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
     assert drawn_as_unknown("no such font")
@@ -194,7 +195,7 @@ def test_of_a_thousand_classes_the_worst_and_the_best_are_shown(tmp_path: Path) 
     assert shown == [ranked[:25], ranked[-25:]]
     assert "The 25 worst of 1,000 classes" in page.text
     assert [row[:2] for row in page.table("of the class's")] == [
-        [facts.classes[a], facts.classes[b]] for a, b, _ in facts.said.confused()[:12]
+        [facts.classes[a], facts.classes[b]] for a, b, _ in facts.predictions.confused()[:12]
     ]
     assert "There are no curves: MLflow is away" in page.text
     assert not (tmp_path / "curves.png").exists()
@@ -213,14 +214,11 @@ def test_facts_laid_aside_give_the_same_page(tmp_path: Path) -> None:
 
 def test_an_early_checkpoint_of_a_perfect_model(tmp_path: Path) -> None:
     """No mistakes, and a meta.json that tells nothing but what the first ones told."""
-    right = facts_of(["a", "b"])
-    best = np.stack([right.said.labels, 1 - right.said.labels, *[np.full_like(right.said.labels, -1)] * 3], 1)
-    meta = {"classes": ["a", "b"], "step": 1}
-    write_report(
-        dataclasses.replace(right, said=dataclasses.replace(right.said, best=best), meta=meta, mistakes=[]),
-        {},
-        tmp_path,
-    )
+    facts = facts_of(["a", "b"])
+    labels = facts.predictions.labels
+    best = np.stack([labels, 1 - labels, *[np.full_like(labels, -1)] * 3], 1)
+    right, meta = dataclasses.replace(facts.predictions, best=best), {"classes": ["a", "b"], "step": 1}
+    write_report(dataclasses.replace(facts, predictions=right, meta=meta, mistakes=[]), {}, tmp_path)
     page = page_of(tmp_path)
     assert (page.cards["top-1 accuracy"], page.cards["goodput"], page.cards["failures"]) == ("100.00%", "-", "-")
     assert "There are none." in page.text
@@ -281,7 +279,7 @@ def test_a_training_ends_with_its_report_in_mlflow(trained: dict[str, Any], tmp_
     wrong = round((1 - trained["top1"]) * 120)
     assert len(pictures) == min(NUM_MISTAKES, wrong)
     left = sorted(p.name for p in (Path(trained["run_dir"]) / "mlflow").iterdir())
-    assert left == ["id", "sent.json", "spool.jsonl", "target.json"], "what was laid aside is gone"
+    assert left == ["id", "outbox.jsonl", "sent.json", "target.json"], "what was laid aside is gone"
 
 
 def test_a_report_that_was_logged_is_not_asked_for_twice(trained: dict[str, Any], tmp_path: Path) -> None:
@@ -304,11 +302,11 @@ def test_a_report_that_cannot_be_drawn_is_told_and_what_follows_is_sent(
     problems: list[str] = []
     target = Target(trained["mlflow_uri"], "pipeline", str(tmp_path), "undrawn")
     logger = MlflowLogger(target, tmp_path, problems.append)
-    logger.report(facts_of(["a", "b"]))
+    logger.log_report(facts_of(["a", "b"]))
     assert logger.close("FINISHED", 60) == 0
     assert problems == ["no report is made: RuntimeError: no ink"]
     assert mlflow.MlflowClient(target.uri).get_run(logger.run_id).info.status == "FINISHED"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["id", "sent.json", "spool.jsonl", "target.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["id", "outbox.jsonl", "sent.json", "target.json"]
 
 
 def test_facts_that_cannot_be_laid_aside_are_told_and_end_nothing(
@@ -414,8 +412,8 @@ def test_the_time_of_a_training_that_is_done_is_its_summarys(
         found = json.loads(out)
         return found["counted"], found["seconds"], found["goodput"]
 
-    told = summary.completed(trained | {"ended": time.time() - 60})
-    summary.keep(told, pytest.fail)
+    told = summary.complete(trained | {"ended": time.time() - 60})
+    summary.save(told, pytest.fail)
     counted, seconds, goodput = shown(trained["run_dir"])
     assert (counted, seconds, seconds["shut-down"] >= 60) == ("over the whole training", told["seconds"], True)
     assert goodput == pytest.approx(told["goodput"], abs=1e-3)
@@ -429,18 +427,18 @@ def test_the_time_of_a_training_that_is_done_is_its_summarys(
 def test_only_the_summary_of_that_end_counts(tmp_path: Path) -> None:
     """Not one of a training that was stopped or killed since, of another one in the same folder, or a damaged one."""
     told = {"status": "done", "training_id": "mine", "step": 4, "seconds": {"compute": 1.5}, "run_dir": str(tmp_path)}
-    summary.keep(told, pytest.fail)
-    assert summary.whole_time(Storage(tmp_path), "mine", 4) == {"compute": 1.5}
-    assert summary.whole_time(Storage(tmp_path / "none"), "mine", 4) == {}
+    summary.save(told, pytest.fail)
+    assert summary.read_seconds(Storage(tmp_path), "mine", 4) == {"compute": 1.5}
+    assert summary.read_seconds(Storage(tmp_path / "none"), "mine", 4) == {}
     others = ({"status": "stopped"}, {"training_id": "another"}, {"step": 2}, {"seconds": None})
     for content in (b"", b"[]", *(json.dumps(told | other).encode() for other in others)):
         (tmp_path / summary.FILE).write_bytes(content)
-        assert summary.whole_time(Storage(tmp_path), "mine", 4) == {}
+        assert summary.read_seconds(Storage(tmp_path), "mine", 4) == {}
 
 
 def test_a_summary_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     told: list[str] = []
-    summary.keep({"run_dir": str(tmp_path / "gone")}, told.append)
+    summary.save({"run_dir": str(tmp_path / "gone")}, told.append)
     assert len(told) == 1
     assert f"{tmp_path}/gone/summary.json is not written" in told[0]
 
@@ -470,7 +468,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[int, float]]]
     return last
 
 
-def test_curves_that_mlflow_never_got_are_drawn_from_the_spool(
+def test_curves_that_mlflow_never_got_are_drawn_from_the_outbox(
     unheard: tuple[dict[str, Any], str],
     tmp_path: Path,
     drawn: dict[str, list[tuple[int, float]]],
@@ -487,10 +485,10 @@ def test_curves_that_mlflow_never_got_are_drawn_from_the_spool(
     assert [step for step, _ in drawn["train/loss"]] == [1, 2, 3, 4]
     assert drawn["val/top1"][-1] == (4, done["top1"])
 
-    spool = run / "mlflow/spool.jsonl"
-    records = [json.loads(line) for line in spool.read_text().splitlines()]
+    outbox = run / "mlflow/outbox.jsonl"
+    records = [json.loads(line) for line in outbox.read_text().splitlines()]
     late = [one for one in records if one["kind"] == "metrics" and one["step"] > 2]
-    spool.write_text("".join(json.dumps(one) + "\n" for one in late) + '{"kind": "met')
+    outbox.write_text("".join(json.dumps(one) + "\n" for one in late) + '{"kind": "met')
     code, out, _ = report(capsys, run, "--out", tmp_path / "out", "--json")
     assert "MLflow, from step 3 on (MLflow got what came before): " in json.loads(out)["curves_note"]
     assert [step for step, _ in drawn["train/loss"]] == [3, 4], "and half a line hurts nobody"
@@ -502,11 +500,11 @@ def test_what_waits_continues_mlflows_curves(
     drawn: dict[str, list[tuple[int, float]]],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """In the spool of this machine; or beside the checkpoints, where the run lies on an object store."""
+    """In the outbox of this machine; or beside the checkpoints, where the run lies on an object store."""
     run = tmp_path / "copy"
     shutil.copytree(trained["run_dir"], run)
     waiting = [{"kind": "metrics", "time": 0, "step": step, "values": {"train/loss": 9.0, "x": 1}} for step in (5, 6)]
-    (run / "mlflow/spool.jsonl").write_text(json.dumps(waiting[1]) + "\n")
+    (run / "mlflow/outbox.jsonl").write_text(json.dumps(waiting[1]) + "\n")
     target = {"uri": "", "experiment": "", "run": "", "training_id": ""}
     kept = [{"owner": "another", "target": target}, {"kind": "tags"}, waiting[0]]
     (run / "mlflow-backlog").mkdir()

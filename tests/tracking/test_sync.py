@@ -27,13 +27,13 @@ def leave_waiting(run: Storage, uri: str, monkeypatch: pytest.MonkeyPatch, *step
     with monkeypatch.context() as patch:
         patch.setattr(MlflowRun, "__init__", lambda *_, **__: 1 / 0)
         one = MlflowLogger(Target(uri, "pipeline", run.uri, "id"), run.local_dir / "mlflow", lambda _: None)
-        one.adopt("-00000001")
+        one.take_backlog("-00000001")
         one.start()
         for step in steps:
-            one.metrics(step, {"loss": 10.0 * step})
+            one.log_metrics(step, {"loss": 10.0 * step})
         folder.mkdir()
         (folder / "state.pt").write_text("weights")
-        one.folder(folder, "checkpoints/step_1")
+        one.log_folder(folder, "checkpoints/step_1")
         shutil.rmtree(folder)
         assert one.close("KILLED", 0) > 0
 
@@ -83,7 +83,7 @@ def test_what_waits_of_a_lost_machine_is_sent_from_another(
         with monkeypatch.context() as patch:
             patch.setattr(RunManifest, "read", lambda *_: ended)
             with pytest.raises(UserError, match="it may be trained just now"):
-                sync(run, pytest.fail)  # its spool is not the newest any more
+                sync(run, pytest.fail)  # its outbox is not the newest any more
         tmp_scratch("third")
         assert sync(run, pytest.fail)[2] == 0, "nothing waits any more"
         assert logged(uri) == ([1, 2], [])
@@ -100,10 +100,10 @@ def tmp_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[st
     return move
 
 
-def test_what_a_full_disk_kept_from_the_spool_is_in_the_store(
+def test_what_a_full_disk_kept_from_the_outbox_is_in_the_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_scratch: Callable[[str], None]
 ) -> None:
-    """The same machine comes back, and its spool's file has less."""
+    """The same machine comes back, and its outbox's file has less."""
     uri, full = tracking_uri(None, Storage(tmp_path)), [b""]
     with s3_storage() as bucket:
         tmp_scratch("machine")
@@ -111,15 +111,15 @@ def test_what_a_full_disk_kept_from_the_spool_is_in_the_store(
         with monkeypatch.context() as patch:
             patch.setattr(MlflowRun, "__init__", lambda *_, **__: 1 / 0)
             one = MlflowLogger(Target(uri, "pipeline", run.uri, "id"), run.local_dir / "mlflow", problems.append)
-            one.adopt("-00000001")
-            one.metrics(1, {"loss": 10.0})
+            one.take_backlog("-00000001")
+            one.log_metrics(1, {"loss": 10.0})
             patch.setattr(one._outbox, "_write", full.clear)
-            one.metrics(2, {"loss": 20.0})
-            one.keep()
+            one.log_metrics(2, {"loss": 20.0})
+            one.save_backlog()
             one.drain(0)
         one = MlflowLogger(Target(uri, "pipeline", run.uri, "id"), run.local_dir / "mlflow", problems.append)
-        one.adopt("-00000002")
-        one.metrics(3, {"loss": 30.0})
+        one.take_backlog("-00000002")
+        one.log_metrics(3, {"loss": 30.0})
         assert one.drain(60) == 0
         assert logged(uri)[0] == [1, 2, 3]
 
@@ -173,18 +173,18 @@ def test_a_driver_that_was_superseded_sends_nothing_more(tmp_path: Path, monkeyp
     run.make()
     claim = Claim.take(run)
     one = MlflowLogger(Target(uri, "pipeline", run.uri, "id"), run.local_dir / "mlflow", problems.append, claim)
-    one.metrics(1, {"loss": 1.0})
+    one.log_metrics(1, {"loss": 1.0})
     assert one.drain(60) == 0
     one = MlflowLogger(Target(uri, "pipeline", run.uri, "id"), run.local_dir / "mlflow", problems.append, claim)
     with monkeypatch.context() as patch:
         patch.setattr(Claim, "check", lambda _: (_ for _ in ()).throw(OSError("away")))
-        one.metrics(2, {"loss": 2.0})
+        one.log_metrics(2, {"loss": 2.0})
         assert one.drain(0.5) == 1, "it waits until it is known whose run it is"
     assert [problem.partition(",")[0] for problem in problems] == [f"{run} cannot be used"]
     one = MlflowLogger(Target(uri, "pipeline", run.uri, "id"), run.local_dir / "mlflow", problems.append, claim)
     Claim.take(run)
     monkeypatch.setattr(MlflowRun, "stop_monitor", lambda _: problems.append("nor of this node's CPU"))
-    one.metrics(3, {"loss": 3.0})
+    one.log_metrics(3, {"loss": 3.0})
     assert one.drain(60) == 2
     nothing = f"nothing more is sent to MLflow: another driver has begun to train {run}; this one ends"
     assert problems[1:] == [nothing, "nor of this node's CPU"]

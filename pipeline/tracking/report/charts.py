@@ -80,9 +80,9 @@ def ledger(seconds: Mapping[str, float], file: Path) -> None:
     figure.savefig(file)
 
 
-def reliability(said: Predictions, file: Path) -> None:
+def reliability(predictions: Predictions, file: Path) -> None:
     """How often the model is right where it is so sure (Guo et al. 2017, figure 1), and on how many images."""
-    confidence, accuracy, counts = said.reliability()
+    confidence, accuracy, counts = predictions.reliability()
     figure = _figure(5, 5)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     edges, width, some = np.arange(ECE_BINS) / ECE_BINS, 1 / ECE_BINS, counts > 0
@@ -101,14 +101,14 @@ def reliability(said: Predictions, file: Path) -> None:
     figure.savefig(file)
 
 
-def confusion(said: Predictions, classes: Sequence[str], file: Path) -> None:
+def confusion(predictions: Predictions, classes: Sequence[str], file: Path) -> None:
     """Shares of each true class's images (a row) that were taken for each class (a column)."""
     cells = min(len(classes), MAX_CELLS)
     from matplotlib.colors import PowerNorm
 
     figure = _figure(7, 6)
     axes = figure.subplots()
-    shares = _shares(said, len(classes), cells)
+    shares = _shares(predictions, len(classes), cells)
     extent = (-0.5, len(classes) - 0.5, len(classes) - 0.5, -0.5)
     image = axes.imshow(shares, "Blues", norm=PowerNorm(0.5, 0, 1), extent=extent, interpolation="nearest")
     bar = figure.colorbar(image, ax=axes, shrink=0.8, ticks=[0, 0.1, 0.25, 0.5, 1], format="{x:.0%}")
@@ -124,9 +124,9 @@ def confusion(said: Predictions, classes: Sequence[str], file: Path) -> None:
     figure.savefig(file)
 
 
-def _shares(said: Predictions, num_classes: int, cells: int) -> FloatArray:
+def _shares(predictions: Predictions, num_classes: int, cells: int) -> FloatArray:
     """(cells, cells): rows of the confusion matrix by their sums; neighbouring classes together where it is larger."""
-    of, to = said.labels * cells // num_classes, said.best[:, 0] * cells // num_classes
+    of, to = predictions.labels * cells // num_classes, predictions.best[:, 0] * cells // num_classes
     counts: IntArray = np.bincount(of * cells + to, minlength=cells**2).reshape(cells, cells)
     shares: FloatArray = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     return shares

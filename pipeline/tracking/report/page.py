@@ -44,15 +44,15 @@ class Mistake:
 
 @dataclass(frozen=True)
 class Facts:
-    """run: its name. data: the images that `said` is of. meta: of the checkpoint that said it, see `checkpoint`;
-    and "counted": until when its "seconds" are, if that is not its step.
+    """run: its name. data: the images that `predictions` are of. meta: of the checkpoint that made them, see
+    `checkpoint`; and "counted": until when its "seconds" are, if that is not its step.
     """
 
     run: str
     data: str
     meta: dict[str, Any]
     cfg: Config
-    said: Predictions
+    predictions: Predictions
     mistakes: list[Mistake]
 
     def save(self, folder: Path) -> None:
@@ -61,7 +61,7 @@ class Facts:
         content = {"run": self.run, "data": self.data, "meta": self.meta, "mistakes": mistakes}
         (folder / FACTS).write_text(json.dumps(content), encoding="utf-8")
         (folder / CONFIG).write_text(dump(self.cfg), encoding="utf-8")
-        self.said.save(folder / PREDICTIONS)
+        self.predictions.save(folder / PREDICTIONS)
         for one in self.mistakes:
             (folder / f"{one.row}.jpg").write_bytes(one.jpeg)
 
@@ -69,8 +69,8 @@ class Facts:
     def load(cls, folder: Path) -> "Facts":
         content = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         mistakes = [Mistake(**one, jpeg=(folder / f"{one['row']}.jpg").read_bytes()) for one in content["mistakes"]]
-        said = Predictions.load(folder / PREDICTIONS)
-        return cls(content["run"], content["data"], content["meta"], load(folder / CONFIG), said, mistakes)
+        predictions = Predictions.load(folder / PREDICTIONS)
+        return cls(content["run"], content["data"], content["meta"], load(folder / CONFIG), predictions, mistakes)
 
     @property
     def classes(self) -> list[str]:
@@ -87,11 +87,11 @@ class Facts:
         seconds = self.meta.get("seconds") or {}
         told = {name: self.meta.get(name) for name in known}
         told["counted"] = self.meta.get("counted", f"until step {self.meta['step']:,}")
-        return {**self.said.scores(), **told, **_times(seconds)}
+        return {**self.predictions.scores(), **told, **_times(seconds)}
 
     def worst_first(self) -> list[ClassFigures]:
         """Each class; those without images last."""
-        found = self.said.per_class(len(self.classes))
+        found = self.predictions.per_class(len(self.classes))
         return sorted(found, key=lambda one: (one.recall is None, one.recall, -one.images))
 
 
@@ -99,9 +99,9 @@ def _times(seconds: dict[str, float]) -> dict[str, Any]:
     return {"goodput": goodput(seconds) if seconds else None, "seconds": summed_up(seconds)}
 
 
-def find_mistakes(said: Predictions, loader: EvalLoader) -> list[Mistake]:
+def find_mistakes(predictions: Predictions, loader: EvalLoader) -> list[Mistake]:
     """The most confident ones, with their pictures from the loader of the same index."""
-    rows = said.confident_mistakes(NUM_MISTAKES)
+    rows = predictions.confident_mistakes(NUM_MISTAKES)
     if not len(rows):
         return []
     images = loader.pictures(rows).permute(0, 2, 3, 1).numpy()
@@ -133,8 +133,8 @@ def write_report(facts: Facts, history: History, out: Path, note: str = "") -> l
         charts.curves(history, out / "curves.png")
         figures.append("curves.png")
     charts.ledger(head["seconds"], out / "time.png")
-    charts.reliability(facts.said, out / "reliability.png")
-    charts.confusion(facts.said, facts.classes, out / "confusion.png")
+    charts.reliability(facts.predictions, out / "reliability.png")
+    charts.confusion(facts.predictions, facts.classes, out / "confusion.png")
     figures += ["time.png", "reliability.png", "confusion.png"]
     images = {name.removesuffix(".png"): _uri("png", (out / name).read_bytes()) for name in figures}
     (out / PAGE).write_text(_page(facts, head, images, note), encoding="utf-8")
@@ -159,11 +159,11 @@ def _page(facts: Facts, head: dict[str, Any], images: dict[str, str], note: str)
         note=note,
         classes=facts.classes,
         tables=[ranked] if num_classes <= MAX_CLASSES else [ranked[:half], ranked[-half:]],
-        matrix=facts.said.confusion(num_classes).tolist() if num_classes <= MAX_MATRIX else None,
-        pairs=facts.said.confused()[:MAX_PAIRS],
-        labels_images=np.bincount(facts.said.labels, minlength=num_classes).tolist(),
+        matrix=facts.predictions.confusion(num_classes).tolist() if num_classes <= MAX_MATRIX else None,
+        pairs=facts.predictions.confused()[:MAX_PAIRS],
+        labels_images=np.bincount(facts.predictions.labels, minlength=num_classes).tolist(),
         mistakes=list(_shown(facts)),
-        num_wrong=int((facts.said.correct == 0).sum()),
+        num_wrong=int((facts.predictions.correct == 0).sum()),
         config=list(marked(dump(facts.cfg), changed)),
         num_changed=len(changed),
         environment=_environment(facts),
@@ -173,13 +173,13 @@ def _page(facts: Facts, head: dict[str, Any], images: dict[str, str], note: str)
 
 def _shown(facts: Facts) -> Iterator[dict[str, Any]]:
     for one in facts.mistakes:
-        true, taken = int(facts.said.labels[one.row]), int(facts.said.best[one.row, 0])
+        true, taken = int(facts.predictions.labels[one.row]), int(facts.predictions.best[one.row, 0])
         yield {
             "place": one.place,
             "picture": _uri("jpeg", one.jpeg),
             "true": facts.classes[true],
             "taken": facts.classes[taken],
-            "probability": float(facts.said.probabilities[one.row, 0]),
+            "probability": float(facts.predictions.probabilities[one.row, 0]),
         }
 
 
