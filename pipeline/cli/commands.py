@@ -65,8 +65,6 @@ def sync(args: argparse.Namespace) -> Outcome:
 
     storage = find.open_storage(args.storage)
     run = find.find_run(args.run, storage, args.mlflow_uri)
-    if run is None:
-        raise find.no_such_run(args.run, storage, args.mlflow_uri)
     run.local_dir.mkdir(parents=True, exist_ok=True)
     with run_lock(run, warn):
         target, run_id, waiting = sync.sync(run, warn)

@@ -106,17 +106,14 @@ def export(args: argparse.Namespace) -> Outcome:
 
 
 def register(args: argparse.Namespace) -> Outcome:
-    from pipeline.config.loading import load
-    from pipeline.runs.checkpoint import CONFIG
-    from pipeline.tracking import mlflow_run, mlflow_store
+    from pipeline.tracking import mlflow_run
 
     checkpoint = find_checkpoint(args)
     place, run = checkpoint.place, checkpoint.place.parent.parent
     if place.parent.name != "checkpoints":
         raise UserError(f"{place}: lies in no run's folder, which MLflow would be told; name a run")
-    cfg = replace(load(checkpoint.file(CONFIG)).mlflow, log_model=True, register=args.name)  # which checks the name
-    uri = mlflow_store.tracking_uri(args.mlflow_uri or cfg.uri, run.parent)
-    target = mlflow_run.Target(uri, cfg.experiment, run.uri, checkpoint.meta["training_id"])
+    cfg = replace(checkpoint.cfg.mlflow, log_model=True, register=args.name)  # which checks the name
+    target = mlflow_run.Target.of(cfg, run, checkpoint.meta["training_id"], args.mlflow_uri)
     with redirect_stdout(sys.stderr):  # MLflow tells there where to look at the run
         version = mlflow_run.register(target, place.name, args.name)
     model = f"models:/{args.name}/{version}"

@@ -16,27 +16,28 @@ def report(args: argparse.Namespace) -> Outcome:
     from pipeline.cli.console import format_report
     from pipeline.training import checkpoint_report
 
-    found = find_checkpoint(args)
-    out = args.out or Path(f"report-{found.place.parent.parent.name}")
-    made = checkpoint_report.report(found, out, args.data, args.mlflow_uri, warn)
-    head, classes = made.facts.headline(), made.facts.classes
+    checkpoint = find_checkpoint(args)
+    out = args.out or Path(f"report-{checkpoint.place.parent.parent.name}")
+    report = checkpoint_report.make_report(checkpoint, out, args.data, args.mlflow_uri, warn)
+    head, classes = report.facts.headline(), report.facts.classes
     worst = [
         {
-            "class": classes[one.label],
-            "images": one.images,
-            "recall": one.recall,
-            "precision": one.precision,
-            "taken_for": classes[one.taken_for[0]] if one.taken_for else None,
+            "class": classes[figures.label],
+            "images": figures.images,
+            "recall": figures.recall,
+            "precision": figures.precision,
+            "taken_for": classes[figures.taken_for[0]] if figures.taken_for else None,
         }
-        for one in made.facts.worst_first()[:NUM_WORST]
+        for figures in report.facts.worst_first()[:NUM_WORST]
     ]
-    lines = format_report(head, worst, len(classes))
-    drawn = "curves.png" in made.files
-    lines += ["", *([f"{'curves' if drawn else 'no curves'}: {made.note}"] if made.note else [])]
-    lines += [f"not logged to MLflow: {made.not_logged}" if made.not_logged else "logged to MLflow, below report/"]
-    result = {"checkpoint": str(found.place), "out": str(out), "files": made.files, **head, "worst_classes": worst}
-    result |= {"curves": drawn, "curves_note": made.note or None, "not_logged": made.not_logged or None}
-    return result, [str(found.place), *lines, f"open {out / made.files[0]}"], DONE
+    has_curves = "curves.png" in report.files
+    lines = [*format_report(head, worst, len(classes)), ""]
+    lines += [f"{'curves' if has_curves else 'no curves'}: {report.note}"] if report.note else []
+    lines += [f"not logged to MLflow: {report.not_logged}" if report.not_logged else "logged to MLflow, below report/"]
+    result = {"checkpoint": str(checkpoint.place), "out": str(out), "files": report.files, **head}
+    result |= {"worst_classes": worst, "curves": has_curves}
+    result |= {"curves_note": report.note or None, "not_logged": report.not_logged or None}
+    return result, [str(checkpoint.place), *lines, f"open {out / report.files[0]}"], DONE
 
 
 def runs(args: argparse.Namespace) -> Outcome:
@@ -44,5 +45,5 @@ def runs(args: argparse.Namespace) -> Outcome:
     from pipeline.tracking.find import open_storage
 
     storage = open_storage(args.storage)
-    found = listing.listed(storage)
-    return [asdict(one) for one in found], listing.table(found) if found else [f"no runs in {storage}"], DONE
+    rows = listing.listed(storage)
+    return [asdict(row) for row in rows], listing.table(rows) if rows else [f"no runs in {storage}"], DONE

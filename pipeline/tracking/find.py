@@ -4,7 +4,8 @@ import dataclasses
 import difflib
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +40,26 @@ def open_storage(uri: str) -> Storage:
     return storage
 
 
-def find_run(reference: str, storage: Storage, mlflow_uri: str | None) -> Storage | None:
-    """The folder of a run that is meant by its name, its MLflow run id, a path or a URI."""
+def find_run(reference: str, storage: Storage, mlflow_uri: str | None) -> Storage:
+    """The folder of a run that is meant by its name, its MLflow run id, a path or a URI.
+
+    Raises:
+        UserError: there is none; with the nearest name.
+    """
     for run in (storage / reference, Storage(reference)) if "://" not in reference else (Storage(reference),):
         if {"checkpoints", FILE} & set(run.names()):
             return run
+    also = ""
     if MLFLOW_RUN_ID.fullmatch(reference):
-        return mlflow_run.find_run(tracking_uri(mlflow_uri, storage), reference)
-    return None
+        uri = tracking_uri(mlflow_uri, storage)
+        if (logged := mlflow_run.find_run(uri, reference)) is not None:
+            return logged
+        also = f" and in MLflow at {uri}; another one is named by mlflow.uri"
+    known = [name for name in storage.names() if FILE in (storage / name).sizes()]
+    near = difflib.get_close_matches(reference, known, n=1)
+    more = f" and {len(known) - MAX_NAMED} others" if len(known) > MAX_NAMED else ""
+    hint = f"did you mean {near[0]}?" if near else f"runs there: {', '.join(known[-MAX_NAMED:]) or 'none'}{more}"
+    raise UserError(f"no run, MLflow run id or checkpoint {reference!r}; looked in {storage} ({hint}){also}")
 
 
 def find_checkpoint(
@@ -65,11 +78,9 @@ def find_checkpoint(
         UserError: nothing of that name, or no valid checkpoint in it.
     """
     if checkpoint.META in (place := Storage(reference)).sizes():
-        return _read(place)
-    run = find_run(reference, storage, mlflow_uri)
-    if run is not None:
-        return _newest(run, warn)
-    raise no_such_run(reference, storage, mlflow_uri)
+        with _as_user_error():
+            return checkpoint.load(place)
+    return _newest(find_run(reference, storage, mlflow_uri), warn)
 
 
 def find_weights(reference: str, storage: Storage, mlflow_uri: str | None) -> str:
@@ -97,8 +108,8 @@ def find_to_resume(
         warn: told of damaged artifacts.
     """
     storage = open_storage(storage_uri or "runs")
-    run = find_run(reference, storage, mlflow_uri)
-    if run is None or not MLFLOW_RUN_ID.fullmatch(reference) or (run / "checkpoints").names():
+    run = find_run(reference, storage, mlflow_uri) if MLFLOW_RUN_ID.fullmatch(reference) else None
+    if run is None or (run / "checkpoints").names():
         return find_checkpoint(reference, storage, mlflow_uri)
     place = storage / run.name if storage_uri else run
     _fetch(place, tracking_uri(mlflow_uri, storage), reference, warn)
@@ -111,37 +122,23 @@ def _fetch(run: Storage, uri: str, mlflow_id: str, warn: Callable[[str], None]) 
     with tempfile.TemporaryDirectory() as folder:
         for path in mlflow_run.fetch_checkpoints(uri, mlflow_id, Path(folder)):
             try:
-                found = checkpoint.load(Storage(path))
+                fetched = checkpoint.load(Storage(path))
             except CheckpointError as e:
                 warn(f"of MLflow's artifacts: {e}")
                 problems.append(str(e))
                 continue
             there = RunManifest.read(run, warn)
-            if there is not None and there.training_id != found.meta["training_id"]:
+            if there is not None and there.training_id != fetched.meta["training_id"]:
                 raise UserError(f"run.storage={run.parent}: its {run.name} is another training; name another place")
             place = run / "checkpoints" / path.name
             place.make()
             for file in (checkpoint.STATE, checkpoint.CONFIG, checkpoint.META):  # the last makes it one
-                place.upload(found.path / file if file == checkpoint.META else found.file(file), file)
+                place.upload(fetched.path / file if file == checkpoint.META else fetched.file(file), file)
             return
-    why = (
-        problems[0]
-        if problems
-        else "they are there with mlflow.checkpoints=all, or best or last once an attempt has ended"
+    problems.append("they are there with mlflow.checkpoints=all, or best or last once an attempt has ended")
+    raise UserError(
+        f"{run} is gone, and MLflow run {mlflow_id} has no valid checkpoint among its artifacts: {problems[0]}"
     )
-    raise UserError(f"{run} is gone, and MLflow run {mlflow_id} has no valid checkpoint among its artifacts: {why}")
-
-
-def no_such_run(reference: str, storage: Storage, mlflow_uri: str | None) -> UserError:
-    """The error, with the nearest name."""
-    known = [name for name in storage.names() if FILE in (storage / name).sizes()]
-    near = difflib.get_close_matches(reference, known, n=1)
-    more = f" and {len(known) - MAX_NAMED} others" if len(known) > MAX_NAMED else ""
-    hint = f"did you mean {near[0]}?" if near else f"runs there: {', '.join(known[-MAX_NAMED:]) or 'none'}{more}"
-    looked = f"looked in {storage} ({hint})"
-    if MLFLOW_RUN_ID.fullmatch(reference):
-        looked += f" and in MLflow at {tracking_uri(mlflow_uri, storage)}; another one is named by mlflow.uri"
-    return UserError(f"no run, MLflow run id or checkpoint {reference!r}; {looked}")
 
 
 def config_to_resume(found: Checkpoint, overrides: list[str]) -> Config:
@@ -154,9 +151,8 @@ def config_to_resume(found: Checkpoint, overrides: list[str]) -> Config:
     # One change that was allowed is no leave for the next one.
     cfg = load(found.file(checkpoint.CONFIG), ["data.allow_changed=false", *overrides])
     here: dict[str, Any] = {"storage": run.parent.uri, "name": run.name, "stop_at_step": None}
-    given = {o.partition("=")[0] for o in overrides}
+    given = {override.partition("=")[0] for override in overrides}
     settings = dataclasses.replace(cfg.run, **{k: v for k, v in here.items() if f"run.{k}" not in given})
-    cfg = dataclasses.replace(cfg, run=settings)
     newest = _newest(run)
     same_run = (Storage(settings.storage) / (settings.name or "")).uri == run.uri
     if newest.step != found.step and same_run:
@@ -164,24 +160,23 @@ def config_to_resume(found: Checkpoint, overrides: list[str]) -> Config:
             f"{found.place} is not the newest checkpoint of its run, {newest.place.name} is; "
             "to branch off from it, give the branch a name: run.name=NAME"
         )
-    return cfg
+    return dataclasses.replace(cfg, run=settings)
 
 
-def _read(place: Storage) -> Checkpoint:
+@contextmanager
+def _as_user_error() -> Iterator[None]:
     try:
-        return checkpoint.load(place)
+        yield
     except CheckpointError as e:
         raise UserError(str(e)) from None
 
 
 def _newest(run: Storage, warn: Callable[[str], None] = lambda _: None) -> Checkpoint:
     problems: list[str] = []
-    try:
-        found = checkpoint.newest_valid(run / "checkpoints", problems.append)
-    except CheckpointError as e:
-        raise UserError(str(e)) from None
-    if found is None:
+    with _as_user_error():
+        newest = checkpoint.newest_valid(run / "checkpoints", problems.append)
+    if newest is None:
         raise UserError(f"{run} has no valid checkpoint" + (f": {problems[0]}" if problems else " yet"))
     for problem in problems:
         warn(problem)
-    return found
+    return newest

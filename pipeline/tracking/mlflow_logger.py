@@ -23,8 +23,8 @@ from pipeline.runs.claim import Claim, SupersededError
 from pipeline.storage import Storage
 from pipeline.tracking.backlog import Backlog
 from pipeline.tracking.mlflow_run import ATTEMPT, REPORT, MlflowRun, ReportError, Target
-from pipeline.tracking.mlflow_store import reason, tracking_uri
-from pipeline.tracking.outbox import Outbox, leading_metrics
+from pipeline.tracking.mlflow_store import reason
+from pipeline.tracking.outbox import Outbox, first_batch
 from pipeline.tracking.records import End, Folder, Metrics, Model, Params, Record, Report, Staged, Start, Tags, Text
 from pipeline.tracking.staging import Staging
 
@@ -59,28 +59,21 @@ class MlflowLogger:
         except OSError as e:
             warn(f"{folder} cannot be read: {e}")
         (folder / TARGET).write_text(json.dumps(asdict(target)), encoding="utf-8")
-        self._may_connect = threading.Event()
         self._wake, self._closing, self._abandoned = threading.Event(), threading.Event(), threading.Event()
         self._failing, self._answered = False, time.monotonic()
         self._thread = threading.Thread(target=self._send_all, name="mlflow", daemon=True)
-        self._thread.start()
 
     @classmethod
     def of_run(
-        cls,
-        cfg: MlflowConfig,
-        run: Storage,
-        training_id: str,
-        warn: Callable[[str], None],
-        claim: Claim | None = None,
+        cls, cfg: MlflowConfig, run: Storage, training_id: str, warn: Callable[[str], None], claim: Claim | None = None
     ) -> "MlflowLogger":
         """For the training `training_id` in the folder `run`."""
-        target = Target(tracking_uri(cfg.uri, run.parent), cfg.experiment, run.uri, training_id)
-        return cls(target, run.local_dir / FOLDER, warn, claim)
+        return cls(Target.of(cfg, run, training_id), run.local_dir / FOLDER, warn, claim)
 
     def connect(self) -> None:
         """Begin to send. Until then, or until the end, MLflow is not even imported: that takes a core for seconds."""
-        self._may_connect.set()
+        if self._thread.ident is None:
+            self._thread.start()
 
     def start(self) -> None:
         """Begin an attempt: the MLflow run is running, and this machine's system metrics are logged to it."""
@@ -191,8 +184,8 @@ class MlflowLogger:
     def drain(self, timeout_s: float, limit_s: float = math.inf, heartbeat: Callable[[], None] = lambda: None) -> int:
         """Wait until all is sent; arguments and result as of `close`."""
         self._closing.set()
-        self._may_connect.set()
         self._wake.set()
+        self.connect()
         self._answered = time.monotonic()
         end, deadline = self._answered + limit_s, self._answered + timeout_s
         while self._thread.is_alive() and time.monotonic() < min(deadline, end):
@@ -214,8 +207,8 @@ class MlflowLogger:
     def abandon(self) -> None:
         """Send nothing more: the run is another driver's."""
         self._abandoned.set()
-        self._may_connect.set()
         self._wake.set()
+        self.connect()
         self._thread.join(1)
         self._stop_monitor()
         if not self._thread.is_alive():
@@ -232,7 +225,6 @@ class MlflowLogger:
     def _send_all(self) -> None:
         """The thread: send what waits, retry what fails, until closed and empty."""
         failures = 0
-        self._may_connect.wait()
         while not self._abandoned.is_set():
             self._wake.clear()
             try:
@@ -267,7 +259,7 @@ class MlflowLogger:
             self._run = run
         waiting = self._outbox.head()
         while waiting and not self._abandoned.is_set():
-            batch = leading_metrics(waiting, MAX_METRICS) or waiting[:1]
+            batch = first_batch(waiting, MAX_METRICS)
             first = batch[0][0]
             self._staging.in_use = first.staged if isinstance(first, Staged) else None
             self._check_claim()

@@ -1,7 +1,7 @@
 """The MLflow run of a training: finding or making it, and sending it records.
 
-`mlflow_store`, this file, `system_metrics` and `published` alone import `mlflow`; and `served`, which MLflow runs. The
-driver uses this file too, and starts faster without torch: what imports that is imported late.
+`mlflow_store`, this file, `system_metrics` and `registry` alone import `mlflow`; and `pyfunc_model`, which MLflow runs.
+The driver uses this file too, and starts faster without torch: what imports that is imported late.
 """
 
 import shutil
@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.schema import MlflowConfig
 from pipeline.environment import SQLITE
 from pipeline.storage import Storage
-from pipeline.tracking.mlflow_store import ARTIFACTS, follow_artifacts, is_missing, open_client, reason
+from pipeline.tracking.mlflow_store import ARTIFACTS, follow_artifacts, is_missing, open_client, reason, tracking_uri
 from pipeline.tracking.records import End, Folder, Metrics, Model, Params, Record, Report, Start, Tags, Text
 from pipeline.tracking.report.charts import METRICS, History
 
@@ -39,6 +40,11 @@ class Target:
     run: str
     training_id: str
 
+    @classmethod
+    def of(cls, cfg: MlflowConfig, run: Storage, training_id: str, uri: str | None = None) -> "Target":
+        """For a training in the folder `run`; uri: of another store than the configured one."""
+        return cls(tracking_uri(uri or cfg.uri, run.parent), cfg.experiment, run.uri, training_id)
+
 
 class MlflowRun:
     """Connects to the store, and finds or makes the run.
@@ -57,9 +63,13 @@ class MlflowRun:
         self._monitor: Any = None
         self._client = open_client(target.uri)
         self.experiment_id = self._experiment(target.experiment)
-        found = _search(self._client, self.experiment_id, target.training_id)
-        self.is_new = found is None
-        self.id = found or self._create(target)
+        known_id = _search(self._client, self.experiment_id, target.training_id)
+        self.is_new = known_id is None
+        if known_id is None:
+            tags = {TRAINING_ID_TAG: target.training_id, RUN_TAG: target.run}
+            run = self._client.create_run(self.experiment_id, run_name=Storage(target.run).name, tags=tags)
+            known_id = str(run.info.run_id)
+        self.id = known_id
 
     def _experiment(self, name: str) -> str:
         # A SQLite store is a file of ours: keep the artifacts beside it. A server knows its own place.
@@ -76,11 +86,6 @@ class MlflowRun:
             if (made := self._client.get_experiment_by_name(name)) is None:
                 raise
             return str(made.experiment_id)
-
-    def _create(self, target: Target) -> str:
-        tags = {TRAINING_ID_TAG: target.training_id, RUN_TAG: target.run}
-        run = self._client.create_run(self.experiment_id, run_name=Storage(target.run).name, tags=tags)
-        return str(run.info.run_id)
 
     def last_steps(self) -> dict[str, int]:
         """The highest step of each metric."""
@@ -120,26 +125,29 @@ class MlflowRun:
                     client.log_artifacts(self.id, str(self._staging / staged), to)
                     shutil.rmtree(self._staging / staged)
             case Model(checkpoint, register):
-                self.publish(checkpoint, register)
+                self.log_model(checkpoint, register)
             case Report(staged):
                 self._report(self._staging / staged)
             case Start(attempt):
                 client.update_run(self.id, status="RUNNING")
                 client.set_tag(self.id, RUN_TAG, self._folder)  # it may lie elsewhere now
                 if attempt == ATTEMPT and self._monitor is None:  # else it is sent once more
-                    self._monitor_system()
+                    from pipeline.tracking.system_metrics import Monitor
+
+                    self._monitor = Monitor(self.id, resume_logging=True, tracking_uri=self._uri)
+                    self._monitor.start()
             case End(status):
                 self.stop_monitor()
                 client.set_terminated(self.id, status)
 
-    def publish(self, checkpoint: str, name: str | None) -> int | None:
-        """Log the model of a checkpoint of this name, and register it where a `name` is given."""
+    def log_model(self, checkpoint: str, register: str | None) -> int | None:
+        """Log the model of the run's checkpoint of this name; the version that it has in the registry, if it is to."""
         from pipeline.tracking.registry import ModelRegistry
 
-        publisher = ModelRegistry(self._client, self._uri, self.experiment_id, self.id)
+        registry = ModelRegistry(self._client, self._uri, self.experiment_id, self.id)
         place = Storage(self._folder) / "checkpoints" / checkpoint
-        model_id = publisher.log(place)
-        return None if name is None else publisher.register(model_id, name, place, {RUN_TAG: self._folder})
+        model_id = registry.log(place)
+        return None if register is None else registry.register(model_id, register, place, {RUN_TAG: self._folder})
 
     def _report(self, source: Path) -> None:
         """Make the report of facts that were laid aside, now that all metrics before it have arrived."""
@@ -157,22 +165,15 @@ class MlflowRun:
         shutil.rmtree(source)
 
     def stop_monitor(self) -> None:
-        """Log nothing more of this node."""
+        """Log no more of this node's CPU, memory, disk, network and GPUs."""
         if self._monitor is not None:
             self._monitor.finish()
-
-    def _monitor_system(self) -> None:
-        """Log CPU, memory, disk, network and GPUs of this node from now on."""
-        from pipeline.tracking.system_metrics import Monitor
-
-        self._monitor = Monitor(self.id, resume_logging=True, tracking_uri=self._uri)
-        self._monitor.start()
 
 
 def _search(client: Any, experiment_id: str, training_id: str) -> str | None:
     """The id of a training's run."""
-    found = client.search_runs([experiment_id], f"tags.`{TRAINING_ID_TAG}` = '{training_id}'", max_results=1)
-    return str(found[0].info.run_id) if found else None
+    runs = client.search_runs([experiment_id], f"tags.`{TRAINING_ID_TAG}` = '{training_id}'", max_results=1)
+    return str(runs[0].info.run_id) if runs else None
 
 
 def open_existing(target: Target) -> MlflowRun | None:
@@ -219,8 +220,8 @@ def fetch_checkpoints(uri: str, run_id: str, to: Path) -> Iterator[Path]:
 
     client = open_client(uri)
     try:
-        found = [one.path for one in client.list_artifacts(run_id, CHECKPOINTS) if one.is_dir]
-        for path in sorted(found, reverse=True):
+        folders = [artifact.path for artifact in client.list_artifacts(run_id, CHECKPOINTS) if artifact.is_dir]
+        for path in sorted(folders, reverse=True):
             yield Path(client.download_artifacts(run_id, path, str(to)))
     except (MlflowException, OSError) as e:
         raise ConnectionError(f"MLflow at {uri} does not give the checkpoints of run {run_id}: {reason(e)}") from None
@@ -242,11 +243,11 @@ def register(target: Target, checkpoint: str, name: str) -> int:
         run = MlflowRun(target)
         if run.is_new:  # of a training that was logged elsewhere; nothing else would end it
             open_client(target.uri).set_terminated(run.id)
-        made = run.publish(checkpoint, name)
+        version = run.log_model(checkpoint, name)
     except (MlflowException, OSError) as e:
         raise ConnectionError(f"MLflow at {target.uri} does not take the model: {reason(e)}") from None
-    assert made is not None, "it has a name"
-    return made
+    assert version is not None, "it has a name"
+    return version
 
 
 def try_out(uri: str, experiment: str) -> None:

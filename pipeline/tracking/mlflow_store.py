@@ -62,7 +62,7 @@ def open_client(uri: str) -> Any:
         Exception: MLflow raises whatever its transport raises.
     """
     # MLflow's own retries (7, of up to 120 s each) would hide for minutes that a server is away; and where the answer
-    # to "make a run" is lost, a second try makes a second one. `tracking` tries again, and looks for the first.
+    # to "make a run" is lost, a second try makes a second one. `MlflowLogger` tries again, and looks for the first.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -89,7 +89,7 @@ def follow_artifacts(database: Path, old: str, new: str) -> None:
     was, now = Path(old.removeprefix("file://")), Path(new)
     if was.name != ARTIFACTS or not now.is_dir() or (was.is_dir() and was.samefile(now)):
         return
-    if was.is_dir() and not {one.name for one in was.iterdir()} <= {one.name for one in now.iterdir()}:
+    if was.is_dir() and not {path.name for path in was.iterdir()} <= {path.name for path in now.iterdir()}:
         return
     with alone(database.parent), closing(sqlite3.connect(database, timeout=60)) as store, store:
         for table, column in PLACES:

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from pipeline.storage import fsync
+from pipeline.storage import Storage
 from pipeline.tracking.records import Metrics, Record, Staged, from_line, parse_lines, to_line
 
-FILE, ID = "outbox.jsonl", "id"
+FILE, SENT, ID = "outbox.jsonl", "sent.json", "id"
 HEAD_BYTES = 2**20
 LOCK_WAIT_S = 30.0
 
@@ -32,57 +32,48 @@ class Outbox:
 
     def __init__(self, folder: Path, warn: Callable[[str], None]):
         folder.mkdir(parents=True, exist_ok=True)
-        self.path, self._sent_path = folder / FILE, folder / "sent.json"
-        self._warn, self._problem = warn, False
+        self.path, self._folder = folder / FILE, folder
+        self._warn, self._write_fails = warn, False
         self._lock = threading.Lock()
         self._unwritten: list[bytes] = []  # what a full disk keeps from the file
         self._skipped: dict[str, int] = {}
-        content = self.path.read_bytes() if self.path.exists() else b""
-        self._sent, self._last_step = 0, dict[str, int]()
-        # Whether nothing was ever sent from here, as far as is known; MLflow may know better.
-        self.is_new = not self._read_sent()
-        self._sent = min(self._sent, len(content))
         self._num_emptied = 0
+        content = self.path.read_bytes() if self.path.exists() else b""
+        note = _read_sent(folder)
+        # Whether nothing was ever sent from here, as far as is known; MLflow may know better.
+        self.is_new = note is None
+        sent, self._last_step = note or (0, {})
+        self._sent = min(sent, len(content))
         lines, records = parse_lines(content[self._sent :])
         if len(records) < len(lines):
             warn(f"{len(lines) - len(records)} unreadable lines of {self.path} are left out")
         sound = content[: self._sent] + b"".join(map(to_line, records))
         if sound != content:
-            _replace(self.path, sound)
+            Storage(folder).write_bytes(FILE, sound)
         for record in records:
             self._note_steps(record)
         self.staged = {record.staged for record in records if isinstance(record, Staged)}
         self._file = self.path.open("ab+", buffering=0)
         self._lock_file()
         self._end = len(sound)  # of what is whole in the file
-        self._id_path = folder / ID
-        if not self._id_path.exists():
-            _replace(self._id_path, uuid.uuid4().hex.encode())
-        self.id = self._id_path.read_text(encoding="utf-8")
-
-    def _read_sent(self) -> bool:
-        try:
-            note = json.loads(self._sent_path.read_bytes())
-            self._sent, self._last_step = note["bytes"], note["last_step"]
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            return False
-        return True
+        known = read_id(folder)
+        self.id = uuid.uuid4().hex if known is None else known
+        if known is None:
+            Storage(folder).write_bytes(ID, self.id.encode())
 
     def _lock_file(self) -> None:
         """Wait for `pipeline sync`, or a process that ends; not for ever, as one may hang."""
         deadline = time.monotonic() + LOCK_WAIT_S
-        while True:
+        while time.monotonic() < deadline:
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as e:
-                if e.errno != errno.EWOULDBLOCK:  # a file system without locks
-                    return
+            except BlockingIOError:
+                time.sleep(0.2)
+            except OSError:  # a file system without locks
+                return
             else:
                 return
-            if time.monotonic() > deadline:
-                self._warn(f"{self.path} is used by another process, too; its records may be lost, or sent twice")
-                return
-            time.sleep(0.2)
+        self._warn(f"{self.path} is used by another process, too; its records may be lost, or sent twice")
 
     def append(self, record: Record) -> None:
         with self._lock:
@@ -96,7 +87,7 @@ class Outbox:
         """The waiting records, oldest first, each with the offset at which it ends."""
         with self._lock:
             self._write()
-            return self._parsed(self._sent, self._end)
+            return self._parse(self._sent, self._end)
 
     def head(self, max_bytes: int = HEAD_BYTES) -> list[tuple[Record, int]]:
         """As `unsent`, but some records alone; for the thread that marks them as sent.
@@ -106,14 +97,14 @@ class Outbox:
         with self._lock:
             self._write()
             start, end = self._sent, self._end
-        while not (some := self._parsed(start, min(start + max_bytes, end))) and start + max_bytes < end:
+        while not (records := self._parse(start, min(start + max_bytes, end))) and start + max_bytes < end:
             max_bytes *= 2  # a single record that is larger
-        return some
+        return records
 
     def unsent_lines(self) -> tuple[bytes, bool]:
         """The lines of the records that wait, and whether the disk has all; a step that logs does not wait for it."""
         with suppress(FileNotFoundError):
-            os.utime(self._id_path)  # whoever cleans /tmp takes what is old
+            os.utime(self._folder / ID)  # whoever cleans /tmp takes what is old
         while True:
             with self._lock:
                 self._write()
@@ -127,15 +118,13 @@ class Outbox:
     def replace(self, records: Iterable[Record]) -> None:
         """Have these wait, in the place of all that is here."""
         with self._lock:
-            self._file.truncate(0)
-            self._sent_path.unlink(missing_ok=True)
+            self._empty()
+            (self._folder / SENT).unlink(missing_ok=True)
             self._last_step.clear()
-            self._sent = self._end = 0
-            self._num_emptied += 1
-            self.is_new = True
-            for record in (records := list(records)):
+            self._sent, self._unwritten, self.is_new = 0, [], True
+            for record in records:
                 self._note_steps(record)
-            self._unwritten = [to_line(record) for record in records]
+                self._unwritten.append(to_line(record))
             self._write()
 
     def skip(self, last_step: dict[str, int]) -> None:
@@ -149,20 +138,23 @@ class Outbox:
             OSError: that cannot be noted, so they will be sent again.
         """
         with self._lock:
-            all_sent = offset == self._end
-            sent = 0 if all_sent else offset
-            _replace(self._sent_path, json.dumps({"bytes": sent, "last_step": self._last_step}).encode())
+            sent = 0 if offset == self._end else offset
+            note = {"bytes": sent, "last_step": self._last_step}
+            Storage(self._folder).write_bytes(SENT, json.dumps(note).encode())
             self._sent = sent
-            if all_sent:  # last: a crash before it sends them once more, which changes nothing
-                self._file.truncate(0)
-                self._end = 0
-                self._num_emptied += 1
+            if offset == self._end:  # last: a crash before it sends them once more, which changes nothing
+                self._empty()
+
+    def _empty(self) -> None:
+        self._file.truncate(0)
+        self._end = 0
+        self._num_emptied += 1
 
     def close(self) -> None:
         self._file.close()
 
     # By the open file, not by its path: a folder that is away for a while does not hurt.
-    def _parsed(self, start: int, end: int) -> list[tuple[Record, int]]:
+    def _parse(self, start: int, end: int) -> list[tuple[Record, int]]:
         """The whole records between two offsets, each with its end."""
         records = []
         for line in os.pread(self._file.fileno(), end - start, start).splitlines(keepends=True):
@@ -182,27 +174,27 @@ class Outbox:
             if self._file.write(content) < len(content):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as e:
-            if not self._problem:
+            if not self._write_fails:
                 self._warn(f"{self.path} cannot be written, its records stay in memory: {e}")
-            self._problem = True
+            self._write_fails = True
         else:
             self._end += len(content)
             self._unwritten.clear()
-            self._problem = False
+            self._write_fails = False
 
     def _note_steps(self, record: Record) -> None:
         if isinstance(record, Metrics):
             self._last_step.update(dict.fromkeys(record.values, record.step))
 
 
-def leading_metrics(waiting: list[tuple[Record, int]], max_values: int) -> list[tuple[Record, int]]:
-    """The metrics records at the head of the queue that have so many values."""
+def first_batch(waiting: list[tuple[Record, int]], max_values: int) -> list[tuple[Record, int]]:
+    """What can be sent together: records of metrics that have so many values in all, or the first of any kind."""
     batch, size = list[tuple[Record, int]](), 0
     for record, end in waiting:
         if not isinstance(record, Metrics) or (size := size + len(record.values)) > max_values:
             break
         batch.append((record, end))
-    return batch
+    return batch or waiting[:1]
 
 
 def read_id(folder: Path) -> str | None:
@@ -217,10 +209,8 @@ def is_in_use(folder: Path) -> bool:
     try:
         with (folder / FILE).open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # NFS has an exclusive one for writers alone
-    except FileNotFoundError:
-        return False
-    except OSError as e:
-        return e.errno == errno.EWOULDBLOCK
+    except OSError as e:  # also where there is none, or a file system without locks
+        return isinstance(e, BlockingIOError)
     return False
 
 
@@ -235,9 +225,10 @@ def read_records(folder: Path) -> list[Record]:
         return []
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Have the file hold this, or what it held before."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(content)
-    fsync(temporary)
-    temporary.replace(path)
+def _read_sent(folder: Path) -> tuple[int, dict[str, int]] | None:
+    """How many bytes of the file were sent, and each metric's last step; None where that is not known."""
+    try:
+        note = json.loads((folder / SENT).read_bytes())
+        return note["bytes"], note["last_step"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None

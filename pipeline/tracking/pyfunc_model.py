@@ -89,8 +89,8 @@ class Classifier(PythonModel):  # type: ignore[misc]
     @torch.inference_mode()
     def _classify(self, images: Sequence[Tensor | ImageError]) -> list[dict[str, Any]]:
         nothing: dict[str, Any] = {"class": None, "probability": None, "classes": [], "probabilities": []}
-        rows = [{**nothing, "error": str(one)} for one in images]
-        usable = [k for k, one in enumerate(images) if isinstance(one, Tensor)]
+        rows = [{**nothing, "error": str(image)} for image in images]
+        usable = [k for k, image in enumerate(images) if isinstance(image, Tensor)]
         if not usable:
             return rows
         logits = self._graph(torch.stack([images[k] for k in usable]))  # type: ignore[misc]

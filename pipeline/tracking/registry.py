@@ -20,8 +20,8 @@ from pipeline.storage import Storage
 CHECKPOINT_TAG = "pipeline.checkpoint"  # of a logged model and its registered versions
 TOP1_TAG = "pipeline.top1"
 STORE = "MLFLOW_TRACKING_URI"
-SERVED = Path(__file__).with_name("pyfunc_model.py")
-SERVED_PACKAGES = ("mlflow", "numpy", "pandas", "pillow", "torch")  # what that file imports
+MODEL_CODE = Path(__file__).with_name("pyfunc_model.py")
+MODEL_PACKAGES = ("mlflow", "numpy", "pandas", "pillow", "torch")  # what that file imports
 
 
 class ModelRegistry:
@@ -67,15 +67,15 @@ class ModelRegistry:
             if e.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         source = f"models:/{model_id}"
-        for known in self._client.search_model_versions(f"name = '{name}' AND run_id = '{self._run_id}'"):
-            if known.source == source:
-                return int(known.version)
+        for registered in self._client.search_model_versions(f"name = '{name}' AND run_id = '{self._run_id}'"):
+            if registered.source == source:
+                return int(registered.version)
         top1 = checkpoint.read_meta(place)["metrics"].get("top1")
         tags = tags | {CHECKPOINT_TAG: place.name} | ({} if top1 is None else {TOP1_TAG: f"{top1:.6f}"})
         return int(self._client.create_model_version(name, source, self._run_id, tags, model_id=model_id).version)
 
     def _log(self, place: Storage) -> str:
-        """As `served` with an exported graph: loading it runs no pickled code."""
+        """As `pyfunc_model` with an exported graph: loading it runs no pickled code."""
         import mlflow
         from mlflow.models import Model
 
@@ -92,18 +92,18 @@ class ModelRegistry:
                 mlflow.pyfunc,
                 run_id=self._run_id,
                 model_id=logged.model_id,
-                python_model=str(SERVED),
+                python_model=str(MODEL_CODE),
                 artifacts={"graph": str(graph)},
                 signature=_signature(),
                 input_example=_example(),
-                pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in SERVED_PACKAGES],
+                pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in MODEL_PACKAGES],
                 metadata={"classes": list(classes), "checkpoint": place.name},
             )
         return str(logged.model_id)
 
 
 def _signature() -> Any:
-    """Of `served`: a text for each image; the answer has no class and no probability where there is an error."""
+    """Of `pyfunc_model`: a text for each image; the answer has no class and no probability where there is an error."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, Schema
     from mlflow.types.schema import Array

@@ -49,13 +49,13 @@ class Staging:
         One whose files are here alone if there is one; the checkpoint of another one can be deleted next.
         """
         waiting = [staged for staged in self._folder.glob("step_*.*/") if staged.name != self.in_use]
-        waiting.sort(key=lambda staged: (any(file.stat().st_nlink > 1 for file in staged.iterdir()), staged.suffix))
-        for staged in waiting[:1]:
-            hidden = staged.with_name(f".{staged.name}")  # what is half deleted is not sent
-            staged.rename(hidden)
-            shutil.rmtree(hidden, ignore_errors=True)
-            return f"the upload of {staged.stem} to MLflow"
-        return None
+        if not waiting:
+            return None
+        oldest = min(waiting, key=lambda staged: (any(f.stat().st_nlink > 1 for f in staged.iterdir()), staged.suffix))
+        hidden = oldest.with_name(f".{oldest.name}")  # what is half deleted is not sent
+        oldest.rename(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+        return f"the upload of {oldest.stem} to MLflow"
 
     def remove_others(self, waiting: Collection[str]) -> None:
         """Delete what a process has left that was killed while it staged or deleted a folder."""

@@ -16,14 +16,14 @@ FILE = "summary.json"
 
 def complete(summary: dict[str, Any]) -> dict[str, Any]:
     """What rank 0's `fit` returned, with the shut-down until now, by the phases that people read, and the goodput."""
-    told = {name: value for name, value in summary.items() if name != "ended"}
+    kept = {name: value for name, value in summary.items() if name != "ended"}
     seconds = summary["seconds"] | {"shut-down": time.time() - summary["ended"]}
     rounded = {name: round(s, 3) for name, s in summed_up(seconds).items()}
-    return told | {"seconds": rounded, "goodput": round(goodput(seconds), 4)}
+    return kept | {"seconds": rounded, "goodput": round(goodput(seconds), 4)}
 
 
 def save(summary: dict[str, Any], warn: Callable[[str], None]) -> None:
-    """Write a completed summary into its run's folder; where that fails, it is reported: the training is done."""
+    """Write a completed summary into its run's folder; where that fails, a warning says so: the training is done."""
     run = Storage(summary["run_dir"])
     try:
         run.write_bytes(FILE, json.dumps(summary, indent=1).encode())
@@ -34,8 +34,8 @@ def save(summary: dict[str, Any], warn: Callable[[str], None]) -> None:
 def read_seconds(run: Storage, training_id: str, step: int) -> dict[str, float]:
     """Seconds per phase of a training that is done and ended at `step`; empty where the run's folder does not say."""
     try:
-        told = json.loads(run.read_bytes(FILE))
-        ended_there = (told["status"], told["training_id"], told["step"]) == ("done", training_id, step)
-        return {str(name): float(s) for name, s in told["seconds"].items()} if ended_there else {}
+        summary = json.loads(run.read_bytes(FILE))
+        ended_there = (summary["status"], summary["training_id"], summary["step"]) == ("done", training_id, step)
+        return {str(name): float(s) for name, s in summary["seconds"].items()} if ended_there else {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}  # of an earlier version, killed before its end, or damaged; stores may refuse what is not there

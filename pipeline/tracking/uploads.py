@@ -12,24 +12,24 @@ from pipeline.tracking.mlflow_run import CHECKPOINTS
 
 
 class Uploads:
-    """Hands folders to the tracker, which takes them aside and sends them.
+    """Hands folders to the logger, which takes them aside and sends them.
 
     Args:
         warn: called with a line for the user. timeout_s: how long a storage that does not answer is waited for.
     """
 
     def __init__(self, logger: MlflowLogger, warn: Callable[[str], None], timeout_s: float):
-        self._mlflow, self._warn, self._timeout_s = logger, warn, timeout_s
+        self._logger, self._warn, self._timeout_s = logger, warn, timeout_s
 
     def folder(self, folder: Path) -> None:
         """A folder's files, below its name."""
-        self._hand_over(folder, lambda: self._mlflow.log_folder(folder, folder.name))
+        self._hand_over(folder, lambda: self._logger.log_folder(folder, folder.name))
 
     def checkpoint(self, saved: Checkpoint) -> None:
         def log() -> None:
             if not (saved.path / META).exists():  # of an object store only what was written last is here, and whole
                 checkpoint.load(saved.place, use_copy=True)
-            self._mlflow.log_folder(saved.path, f"{CHECKPOINTS}/{saved.path.name}")
+            self._logger.log_folder(saved.path, f"{CHECKPOINTS}/{saved.path.name}")
 
         self._hand_over(saved.place, log)
 

@@ -66,7 +66,7 @@ def _curve(axes: Any, steps: FloatArray, values: FloatArray, name: str, colour: 
 
 
 def ledger(seconds: Mapping[str, float], file: Path) -> None:
-    """The time in each phase; `seconds` as of `perf.summed_up`."""
+    """The time in each phase; `seconds` as of `ledger.summed_up`."""
     figure = _figure(8, 0.4 * len(PHASES) + 0.8)
     axes = figure.subplots()
     values = [seconds[phase] for phase in PHASES]

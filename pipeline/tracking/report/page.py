@@ -57,18 +57,18 @@ class Facts:
 
     def save(self, folder: Path) -> None:
         """Lay the facts aside as files of an empty folder."""
-        mistakes = [{"row": one.row, "place": one.place} for one in self.mistakes]
+        mistakes = [{"row": mistake.row, "place": mistake.place} for mistake in self.mistakes]
         content = {"run": self.run, "data": self.data, "meta": self.meta, "mistakes": mistakes}
         (folder / FACTS).write_text(json.dumps(content), encoding="utf-8")
         (folder / CONFIG).write_text(dump(self.cfg), encoding="utf-8")
         self.predictions.save(folder / PREDICTIONS)
-        for one in self.mistakes:
-            (folder / f"{one.row}.jpg").write_bytes(one.jpeg)
+        for mistake in self.mistakes:
+            (folder / f"{mistake.row}.jpg").write_bytes(mistake.jpeg)
 
     @classmethod
     def load(cls, folder: Path) -> "Facts":
         content = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-        mistakes = [Mistake(**one, jpeg=(folder / f"{one['row']}.jpg").read_bytes()) for one in content["mistakes"]]
+        mistakes = [Mistake(**m, jpeg=(folder / f"{m['row']}.jpg").read_bytes()) for m in content["mistakes"]]
         predictions = Predictions.load(folder / PREDICTIONS)
         return cls(content["run"], content["data"], content["meta"], load(folder / CONFIG), predictions, mistakes)
 
@@ -83,20 +83,20 @@ class Facts:
          training's evaluations, "images_per_s": of its last attempt, "goodput", "seconds": per phase, "counted": up to
          when, in words, "attempts", "failures"}
         """
-        known = ("step", "num_steps", "best_top1", "images_per_s", "attempts", "failures")
-        seconds = self.meta.get("seconds") or {}
-        told = {name: self.meta.get(name) for name in known}
-        told["counted"] = self.meta.get("counted", f"until step {self.meta['step']:,}")
-        return {**self.predictions.scores(), **told, **_times(seconds)}
+        meta, names = self.meta, ("step", "num_steps", "best_top1", "images_per_s", "attempts", "failures")
+        seconds = meta.get("seconds") or {}
+        return {
+            **self.predictions.scores(),
+            **{name: meta.get(name) for name in names},
+            "counted": meta.get("counted", f"until step {meta['step']:,}"),
+            "goodput": goodput(seconds) if seconds else None,
+            "seconds": summed_up(seconds),
+        }
 
     def worst_first(self) -> list[ClassFigures]:
         """Each class; those without images last."""
-        found = self.predictions.per_class(len(self.classes))
-        return sorted(found, key=lambda one: (one.recall is None, one.recall, -one.images))
-
-
-def _times(seconds: dict[str, float]) -> dict[str, Any]:
-    return {"goodput": goodput(seconds) if seconds else None, "seconds": summed_up(seconds)}
+        figures = self.predictions.per_class(len(self.classes))
+        return sorted(figures, key=lambda c: (c.recall is None, c.recall, -c.images))
 
 
 def find_mistakes(predictions: Predictions, loader: EvalLoader) -> list[Mistake]:
@@ -162,7 +162,7 @@ def _page(facts: Facts, head: dict[str, Any], images: dict[str, str], note: str)
         matrix=facts.predictions.confusion(num_classes).tolist() if num_classes <= MAX_MATRIX else None,
         pairs=facts.predictions.confused()[:MAX_PAIRS],
         labels_images=np.bincount(facts.predictions.labels, minlength=num_classes).tolist(),
-        mistakes=list(_shown(facts)),
+        mistakes=list(_mistakes_to_show(facts)),
         num_wrong=int((facts.predictions.correct == 0).sum()),
         config=list(marked(dump(facts.cfg), changed)),
         num_changed=len(changed),
@@ -171,15 +171,15 @@ def _page(facts: Facts, head: dict[str, Any], images: dict[str, str], note: str)
     )
 
 
-def _shown(facts: Facts) -> Iterator[dict[str, Any]]:
-    for one in facts.mistakes:
-        true, taken = int(facts.predictions.labels[one.row]), int(facts.predictions.best[one.row, 0])
+def _mistakes_to_show(facts: Facts) -> Iterator[dict[str, Any]]:
+    predictions, classes = facts.predictions, facts.classes
+    for mistake in facts.mistakes:
         yield {
-            "place": one.place,
-            "picture": _uri("jpeg", one.jpeg),
-            "true": facts.classes[true],
-            "taken": facts.classes[taken],
-            "probability": float(facts.predictions.probabilities[one.row, 0]),
+            "place": mistake.place,
+            "picture": _uri("jpeg", mistake.jpeg),
+            "true": classes[predictions.labels[mistake.row]],
+            "taken": classes[predictions.best[mistake.row, 0]],
+            "probability": float(predictions.probabilities[mistake.row, 0]),
         }
 
 
