@@ -20,7 +20,7 @@ from pipeline.config.schema import Config
 from pipeline.errors import UserError
 
 FORMATS = ("onnx", "pt2")
-NOTES = "model.json"  # in a pt2 file; `served` reads it
+NOTES = "model.json"  # in a pt2 file; `pyfunc_model` reads it
 TOLERANCE = 1e-4  # largest difference of a probability
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 

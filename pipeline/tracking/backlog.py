@@ -31,7 +31,7 @@ class Backlog:
     """
 
     def __init__(self, run: Storage, outbox: Outbox, target: Target, name: str):
-        self._run, self._outbox, self._target, self._name = run, outbox, target, name
+        self._run, self._folder, self._outbox, self._target, self._name = run, run / FOLDER, outbox, target, name
 
     def save(self) -> None:
         """Keep what waits now.
@@ -42,7 +42,7 @@ class Backlog:
         lines, on_disk = self._outbox.unsent_lines()
         # What a full disk keeps from the outbox's file is here alone: nobody's, so that this machine takes it, too.
         header = {"owner": self._outbox.id if on_disk else "", "target": asdict(self._target)}
-        (self._run / FOLDER).write_bytes(self._name, json.dumps(header).encode() + b"\n" + lines)
+        self._folder.write_bytes(self._name, json.dumps(header).encode() + b"\n" + lines)
 
     def adopt(self) -> None:
         """Where another machine was the last to save, send what waited there, and not what is older and waits here.
@@ -59,17 +59,16 @@ class Backlog:
             self._outbox.replace([*theirs, *ours])
         self.save()
         with suppress(OSError):  # not every login may delete
-            for name in (self._run / FOLDER).names():
+            for name in self._folder.names():
                 if name < self._name:
-                    (self._run / FOLDER).delete(name)
+                    self._folder.delete(name)
 
 
 def read(run: Storage) -> Saved | None:
     """What the last attempt saved into its run's folder, if any did and it is sound."""
-    name = max((run / FOLDER).names(), default=None)
-    if name is None:
+    if not (names := (run / FOLDER).names()):
         return None
-    header, _, lines = (run / FOLDER).read_bytes(name).partition(b"\n")
+    header, _, lines = (run / FOLDER).read_bytes(name := max(names)).partition(b"\n")
     try:
         content = json.loads(header)
         return Saved(name, content["owner"], Target(**content["target"]), parse_lines(lines)[1])

@@ -141,23 +141,23 @@ def _fetch(run: Storage, uri: str, mlflow_id: str, warn: Callable[[str], None]) 
     )
 
 
-def config_to_resume(found: Checkpoint, overrides: list[str]) -> Config:
+def config_to_resume(resume_from: Checkpoint, overrides: list[str]) -> Config:
     """The configuration of a checkpoint's run, with overrides; at the place where it lies now.
 
     Raises:
         UserError: the run has a newer checkpoint, from which it would go on instead.
     """
-    run = found.place.parent.parent
+    run = resume_from.place.parent.parent
     # One change that was allowed is no leave for the next one.
-    cfg = load(found.file(checkpoint.CONFIG), ["data.allow_changed=false", *overrides])
+    cfg = load(resume_from.file(checkpoint.CONFIG), ["data.allow_changed=false", *overrides])
     here: dict[str, Any] = {"storage": run.parent.uri, "name": run.name, "stop_at_step": None}
     given = {override.partition("=")[0] for override in overrides}
     settings = dataclasses.replace(cfg.run, **{k: v for k, v in here.items() if f"run.{k}" not in given})
     newest = _newest(run)
     same_run = (Storage(settings.storage) / (settings.name or "")).uri == run.uri
-    if newest.step != found.step and same_run:
+    if newest.step != resume_from.step and same_run:
         raise UserError(
-            f"{found.place} is not the newest checkpoint of its run, {newest.place.name} is; "
+            f"{resume_from.place} is not the newest checkpoint of its run, {newest.place.name} is; "
             "to branch off from it, give the branch a name: run.name=NAME"
         )
     return dataclasses.replace(cfg, run=settings)

@@ -45,17 +45,19 @@ class MlflowLogger:
         folder: where the outbox lies.
         warn: called with a line for the user when MLflow cannot be reached or refuses a record.
         claim: to the run. An attempt that has lost it sends nothing more.
+
+    Attributes:
+        outbox: what MLflow has not got yet. staging: the folders of files among it.
     """
 
     def __init__(self, target: Target, folder: Path, warn: Callable[[str], None], claim: Claim | None = None):
         self._run: MlflowRun | None = None
-        self._target, self._folder, self._warn = target, folder, warn
+        self.target, self._folder, self._warn = target, folder, warn
         self._claim, self._checked = claim, -math.inf
-        self._outbox = Outbox(folder, warn)
+        self.outbox, self.staging = Outbox(folder, warn), Staging(folder)
         self._backlog: Backlog | None = None
-        self._staging = Staging(folder)
         try:
-            self._staging.remove_others(self._outbox.staged)
+            self.staging.remove_others(self.outbox.staged)
         except OSError as e:
             warn(f"{folder} cannot be read: {e}")
         (folder / TARGET).write_text(json.dumps(asdict(target)), encoding="utf-8")
@@ -85,18 +87,8 @@ class MlflowLogger:
         return self._run.id if self._run else None
 
     @property
-    def uri(self) -> str:
-        """Of the MLflow store."""
-        return self._target.uri
-
-    @property
     def experiment_id(self) -> str | None:
         return self._run.experiment_id if self._run else None
-
-    @property
-    def outbox_path(self) -> Path:
-        """The file of what MLflow has not got yet."""
-        return self._outbox.path
 
     def take_backlog(self, attempt: str) -> None:
         """Send what waited on the machine that had the run before, where that was another one.
@@ -107,9 +99,9 @@ class MlflowLogger:
         Raises:
             OSError: the storage does not tell.
         """
-        run = Storage(self._target.run)
+        run = Storage(self.target.run)
         if not run.local:
-            self._backlog = Backlog(run, self._outbox, self._target, attempt)
+            self._backlog = Backlog(run, self.outbox, self.target, attempt)
             self._backlog.adopt()
 
     def save_backlog(self) -> None:
@@ -120,10 +112,6 @@ class MlflowLogger:
         """
         if self._backlog is not None:
             self._backlog.save()
-
-    def drop_oldest_upload(self) -> str | None:
-        """Give up an upload that waits, for a disk that is full, see `Staging.drop_oldest`; what it was of, if any."""
-        return self._staging.drop_oldest()
 
     def log_params(self, values: dict[str, Any]) -> None:
         """Log parameters; MLflow keeps the first value of each for good, and a later one is not sent."""
@@ -147,7 +135,7 @@ class MlflowLogger:
         Raises:
             OSError: that cannot be done.
         """
-        self._put(Folder(self._staging.link(source), to))
+        self._put(Folder(self.staging.link(source), to))
 
     def log_report(self, facts: "Facts") -> None:
         """Make the report and log it, once all that was logged before has arrived; the facts wait on disk.
@@ -155,7 +143,7 @@ class MlflowLogger:
         Raises:
             OSError: they cannot be written there.
         """
-        self._put(Report(self._staging.save(REPORT, facts.save)))
+        self._put(Report(self.staging.save(REPORT, facts.save)))
 
     def log_model(self, checkpoint: Storage, register: str | None) -> None:
         """Log a checkpoint's model as the run's model, also in the registry where a name is given."""
@@ -163,7 +151,7 @@ class MlflowLogger:
 
     def close(
         self,
-        status: str,
+        status: str | None,
         timeout_s: float,
         limit_s: float = math.inf,
         heartbeat: Callable[[], None] = lambda: None,
@@ -171,18 +159,15 @@ class MlflowLogger:
         """End the MLflow run and wait until all is sent.
 
         Args:
-            status: FINISHED, KILLED (to be resumed) or FAILED.
+            status: FINISHED, KILLED (to be resumed) or FAILED; None: leave the run as it is.
             timeout_s: how long to go on trying an MLflow that fails; one that answers is waited for.
             limit_s: of the whole wait. heartbeat: called meanwhile.
 
         Returns:
             How many records still wait in the outbox.
         """
-        self._put(End(status))
-        return self.drain(timeout_s, limit_s, heartbeat)
-
-    def drain(self, timeout_s: float, limit_s: float = math.inf, heartbeat: Callable[[], None] = lambda: None) -> int:
-        """Wait until all is sent; arguments and result as of `close`."""
+        if status is not None:
+            self._put(End(status))
         self._closing.set()
         self._wake.set()
         self.connect()
@@ -195,13 +180,13 @@ class MlflowLogger:
                 deadline = time.monotonic() + timeout_s
         self._abandoned.set()
         self._thread.join(1)
-        waiting = len(retry(self._outbox.unsent, self._warn, READ_CHECKPOINT_S))
+        waiting = len(retry(self.outbox.unsent, self._warn, READ_CHECKPOINT_S))
         try:
             self.save_backlog()
         except OSError as e:
-            self._warn(f"{waiting} records for MLflow wait on this machine alone, in {self.outbox_path}: {e}")
+            self._warn(f"{waiting} records for MLflow wait on this machine alone, in {self.outbox.path}: {e}")
         if not self._thread.is_alive():
-            self._outbox.close()
+            self.outbox.close()
         return waiting
 
     def abandon(self) -> None:
@@ -212,14 +197,14 @@ class MlflowLogger:
         self._thread.join(1)
         self._stop_monitor()
         if not self._thread.is_alive():
-            self._outbox.close()
+            self.outbox.close()
 
     def _stop_monitor(self) -> None:
         if self._run is not None:
             self._run.stop_monitor()
 
     def _put(self, record: Record) -> None:
-        self._outbox.append(record)
+        self.outbox.append(record)
         self._wake.set()
 
     def _send_all(self) -> None:
@@ -236,9 +221,9 @@ class MlflowLogger:
             except Exception as e:  # MLflow raises whatever its transport raises; none of it may end a training
                 if not self._failing:
                     file = str(getattr(e, "filename", None) or "")
-                    ours = [place for place in (str(self._folder), self._target.run) if file.startswith(place)]
-                    what = f"{ours[0]} cannot be used" if ours else f"MLflow at {self._target.uri} fails"
-                    self._warn(f"{what}, records wait in {self.outbox_path}: {reason(e)}")
+                    ours = [place for place in (str(self._folder), self.target.run) if file.startswith(place)]
+                    what = f"{ours[0]} cannot be used" if ours else f"MLflow at {self.target.uri} fails"
+                    self._warn(f"{what}, records wait in {self.outbox.path}: {reason(e)}")
                 self._failing = True
                 if self._closing.is_set():  # somebody waits
                     self._abandoned.wait(RETRY_SECONDS[0])
@@ -247,21 +232,21 @@ class MlflowLogger:
                 failures += 1
                 continue
             self._failing, failures = False, 0
-            if self._closing.is_set() and not self._outbox.head():
+            if self._closing.is_set() and not self.outbox.head():
                 return
             self._wake.wait()
 
     def _send_waiting(self) -> None:
         if self._run is None:
-            run = MlflowRun(self._target, follow=True, staging=self._folder)
-            if self._outbox.is_new or self._backlog:  # perhaps another machine has sent some of it
-                self._outbox.skip(run.last_steps())
+            run = MlflowRun(self.target, follow=True, staging=self._folder)
+            if self.outbox.is_new or self._backlog:  # perhaps another machine has sent some of it
+                self.outbox.skip(run.last_steps())
             self._run = run
-        waiting = self._outbox.head()
+        waiting = self.outbox.head()
         while waiting and not self._abandoned.is_set():
             batch = first_batch(waiting, MAX_METRICS)
             first = batch[0][0]
-            self._staging.in_use = first.staged if isinstance(first, Staged) else None
+            self.staging.in_use = first.staged if isinstance(first, Staged) else None
             self._check_claim()
             try:
                 self._run.send([record for record, _ in batch])
@@ -273,11 +258,11 @@ class MlflowLogger:
                 self._warn(f"MLflow refused a record of kind {type(first).__name__.lower()}, dropped: {reason(e)}")
                 if isinstance(first, Staged):
                     shutil.rmtree(self._folder / first.staged, ignore_errors=True)
-            self._staging.in_use = None
+            self.staging.in_use = None
             self._answered = time.monotonic()
-            self._outbox.mark_sent(batch[-1][1])
+            self.outbox.mark_sent(batch[-1][1])
             self._failing = False
-            waiting = waiting[len(batch) :] or self._outbox.head()
+            waiting = waiting[len(batch) :] or self.outbox.head()
 
     def _check_claim(self) -> None:
         if self._claim is None or time.monotonic() < self._checked + CHECK_CLAIM_S:
@@ -285,5 +270,5 @@ class MlflowLogger:
         try:
             self._claim.check()
         except OSError as e:
-            raise OSError(e.errno or errno.EIO, f"whose it is cannot be read: {e}", self._target.run) from None
+            raise OSError(e.errno or errno.EIO, f"whose it is cannot be read: {e}", self.target.run) from None
         self._checked = time.monotonic()

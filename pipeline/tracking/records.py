@@ -7,16 +7,12 @@ from typing import get_args
 
 @dataclass(frozen=True)
 class Start:
-    """An attempt has begun, in the process that `attempt` names."""
-
-    attempt: str
+    attempt: str  # the process that has begun it
 
 
 @dataclass(frozen=True)
 class End:
-    """An attempt has ended. status: FINISHED, KILLED (to be resumed) or FAILED."""
-
-    status: str
+    status: str  # FINISHED, KILLED (to be resumed) or FAILED
 
 
 @dataclass(frozen=True)
@@ -31,10 +27,8 @@ class Tags:
 
 @dataclass(frozen=True)
 class Metrics:
-    """Of one step. time: Unix, in ms."""
-
     step: int
-    time: int
+    time: int  # Unix, in ms
     values: dict[str, float]
 
     def after(self, last_step: dict[str, int]) -> "Metrics":
@@ -44,33 +38,25 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Text:
-    """The artifact file `to`."""
-
     text: str
-    to: str
+    to: str  # path of the artifact
 
 
 @dataclass(frozen=True)
 class Folder:
-    """Files that go below the artifact path `to`; staged: the name of their folder, see `Staging`."""
-
-    staged: str
-    to: str
+    staged: str  # name of the folder with its files, see `Staging`
+    to: str  # path of the artifacts
 
 
 @dataclass(frozen=True)
 class Report:
-    """A report to be made of the facts in a folder; staged: its name, see `Staging`."""
-
-    staged: str
+    staged: str  # name of the folder with its facts
 
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint's model. checkpoint: its name in the run. register: a name in the Model Registry, if any."""
-
-    checkpoint: str
-    register: str | None
+    checkpoint: str  # its name in the run
+    register: str | None  # name in the Model Registry, if any
 
 
 Staged = Folder | Report  # of files that are on this machine alone

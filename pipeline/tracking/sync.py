@@ -45,7 +45,7 @@ def sync(run: Storage, warn: Callable[[str], None], timeout_s: float = 10.0) -> 
     logger = MlflowLogger(target, folder, warn, claim)  # a training that begins now sends what is left
     if saved:
         logger.take_backlog(saved.name)
-    waiting = logger.close("KILLED", timeout_s) if is_open else logger.drain(timeout_s)
+    waiting = logger.close("KILLED" if is_open else None, timeout_s)
     return target, logger.run_id, waiting
 
 

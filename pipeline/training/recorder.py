@@ -75,7 +75,7 @@ class Recorder:
             cfg,
             check=lambda: self._manifest.check(self._spec.run, self._spec.claim),
             keep=lambda: self._mlflow.save_backlog(),
-            free=lambda: self._mlflow.drop_oldest_upload(),
+            free=lambda: self._mlflow.staging.drop_oldest(),
             written=self._written,
             scored=self._scored,
             warn=ctx.warn,
@@ -269,7 +269,7 @@ class Recorder:
             retention.forget_copies(self._spec.checkpoints)
         elif status != "resize":
             self._ctx.warn(
-                f"MLflow is away; {waiting} records wait in {self._mlflow.outbox_path}; "
+                f"MLflow is away; {waiting} records wait in {self._mlflow.outbox.path}; "
                 f"to send them: pipeline sync {self._spec.run}"
             )
         return {
@@ -287,7 +287,7 @@ class Recorder:
             "checkpoint": str(newest.place),
             "best_checkpoint": top and str(top.place),
             **self._manifest.facts(),
-            "mlflow_uri": self._mlflow.uri,
+            "mlflow_uri": self._mlflow.target.uri,
             "mlflow_experiment_id": self._mlflow.experiment_id,
             "mlflow_run_id": self._mlflow.run_id,
             "mlflow_waiting": waiting,

@@ -148,7 +148,7 @@ def test_a_limited_end_does_not_wait_for_a_long_backlog(tmp_path: Path, monkeypa
     began = time.monotonic()
     assert one.close("KILLED", 60, limit_s=1.0) > 0
     assert time.monotonic() - began < 20
-    one.drain(60)  # closes the outbox
+    one.close(None, 60)  # closes the outbox
 
 
 def test_a_disk_that_fails_in_the_middle_of_a_record_tears_none(
@@ -202,7 +202,7 @@ def test_a_call_to_mlflow_that_never_ends_does_not_keep_the_training(
     assert hanging.is_set()
     assert len(beats) > 2
     left.set()
-    logger.drain(10)  # closes the outbox
+    logger.close(None, 10)  # closes the outbox
 
 
 def test_a_folder_that_is_away_for_a_while_does_not_hurt(tmp_path: Path) -> None:
@@ -341,9 +341,9 @@ def test_the_oldest_folder_gives_way_on_a_full_disk_and_blocks_nothing(tmp_path:
         (tmp_path / name / "state.pt").write_text(name)
         one.log_folder(tmp_path / name, f"checkpoints/{name}")
     shutil.rmtree(tmp_path / "step_00000002")
-    assert one.drop_oldest_upload() == "the upload of step_00000002 to MLflow", "whose files are here alone"
-    assert one.drop_oldest_upload() == "the upload of step_00000001 to MLflow", "whose checkpoint can be deleted next"
-    assert one.drop_oldest_upload() is None
+    assert one.staging.drop_oldest() == "the upload of step_00000002 to MLflow", "whose files are here alone"
+    assert one.staging.drop_oldest() == "the upload of step_00000001 to MLflow", "whose checkpoint can be deleted next"
+    assert one.staging.drop_oldest() is None
     assert one.close("FINISHED", 60) == 0
     logged = mlflow.MlflowClient(uri).list_artifacts(str(one.run_id), "checkpoints")
     assert [Path(one.path).name for one in logged] == ["profile"]
@@ -371,7 +371,7 @@ def test_a_run_that_moves_between_machines_logs_each_step_once(
                 if step == kept:
                     one.save_backlog()
             if away:
-                one.drain(0)
+                one.close(None, 0)
             else:
                 assert one.close("FINISHED", 60) == 0
 

@@ -113,14 +113,14 @@ def test_what_a_full_disk_kept_from_the_outbox_is_in_the_store(
             one = MlflowLogger(Target(uri, "pipeline", run.uri, "id"), run.local_dir / "mlflow", problems.append)
             one.take_backlog("-00000001")
             one.log_metrics(1, {"loss": 10.0})
-            patch.setattr(one._outbox, "_write", full.clear)
+            patch.setattr(one.outbox, "_write", full.clear)
             one.log_metrics(2, {"loss": 20.0})
             one.save_backlog()
-            one.drain(0)
+            one.close(None, 0)
         one = MlflowLogger(Target(uri, "pipeline", run.uri, "id"), run.local_dir / "mlflow", problems.append)
         one.take_backlog("-00000002")
         one.log_metrics(3, {"loss": 30.0})
-        assert one.drain(60) == 0
+        assert one.close(None, 60) == 0
         assert logged(uri)[0] == [1, 2, 3]
 
 
@@ -174,18 +174,18 @@ def test_a_driver_that_was_superseded_sends_nothing_more(tmp_path: Path, monkeyp
     claim = Claim.take(run)
     one = MlflowLogger(Target(uri, "pipeline", run.uri, "id"), run.local_dir / "mlflow", problems.append, claim)
     one.log_metrics(1, {"loss": 1.0})
-    assert one.drain(60) == 0
+    assert one.close(None, 60) == 0
     one = MlflowLogger(Target(uri, "pipeline", run.uri, "id"), run.local_dir / "mlflow", problems.append, claim)
     with monkeypatch.context() as patch:
         patch.setattr(Claim, "check", lambda _: (_ for _ in ()).throw(OSError("away")))
         one.log_metrics(2, {"loss": 2.0})
-        assert one.drain(0.5) == 1, "it waits until it is known whose run it is"
+        assert one.close(None, 0.5) == 1, "it waits until it is known whose run it is"
     assert [problem.partition(",")[0] for problem in problems] == [f"{run} cannot be used"]
     one = MlflowLogger(Target(uri, "pipeline", run.uri, "id"), run.local_dir / "mlflow", problems.append, claim)
     Claim.take(run)
     monkeypatch.setattr(MlflowRun, "stop_monitor", lambda _: problems.append("nor of this node's CPU"))
     one.log_metrics(3, {"loss": 3.0})
-    assert one.drain(60) == 2
+    assert one.close(None, 60) == 2
     nothing = f"nothing more is sent to MLflow: another driver has begun to train {run}; this one ends"
     assert problems[1:] == [nothing, "nor of this node's CPU"]
     assert [m.step for m in mlflow.MlflowClient(uri).get_metric_history(str(one.run_id), "loss")] == [1]
