@@ -24,8 +24,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.loading import dump
-from pipeline.config.loading import load as load_config
+from pipeline.config import loading
 from pipeline.config.schema import Config
 from pipeline.failures import READ_CHECKPOINT_S, CheckpointError, IncompleteError, retry
 from pipeline.runs.state_file import write_state
@@ -60,7 +59,7 @@ class Checkpoint:
     @cached_property
     def cfg(self) -> Config:
         """What it was trained with. Read once: that takes half a second."""
-        return load_config(self.file(CONFIG))
+        return loading.load(self.file(CONFIG))
 
     def file(self, name: str) -> Path:
         """STATE or CONFIG; a folder that was copied from an object store has it by its name there."""
@@ -125,7 +124,7 @@ def save(
     try:
         staging.mkdir()
         write_state(state, staging / STATE)
-        (staging / CONFIG).write_text(dump(cfg), encoding="utf-8")
+        (staging / CONFIG).write_text(loading.dump(cfg), encoding="utf-8")
         files = {file: _digest(staging / file) for file in (STATE, CONFIG)}
         if not folder.local:
             for file, digest in files.items():

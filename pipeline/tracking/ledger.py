@@ -108,6 +108,11 @@ def total(seconds: Mapping[str, float], *names: str) -> float:
     return sum(seconds.get(name, 0.0) for name in names)
 
 
+def images_per_s(num_images: int, seconds: Mapping[str, float], before: Mapping[str, float]) -> float | None:
+    """The speed of the steps that were done between two readings of a ledger; None: there were none."""
+    return num_images / (total(seconds, *STEP) - total(before, *STEP)) if num_images else None
+
+
 def summed_up(seconds: Mapping[str, float]) -> dict[str, float]:
     """As people read it: each of PHASES, a step's own work together as "compute"."""
     grouped = dict.fromkeys(PHASES, 0.0)

@@ -1,14 +1,19 @@
-"""Folders that go to MLflow as artifacts; where one cannot be read, that is told, and training goes on."""
+"""What goes to MLflow as artifacts; where it cannot be read, that is told, and training goes on."""
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from pipeline.config.schema import Config
+from pipeline.data.loading.loader import EvalLoader
 from pipeline.failures import CheckpointError, retry
 from pipeline.runs import checkpoint
 from pipeline.runs.checkpoint import META, Checkpoint
 from pipeline.storage import Storage
+from pipeline.tracking.metrics import Predictions
 from pipeline.tracking.mlflow_logger import MlflowLogger
 from pipeline.tracking.mlflow_run import CHECKPOINTS
+from pipeline.tracking.report.page import Facts, find_mistakes
 
 
 class Uploads:
@@ -32,6 +37,16 @@ class Uploads:
             self._logger.log_folder(saved.path, f"{CHECKPOINTS}/{saved.path.name}")
 
         self._hand_over(saved.place, log)
+
+    def report(
+        self, cfg: Config, run: Storage, meta: dict[str, Any], predictions: Predictions, val_loader: EvalLoader
+    ) -> None:
+        """All that the report takes, laid aside, so that MLflow may be away: the thread that logs it makes it."""
+        try:
+            mistakes = find_mistakes(predictions, val_loader)
+            self._logger.log_report(Facts(run.name, cfg.data.val, meta, cfg, predictions, mistakes))
+        except Exception as e:  # a full disk, images that cannot be read again, ...: the training is done all the same
+            self._warn(f"no report is made ({type(e).__name__}: {e}); try again: pipeline report {run}")
 
     def _hand_over(self, source: Path | Storage, log: Callable[[], None]) -> None:
         try:

@@ -6,6 +6,7 @@ The loop calls a `Recorder` on every rank; only rank 0's does anything.
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -22,16 +23,15 @@ from pipeline.runs.checkpoint import Checkpoint, name_of
 from pipeline.runs.claim import SupersededError
 from pipeline.runs.manifest import RunManifest
 from pipeline.runs.spec import RunSpec, WorkerContext
-from pipeline.tracking.ledger import STEP, TimeLedger, for_mlflow, goodput, summed_up, total
+from pipeline.tracking.ledger import STEP, TimeLedger, for_mlflow, goodput, images_per_s, summed_up, total
 from pipeline.tracking.metrics import Predictions
 from pipeline.tracking.mlflow_logger import MlflowLogger
-from pipeline.tracking.report.page import Facts, find_mistakes
 from pipeline.tracking.uploads import Uploads
 from pipeline.training.state import TrainState
 from pipeline.versions import device_name
 
 
-class Recorder:
+class Recorder(AbstractContextManager["Recorder"]):
     """Writes down one attempt of a training.
 
     Args:
@@ -68,7 +68,7 @@ class Recorder:
     def _begin(self, resumed: Checkpoint | None, precision: str) -> None:
         cfg, ctx, run, timeout_s = self._spec.cfg, self._ctx, self._spec.run, self._spec.cfg.cluster.timeout_s
         failures = ctx.failures or self._manifest.unended()
-        self._replace_identity(self._manifest.begin(len(failures), cfg.train.precision))
+        self._write_manifest(self._manifest.begin(len(failures), cfg.train.precision))
         retry(self._spec.checkpoints.make, ctx.warn, timeout_s)
         self._checkpointer = AsyncCheckpointer(
             self._spec.checkpoints,
@@ -114,7 +114,7 @@ class Recorder:
             )
         )
 
-    def _replace_identity(self, new: RunManifest) -> None:
+    def _write_manifest(self, new: RunManifest) -> None:
         replace = partial(self._manifest.replaced, new, self._spec.run, self._spec.claim)
         self._manifest = retry(replace, self._ctx.warn, self._spec.cfg.cluster.timeout_s)
 
@@ -186,6 +186,10 @@ class Recorder:
             "seconds": seconds,
         }
 
+    def _images_per_s(self, step: int, seconds: dict[str, float]) -> float | None:
+        """Of this attempt."""
+        return images_per_s((step - self._first_step) * self._spec.cfg.train.global_batch, seconds, self._first)
+
     def _written(self, saved: Checkpoint, seconds: float) -> None:
         """A checkpoint is safe; called by the thread that wrote it."""
         if self._spec.cfg.mlflow.checkpoints == "all" and not self._checkpointer.is_scored_later:
@@ -209,9 +213,6 @@ class Recorder:
         self.num_bad += 1
         self._ctx.warn(f"{path} is broken, a uniform image takes its place: {reason}")
 
-    def __enter__(self) -> "Recorder":
-        return self
-
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         """Save what can be saved of an attempt that ends by an error, and tell MLflow of it."""
         if error is None or self._ctx.rank != 0:
@@ -219,9 +220,8 @@ class Recorder:
         if isinstance(error, SupersededError):  # not its to end
             self._mlflow.abandon()
             return
-        self._mlflow.set_tags(
-            {f"pipeline.attempt_{self._manifest.attempts}.error": f"{type(error).__name__}: {error}"[:500]}
-        )
+        tag = f"pipeline.attempt_{self._manifest.attempts}.error"
+        self._mlflow.set_tags({tag: f"{type(error).__name__}: {error}"[:500]})
         try:
             self._checkpointer.finish(MLFLOW_HANDOVER_S[0])
         except (OSError, RuntimeError) as e:
@@ -248,7 +248,7 @@ class Recorder:
         with self._ledger.phase("checkpoint"):
             self._checkpointer.finish(cfg.cluster.timeout_s)
             self._heartbeat()
-            self._replace_identity(self._manifest.end())
+            self._write_manifest(self._manifest.end())
             top = retention.best_of(retention.own(self._spec.checkpoints, self._manifest.training_id))
         newest = self._checkpointer.newest
         assert newest is not None, "an attempt ends with a checkpoint"
@@ -260,8 +260,10 @@ class Recorder:
             self._mlflow.log_model(newest.place, cfg.mlflow.register)
         self._mlflow.log_metrics(state.step, for_mlflow(self._ledger.seconds()))
         if done and cfg.mlflow.report and self._predictions is not None:
+            meta = newest.meta | {"seconds": self._ledger.seconds(), "counted": "until this report"}
+            meta["mlflow_run_id"] = self._mlflow.run_id
             with self._ledger.phase("logging"):
-                self._report(newest.meta, self._predictions, val_loader)
+                self._uploads.report(cfg, self._spec.run, meta, self._predictions, val_loader)
         with self._ledger.phase("logging"):
             limits = MLFLOW_HANDOVER_S if status == "resize" else (MLFLOW_END_S, math.inf)
             waiting = self._mlflow.close("FINISHED" if done else "KILLED", *limits, self._heartbeat)
@@ -292,22 +294,6 @@ class Recorder:
             "mlflow_run_id": self._mlflow.run_id,
             "mlflow_waiting": waiting,
         }
-
-    def _images_per_s(self, step: int, seconds: dict[str, float]) -> float | None:
-        images = (step - self._first_step) * self._spec.cfg.train.global_batch  # of this attempt
-        return images / (total(seconds, *STEP) - total(self._first, *STEP)) if images else None
-
-    def _report(self, meta: dict[str, Any], predictions: Predictions, val_loader: EvalLoader) -> None:
-        """Lay aside all that the report takes, so that MLflow may be away: the thread that logs it makes it."""
-        time_spent = {"seconds": self._ledger.seconds(), "counted": "until this report"}
-        meta = {**meta, **time_spent, "mlflow_run_id": self._mlflow.run_id}
-        cfg, run = self._spec.cfg, self._spec.run
-        try:
-            self._mlflow.log_report(
-                Facts(run.name, cfg.data.val, meta, cfg, predictions, find_mistakes(predictions, val_loader))
-            )
-        except Exception as e:  # a full disk, images that cannot be read again, ...: the training is done all the same
-            self._ctx.warn(f"no report is made ({type(e).__name__}: {e}); try again: pipeline report {run}")
 
     def publish(self, folder: Path) -> None:
         """Have a folder's files logged as artifacts, below its name; on rank 0 alone."""
