@@ -8,9 +8,9 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from io import BytesIO
 from itertools import cycle
 from multiprocessing.connection import Connection
@@ -105,16 +105,15 @@ def _decode_uint8(data: bytes) -> Any:
     return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
 
 
-def _crop_and_flip(data: DataConfig) -> list[Any]:
-    crop = v2.RandomResizedCrop(data.image_size, scale=data.crop_scale, ratio=data.crop_ratio, antialias=True)
-    return [crop, v2.RandomHorizontalFlip(data.flip)]
-
-
-def _torchvision(
-    baseline: LoaderBaseline, task: Task, decode: Callable[[bytes], Any], transforms: list[Any]
+def torchvision(
+    baseline: LoaderBaseline, task: Task, *, decode: Callable[[bytes], Any], to_tensor: Sequence[Any] = ()
 ) -> Iterator[Any]:
+    crop = v2.RandomResizedCrop(
+        task.data.image_size, scale=task.data.crop_scale, ratio=task.data.crop_ratio, antialias=True
+    )
+    transform = v2.Compose([crop, v2.RandomHorizontalFlip(task.data.flip), *to_tensor])
     loader = DataLoader(
-        IndexRows(task, baseline.total_batches(task) * task.batch, decode, v2.Compose(transforms)),
+        IndexRows(task, baseline.total_batches(task) * task.batch, decode, transform),
         task.batch,
         shuffle=True,
         num_workers=baseline.workers or 0,
@@ -122,14 +121,6 @@ def _torchvision(
         drop_last=True,
     )
     return (images for images, _ in loader)
-
-
-def torchvision_pil(baseline: LoaderBaseline, task: Task) -> Iterator[Any]:
-    return _torchvision(baseline, task, _decode_pil, [*_crop_and_flip(task.data), v2.PILToTensor()])
-
-
-def torchvision_uint8(baseline: LoaderBaseline, task: Task) -> Iterator[Any]:
-    return _torchvision(baseline, task, _decode_uint8, _crop_and_flip(task.data))
 
 
 def timm(baseline: LoaderBaseline, task: Task) -> Iterator[Any]:
@@ -181,7 +172,11 @@ def _train_loader(task: Task) -> TrainLoader:
 
 def loader_baselines(num_cores: int) -> list[LoaderBaseline]:
     """All of them, DataLoaders with each setting that may be their best on so many cores."""
-    others = {"torchvision PIL": torchvision_pil, "torchvision uint8": torchvision_uint8, "timm": timm}
+    others: dict[str, Callable[[LoaderBaseline, Task], Iterator[Any]]] = {
+        "torchvision PIL": partial(torchvision, decode=_decode_pil, to_tensor=[v2.PILToTensor()]),
+        "torchvision uint8": partial(torchvision, decode=_decode_uint8),
+        "timm": timm,
+    }
     settings = [1, 0] if num_cores == 1 else [num_cores]
     return [
         LoaderBaseline(OURS, pipeline_batches),

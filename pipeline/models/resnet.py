@@ -164,23 +164,26 @@ class ResNet(nn.Module):
 
     def __init__(self, cfg: ModelConfig, num_classes: int):
         super().__init__()
-        block, depths = ARCHITECTURES[cfg.depth]
+        block_type, depths = ARCHITECTURES[cfg.depth]
         self.in_planes = 64
         self.conv1 = _deep_stem() if cfg.variant == "d" else Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        self.layer1 = self._stage(block, 64, depths[0], 1, cfg)
-        self.layer2 = self._stage(block, 128, depths[1], 2, cfg)
-        self.layer3 = self._stage(block, 256, depths[2], 2, cfg)
-        self.layer4 = self._stage(block, 512, depths[3], 2, cfg)
+        self.layer1 = self._stage(block_type, 64, depths[0], 1, cfg)
+        self.layer2 = self._stage(block_type, 128, depths[1], 2, cfg)
+        self.layer3 = self._stage(block_type, 256, depths[2], 2, cfg)
+        self.layer4 = self._stage(block_type, 512, depths[3], 2, cfg)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(512 * block.expansion, num_classes)
+        self.fc = nn.Linear(512 * block_type.expansion, num_classes)
         # Not persistent: torchvision's state dicts have no such entries.
         self.pixel_mean: Tensor
         self.pixel_std: Tensor
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(1, 3, 1, 1), persistent=False)
-        self._initialise(cfg.zero_init_residual)
+        if cfg.zero_init_residual:  # Goyal et al. 2017, 5.1
+            for block in self.blocks:
+                last = "bn2" if isinstance(block, BasicBlock) else "bn3"
+                nn.init.zeros_(block.get_parameter(f"{last}.weight"))
         self._recompute = cfg.activation_checkpointing
         parts = ["none", *PARTS]
         frozen = parts[1 : parts.index(cfg.freeze) + 1]
@@ -198,13 +201,6 @@ class ResNet(nn.Module):
         blocks += [block(out_planes, planes, 1, cfg.stride_on, None) for _ in range(1, depth)]
         self.in_planes = out_planes
         return nn.Sequential(*blocks)
-
-    def _initialise(self, zero_init_residual: bool) -> None:
-        for module in self.modules():
-            if zero_init_residual and isinstance(module, BasicBlock):  # Goyal et al. 2017, 5.1
-                nn.init.zeros_(module.bn2.weight)
-            elif zero_init_residual and isinstance(module, Bottleneck):
-                nn.init.zeros_(module.bn3.weight)
 
     def train(self, mode: bool = True) -> "ResNet":
         """As any module's; but frozen parts stay in eval mode, so that their BatchNorms do not follow the data."""

@@ -44,17 +44,10 @@ def _title(result: dict[str, Any]) -> str:
 
 
 def _row(row: dict[str, Any], chosen: bool) -> tuple[str, ...]:
-    return (
-        ">" if chosen else "",
-        figure(row["gpus"]),
-        figure(row["global_batch"]),
-        figure(row["images_per_s"], ",.0f"),
-        figure(row["efficiency"], ".2f"),
-        figure(row["goodput"]),
-        _hours(row["hours"]),
-        figure(row["cost"], ",.0f"),
-        row["bound"],
-    )
+    sizes = figure(row["gpus"]), figure(row["global_batch"]), figure(row["images_per_s"], ",.0f")
+    shares = figure(row["efficiency"], ".2f"), figure(row["goodput"])
+    costs = _hours(row["hours"]), figure(row["cost"], ",.0f")
+    return ">" if chosen else "", *sizes, *shares, *costs, row["bound"]
 
 
 def _hours(hours: float | None) -> str:
