@@ -176,7 +176,7 @@ class FailureBudget:
 
 def retry(
     action: Callable[[], T],
-    report: Callable[[str], None],
+    warn: Callable[[str], None],
     timeout_s: float,
     *,
     on: type[Exception] | tuple[type[Exception], ...] = OSError,
@@ -185,7 +185,7 @@ def retry(
 
     What lasts is told once, and its end with the number of tries.
     """
-    deadline, told, tries = time.monotonic() + timeout_s, "", 0
+    deadline, last_text, tries = time.monotonic() + timeout_s, "", 0
     for pause in backoff():
         try:
             result = action()
@@ -193,13 +193,13 @@ def retry(
             if time.monotonic() + pause > deadline:
                 raise
             what = "the storage does not answer, " if isinstance(e, OSError) else ""
-            if told != (text := f"{what}trying again: {e}"):
-                report(text)
-            told, tries = text, tries + 1
+            if last_text != (text := f"{what}trying again: {e}"):
+                warn(text)
+            last_text, tries = text, tries + 1
             time.sleep(pause)
         else:
             if tries > 1:
-                report(f"it went well at last, after {tries} tries that failed")
+                warn(f"it went well at last, after {tries} tries that failed")
             return result
     raise AssertionError("the pauses never end")
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.schema import MlflowConfig
-from pipeline.failures import MLFLOW_CALL_S, READ_CHECKPOINT_S, mlflow_refuses, retry
+from pipeline.failures import MLFLOW_CALL_S, READ_CHECKPOINT_S, backoff, mlflow_refuses, retry
 from pipeline.runs.claim import Claim, SupersededError
 from pipeline.storage import Storage
 from pipeline.tracking.backlog import Backlog
@@ -32,7 +32,6 @@ if TYPE_CHECKING:  # the driver uses this module, and does without torch
     from pipeline.tracking.report.page import Facts
 
 MAX_METRICS = 1000  # in one request, MLflow's limit
-RETRY_SECONDS = (1, 2, 5, 10, 30)
 CHECK_CLAIM_S = 5.0  # another driver takes longer to get to its first step, and to ask MLflow what it has
 FOLDER = "mlflow"  # of the run, on this machine
 TARGET = "target.json"
@@ -209,7 +208,7 @@ class MlflowLogger:
 
     def _send_all(self) -> None:
         """The thread: send what waits, retry what fails, until closed and empty."""
-        failures = 0
+        pauses = backoff()
         while not self._abandoned.is_set():
             self._wake.clear()
             try:
@@ -226,12 +225,11 @@ class MlflowLogger:
                     self._warn(f"{what}, records wait in {self.outbox.path}: {reason(e)}")
                 self._failing = True
                 if self._closing.is_set():  # somebody waits
-                    self._abandoned.wait(RETRY_SECONDS[0])
+                    self._abandoned.wait(1)
                 else:
-                    self._closing.wait(RETRY_SECONDS[min(failures, len(RETRY_SECONDS) - 1)])
-                failures += 1
+                    self._closing.wait(next(pauses))
                 continue
-            self._failing, failures = False, 0
+            self._failing, pauses = False, backoff()
             if self._closing.is_set() and not self.outbox.head():
                 return
             self._wake.wait()
