@@ -57,12 +57,12 @@ class _Web(FSSpecHandler):  # type: ignore[misc]
             return []
         paths = {f"{selector.base_dir}/{name.rstrip('/')}": name.endswith("/") for name in names}
         with ThreadPoolExecutor(16) as pool:
-            found = list(pool.map(self._file_info, [path for path, is_folder in paths.items() if not is_folder]))
+            infos = list(pool.map(self._file_info, [path for path, is_folder in paths.items() if not is_folder]))
         for folder in (path for path, is_folder in paths.items() if is_folder):
-            found.append(FileInfo(folder, FileType.Directory))
+            infos.append(FileInfo(folder, FileType.Directory))
             if selector.recursive:
-                found += self.get_file_info_selector(FileSelector(folder, recursive=True))
-        return found
+                infos += self.get_file_info_selector(FileSelector(folder, recursive=True))
+        return infos
 
     def open_input_file(self, path: str) -> PythonFile:
         return PythonFile(_WebFile(self.fs, self._url(path), self._file_info(path).size), mode="r")

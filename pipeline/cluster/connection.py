@@ -144,14 +144,14 @@ def _for_workers() -> dict[str, str]:
 
 def join(
     address: str,
-    patience_s: float = 0,
+    timeout_s: float = 0,
     wants_stop: threading.Event | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> None:
     """Connect to a running cluster.
 
     Args:
-        patience_s: how long to wait for one that is away.
+        timeout_s: how long to wait for one that is away.
         wants_stop: ends that wait when it is set.
         environment: variables that the job's processes get in addition to their node's.
 
@@ -159,7 +159,7 @@ def join(
         OSError, RuntimeError, ValueError: it does not answer.
     """
     runtime_env = {"env_vars": dict(environment)} if environment else None
-    deadline = time.monotonic() + patience_s
+    deadline = time.monotonic() + timeout_s
     while True:
         try:
             host, colon, port = address.rpartition(":")
@@ -203,7 +203,7 @@ def _local_cluster(
         return node
 
     others = set(psutil.Process().children(recursive=True))
-    node = ray_start.start_patiently(start_node, warn, wants_stop)
+    node = ray_start.start_with_retries(start_node, warn, wants_stop)
     try:
         yield
     finally:

@@ -48,12 +48,12 @@ class SupervisorConnection:
             self._connection.recv()  # it has but one thing to say
         self.wants_stop.set()
 
-    def tell(self, kind: str, content: Any) -> None:
+    def send(self, kind: str, content: Any) -> None:
         with contextlib.suppress(OSError):
             self._connection.send((kind, content))
 
     def emit(self, event: Event) -> None:
-        self.tell("event", event)
+        self.send("event", event)
 
     def warn(self, text: str) -> None:
         self.emit(Warned(text))
@@ -207,11 +207,11 @@ def main() -> None:
     except BaseException as e:
         end = driver_end(e)
         if end is not None:
-            supervisor.tell(end, _in_a_line(e) if end == "internal error" else str(e))
+            supervisor.send(end, _in_a_line(e) if end == "internal error" else str(e))
         if end in (None, "internal error"):
             raise  # the log has it all
     else:
-        supervisor.tell("done", summary)
+        supervisor.send("done", summary)
 
 
 def _in_a_line(error: BaseException) -> str:

@@ -83,8 +83,8 @@ class Reservation:
     def __init__(self, size: Size, num_workers: int):
         self.num_workers, self.group = num_workers, placement_group([size] * num_workers)
 
-    def granted(self, patience_s: float = 0) -> bool:
-        return bool(self.group.wait(patience_s))
+    def granted(self, timeout_s: float = 0) -> bool:
+        return bool(self.group.wait(timeout_s))
 
     def give_back(self) -> None:
         remove_placement_group(self.group)
@@ -137,15 +137,15 @@ def nodes() -> dict[str, Node]:
 
 
 def on_each_node(
-    there: Mapping[str, Node], function: Callable[..., Any], *args: Any, patience_s: float
+    there: Mapping[str, Node], function: Callable[..., Any], *args: Any, timeout_s: float
 ) -> dict[str, Answer]:
     """Call `function(*args)` on each node, though it be busy; a node that does not answer in time is left out."""
-    answers = on_nodes(function, [(node.id, args) for node in there.values()], patience_s=patience_s)
+    answers = on_nodes(function, [(node.id, args) for node in there.values()], timeout_s=timeout_s)
     return {name: answer for name, answer in zip(there, answers, strict=True) if answer}
 
 
 def on_nodes(
-    function: Callable[..., Any], calls: Sequence[tuple[str, tuple[Any, ...]]], *, patience_s: float, num_gpus: int = 0
+    function: Callable[..., Any], calls: Sequence[tuple[str, tuple[Any, ...]]], *, timeout_s: float, num_gpus: int = 0
 ) -> list[Answer | None]:
     """Call `function` on nodes at the same time, each given by id and arguments; None for no answer in time."""
     task = ray.remote(function)
@@ -155,7 +155,7 @@ def on_nodes(
         ref = task.options(num_cpus=0, num_gpus=num_gpus, max_retries=0, scheduling_strategy=pinned).remote(*args)
         sent_at[ref] = (number, time.time())
     answers: list[Answer | None] = [None] * len(calls)
-    waiting, deadline = list(sent_at), time.monotonic() + patience_s
+    waiting, deadline = list(sent_at), time.monotonic() + timeout_s
     while waiting:
         done, waiting = ray.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
         if not done:

@@ -18,7 +18,7 @@ class RayStartError(TrainingFailedError):
     """Ray did not start on this machine, which may be too busy."""
 
 
-def start_patiently(start: Callable[[], T], warn: Callable[[str], None], wants_stop: threading.Event) -> T:
+def start_with_retries(start: Callable[[], T], warn: Callable[[str], None], wants_stop: threading.Event) -> T:
     """Call `start` until Ray runs, and return what it returns.
 
     Ray gives its processes 15 to 60 s, whatever else the machine does: a cold disk can be too slow for that.

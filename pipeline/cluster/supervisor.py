@@ -113,7 +113,7 @@ def train(
     failures: tuple[Failure, ...] = ()
     kills, has_trained = OutOfMemoryKills(), False
 
-    def note(event: Event) -> None:
+    def handle(event: Event) -> None:
         nonlocal cfg, step, failures, has_trained
         step = getattr(event, "step", step)
         match event:
@@ -136,7 +136,7 @@ def train(
         restarted, command = False, uuid.uuid4().hex
         while True:
             request = TrainRequest(cfg, resume_from, budget, failures, restarted, has_trained, began, command)
-            end, content = _run_driver(request, environment, note, received)
+            end, content = _run_driver(request, environment, handle, received)
             if end == "done":
                 return dict(content)
             if end == "user error":
@@ -160,10 +160,10 @@ def _wait(seconds: float, received: list[str]) -> None:
 
 
 def _run_driver(
-    request: TrainRequest, environment: Mapping[str, str], note: Callable[[Event], None], received: list[str]
+    request: TrainRequest, environment: Mapping[str, str], handle: Callable[[Event], None], received: list[str]
 ) -> tuple[DriverEnd, Any]:
     """Start a driver and attend to it; how it ended, and its summary or the reason."""
-    mine, theirs = Pipe()
+    ours, theirs = Pipe()
     command = [sys.executable, "-m", "pipeline.cluster.driver", str(theirs.fileno())]
     end: DriverEnd | None = None
     # Ray says there what a user has no use for, as long as all goes well.
@@ -181,8 +181,8 @@ def _run_driver(
                 )
             theirs.close()
             with suppress(BrokenPipeError):  # it has ended already: see there
-                mine.send(request)
-            end, content = _attend(mine, process, Path(log.name), note, received)
+                ours.send(request)
+            end, content = _attend(ours, process, Path(log.name), handle, received)
         finally:
             kill_descendants(not_ours)
             keep = end in ("lost", "internal error", "never started")
@@ -195,7 +195,7 @@ def _attend(
     driver: Connection,
     process: "subprocess.Popen[bytes]",
     log: Path,
-    note: Callable[[Event], None],
+    handle: Callable[[Event], None],
     received: list[str],
 ) -> tuple[DriverEnd, Any]:
     is_told_to_stop = heard = False
@@ -208,10 +208,10 @@ def _attend(
                     with suppress(subprocess.TimeoutExpired):  # all is said; what hangs is killed
                         process.wait(DRIVER_END_S)
                     return kind, content
-                note(content)
+                handle(content)
             if received and not is_told_to_stop:
                 is_told_to_stop = True
-                note(Stopping(received[0]))
+                handle(Stopping(received[0]))
                 driver.send("stop")
         except (EOFError, OSError):
             code = process.wait()

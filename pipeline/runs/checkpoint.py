@@ -151,20 +151,20 @@ def save(
     return Checkpoint(place, local, full_meta)
 
 
-def with_scores(found: Checkpoint, metrics: dict[str, Any]) -> Checkpoint:
+def with_scores(saved: Checkpoint, metrics: dict[str, Any]) -> Checkpoint:
     """The same checkpoint, which now tells the scores of its weights.
 
     Raises:
         OSError: that could not be written; it is whole as it was.
     """
-    best = max(found.meta.get("best_top1") or 0.0, metrics["top1"])
-    meta = {**found.meta, "metrics": metrics, "best_top1": best}
+    best = max(saved.meta.get("best_top1") or 0.0, metrics["top1"])
+    meta = {**saved.meta, "metrics": metrics, "best_top1": best}
     content = json.dumps(meta, indent=1).encode()
-    found.place.write_bytes(META, content)
-    if not found.place.local:  # what MLflow is sent, where it is still here
+    saved.place.write_bytes(META, content)
+    if not saved.place.local:  # what MLflow is sent, where it is still here
         with suppress(FileNotFoundError):
-            Storage(found.path).write_bytes(META, content)
-    return Checkpoint(found.place, found.path, meta)
+            Storage(saved.path).write_bytes(META, content)
+    return Checkpoint(saved.place, saved.path, meta)
 
 
 def load(place: Storage, *, verify_state: bool = True, use_copy: bool = False) -> Checkpoint:
@@ -260,15 +260,15 @@ def newest_valid(
 
 def _read_own(place: Storage, training_id: str | None, verify_state: bool) -> Checkpoint:
     try:
-        found = load(place, verify_state=verify_state)
+        saved = load(place, verify_state=verify_state)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as e:
         place.parent.names()  # raises where it is the whole storage that has gone
         raise CheckpointError(f"{place}: cannot be read ({e})") from e
-    if name_of(found.step) != place.name:
-        raise CheckpointError(f"{place}: is of step {found.step}")
-    if training_id not in (None, found.meta["training_id"]):
+    if name_of(saved.step) != place.name:
+        raise CheckpointError(f"{place}: is of step {saved.step}")
+    if training_id not in (None, saved.meta["training_id"]):
         raise CheckpointError(f"{place}: belongs to another training")
-    return found
+    return saved
 
 
 def read_meta(place: Storage) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def listed(storage: Storage) -> list[Listed]:
         found = [_look(storage / name) for name in names if not name.startswith(".")]
     except OSError as e:
         raise UserError(f"--storage {storage}: cannot be read ({e}); name the place where runs lie") from None
-    return sorted((one for one in found if one is not None), key=lambda one: one.changed or 0, reverse=True)
+    return sorted((run for run in found if run is not None), key=lambda run: run.changed or 0, reverse=True)
 
 
 def _look(run: Storage) -> Listed | None:
@@ -116,11 +116,11 @@ def _number(meta: dict[str, Any], key: str) -> float | None:
 def table(runs: Sequence[Listed]) -> list[str]:
     """For people; of 80 columns where names have up to 24 characters."""
     rows = [("RUN", "STATE", "STEP", "TOP-1", "IMG/S", "CHANGED", "RESUMES")]
-    for one in runs:
-        steps = f"{one.step}/{'?' if one.num_steps is None else one.num_steps}"
-        speed, resumes = figure(one.images_per_s, ".0f"), "-" if one.resumes_at is None else f"at {one.resumes_at}"
-        rows.append((one.name, one.state, steps, figure(one.best_top1), speed, _age(one.changed), resumes))
-    return [*columns(rows, gap=1), *(f"{one.name}: {one.problem}" for one in runs if one.problem)]
+    for run in runs:
+        steps = f"{run.step}/{'?' if run.num_steps is None else run.num_steps}"
+        speed, resumes = figure(run.images_per_s, ".0f"), "-" if run.resumes_at is None else f"at {run.resumes_at}"
+        rows.append((run.name, run.state, steps, figure(run.best_top1), speed, _age(run.changed), resumes))
+    return [*columns(rows, gap=1), *(f"{run.name}: {run.problem}" for run in runs if run.problem)]
 
 
 def _age(changed: float | None) -> str:

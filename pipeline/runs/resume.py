@@ -59,52 +59,52 @@ def find_checkpoint(
     try:
         # One that has trained nothing has no checkpoints: an earlier driver wrote it late, in the place of theirs.
         own = manifest.training_id if manifest and manifest.attempts else None
-        found = checkpoint.newest_valid(run / "checkpoints", warn, own, verify_state=verify_state)
-        if manifest is None or (found is not None and own is None):  # a new run, or one whose run.json is lost
+        saved = checkpoint.newest_valid(run / "checkpoints", warn, own, verify_state=verify_state)
+        if manifest is None or (saved is not None and own is None):  # a new run, or one whose run.json is lost
             known = ("training_id", "attempts", "failures")
-            kept: dict[str, Any] = {key: found.meta[key] for key in known if key in found.meta} if found else {}
+            kept: dict[str, Any] = {key: saved.meta[key] for key in known if key in saved.meta} if saved else {}
             manifest = RunManifest(**kept, began=began or time.time())
-        seen = found.step if found is not None else 0
+        seen = saved.step if saved is not None else 0
         if seen < saved_step and not checkpoint.is_seen(run / "checkpoints", saved_step):
             # To begin anew would write over it. One that is damaged is seen, and told of.
             raise OSError(f"the checkpoint of step {saved_step} is not seen in {run}, which has it")
-        if found is None and resume_from is not None:
-            found = checkpoint.load(Storage(resume_from), verify_state=verify_state)
+        if saved is None and resume_from is not None:
+            saved = checkpoint.load(Storage(resume_from), verify_state=verify_state)
     except CheckpointError as e:
         raise UserError(str(e)) from None
-    return manifest, found
+    return manifest, saved
 
 
-def check_config_compatible(found: Checkpoint, cfg: Config) -> None:
+def check_config_compatible(saved: Checkpoint, cfg: Config) -> None:
     """Raise UserError where what orders the images, or the network, is another than the checkpoint's."""
-    saved, now = flatten(found.cfg), flatten(cfg)
+    before, now = flatten(saved.cfg), flatten(cfg)
     meaning = dict.fromkeys(STREAM_KEYS, "its step would mean other images")
     meaning |= dict.fromkeys(NETWORK_KEYS, "its weights are of another network")
     meaning |= dict.fromkeys(OPTIMIZER_KEYS, "its optimizer's state is of another kind or of other parameters")
     for key, why in meaning.items():
-        if saved[key] != now[key]:
+        if before[key] != now[key]:
             raise UserError(
-                f"{key}={show(now[key])}: {found.place} was trained with {show(saved[key])}, and {why}; "
-                f"set {key}={show(saved[key])}, or use another run.name"
+                f"{key}={show(now[key])}: {saved.place} was trained with {show(before[key])}, and {why}; "
+                f"set {key}={show(before[key])}, or use another run.name"
             )
 
 
-def check_data_compatible(found: Checkpoint, cfg: Config, index: Index, num_steps: int) -> None:
+def check_data_compatible(saved: Checkpoint, cfg: Config, index: Index, num_steps: int) -> None:
     """Raise UserError where the images are others than the checkpoint's, or `num_steps` are less than its step."""
-    if found.meta["fingerprint"] != index.fingerprint and not cfg.data.allow_changed:
+    if saved.meta["fingerprint"] != index.fingerprint and not cfg.data.allow_changed:
         raise UserError(
-            f"{found.place} was trained on other images than data.train={cfg.data.train} holds now "
-            f"(fingerprint {found.meta['fingerprint'][:12]}, now {index.fingerprint[:12]}); "
+            f"{saved.place} was trained on other images than data.train={cfg.data.train} holds now "
+            f"(fingerprint {saved.meta['fingerprint'][:12]}, now {index.fingerprint[:12]}); "
             "bring them back, use another run.name, or set data.allow_changed=true"
         )
-    if len(found.meta["classes"]) != len(index.classes):
+    if len(saved.meta["classes"]) != len(index.classes):
         raise UserError(
-            f"data.train={cfg.data.train}: holds {len(index.classes)} classes, and {found.place} was trained with "
-            f"{len(found.meta['classes'])}; bring them back, or give a new run.name the weights: "
-            f"model.weights={found.place}"
+            f"data.train={cfg.data.train}: holds {len(index.classes)} classes, and {saved.place} was trained with "
+            f"{len(saved.meta['classes'])}; bring them back, or give a new run.name the weights: "
+            f"model.weights={saved.place}"
         )
-    if found.step > num_steps:
+    if saved.step > num_steps:
         raise UserError(
-            f"{found.place} is at step {found.step}, and this configuration ends at step {num_steps}; "
+            f"{saved.place} is at step {saved.step}, and this configuration ends at step {num_steps}; "
             "raise train.epochs or train.steps, or use another run.name"
         )

@@ -13,15 +13,15 @@ from pipeline.storage import Storage, alone
 
 def own(folder: Storage, training_id: str | None) -> list[Checkpoint]:
     """A training's checkpoints (None: anyone's), oldest first, which are sound as far as meta.json and sizes tell."""
-    found = []
+    checkpoints = []
     for name in names_in(folder):
         try:
             meta, sizes = read_meta(folder / name), (folder / name).sizes()
         except CheckpointError:  # left to `newest_valid` to report
             continue
         if meta["format"] == FORMAT and is_whole(meta, sizes) and training_id in (None, meta["training_id"]):
-            found.append(Checkpoint(folder / name, folder.local_dir / name, meta))
-    return sorted(found, key=lambda checkpoint: checkpoint.step)
+            checkpoints.append(Checkpoint(folder / name, folder.local_dir / name, meta))
+    return sorted(checkpoints, key=lambda checkpoint: checkpoint.step)
 
 
 def best_of(checkpoints: Collection[Checkpoint]) -> Checkpoint | None:
@@ -36,12 +36,12 @@ def prune(folder: Storage, keep: int, training_id: str | None, valid: int) -> No
     Args:
         valid: step of one that is known to be valid, and stays.
     """
-    found = own(folder, training_id)
+    checkpoints = own(folder, training_id)
     kinds = {_kind(file) for file in (META, STATE, CONFIG)}
-    for name in folder.names() if found else []:
-        if "step_" <= name < found[-1].place.name and not kinds <= set(map(_kind, (folder / name).sizes())):
+    for name in folder.names() if checkpoints else []:
+        if "step_" <= name < checkpoints[-1].place.name and not kinds <= set(map(_kind, (folder / name).sizes())):
             (folder / name).remove()
-    for checkpoint in _old(found, keep, (valid,)):
+    for checkpoint in _old(checkpoints, keep, (valid,)):
         checkpoint.place.remove()
     for leftover in folder.local_dir.glob(".step_*"):  # of a killed process: only one process writes here at a time
         shutil.rmtree(leftover, ignore_errors=True)
@@ -87,6 +87,6 @@ def _kind(file: str) -> str:
     return file.partition(".")[0].partition("-")[0]
 
 
-def _old(found: list[Checkpoint], keep: int, in_use: Collection[int]) -> list[Checkpoint]:
-    top = best_of(found)
-    return [c for c in found[:-keep] if c is not top and c.step not in in_use]
+def _old(checkpoints: list[Checkpoint], keep: int, in_use: Collection[int]) -> list[Checkpoint]:
+    top = best_of(checkpoints)
+    return [c for c in checkpoints[:-keep] if c is not top and c.step not in in_use]

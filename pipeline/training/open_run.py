@@ -90,10 +90,10 @@ def open_run(
             verify_state=False,
             saved_step=saved_step,
         )
-        manifest, found = retry(look, warn, timeout_s)
+        manifest, saved = retry(look, warn, timeout_s)
     heartbeat()
-    if found is not None:
-        resume.check_config_compatible(found, cfg)
+    if saved is not None:
+        resume.check_config_compatible(saved, cfg)
     elif cfg.model.weights is not None:
         from pipeline.models import pretrained  # late: it imports torch
 
@@ -112,8 +112,8 @@ def open_run(
             _refuse_missing(split, index, cfg, warn)
         val.with_classes(train.classes)
         num_steps = Schedule.create(cfg, len(train)).num_steps
-        if found is not None:
-            resume.check_data_compatible(found, cfg, train, num_steps)
+        if saved is not None:
+            resume.check_data_compatible(saved, cfg, train, num_steps)
         with _as_mistake(f"run.storage={storage}: cannot be used", "name another place"):
             built = {split: index for split, index in indexes.items() if not is_index(sources[split])}
             with _as_second(run, reclaims=has_trained), _saved(built, folder.local_dir) as files:
@@ -122,7 +122,7 @@ def open_run(
                 for split, file in files.items():  # not before: this command may be refused, or come second
                     retry(partial(_store, file, folder, f"{split}.arrow", claim), warn, timeout_s)
                     sources[split] = (folder / f"{split}.arrow").uri
-        saved_step = found.step if found is not None and found.place.parent.parent.uri == run.uri else 0
+        saved_step = saved.step if saved is not None and saved.place.parent.parent.uri == run.uri else 0
         yield RunSpec(cfg, run, sources["train"], sources["val"], resume_from, claim, saved_step, now.attempts)
 
 
@@ -186,18 +186,18 @@ def _refuse_copy(run: Storage, manifest: RunManifest, claim: Claim, mlflow_uri: 
     """
     if manifest.place in ("", run.uri):
         return
-    there = Storage(manifest.place)
+    original = Storage(manifest.place)
     try:
-        has_own_mlflow = tracking_uri(mlflow_uri, there.parent) != tracking_uri(mlflow_uri, run.parent)
-        other = RunManifest.read(there, lambda _: None)
-        is_same_folder = claim.name in (there / FOLDER).names()
+        has_own_mlflow = tracking_uri(mlflow_uri, original.parent) != tracking_uri(mlflow_uri, run.parent)
+        other = RunManifest.read(original, lambda _: None)
+        is_same_folder = claim.name in (original / FOLDER).names()
     except (OSError, ValueError):  # the place is no more, or of no use here (UserError is a ValueError)
         return
     if other is None or other.training_id != manifest.training_id or is_same_folder or has_own_mlflow:
         return
     raise UserError(
-        f"run.name={run.name}: {run} is a copy of {there}, and both would log to one run of MLflow; branch off "
-        f"with: pipeline train --resume {run} run.name=NEW; or move {there} away"
+        f"run.name={run.name}: {run} is a copy of {original}, and both would log to one run of MLflow; branch off "
+        f"with: pipeline train --resume {run} run.name=NEW; or move {original} away"
     )
 
 
@@ -217,8 +217,8 @@ def _index(split: str, source: str, warn: Callable[[str], None], heartbeat: Call
             return fetch_index(source)
         index, report = build_index(source, progress=lambda *_: heartbeat())
     refused = report.refused
-    for one in refused[:MAX_NAMED]:
-        warn(f"left out {one}")
+    for image in refused[:MAX_NAMED]:
+        warn(f"left out {image}")
     if len(refused) > MAX_NAMED:
         warn(f"left out {len(refused) - MAX_NAMED} more; pipeline index lists them all")
     return index

@@ -82,12 +82,12 @@ def cpu(features: Mapping[str, Any], vectors: str, environ: Mapping[str, str]) -
         environ: where oneDNN and torch may be held to less than the CPU has.
     """
     allowed = _allowed(vectors, environ)
-    there = [one for name, one in FEATURES.items() if features.get(name)]
-    used = {precision: name for precision, isa, name in reversed(there) if isa in allowed}
+    features_here = [feature for name, feature in FEATURES.items() if features.get(name)]
+    used = {precision: name for precision, isa, name in reversed(features_here) if isa in allowed}
     native: list[Precision] = [p for p in ("bf16", "fp32", "fp16") if p in used or p == "fp32"]
     reason = used.get("bf16", "no bf16 arithmetic in this CPU")
     limits = [f"{name}={environ[name]}" for name in LIMITS if environ.get(name)]
-    if "bf16" not in used and any(precision == "bf16" for precision, _, _ in there) and limits:
+    if "bf16" not in used and any(precision == "bf16" for precision, _, _ in features_here) and limits:
         reason = f"{' and '.join(limits)} leaves out this CPU's bf16 arithmetic"
     x86 = features.get("avx2", False)
     slowdown = {} if not x86 else ON_AVX512 if features.get("avx512_f") and "AVX512_CORE" in allowed else ON_AVX2
@@ -113,7 +113,7 @@ def decide(setting: str, workers: Sequence[Hardware], kept: str | None = None) -
     """
     if setting == "auto" and kept in (None, "auto"):
         best = best_of(workers)
-        rank = next(i for i, one in enumerate(workers) if one.native[0] == best)
+        rank = next(i for i, hardware in enumerate(workers) if hardware.native[0] == best)
         return Decision(best, workers[rank].reason if rank == 0 else f"worker {rank}: {workers[rank].reason}")
     precision = _checked(kept if setting == "auto" else setting)
     reason = "as the run began" if precision == kept else "as configured"
@@ -122,7 +122,7 @@ def decide(setting: str, workers: Sequence[Hardware], kept: str | None = None) -
 
 def best_of(workers: Sequence[Hardware]) -> Precision:
     """The first of rank 0's that every worker has."""
-    return next(p for p in workers[0].native if all(p in one.native for one in workers))
+    return next(p for p in workers[0].native if all(p in hardware.native for hardware in workers))
 
 
 def emulation(precision: str, workers: Sequence[Hardware], fix: str = "") -> str | None:
@@ -131,13 +131,13 @@ def emulation(precision: str, workers: Sequence[Hardware], fix: str = "") -> str
     Args:
         fix: what to do about it; else the setting that is quicker.
     """
-    emulating = [one for one in workers if precision not in one.native]
+    emulating = [hardware for hardware in workers if precision not in hardware.native]
     if not emulating:
         return None
-    one, best = emulating[0], best_of(workers)
-    where = f"this {one.device}" if len(workers) == 1 else f"{len(emulating)} of {len(workers)} workers"
-    where += f" ({one.reason})" if one.device == "GPU" else ""
-    factor = one.slowdown.get(_checked(precision))
+    hardware, best = emulating[0], best_of(workers)
+    where = f"this {hardware.device}" if len(workers) == 1 else f"{len(emulating)} of {len(workers)} workers"
+    where += f" ({hardware.reason})" if hardware.device == "GPU" else ""
+    factor = hardware.slowdown.get(_checked(precision))
     cost = f"{factor} times as long as in fp32" if factor else f"longer than in {best}"
     fix = fix or f"set train.precision={best}"
     return f"{precision} is emulated on {where}: a step takes {cost}; {fix}"

@@ -35,13 +35,13 @@ def find_checkpoint(spec: RunSpec, ctx: WorkerContext) -> tuple[RunSpec, RunMani
         The run, in the precision that suits the checkpoint and all ranks; whose run it is, as far as rank 0 knows it;
         the checkpoint; and how the precision was decided.
     """
-    manifest, found = RunManifest(), None
+    manifest, saved = RunManifest(), None
     timeout_s = spec.cfg.cluster.timeout_s
     if ctx.rank == 0:
         began = ctx.marks[0][1] if ctx.marks else None
         look = partial(resume.find_checkpoint, spec.run, spec.resume_from, ctx.warn, began=began)
-        manifest, found = retry(partial(look, claim=spec.claim, saved_step=spec.saved_step), ctx.warn, timeout_s)
-    own = (found and found.place.uri, manifest.precision, hardware_of(ctx.device))
+        manifest, saved = retry(partial(look, claim=spec.claim, saved_step=spec.saved_step), ctx.warn, timeout_s)
+    own = (saved and saved.place.uri, manifest.precision, hardware_of(ctx.device))
     all_ranks = [own] * ctx.world_size
     if ctx.world_size > 1:
         dist.all_gather_object(all_ranks, own)
@@ -50,12 +50,12 @@ def find_checkpoint(spec: RunSpec, ctx: WorkerContext) -> tuple[RunSpec, RunMani
             # Rank 0 has read it whole. What is wrong here is this machine's view of the storage.
             late = min(READ_CHECKPOINT_S, timeout_s)
             read = partial(checkpoint.load, checkpoint_folder, use_copy=True)
-            found = retry(lambda: retry(read, ctx.warn, late, on=CheckpointError), ctx.warn, timeout_s)
-    if found is not None:
-        retention.forget_copies(found.place.parent, found.place.name)
-    kept = all_ranks[0][1] if found is None else found.cfg.train.precision
+            saved = retry(lambda: retry(read, ctx.warn, late, on=CheckpointError), ctx.warn, timeout_s)
+    if saved is not None:
+        retention.forget_copies(saved.place.parent, saved.place.name)
+    kept = all_ranks[0][1] if saved is None else saved.cfg.train.precision
     precision = decide(spec.cfg.train.precision, [hardware for _, _, hardware in all_ranks], kept)
-    return replace(spec, cfg=with_precision(spec.cfg, precision.precision)), manifest, found, precision
+    return replace(spec, cfg=with_precision(spec.cfg, precision.precision)), manifest, saved, precision
 
 
 def open_index(uri: str, spec: RunSpec, ctx: WorkerContext, resumed: Checkpoint | None) -> Index:
@@ -81,15 +81,15 @@ def begin(
         ctx.emit(Note(note))
 
 
-def restore(state: TrainState, found: Checkpoint, cfg: Config, index: Index) -> None:
+def restore(state: TrainState, saved: Checkpoint, cfg: Config, index: Index) -> None:
     """Load a checkpoint into `state`; raises UserError where it does not fit the configuration or the images."""
-    resume.check_config_compatible(found, cfg)
-    resume.check_data_compatible(found, cfg, index, Schedule.create(cfg, len(index)).num_steps)
+    resume.check_config_compatible(saved, cfg)
+    resume.check_data_compatible(saved, cfg, index, Schedule.create(cfg, len(index)).num_steps)
     try:
-        state.load_state_dict(found.state())
-        state.best_top1 = max(state.best_top1, found.top1 or -1.0)  # it may have been evaluated after it was saved
+        state.load_state_dict(saved.state())
+        state.best_top1 = max(state.best_top1, saved.top1 or -1.0)  # it may have been evaluated after it was saved
     except ValueError as e:
-        raise UserError(f"{found.place} does not fit this configuration: {e}; use another run.name") from None
+        raise UserError(f"{saved.place} does not fit this configuration: {e}; use another run.name") from None
 
 
 def make_ledger(ctx: WorkerContext, manifest: RunManifest, resumed: Checkpoint | None, entered: float) -> TimeLedger:

@@ -17,7 +17,7 @@ import pytest
 from pipeline.cluster.channel import DriverConnection, EventChannel
 from pipeline.events import CheckpointWritten, Note, StepLogged
 
-PATIENCE_S = 60.0
+TIMEOUT_S = 60.0
 Connect = Callable[..., DriverConnection]
 # A rank whose process says two things, and then hangs.
 RANK = """
@@ -34,7 +34,7 @@ time.sleep(100)
 
 @pytest.fixture
 def channel() -> Iterator[EventChannel]:
-    with closing(EventChannel("127.0.0.1", PATIENCE_S)) as made:
+    with closing(EventChannel("127.0.0.1", TIMEOUT_S)) as made:
         made.begin(1)
         yield made
 
@@ -46,18 +46,18 @@ def connect(channel: EventChannel) -> Iterator[Connect]:
 
     def rank(number: int = 0, attempt: int = 1) -> DriverConnection:
         node = f"node-{number}"
-        one = DriverConnection(channel.address, channel.key, PATIENCE_S, attempt=attempt, rank=number, node=node)
+        one = DriverConnection(channel.address, channel.key, TIMEOUT_S, attempt=attempt, rank=number, node=node)
         made.append(one)
         wait_for(lambda: node in channel.nodes)
         return one
 
     yield rank
     for one in made:
-        one.close(PATIENCE_S)
+        one.close(TIMEOUT_S)
 
 
 def wait_for(holds: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + TIMEOUT_S
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -77,7 +77,7 @@ def test_events_arrive_in_order_and_end_a_wait(channel: EventChannel, connect: C
         rank.emit(StepLogged(i, {"train/loss": float("nan")}))
     told = list[int]()
     while len(told) < 1000:
-        events = channel.take_events(PATIENCE_S)
+        events = channel.take_events(TIMEOUT_S)
         assert events, "the wait for an event ends with it"
         told += [event.step for event in events if isinstance(event, StepLogged)]
     assert told == list(range(1000))
@@ -86,7 +86,7 @@ def test_events_arrive_in_order_and_end_a_wait(channel: EventChannel, connect: C
 
 def test_a_wait_for_events_can_be_ended(channel: EventChannel) -> None:
     channel.wake()
-    assert channel.take_events(10 * PATIENCE_S) == []
+    assert channel.take_events(10 * TIMEOUT_S) == []
 
 
 def test_a_stop_reaches_all_also_who_comes_later(channel: EventChannel, connect: Connect) -> None:
@@ -104,8 +104,8 @@ def test_all_is_heard_that_was_said_before_the_end(channel: EventChannel, connec
     rank.emit(Note("é" * 100_000))
     rank.progress(5)
     rank.fail("UserError", "no such file")
-    rank.close(PATIENCE_S)
-    channel.finish(PATIENCE_S)
+    rank.close(TIMEOUT_S)
+    channel.finish(TIMEOUT_S)
     assert channel.ended.is_set()
     assert [len(event.text) for event in channel.take_events(0) if isinstance(event, Note)] == [100_000]
     assert (channel.step, channel.fatal) == (5, ("UserError", "no such file"))
@@ -115,9 +115,9 @@ def test_a_stop_that_crosses_the_last_words_loses_none(channel: EventChannel, co
     rank = connect()
     for _ in range(100):
         rank.emit(Note("x" * 10_000))
-    rank.close(PATIENCE_S)
+    rank.close(TIMEOUT_S)
     channel.request_stop("interrupted")
-    channel.finish(PATIENCE_S)
+    channel.finish(TIMEOUT_S)
     assert len(channel.take_events(0)) == 100
 
 
@@ -127,7 +127,7 @@ def test_after_its_end_an_attempt_is_not_heard(channel: EventChannel, connect: C
     channel.finish(0.0)
     rank.emit(Note(""))
     rank.fail("UserError", "late")
-    rank.close(PATIENCE_S)
+    rank.close(TIMEOUT_S)
     wait_for(channel.ended.is_set)
     assert (channel.take_events(0), channel.fatal) == ([], None)
 
@@ -137,7 +137,7 @@ def test_an_event_that_cannot_be_sent_is_told_where_it_is_made(channel: EventCha
     with pytest.raises(TypeError):
         rank.emit(CheckpointWritten(1, Path("x")))  # type: ignore[arg-type]
     rank.emit(StepLogged(np.int64(3), {"train/loss": np.float32(0.5)}))  # type: ignore[arg-type, dict-item]
-    assert channel.take_events(PATIENCE_S) == [StepLogged(3, {"train/loss": 0.5})]
+    assert channel.take_events(TIMEOUT_S) == [StepLogged(3, {"train/loss": 0.5})]
 
 
 def test_a_rank_that_finds_no_thread_is_refused_and_the_next_one_is_heard(
@@ -147,18 +147,18 @@ def test_a_rank_that_finds_no_thread_is_refused_and_the_next_one_is_heard(
         few.setattr(
             threading.Thread, "start", lambda self: (_ for _ in ()).throw(RuntimeError("can't start new thread"))
         )
-        with socket.create_connection(channel.address, PATIENCE_S) as refused:
+        with socket.create_connection(channel.address, TIMEOUT_S) as refused:
             assert refused.recv(1) == b""
     connect().emit(Note(""))
-    assert channel.take_events(PATIENCE_S) == [Note("")]
+    assert channel.take_events(TIMEOUT_S) == [Note("")]
 
 
 def test_a_killed_rank_is_missed_at_once_and_what_it_said_is_kept(channel: EventChannel) -> None:
     with process(channel.address, channel.key) as rank:
-        events = channel.take_events(PATIENCE_S)
+        events = channel.take_events(TIMEOUT_S)
         assert not channel.ended.is_set()
         rank.kill()
-        assert channel.ended.wait(PATIENCE_S)
+        assert channel.ended.wait(TIMEOUT_S)
     assert [event.text for event in events if isinstance(event, Note)] == ["here"]
     assert (channel.step, channel.nodes) == (7, {"far"})
 
@@ -169,9 +169,9 @@ def test_a_rank_of_an_earlier_attempt_is_not_heard_and_ends(channel: EventChanne
         channel.begin(2)
     with process(channel.address, channel.key) as rank:
         if not late:
-            assert channel.take_events(PATIENCE_S)
+            assert channel.take_events(TIMEOUT_S)
             channel.begin(2)
-        said, _ = rank.communicate(timeout=PATIENCE_S)
+        said, _ = rank.communicate(timeout=TIMEOUT_S)
         assert rank.returncode == 1
     assert "worker 0 ends, it has lost its driver" in said
     assert (channel.nodes, channel.ended.is_set(), channel.take_events(0)) == (set(), False, [])
@@ -181,7 +181,7 @@ def test_a_rank_of_an_earlier_attempt_is_not_heard_and_ends(channel: EventChanne
     "words", [b"", b"GET / HTTP/1.1\r\n\r\n", b'{"proof": "x"}\n', b"[]\n", b"\xff\xfe\n", b"x" * 5000]
 )
 def test_a_stranger_is_not_heard(channel: EventChannel, connect: Connect, words: bytes) -> None:
-    with socket.create_connection(channel.address, PATIENCE_S) as stranger:
+    with socket.create_connection(channel.address, TIMEOUT_S) as stranger:
         stranger.sendall(words)
         stranger.shutdown(socket.SHUT_WR)
         with closing(stranger.makefile("rb")) as answer:
@@ -190,12 +190,12 @@ def test_a_stranger_is_not_heard(channel: EventChannel, connect: Connect, words:
                 next(answer)
     rank = connect()
     rank.emit(Note("mine"))
-    assert [event.text for event in channel.take_events(PATIENCE_S) if isinstance(event, Note)] == ["mine"]
+    assert [event.text for event in channel.take_events(TIMEOUT_S) if isinstance(event, Note)] == ["mine"]
 
 
 def test_another_key_is_refused(channel: EventChannel) -> None:
     with process(channel.address, "another") as rank:
-        assert rank.wait(PATIENCE_S) == 1
+        assert rank.wait(TIMEOUT_S) == 1
     assert (channel.nodes, channel.take_events(0)) == (set(), [])
 
 
@@ -203,7 +203,7 @@ def test_a_driver_that_is_not_there_is_named(channel: EventChannel) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         with pytest.raises(ConnectionError, match=r"the driver at 127.0.0.1:\d+ cannot be reached"):
-            DriverConnection(free.getsockname(), "key", PATIENCE_S, attempt=1, rank=0, node="x")
+            DriverConnection(free.getsockname(), "key", TIMEOUT_S, attempt=1, rank=0, node="x")
 
 
 def test_waiting_takes_no_time_of_the_processor(channel: EventChannel, connect: Connect) -> None:
@@ -215,12 +215,12 @@ def test_waiting_takes_no_time_of_the_processor(channel: EventChannel, connect: 
 
 def test_a_channel_has_ipv6_addresses_too() -> None:
     try:
-        made = EventChannel("::1", PATIENCE_S)
+        made = EventChannel("::1", TIMEOUT_S)
     except OSError:
         pytest.skip("this machine has no IPv6 address")
     with closing(made) as channel:
         channel.begin(1)
-        rank = DriverConnection(channel.address, channel.key, PATIENCE_S, attempt=1, rank=0, node="x")
+        rank = DriverConnection(channel.address, channel.key, TIMEOUT_S, attempt=1, rank=0, node="x")
         rank.emit(Note(""))
-        assert channel.take_events(PATIENCE_S) == [Note("")]
-        rank.close(PATIENCE_S)
+        assert channel.take_events(TIMEOUT_S) == [Note("")]
+        rank.close(TIMEOUT_S)

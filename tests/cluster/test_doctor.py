@@ -203,11 +203,11 @@ from pipeline.cluster import connection, ray_cluster
 from pipeline.cluster.doctor import node_checks
 connection.join({address!r}, 0, threading.Event())
 there = [n for n in ray_cluster.nodes().values() if n.resources.get("CPU")]  # perhaps with the last test's, just ended
-answers = ray_cluster.on_nodes(node_checks.now, [(n.id, ()) for n in there], patience_s=30)
+answers = ray_cluster.on_nodes(node_checks.now, [(n.id, ()) for n in there], timeout_s=30)
 node = next(n for n, answer in zip(there, answers) if answer and not isinstance(answer.value, Exception))
 began = time.monotonic()
 where = "tcp://127.0.0.1:" + str(node_checks.free_port())
-print(ray_cluster.on_nodes(node_checks.all_reduce, [(node.id, ("gloo", where, 0, 2, 60.0))], patience_s=2))
+print(ray_cluster.on_nodes(node_checks.all_reduce, [(node.id, ("gloo", where, 0, 2, 60.0))], timeout_s=2))
 assert time.monotonic() - began < 5
 """
 

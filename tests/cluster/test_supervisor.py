@@ -91,7 +91,7 @@ def test_ray_is_started_again_where_it_was_too_slow(errors: list[Exception], cal
 
     try:
         with pytest.raises(ray_start.RayStartError, match=message) if message else nullcontext():
-            ray_start.start_patiently(start, warnings.append, threading.Event())
+            ray_start.start_with_retries(start, warnings.append, threading.Event())
     finally:
         for process in left:
             process.kill()
@@ -104,7 +104,7 @@ def test_ray_is_started_again_where_it_was_too_slow(errors: list[Exception], cal
 def test_more_threads_than_cores_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two threads that share a core wait for each other at each barrier."""
     node = SimpleNamespace(kill_all_processes=lambda **_: None)
-    monkeypatch.setattr(ray_start, "start_patiently", lambda *_: node)
+    monkeypatch.setattr(ray_start, "start_with_retries", lambda *_: node)
     monkeypatch.setattr(machine, "cpu_count", lambda: 4)
     told = list[str]()
     for settings in (["workers=2", "cpus_per_worker=2"], ["workers=8"], ["workers=2", "cpus_per_worker=3"]):

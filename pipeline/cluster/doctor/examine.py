@@ -76,7 +76,7 @@ def check_workers(cfg: Config) -> Check:
 
 
 def _ask(nodes: Mapping[str, Node], function: Callable[..., Any], *args: Any) -> dict[str, Answer]:
-    return ray_cluster.on_each_node(nodes, function, *args, patience_s=TIMEOUT_S)
+    return ray_cluster.on_each_node(nodes, function, *args, timeout_s=TIMEOUT_S)
 
 
 def _measure_clocks(nodes: Mapping[str, Node]) -> dict[str, tuple[float, float]]:
@@ -153,7 +153,7 @@ def _try_all_reduce(nodes: Mapping[str, Node], backend: str, names: list[str]) -
     address = f"tcp://{nodes[names[0]].address}:{ports[names[0]].value}"
     calls = [(nodes[n].id, (backend, address, rank, len(names), NETWORK_TIMEOUT_S)) for rank, n in enumerate(names)]
     timeout_s, num_gpus = TIMEOUT_S + NETWORK_TIMEOUT_S, int(backend == "nccl")
-    answers = ray_cluster.on_nodes(node_checks.all_reduce, calls, patience_s=timeout_s, num_gpus=num_gpus)
+    answers = ray_cluster.on_nodes(node_checks.all_reduce, calls, timeout_s=timeout_s, num_gpus=num_gpus)
     seconds = [answer.value for answer in answers if answer and isinstance(answer.value, float)]
     if len(seconds) == len(names):
         return check_results.check_all_reduce(max(seconds), len(names), backend)
