@@ -69,8 +69,8 @@ def _fit(spec: RunSpec, ctx: WorkerContext, watchdog: Watchdog, stack: ExitStack
     net = wrap_model(state.model, cfg, ctx.world_size, ctx.device, ledger)
     # A rank that tries a size out alone would wait for the others' statistics of BatchNorm.
     tries = ctx.device.type == "cuda" and not (cfg.model.sync_bn and ctx.world_size > 1)
-    micro_batches = AutoMicrobatch(cfg.train, tries, ctx.warn)
-    in_parts = OomSplitter(ctx.warn)
+    auto_microbatch = AutoMicrobatch(cfg.train, tries, ctx.warn)
+    oom_splitter = OomSplitter(ctx.warn)
     control = ControlBroadcast(ctx.world_size, cfg.cluster.timeout_s)
 
     def due(every: int) -> bool:
@@ -86,14 +86,14 @@ def _fit(spec: RunSpec, ctx: WorkerContext, watchdog: Watchdog, stack: ExitStack
                     val_loader,
                     precision=cfg.train.precision,
                     device=ctx.device,
-                    in_parts=in_parts,
+                    in_parts=oom_splitter,
                     heartbeat=watchdog.feed,
                     stopped=lambda: control.exchange(ControlFlags(stop=ctx.stop_reason() is not None)).stop,
                 )
             except StoppedError:
                 return False
         with ledger.phase("checkpoint"):
-            recorder.evaluation(state, predictions)
+            recorder.log_evaluation(state, predictions)
         return True
 
     losses: list[Tensor] = []
@@ -110,7 +110,7 @@ def _fit(spec: RunSpec, ctx: WorkerContext, watchdog: Watchdog, stack: ExitStack
         batches = train_loader.from_step(state.step, state.step if owes_evaluation else stop_step)
         for batch in ledger.steps(batches, compiling=cfg.model.compile != "none"):
             lr = lr_at(state.step, cfg.optim, schedule)
-            micro_batch = micro_batches.size(state, net, batch)
+            micro_batch = auto_microbatch.size(state, net, batch)
             loss = train_step(
                 state,
                 net,
@@ -125,7 +125,7 @@ def _fit(spec: RunSpec, ctx: WorkerContext, watchdog: Watchdog, stack: ExitStack
             profile.step(state.step)
             sample_log.step(state.step, batch)
             watchdog.feed()
-            recorder.progress(state.step)
+            recorder.report_progress(state.step)
             flags = control.exchange(ControlFlags(stop=ctx.stop_reason() is not None, save=recorder.wants_save))
 
             logging, evaluating = due(cfg.train.log_every), due(eval_every)
@@ -138,7 +138,7 @@ def _fit(spec: RunSpec, ctx: WorkerContext, watchdog: Watchdog, stack: ExitStack
             _check_finite(values, state.step, cfg, schedule, len(index))
             if logging:
                 with ledger.phase("logging"):
-                    recorder.step(state.step, values[-1], lr, state.step / schedule.steps_per_epoch, num_bad)
+                    recorder.log_step(state.step, values[-1], lr, state.step / schedule.steps_per_epoch, num_bad)
             if saving:  # before an evaluation, which may take longer than a node has that is to go
                 with ledger.phase("checkpoint"):
                     recorder.save(state, now=ending, is_scored_later=evaluating and not flags.stop)
@@ -150,7 +150,7 @@ def _fit(spec: RunSpec, ctx: WorkerContext, watchdog: Watchdog, stack: ExitStack
             recorder.save(state, now=True)
         watchdog.feed()
         profile.finish()
-        return recorder.finished(state, val_loader, owes_evaluation=owes_evaluation)
+        return recorder.finish(state, val_loader, owes_evaluation=owes_evaluation)
 
 
 def _gather(losses: list[Tensor], num_bad: int, ctx: WorkerContext) -> tuple[list[float], int]:

@@ -118,7 +118,7 @@ class Recorder(AbstractContextManager["Recorder"]):
         replace = partial(self._manifest.replaced, new, self._spec.run, self._spec.claim)
         self._manifest = retry(replace, self._ctx.warn, self._spec.cfg.cluster.timeout_s)
 
-    def progress(self, step: int) -> None:
+    def report_progress(self, step: int) -> None:
         """Tell that `step` steps are done. From the first one on MLflow is talked to: its import takes seconds."""
         self._ctx.progress(step)
         if self._ctx.rank == 0:
@@ -129,7 +129,7 @@ class Recorder(AbstractContextManager["Recorder"]):
         """Whether a checkpoint that was postponed can be taken now."""
         return self._ctx.rank == 0 and self._checkpointer.wants_save
 
-    def step(self, step: int, loss: float, lr: float, epoch: float, num_bad: int) -> None:
+    def log_step(self, step: int, loss: float, lr: float, epoch: float, num_bad: int) -> None:
         """Log one step: `loss` is the mean over its global batch, of the weights before it."""
         if self._ctx.rank != 0:
             return
@@ -148,7 +148,7 @@ class Recorder(AbstractContextManager["Recorder"]):
         self._mlflow.log_metrics(step, metrics | for_mlflow(seconds))
         self._ctx.emit(StepLogged(step, metrics | {"perf/goodput": goodput(seconds)}, summed_up(seconds)))
 
-    def evaluation(self, state: TrainState, predictions: Predictions) -> None:
+    def log_evaluation(self, state: TrainState, predictions: Predictions) -> None:
         """Log the scores of the weights as they are, and write them into their checkpoint; the best get one anyway."""
         self._scores, self._predictions = (scores := predictions.scores()), predictions
         improved = scores["top1"] > state.best_top1
@@ -228,7 +228,7 @@ class Recorder(AbstractContextManager["Recorder"]):
             self._ctx.warn(str(e))
         self._mlflow.close("FAILED", *MLFLOW_HANDOVER_S, self._heartbeat)
 
-    def finished(self, state: TrainState, val_loader: EvalLoader, *, owes_evaluation: bool) -> dict[str, Any]:
+    def finish(self, state: TrainState, val_loader: EvalLoader, *, owes_evaluation: bool) -> dict[str, Any]:
         """Publish what the configuration asks for, end the attempt and return its summary.
 
         Args:
