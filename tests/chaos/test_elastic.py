@@ -3,25 +3,22 @@
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 
 import mlflow
 import pytest
 from commands import PIPELINE, ROOT, Start, kill, loss_series
 from nodes import AUTHENTICATION, cluster
-from ranks import context
 from s3 import free_port
 
 from pipeline.config.loading import load
-from pipeline.runs.spec import RunSpec
-from pipeline.storage import Storage
-from pipeline.training.loop import fit
+from pipeline.data.batch_spec import make_sampler
 from pipeline.training.schedule import Schedule, lr_at
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(500)]
 
 NUM_STEPS = 300
+NUM_IMAGES = 1437
 SETTINGS = [
     "model.depth=18",
     "data.log_samples=true",
@@ -56,9 +53,7 @@ def times_trained(run: Path) -> dict[int, int]:
     return counts
 
 
-def test_shrinks_grows_and_makes_way_with_the_same_data(
-    digits: Path, digits_index: Callable[[str], Path], start: Start, tmp_path: Path
-) -> None:
+def test_shrinks_grows_and_makes_way_with_the_same_data(digits: Path, start: Start, tmp_path: Path) -> None:
     """Two workers; a node is killed: one; a node comes: two; a node is drained: one."""
     storage = tmp_path / "runs"
     data = [f"data.train={digits}/train", f"data.val={digits}/val"]
@@ -83,12 +78,9 @@ def test_shrinks_grows_and_makes_way_with_the_same_data(
     for line in re.findall(r"^(?:failure|attempt|there is|a node).*", training.said, re.MULTILINE):
         print(line[:200])
 
-    alone = load(ROOT / "configs/digits.yaml", [*data, *SETTINGS])
-    indexes = str(digits_index("train")), str(digits_index("val"))
-    (tmp_path / "alone").mkdir()
-    fit(RunSpec(alone, Storage(tmp_path / "alone"), *indexes), context())
-    expected = surviving_rows(tmp_path / "alone")
-    assert list(expected) == list(range(1, NUM_STEPS + 1))
+    cfg = load(ROOT / "configs/digits.yaml", [*data, *SETTINGS])
+    sampler = make_sampler(cfg.data, NUM_IMAGES, cfg.train.global_batch, cfg.run.seed)
+    expected = {step + 1: sampler.rows(*sampler.positions(step, 0, 1)).tolist() for step in range(NUM_STEPS)}
     assert surviving_rows(storage / "elastic") == expected
 
     again = {step for step, times in times_trained(storage / "elastic").items() if times > 1}
@@ -104,6 +96,6 @@ def test_shrinks_grows_and_makes_way_with_the_same_data(
     assert workers == [(1, 2), (2, 1), (3, 2), (4, 1)]
     assert run.data.tags["pipeline.failures"] == "1"
     assert "worker" in run.data.tags["pipeline.failure_1"]
-    schedule = Schedule.create(alone, 1437)
+    schedule = Schedule.create(cfg, NUM_IMAGES)
     rates = {m.step: m.value for m in client.get_metric_history(run.info.run_id, "train/lr")}
-    assert rates == {step: lr_at(step - 1, alone.optim, schedule) for step in range(1, NUM_STEPS + 1)}
+    assert rates == {step: lr_at(step - 1, cfg.optim, schedule) for step in range(1, NUM_STEPS + 1)}
