@@ -83,7 +83,12 @@ STORIES: dict[str, dict[int, Mode]] = {
 }
 
 
-@pytest.mark.parametrize("story", STORIES)
+LEFT_OUT = ("always there", "down at the start", "fails in the middle")  # of CI, which has no time for all of them
+
+
+@pytest.mark.parametrize(
+    "story", [pytest.param(s, marks=[pytest.mark.thorough] if s in LEFT_OUT else []) for s in STORIES]
+)
 def test_everything_arrives_once_in_order(
     story: str, spec: Callable[[str], RunSpec], proxy: Proxy, server: MlflowServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,12 +46,14 @@ def two_images(cfg: Config) -> Batch:
 
 @every_recipe
 @pytest.mark.parametrize(
-    "overrides", [["model.depth=50"], pytest.param([], marks=pytest.mark.e2e)], ids=["depth 50", "as it is"]
+    "overrides",
+    [["model.depth=50"], pytest.param([], marks=[pytest.mark.e2e, pytest.mark.thorough])],
+    ids=["depth 50", "as it is"],
 )
 def test_a_recipe_trains(recipe: Path, overrides: list[str]) -> None:
     """Model, loss, optimizer and schedule go together: a step moves the weights, and leaves no number that is none.
 
-    152 layers take a minute for all recipes, so that they are left to the slow tests.
+    152 layers take minutes for all recipes, so that they are left to the thorough tests; the demo trains them in CI.
     """
     cfg = settle(load(recipe, overrides), torch.device("cpu"))
     state = TrainState.create(cfg, NUM_CLASSES, torch.device("cpu"))
