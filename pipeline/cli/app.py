@@ -1,4 +1,4 @@
-"""The command line. Exit codes: 0 done, 1 the job failed, 2 the request was wrong, 130 interrupted."""
+"""The command line. Exit codes: 0 done, 1 the command failed, 2 the request was wrong, 130 interrupted."""
 
 from pipeline import clock  # noqa: F401  first, since it takes the time
 

@@ -143,7 +143,7 @@ class TrainController:
             Its summary, or the exception that ended it.
         """
         config = {
-            "job": dataclasses.replace(self._spec, saved_step=self._saved_step),
+            "spec": dataclasses.replace(self._spec, saved_step=self._saved_step),
             "channel": {"address": self._channel.address, "key": self._channel.key},
             "attempt": self._attempt,
             "failures": self._failures,

@@ -1,4 +1,4 @@
-"""Starting Ray on this machine: not without the memory for it, and again where the machine was too busy."""
+"""Starting Ray on this machine, and again where the machine was too busy."""
 
 import threading
 from collections.abc import Callable

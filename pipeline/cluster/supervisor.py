@@ -166,8 +166,8 @@ def _run_driver(
     ours, theirs = Pipe()
     command = [sys.executable, "-m", "pipeline.cluster.driver", str(theirs.fileno())]
     end: DriverEnd | None = None
-    # Ray says there what a user has no use for, as long as all goes well.
     not_ours = set(psutil.Process().children(recursive=True))
+    # Ray says there what a user has no use for, as long as all goes well.
     with tempfile.NamedTemporaryFile(prefix="pipeline-driver-", suffix=".log", delete=False) as log:
         try:
             with _blocked(ENDING_SIGNALS):

@@ -22,15 +22,15 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
     from pipeline.cluster.affinity import pin_threads
     from pipeline.training.loop import fit
 
-    job, here = config["job"], ray.train.get_context()
-    rank, node, timeout_s = here.get_world_rank(), ray.get_runtime_context().get_node_id(), job.cfg.cluster.timeout_s
+    spec, here = config["spec"], ray.train.get_context()
+    rank, node, timeout_s = here.get_world_rank(), ray.get_runtime_context().get_node_id(), spec.cfg.cluster.timeout_s
     driver = DriverConnection(**config["channel"], timeout_s=timeout_s, attempt=config["attempt"], rank=rank, node=node)
     try:
         device = get_device()
         if device.type == "cuda":
             torch.cuda.set_device(device)
         pin_threads(
-            job.cfg.cluster.cpu_affinity,
+            spec.cfg.cluster.cpu_affinity,
             device,
             here.get_local_rank(),
             here.get_local_world_size(),
@@ -49,7 +49,7 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
             restarted=config["restarted"],
             deaths=config["deaths"],
         )
-        return fit(job, context)
+        return fit(spec, context)
     except (UserError, FatalError) as e:
         driver.fail(type(e).__name__, str(e))
         raise

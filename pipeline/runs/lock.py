@@ -29,7 +29,7 @@ def run_lock(
     """Keep other processes of this machine from the run; the lock goes with the process, however it ends.
 
     Between machines that share no directory, and where a file system knows no locks (some of NFS and Lustre), the later
-    attempt wins, see `Identity.check`.
+    driver wins, see `Claim.check`.
 
     Args:
         ending: set when this process is to end; who waits for the lock is told.

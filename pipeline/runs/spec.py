@@ -1,4 +1,4 @@
-"""What a rank is handed: the job, its place in the world, and its way to the outside."""
+"""What a rank is handed: the training, its place in the world, and its way to the outside."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

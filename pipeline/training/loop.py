@@ -1,4 +1,4 @@
-"""The training loop, and what a rank needs to run it. Knows neither Ray nor MLflow."""
+"""The training loop of one rank. Knows neither Ray nor MLflow."""
 
 import math
 import time
@@ -21,7 +21,7 @@ from pipeline.training.profiler import Profiler
 from pipeline.training.recorder import Recorder
 from pipeline.training.sample_log import SampleLog
 from pipeline.training.schedule import Schedule, lr_at
-from pipeline.training.setup import begin, find_checkpoint, make_ledger, make_loaders, open_index
+from pipeline.training.setup import begin, choose_checkpoint, make_ledger, make_loaders, wait_for_index
 from pipeline.training.state import TrainState
 from pipeline.training.step import train_step
 from pipeline.training.watchdog import Watchdog
@@ -50,10 +50,10 @@ def _fit(spec: RunSpec, ctx: WorkerContext, watchdog: Watchdog, stack: ExitStack
     if ctx.device.type == "cuda":
         torch.cuda.set_device(ctx.device)
         torch.backends.cudnn.benchmark = True  # shapes stay the same
-    spec, manifest, resumed, precision = find_checkpoint(spec, ctx)
+    spec, manifest, resumed, precision = choose_checkpoint(spec, ctx)
     watchdog.feed()
     cfg = spec.cfg
-    index, val_index = (open_index(uri, spec, ctx, resumed) for uri in (spec.train_index, spec.val_index))
+    index, val_index = (wait_for_index(uri, spec, ctx, resumed) for uri in (spec.train_index, spec.val_index))
     watchdog.feed()
     schedule = Schedule.create(cfg, len(index))
     eval_every = cfg.train.eval_every * schedule.steps_per_epoch
@@ -68,8 +68,8 @@ def _fit(spec: RunSpec, ctx: WorkerContext, watchdog: Watchdog, stack: ExitStack
     train_loader, val_loader = make_loaders(spec, ctx, index, val_index, recorder, state.step, watchdog.feed)
     net = wrap_model(state.model, cfg, ctx.world_size, ctx.device, ledger)
     # A rank that tries a size out alone would wait for the others' statistics of BatchNorm.
-    tries = ctx.device.type == "cuda" and not (cfg.model.sync_bn and ctx.world_size > 1)
-    auto_microbatch = AutoMicrobatch(cfg.train, tries, ctx.warn)
+    try_out = ctx.device.type == "cuda" and not (cfg.model.sync_bn and ctx.world_size > 1)
+    auto_microbatch = AutoMicrobatch(cfg.train, try_out, ctx.warn)
     oom_splitter = OomSplitter(ctx.warn)
     control = ControlBroadcast(ctx.world_size, cfg.cluster.timeout_s)
 

@@ -8,7 +8,7 @@ STORAGE/NAME/
     summary.json              see `summary`
     mlflow-backlog/           of a run on an object store, see `backlog`
 and, in a directory of the machine where the storage is none itself,
-    mlflow/                   what MLflow has not got yet, see `tracking`
+    mlflow/                   what MLflow has not got yet, see `outbox`
     lock                      held by the driver that trains the run
 """
 
@@ -147,7 +147,7 @@ def _refuse_missing(split: str, index: Index, cfg: Config, warn: Callable[[str],
 
 @contextmanager
 def _as_second(run: Storage, *, reclaims: bool) -> Iterator[None]:
-    """Who is superseded before a training begins is told so; see `Claim.take` for `has_trained`."""
+    """Who is superseded before a training begins is told so; see `Claim.take` for `reclaims`."""
     try:
         yield
     except SupersededError as e:

@@ -16,7 +16,7 @@ from pipeline.tracking.ledger import TimeLedger
 class Profiler:
     """Profiles the steps `train.profile` of rank 0, with the ledger's phases as named ranges (NVTX's, too, on a GPU).
 
-    The trace is profile/steps_FIRST_LAST.json.gz in the run's folder (of this machine), for https://ui.perfetto.dev. A
+    The trace is profile/steps_FIRST_LAST.json.gz in the run's folder (of this machine), for https://ui.perfetto.dev. An
     attempt that begins or ends within these steps traces those that it trains, and names the file by them.
 
     Args:

@@ -92,9 +92,8 @@ class Recorder(AbstractContextManager["Recorder"]):
         tags = self._manifest.tags(failures, self._first_step, ctx.world_size)
         self._mlflow.set_tags({**tags, "pipeline.data_fingerprint": self._data["fingerprint"]})
         recovery = self._manifest.recovery(failures, self._first_step, ctx.world_size)
-        self._mlflow.log_metrics(
-            attempt, {f"attempt/{name}": value for name, value in recovery.items()}
-        )  # step: attempt
+        # The step of these is the attempt's number.
+        self._mlflow.log_metrics(attempt, {f"attempt/{name}": value for name, value in recovery.items()})
         ctx.emit(
             AttemptStarted(
                 attempt=attempt,

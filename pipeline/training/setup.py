@@ -28,7 +28,7 @@ from pipeline.training.schedule import Schedule, lr_note
 from pipeline.training.state import TrainState
 
 
-def find_checkpoint(spec: RunSpec, ctx: WorkerContext) -> tuple[RunSpec, RunManifest, Checkpoint | None, Decision]:
+def choose_checkpoint(spec: RunSpec, ctx: WorkerContext) -> tuple[RunSpec, RunManifest, Checkpoint | None, Decision]:
     """Find the newest valid checkpoint, chosen by rank 0 for all, so that all ranks start from one state.
 
     Returns:
@@ -58,7 +58,7 @@ def find_checkpoint(spec: RunSpec, ctx: WorkerContext) -> tuple[RunSpec, RunMani
     return replace(spec, cfg=with_precision(spec.cfg, precision.precision)), manifest, saved, precision
 
 
-def open_index(uri: str, spec: RunSpec, ctx: WorkerContext, resumed: Checkpoint | None) -> Index:
+def wait_for_index(uri: str, spec: RunSpec, ctx: WorkerContext, resumed: Checkpoint | None) -> Index:
     """An index file. Where training has begun it was there before: a mount that comes late is waited for."""
     late = (OSError, UserError) if ctx.restarted or resumed else OSError
     return retry(lambda: load_index(Storage(uri).fetch()), ctx.warn, spec.cfg.cluster.timeout_s, on=late)

@@ -1,6 +1,7 @@
 """What DALI does to an image of its final size: colour jitter, automatic augmentation, erasing.
 
-Which operation, how strong and where comes in as data, see `draws`; what the operations are is DALI's own suites.
+Which operation, how strong and where comes in as data, see `augment_params`; what the operations are is DALI's own
+suites.
 """
 
 from typing import Any
@@ -22,7 +23,7 @@ def augment(images: Any, draws: dict[str, Any], cfg: DataConfig) -> Any:
 
     Args:
         images: uint8 HWC.
-        draws: inputs by name, those that are wanted of "jitter" (4,), "ops" (N, 3), "erase" (4,); see `draws`.
+        draws: inputs by name, those that are wanted of "jitter" (4,), "ops" (N, 3), "erase" (4,); see `augment_params`.
     """
     if "jitter" in draws:
         brightness, contrast, saturation, hue = (draws["jitter"][i] for i in range(4))

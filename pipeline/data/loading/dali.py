@@ -97,7 +97,7 @@ class DaliPipeline:
         self._cfg, self._device, self._max_batch, self._num_threads = cfg, device, max_batch, num_threads
         self.bad_images = BadImages(index, cfg.max_bad_fraction, on_bad)
         self.fetcher = Fetcher(index, cfg, self.bad_images, warn, retry_timeout_s)
-        self._resizing = _threads(num_threads, "resize")
+        self._draws, self._resizing = draws, _threads(num_threads, "resize")
         on_gpu = device.type == "cuda"
         device_id = (device.index or 0) if on_gpu else None
         options = {"num_threads": num_threads, "device_id": device_id, "prefetch_queue_depth": cfg.prefetch}
@@ -173,7 +173,7 @@ class DaliPipeline:
         if self._device.type == "cpu":
             return inputs
         sizes = np.full((len(spec), 2), spec.size, dtype=np.float32)
-        return (*inputs, sizes, spec.flips.astype(np.int32), *spec.draws.values())
+        return (*inputs, sizes, spec.flips.astype(np.int32), *(spec.draws[name] for name in self._draws))
 
     def _resize(self, spec: BatchSpec, images: Any) -> tuple[BatchSpec, Tensor]:
         """Images of any size, resized and flipped; each thread takes a part of them."""
@@ -196,7 +196,7 @@ class DaliPipeline:
 
         def take(spec: BatchSpec, images: Tensor) -> tuple[Any, ...]:
             in_flight.append((spec, images))
-            return images.permute(0, 2, 3, 1).numpy(), *spec.draws.values()
+            return images.permute(0, 2, 3, 1).numpy(), *(spec.draws[name] for name in self._draws)
 
         assert self._augment_graph is not None
         graph = self._augment_graph(starmap(take, resized), batch_size=self._max_batch)
