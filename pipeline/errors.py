@@ -1,5 +1,10 @@
-"""The error of a request that cannot be carried out as it stands: its text is one line for the user."""
+"""The error of users' mistakes, and other errors in a line."""
 
 
 class UserError(ValueError):
     """A request that cannot be carried out as it stands; its text is one line for the user."""
+
+
+def one_line(error: BaseException) -> str:
+    """An error's class and the first line of its text."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

@@ -61,7 +61,7 @@ class Evaluated:
 @dataclass(frozen=True)
 class CheckpointWritten:
     step: int
-    path: str
+    place: str  # path or URI
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from typing import Any
 
 NUM_SHARDS, NAME = 10_000, "0123456789.jpg"
 GLOBAL_BATCH, WORLD_SIZE, LATE = 256, 8, 1_000_000
-MAX_SECONDS, MAX_MB = 2.0, 200.0
+MAX_S, MAX_MB = 2.0, 200.0
 OURS = {
     "ours, step 0": {"step": 0},
     "ours, step 1,000,000": {"step": LATE},
@@ -59,7 +59,7 @@ def main() -> int:
         f"{name}: {key} {one[key]:.2f}, more than {limit:g}"
         for name in OURS
         for one in rounds[name]
-        for key, limit in (("seconds", MAX_SECONDS), ("peak_mb", MAX_MB))
+        for key, limit in (("seconds", MAX_S), ("peak_mb", MAX_MB))
         if one[key] > limit
     ]
     if args.json:

@@ -144,7 +144,7 @@ def evaluate(args: argparse.Namespace) -> Outcome:
     from pipeline.cli.console import format_scores
     from pipeline.training import inference
 
-    place = find_checkpoint(args).place
+    place = checkpoint_of(args).place
     predictions, _ = inference.evaluate_checkpoint(place, args.data, warn, views=args.tta, overrides=args.overrides)
     scores = predictions.scores()
     text = f"{format_scores(scores)}  on {scores['count']} images, tta: {args.tta}"
@@ -232,7 +232,7 @@ def stop(args: argparse.Namespace) -> Outcome:
     return [jobs.describe(details) | {"log": text} for details, text in stopped], lines, DONE
 
 
-def find_checkpoint(args: argparse.Namespace) -> "Checkpoint":
+def checkpoint_of(args: argparse.Namespace) -> "Checkpoint":
     """The checkpoint that a command's RUN means."""
     from pipeline.tracking import find
 

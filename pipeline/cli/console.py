@@ -102,10 +102,10 @@ class TrainingView(_View):
                     f"step {step}: val top-1 {scores['top1']:.4f}, top-5 {scores['top5']:.4f}, "
                     f"loss {scores['loss']:.4f} on {int(scores['count'])} images"
                 )
-            case CheckpointWritten(step, path):
+            case CheckpointWritten(step, place):
                 self._saved = True
                 if self._bar is None:
-                    self.print(f"step {step}: saved {path}")
+                    self.print(f"step {step}: saved {place}")
             case Stopping(signal):
                 how = "saving a checkpoint at the next step" if self._num_steps else "ending, as no step is done"
                 self.print(f"{signal}: {how}; once more to stop at once")

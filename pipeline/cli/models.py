@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.cli.commands import DONE, FAILED, WRONG, Outcome, find_checkpoint, warn
+from pipeline.cli.commands import DONE, FAILED, WRONG, Outcome, checkpoint_of, warn
 from pipeline.errors import UserError
 
 NUM_COMPARED = 16  # images that an exported model is compared on
@@ -23,7 +23,7 @@ def predict(args: argparse.Namespace) -> Outcome:
     if args.csv and args.json:
         raise UserError("--csv: does not go with --json; choose one of them")
     images = _find_images(args.images)
-    place = find_checkpoint(args).place
+    place = checkpoint_of(args).place
     predictions: list[dict[str, Any]] = []
     show = predictions.append if args.json else _csv_writer(args.top) if args.csv else _print
     code = DONE
@@ -82,7 +82,7 @@ def export(args: argparse.Namespace) -> Outcome:
     from pipeline.training import inference
 
     export.require_writable(args.format, args.out)
-    place = find_checkpoint(args).place
+    place = checkpoint_of(args).place
     model, cfg, classes = pretrained.load_model(place)
     notes = export.make_notes(cfg, classes, place.name)
     images, source = inference.some_images(cfg, NUM_COMPARED)
@@ -108,7 +108,7 @@ def export(args: argparse.Namespace) -> Outcome:
 def register(args: argparse.Namespace) -> Outcome:
     from pipeline.tracking import mlflow_run
 
-    checkpoint = find_checkpoint(args)
+    checkpoint = checkpoint_of(args)
     place, run = checkpoint.place, checkpoint.place.parent.parent
     if place.parent.name != "checkpoints":
         raise UserError(f"{place}: lies in no run's folder, which MLflow would be told; name a run")

@@ -7,7 +7,7 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from pipeline.cli.commands import DONE, Outcome, find_checkpoint, warn
+from pipeline.cli.commands import DONE, Outcome, checkpoint_of, warn
 
 NUM_WORST = 10  # classes that are shown
 
@@ -16,7 +16,7 @@ def report(args: argparse.Namespace) -> Outcome:
     from pipeline.cli.console import format_report
     from pipeline.training import checkpoint_report
 
-    checkpoint = find_checkpoint(args)
+    checkpoint = checkpoint_of(args)
     out = args.out or Path(f"report-{checkpoint.place.parent.parent.name}")
     report = checkpoint_report.make_report(checkpoint, out, args.data, args.mlflow_uri, warn)
     head, classes = report.facts.headline(), report.facts.classes

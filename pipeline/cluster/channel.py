@@ -186,7 +186,7 @@ class DriverConnection:
     def __init__(self, address: tuple[str, int], key: str, timeout_s: float, *, attempt: int, rank: int, node: str):
         self.stop_reason: StopReason | None = None
         self._rank, self._step, self._closing = rank, 0, False
-        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._to_send: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         try:
             self._socket = socket.create_connection(address, min(timeout_s, HANDSHAKE_S))
             _keep_alive(self._socket, timeout_s)
@@ -203,11 +203,11 @@ class DriverConnection:
 
     def emit(self, event: Event) -> None:
         """Send an event; returns at once."""
-        self._outbox.put(_line({"step": self._step, "event": to_json(event)}))
+        self._to_send.put(_line({"step": self._step, "event": to_json(event)}))
 
     def fail(self, kind: str, text: str) -> None:
         """Tell of an error that ends the run, or may do so: see `failures`."""
-        self._outbox.put(_line({"step": self._step, "fatal": (kind, text)}))
+        self._to_send.put(_line({"step": self._step, "fatal": (kind, text)}))
 
     def progress(self, step: int) -> None:
         """Have the driver know that `step` steps are done, with the next event or soon. It hears rank 0 alone."""
@@ -217,7 +217,7 @@ class DriverConnection:
     def close(self, timeout_s: float) -> None:
         """Send what is left, and then have the driver end the connection."""
         self._closing = True
-        self._outbox.put(None)
+        self._to_send.put(None)
         self._sender.join(timeout_s)
         _end(
             self._socket, socket.SHUT_WR
@@ -227,7 +227,7 @@ class DriverConnection:
         last_sent = 0
         while True:
             try:
-                line = self._outbox.get(timeout=STEP_EVERY_S)
+                line = self._to_send.get(timeout=STEP_EVERY_S)
             except queue.Empty:
                 if self._step == last_sent:
                     continue

@@ -32,7 +32,7 @@ from pipeline.errors import UserError
 from pipeline.failures import DISCONNECT_S, ClusterLostError, Interrupted
 
 OBJECT_STORE_BYTES = 100 * 2**20  # nothing goes through it but messages
-CONNECT_SECONDS = 10.0
+CONNECT_S = 10.0
 DISCONNECT_QUIETLY_S = 3.0
 MAX_REASON = 240  # characters; Ray adds its advice
 START_TIMEOUT_S = 600  # for the workers' processes, also where an image has to be pulled first
@@ -164,7 +164,7 @@ def join(
         try:
             host, colon, port = address.rpartition(":")
             if colon and port.isdecimal():  # Ray would try for many minutes
-                socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+                socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
             ray.init(address=address, runtime_env=runtime_env, job_config=JobConfig(), **QUIET)
             return
         except (OSError, RuntimeError):

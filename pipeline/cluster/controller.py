@@ -43,10 +43,10 @@ from pipeline.events import (
 from pipeline.failures import FailureBudget, Interrupted, TrainingFailedError, attempt_is_repeated
 from pipeline.runs.spec import Failure, Marks, RunSpec
 
-POLL_SECONDS = 0.5
-CLUSTER_POLL_SECONDS = 2.0
-FINISH_SECONDS = 5.0  # for what the workers of an attempt had still to say; a host that is cut off says nothing
-WAITING_SECONDS = 60.0  # without room for workers, before it is told what they wait for
+POLL_S = 0.5
+CLUSTER_POLL_S = 2.0
+FINISH_S = 5.0  # for what the workers of an attempt had still to say; a host that is cut off says nothing
+WAITING_S = 60.0  # without room for workers, before it is told what they wait for
 
 
 class TrainController:
@@ -76,7 +76,7 @@ class TrainController:
         self._spec, self._settings, self._emit, self._wants_stop = spec, spec.cfg.cluster, emit, wants_stop
         self._failures, self._restarted = failures, restarted
         self._gauges = Gauges(spec.run.name)
-        self._size = ray_cluster.size_of_worker(self._settings)
+        self._worker_resources = ray_cluster.size_of_worker(self._settings)
         self._channel = EventChannel(ray.util.get_node_ip_address(), self._settings.timeout_s)
         self._budget = budget
         self._deaths: tuple[int, ...] = ()  # steps at which workers' processes died, no checkpoint being newer
@@ -129,12 +129,12 @@ class TrainController:
             self._gauges.export()
             if self._wants_stop.is_set():
                 raise Interrupted
-            if reservation := ray_cluster.reserve(self._size, settings.min_workers, settings.max_workers):
+            if reservation := ray_cluster.reserve(self._worker_resources, settings.min_workers, settings.max_workers):
                 return reservation
-            self._wants_stop.wait(CLUSTER_POLL_SECONDS)
-            if time.monotonic() - since > WAITING_SECONDS:
+            self._wants_stop.wait(CLUSTER_POLL_S)
+            if time.monotonic() - since > WAITING_S:
                 since = time.monotonic()
-                self._send(Warned(ray_cluster.why_waiting(settings, self._size)))
+                self._send(Warned(ray_cluster.why_waiting(settings, self._worker_resources)))
 
     def _run_attempt(self, reservation: ray_cluster.Reservation, marks: Marks) -> Any:
         """Train until rank 0's `fit` returns.
@@ -150,7 +150,7 @@ class TrainController:
             "marks": marks,
             "restarted": self._restarted,
             "deaths": self._deaths if len(self._deaths) > 1 else (),
-            "num_threads": int(self._size["CPU"]),
+            "num_threads": int(self._worker_resources["CPU"]),
         }
         outcome: list[Any] = []
         self._channel.begin(self._attempt)
@@ -158,22 +158,22 @@ class TrainController:
         fitting.start()
         last_look = time.monotonic()
         extra: ray_cluster.Reservation | None = None
-        with ExitStack() as wishes:
+        with ExitStack() as reservations:
             while not outcome:
-                self._pass_on(self._channel.take_events(POLL_SECONDS))
+                self._pass_on(self._channel.take_events(POLL_S))
                 if self._wants_stop.is_set():
                     if not self._trains:  # there is nothing to save
                         raise Interrupted
                     self._channel.request_stop("interrupted")
-                if time.monotonic() - last_look > CLUSTER_POLL_SECONDS:
+                if time.monotonic() - last_look > CLUSTER_POLL_S:
                     last_look = time.monotonic()
                     self._gauges.export()
                     if self._started is None:
                         continue
                     if extra is None and reservation.num_workers < self._settings.max_workers:
-                        extra = wishes.enter_context(ray_cluster.Reservation(self._size, 1))
+                        extra = reservations.enter_context(ray_cluster.Reservation(self._worker_resources, 1))
                     self._look_at_cluster(self._started, extra)
-        self._channel.finish(FINISH_SECONDS)
+        self._channel.finish(FINISH_S)
         self._pass_on(self._channel.take_events(0))
         return outcome[0]
 
@@ -242,9 +242,11 @@ class TrainController:
             group=reservation.group,
             ended=self._channel.ended,
             train_loop_config=config,
-            backend_config=TorchConfig("nccl" if self._size["GPU"] else "gloo", self._settings.timeout_s),
+            backend_config=TorchConfig("nccl" if self._worker_resources["GPU"] else "gloo", self._settings.timeout_s),
             scaling_config=ray.train.ScalingConfig(
-                num_workers=reservation.num_workers, use_gpu=self._size["GPU"] > 0, resources_per_worker=self._size
+                num_workers=reservation.num_workers,
+                use_gpu=self._worker_resources["GPU"] > 0,
+                resources_per_worker=self._worker_resources,
             ),
             run_config=ray.train.RunConfig(
                 name="ray",

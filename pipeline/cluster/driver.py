@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.cluster.connection import connected
 from pipeline.cluster.supervisor import TrainRequest
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.events import Event, RunOpened, Warned
 from pipeline.failures import (
     DRIVER_END_S,
@@ -207,15 +207,11 @@ def main() -> None:
     except BaseException as e:
         end = driver_end(e)
         if end is not None:
-            supervisor.send(end, _in_a_line(e) if end == "internal error" else str(e))
+            supervisor.send(end, one_line(e) if end == "internal error" else str(e))
         if end in (None, "internal error"):
             raise  # the log has it all
     else:
         supervisor.send("done", summary)
-
-
-def _in_a_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline.config.schema import ClusterConfig
 from pipeline.errors import UserError
 
-RESERVE_SECONDS = 10.0  # within which a placement group is ready, or some node has gone
+RESERVE_S = 10.0  # within which a placement group is ready, or some node has gone
 
 Size = dict[str, float]  # {"CPU": ..., "GPU": ...} of one worker
 
@@ -71,7 +71,7 @@ def reserve(size: Size, low: int, high: int) -> "Reservation | None":
     for num_workers in sorted({min(high, could_be), min(high, free), low}, reverse=True):
         if num_workers >= low:
             place = Reservation(size, num_workers)
-            if place.granted(RESERVE_SECONDS):
+            if place.granted(RESERVE_S):
                 return place
             place.give_back()
     return None

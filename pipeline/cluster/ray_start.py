@@ -8,6 +8,7 @@ import psutil
 import ray
 
 from pipeline.cluster.supervisor import kill_descendants
+from pipeline.errors import one_line
 from pipeline.failures import BROKEN, TrainingFailedError
 
 T = TypeVar("T")
@@ -31,7 +32,7 @@ def start_with_retries(start: Callable[[], T], warn: Callable[[str], None], want
         try:
             return start()
         except Exception as e:  # of any class: where its processes are too slow, Ray raises `Exception` itself
-            reason = f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0]}"
+            reason = one_line(e)
             ray.shutdown()
             kill_descendants(others)  # what Ray had started, which would stay to this process's end
             if number == TRIES or isinstance(e, BROKEN) or wants_stop.is_set():

@@ -48,7 +48,7 @@ from pipeline.failures import (
 from pipeline.runs.spec import Failure
 
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-POLL_SECONDS = 0.5
+POLL_S = 0.5
 # A thread that waits for another one spins, which costs nothing where each has its core. Beside others that compute, it
 # takes the core from the one that it waits for. Giving it up at once costs a fifth where nobody else wants it.
 BUSY = "other programs compute on these cores: threads give them up while they wait; OMP_WAIT_POLICY=ACTIVE keeps them"
@@ -156,7 +156,7 @@ def _wait(seconds: float, received: list[str]) -> None:
     """Until then, or until a signal has come."""
     deadline = time.monotonic() + seconds
     while not received and time.monotonic() < deadline:
-        time.sleep(POLL_SECONDS)
+        time.sleep(POLL_S)
 
 
 def _run_driver(
@@ -201,7 +201,7 @@ def _attend(
     is_told_to_stop = heard = False
     while True:
         try:
-            if driver.poll(POLL_SECONDS):
+            if driver.poll(POLL_S):
                 kind, content = driver.recv()
                 heard = True
                 if kind != "event":

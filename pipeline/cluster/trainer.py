@@ -27,10 +27,10 @@ from ray.train.v2._internal.execution.worker_group.placement_group_handle import
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.placement_group import PlacementGroup
 
-POLL_SECONDS = 5.0  # a worker that has ended is seen at once; this is for Ray's own troubles
-ENDING_POLL_SECONDS = 1.0  # once one has ended, since Ray may not have known it the first time
-SETTLE_SECONDS = 0.1  # from the end of a worker's training, or of its process, until Ray knows
-LEAVE_SECONDS = 5.0  # for a group that has failed to take its leave, before it is killed: a frozen one never does
+POLL_S = 5.0  # a worker that has ended is seen at once; this is for Ray's own troubles
+ENDING_POLL_S = 1.0  # once one has ended, since Ray may not have known it the first time
+SETTLE_S = 0.1  # from the end of a worker's training, or of its process, until Ray knows
+LEAVE_S = 5.0  # for a group that has failed to take its leave, before it is killed: a frozen one never does
 # Ray Data is not used. Placement groups end with the driver, which made them: they need no cleaner.
 UNUSED = (DatasetsCallback, PlacementGroupCleanerCallback)
 
@@ -78,7 +78,7 @@ class _TorchBackend(Backend):  # type: ignore[misc]
 
     def on_shutdown(self, worker_group: BaseWorkerGroup, backend_config: TorchConfig) -> None:
         leaving = worker_group.execute_async(_leave_group)
-        ray.wait(leaving, num_returns=len(leaving), timeout=LEAVE_SECONDS)
+        ray.wait(leaving, num_returns=len(leaving), timeout=LEAVE_S)
 
 
 def _prepare(address: str, port: int) -> None:
@@ -174,13 +174,13 @@ class _WorkerGroup(WorkerGroup):  # type: ignore[misc]
 
 class _Controller(TrainController):  # type: ignore[misc]
     ended: threading.Event
-    _pause_s = POLL_SECONDS
+    _pause_s = POLL_S
 
     async def _poll_workers(self) -> WorkerGroupPollStatus:
         """As Ray's, which sleeps between two looks; here nothing else runs in this thread's loop."""
         if self.ended.wait(self._pause_s):
             self.ended.clear()
-            self._pause_s = ENDING_POLL_SECONDS
-            time.sleep(SETTLE_SECONDS)
+            self._pause_s = ENDING_POLL_S
+            time.sleep(SETTLE_S)
         self._latest_poll_time = 0.0
         return await super()._poll_workers()

@@ -151,14 +151,14 @@ def save(
     return Checkpoint(place, local, full_meta)
 
 
-def with_scores(saved: Checkpoint, metrics: dict[str, Any]) -> Checkpoint:
+def with_scores(saved: Checkpoint, scores: dict[str, Any]) -> Checkpoint:
     """The same checkpoint, which now tells the scores of its weights.
 
     Raises:
         OSError: that could not be written; it is whole as it was.
     """
-    best = max(saved.meta.get("best_top1") or 0.0, metrics["top1"])
-    meta = {**saved.meta, "metrics": metrics, "best_top1": best}
+    best = max(saved.meta.get("best_top1") or 0.0, scores["top1"])
+    meta = {**saved.meta, "metrics": scores, "best_top1": best}
     content = json.dumps(meta, indent=1).encode()
     saved.place.write_bytes(META, content)
     if not saved.place.local:  # what MLflow is sent, where it is still here

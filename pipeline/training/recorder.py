@@ -37,7 +37,8 @@ class Recorder(AbstractContextManager["Recorder"]):
     Args:
         index: of the training images. manifest: of the training, before this attempt.
         resumed: the checkpoint that this attempt goes on from.
-        num_steps: of the whole training. precision: why it is the one that cfg says. heartbeat: called in long waits.
+        num_steps: of the whole training. precision_reason: why it is the one that cfg says.
+        heartbeat: called in long waits.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class Recorder(AbstractContextManager["Recorder"]):
         resumed: Checkpoint | None,
         ledger: TimeLedger,
         num_steps: int,
-        precision: str,
+        precision_reason: str,
         heartbeat: Callable[[], None] = lambda: None,
     ):
         self._spec, self._ctx, self._ledger, self._num_steps, self._heartbeat = spec, ctx, ledger, num_steps, heartbeat
@@ -63,9 +64,9 @@ class Recorder(AbstractContextManager["Recorder"]):
         self._startup = {name: ended - began for (_, began), (name, ended) in pairwise(marks)}
         if ctx.rank == 0:
             self._manifest = manifest
-            self._begin(resumed, precision)
+            self._begin(resumed, precision_reason)
 
-    def _begin(self, resumed: Checkpoint | None, precision: str) -> None:
+    def _begin(self, resumed: Checkpoint | None, precision_reason: str) -> None:
         cfg, ctx, run, timeout_s = self._spec.cfg, self._ctx, self._spec.run, self._spec.cfg.cluster.timeout_s
         failures = ctx.failures or self._manifest.unended()
         self._write_manifest(self._manifest.begin(len(failures), cfg.train.precision))
@@ -105,7 +106,7 @@ class Recorder(AbstractContextManager["Recorder"]):
                 num_threads=ctx.num_threads,
                 device=ctx.device.type,
                 precision=cfg.train.precision,
-                precision_reason=precision,
+                precision_reason=precision_reason,
                 startup=self._startup,
                 failures=self._manifest.failures,
                 lost_steps=recovery.get("lost_steps"),

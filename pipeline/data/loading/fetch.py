@@ -82,8 +82,8 @@ class Fetcher:
     def __init__(
         self, index: Index, cfg: DataConfig, bad_images: BadImages, warn: Callable[[str], None], retry_timeout_s: float
     ):
-        self._bad_images, self._num_read = bad_images, cfg.prefetch
-        self._num_fetched = 0 if index.root is None or index.root.local else FETCH_AHEAD
+        self._bad_images, self._read_ahead = bad_images, cfg.prefetch
+        self._fetch_ahead = 0 if index.root is None or index.root.local else FETCH_AHEAD
         self._reader = Reader(index, cfg, warn, retry_timeout_s=retry_timeout_s)
         self._pool = ThreadPoolExecutor(cfg.read_threads, thread_name_prefix="read")
 
@@ -95,7 +95,7 @@ class Fetcher:
         """
         fetching, reading = deque[BatchSpec](), deque[tuple[BatchSpec, Iterator[bytes | None]]]()
         for spec in chain(specs, repeat(None)):  # None: there are no more
-            num_fetched, num_read = (0, 0) if spec is None else (self._num_fetched, self._num_read)
+            num_fetched, num_read = (0, 0) if spec is None else (self._fetch_ahead, self._read_ahead)
             if spec is not None:
                 self._reader.prefetch(spec.rows)
                 fetching.append(spec)
