@@ -66,7 +66,7 @@ MB_PER_KILL = 0.2  # of Ray's logs there: 0.05 of a worker, 1 of a driver, each 
 NOISE = {"memory": (0.05, 4.0), "threads": (0, 2), "descriptors": (0, 4), "number": (0, 2), "disk": (0.1, 1.0)}
 ROLES = {  # by what a command line holds, the first that does
     "worker": r"ray::.*(RayTrainWorker|_Worker|\.execute)",
-    "driver": r"pipeline\.driver",
+    "driver": r"pipeline\.cluster\.driver",
     "Ray": r"raylet|gcs_server|ray::|site-packages/ray|ray/",
 }
 
