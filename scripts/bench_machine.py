@@ -129,7 +129,7 @@ def of_demo(tree: Path, seconds: float) -> dict[str, float]:
         idle = sum(after[pid] - before[pid] for pid in after.keys() & before.keys()) / seconds
         killed = time.monotonic()
         training.workers()[0].kill()
-        recovered = training.wait_for(r"^step \d+/", training.wait_for(r"attempt 2", killed)) - killed
+        recovered = training.wait_for(r"^step \d+/", training.wait_for(r"(attempt|session) 2", killed)) - killed
         training.end()
     return {"first_step_s": first, "idle_cpu": idle, "recovery_s": recovered}
 
