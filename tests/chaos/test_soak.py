@@ -33,6 +33,7 @@ def test_growth_is_told_from_noise_and_warm_up(
 
 
 @pytest.mark.chaos
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_training_that_is_killed_all_the_time_does_not_grow() -> None:
     command = [sys.executable, str(ROOT / "scripts/soak.py"), "--steps=12000", "--kills=6", "--outage=8"]

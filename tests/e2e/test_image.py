@@ -18,7 +18,7 @@ import pytest
 from commands import ROOT
 from s3 import free_port, wait_for_port
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(1500)]
 
 TOOLS = ("buildah", "debootstrap", "unshare")
 NEEDED_BYTES = 40 * 2**30
