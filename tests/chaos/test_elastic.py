@@ -15,7 +15,7 @@ from pipeline.config.loading import load
 from pipeline.data.batch_spec import make_sampler
 from pipeline.training.schedule import Schedule, lr_at
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(500)]
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 
 NUM_STEPS = 300
 NUM_IMAGES = 1437
