@@ -92,7 +92,15 @@ class Loader:
     ):
         self.index, self._cfg, self._context, self.max_batch = index, cfg, context, max_batch
         self.pipeline = DaliPipeline(
-            *(index, cfg, max_batch, context.num_threads, context.device, on_bad, warn, context.retry_timeout_s, draws)
+            index,
+            cfg,
+            max_batch,
+            num_threads=context.num_threads,
+            device=context.device,
+            on_bad=on_bad,
+            warn=warn,
+            retry_timeout_s=context.retry_timeout_s,
+            draws=draws,
         )
 
     def avoid(self, known: Mapping[int, str]) -> None:
