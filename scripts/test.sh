@@ -8,5 +8,5 @@ source scripts/setup.sh
 ruff check .
 ruff format --check .
 mypy
-if [ $# -eq 0 ]; then set -- -n 2 --dist loadfile -m "not (e2e or chaos or gpu)"; fi
+if [ $# -eq 0 ]; then set -- -n 2 --dist worksteal -m "not (e2e or chaos or gpu)"; fi
 exec pytest "$@"

@@ -18,8 +18,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import make_digits
 import pytest
+import torch
 from commands import ROOT, Run, Start, trainings
 from ranks import context
+from stores import copy_instead_of_migrating
 
 from pipeline.cli import app
 from pipeline.config.loading import load
@@ -27,6 +29,10 @@ from pipeline.data.indexing.build import build_index
 from pipeline.runs.spec import RunSpec
 from pipeline.storage import Storage
 from pipeline.training.loop import fit
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each
+    torch.set_num_threads(1)
+copy_instead_of_migrating()
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 from collections import defaultdict
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from pipeline.training.schedule import Schedule, lr_at
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 
-NUM_STEPS = 300
+NUM_STEPS = 5000  # it is stopped when all has happened
 NUM_IMAGES = 1437
 SETTINGS = [
     "model.depth=18",
@@ -75,14 +76,17 @@ def test_shrinks_grows_and_makes_way_with_the_same_data(digits: Path, start: Sta
         training.wait_for_step(int(grown.group(1)) + 20)
         third.terminate()
         drained = training.wait_for(r"attempt 4: step (\d+) of .*; 1 workers")
-        assert training.finish() == 0, training.said
+        training.wait_for_step(int(drained.group(1)) + 5)
+        training.signal_group(signal.SIGINT)
+        assert training.finish() == 130, training.said
         first.terminate()
     for line in re.findall(r"^(?:failure|attempt|there is|a node).*", training.said, re.MULTILINE):
         print(line[:200])
 
     cfg = load(ROOT / "configs/digits.yaml", [*data, *SETTINGS])
     sampler = make_sampler(cfg.data, NUM_IMAGES, cfg.train.global_batch, cfg.run.seed)
-    expected = {step + 1: sampler.rows(*sampler.positions(step, 0, 1)).tolist() for step in range(NUM_STEPS)}
+    num_steps = int(training.wait_for(r"interrupted at step (\d+) of").group(1))
+    expected = {step + 1: sampler.rows(*sampler.positions(step, 0, 1)).tolist() for step in range(num_steps)}
     assert surviving_rows(storage / "elastic") == expected
 
     again = {step for step, times in times_trained(storage / "elastic").items() if times > 1}
@@ -91,7 +95,7 @@ def test_shrinks_grows_and_makes_way_with_the_same_data(digits: Path, start: Sta
     assert int(drained.group(1)) > int(grown.group(1))
 
     uri = f"sqlite:///{storage}/mlflow.db"
-    assert [step for step, _ in loss_series(uri, "elastic")] == list(range(1, NUM_STEPS + 1))
+    assert [step for step, _ in loss_series(uri, "elastic")] == list(range(1, num_steps + 1))
     client = mlflow.MlflowClient(uri)
     (run,) = client.search_runs(["1"])
     workers = [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "attempt/workers")]
@@ -100,4 +104,4 @@ def test_shrinks_grows_and_makes_way_with_the_same_data(digits: Path, start: Sta
     assert "worker" in run.data.tags["pipeline.failure_1"]
     schedule = Schedule.create(cfg, NUM_IMAGES)
     rates = {m.step: m.value for m in client.get_metric_history(run.info.run_id, "train/lr")}
-    assert rates == {step: lr_at(step - 1, cfg.optim, schedule) for step in range(1, NUM_STEPS + 1)}
+    assert rates == {step: lr_at(step - 1, cfg.optim, schedule) for step in range(1, num_steps + 1)}

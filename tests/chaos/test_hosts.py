@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -85,7 +86,7 @@ def test_a_host_that_is_cut_off_is_noticed_and_done_without(
 ) -> None:
     head, other = hosts
     data = [f"data.train={digits}/train", f"data.val={digits}/val"]
-    model = ["model.depth=18", "train.steps=150", "train.log_every=1", "train.eval_every=1000", "checkpoint.every=10"]
+    model = ["model.depth=18", "train.steps=5000", "train.log_every=1", "train.eval_every=1000", "checkpoint.every=10"]
     place = [f"run.storage={tmp_path}/runs", "run.name=hosts", f"cluster.address={head.address}:6379"]
     size = ["cluster.workers=[1,2]", f"cluster.timeout_s={TIMEOUT_S}", "mlflow.log_model=false"]
     command = [PIPELINE, "train", str(ROOT / "configs/digits.yaml"), *data, *model, *place, *size]
@@ -96,13 +97,17 @@ def test_a_host_that_is_cut_off_is_noticed_and_done_without(
     other.cut_off()
     training.wait_for(r"^failure: ")
     noticed_s = time.monotonic() - began
-    training.wait_for(r"attempt 2: step \d+ of .*; 1 workers")
+    recovered = training.wait_for(r"attempt 2: step (\d+) of .*; 1 workers")
     recovered_s = time.monotonic() - began
-    assert training.finish() == 0, training.said
+    training.wait_for(rf"^step {int(recovered.group(1)) + 5}/")
+    training.signal_group(signal.SIGINT)
+    assert training.finish() == 130, training.said
     again = re.search(r"(\d+) steps to do again", training.said)
     assert again
     print(f"noticed after {noticed_s:.1f} s, training again after {recovered_s:.1f} s, {again.group(1)} steps again")
     assert noticed_s < TIMEOUT_S + 15
     assert int(again.group(1)) <= 10
     series = loss_series(f"sqlite:///{tmp_path}/runs/mlflow.db", "hosts")
-    assert [step for step, _ in series] == list(range(1, 151))
+    assert [step for step, _ in series] == list(
+        range(1, int(training.wait_for(r"interrupted at step (\d+) of").group(1)) + 1)
+    )

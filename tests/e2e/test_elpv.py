@@ -8,7 +8,7 @@ import pytest
 from elpv_dataset.utils import load_dataset
 from PIL import Image
 
-pytestmark = pytest.mark.e2e  # decoding and writing all 2,624 takes most of a minute
+pytestmark = [pytest.mark.e2e, pytest.mark.thorough]  # decoding and writing all 2,624 takes most of a minute
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from commands import ROOT
 
 @pytest.mark.e2e
 @pytest.mark.timeout(720)
-@pytest.mark.parametrize("options", [["--sample=20"], ["--s3", "--sample=6"]], ids=["local", "s3"])
+@pytest.mark.parametrize("options", [["--sample=12"], ["--s3", "--sample=4"]], ids=["local", "s3"])
 def test_one_disturbed_call_changes_nothing(options: list[str]) -> None:
     command = [sys.executable, str(ROOT / "scripts/enumerate_faults.py"), *options, "--seed=0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=700)

@@ -43,7 +43,7 @@ def command(digits: Path, storage: Path) -> Command:
     """A training of ResNet-18 on two workers, 60 steps long."""
 
     def make(name: str, *settings: str) -> list[str]:
-        fast = ["model.depth=18", "train.steps=60", "train.log_every=2", "checkpoint.every=20"]
+        fast = ["model.depth=18", "train.steps=60", "train.global_batch=32", "train.log_every=2", "checkpoint.every=20"]
         quiet = ["mlflow.log_model=false", f"run.storage={storage}", f"run.name={name}"]
         data = [f"data.train={digits}/train", f"data.val={digits}/val"]
         return [PIPELINE, "train", str(ROOT / "configs/digits.yaml"), *data, *fast, *quiet, *settings]
@@ -137,7 +137,7 @@ def test_an_error_that_a_restart_would_meet_again_ends_at_once(command: Command,
     [
         ("cluster.address=127.0.0.1:9", "cluster.address=127.0.0.1:9 cannot be reached: "),
         ("cluster.device=gpu", "cluster.workers=2: the cluster has 0 GPUs, and each worker takes one"),
-        ("train.global_batch=32", "train.global_batch=32: "),  # as tests/runs/test_resume.py has it in detail
+        ("train.global_batch=16", "train.global_batch=16: "),  # as tests/runs/test_resume.py has it in detail
     ],
 )
 def test_what_does_not_fit_the_cluster_or_the_run_is_refused(

@@ -1,5 +1,7 @@
 """Run a function on several gloo ranks, each a process of its own, without Ray."""
 
+import multiprocessing
+import os
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -9,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 
 from pipeline.events import Event, Warned
 from pipeline.runs import checkpoint
@@ -32,15 +34,23 @@ FAST = [
     "mlflow.checkpoints=none",
 ]
 
+PRELOADED = ["torch", "pipeline.training.loop", "mlflow"]  # by the process that ranks are forked from: seconds for each
+
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """`function(rank, world_size, *args)` of every rank, with one thread each; what they return, by rank."""
     with tempfile.TemporaryDirectory() as folder:
-        spawn(_rank, args=(function, world_size, folder, args), nprocs=world_size)  # type: ignore[no-untyped-call]
+        multiprocessing.set_forkserver_preload(PRELOADED)
+        arguments = (dict(os.environ), function, world_size, folder, args)
+        start_processes(_rank, arguments, world_size, start_method="forkserver")  # type: ignore[no-untyped-call]
         return [torch.load(Path(folder) / str(rank), weights_only=False) for rank in range(world_size)]
 
 
-def _rank(rank: int, function: Callable[..., Any], world_size: int, folder: str, args: tuple[Any, ...]) -> None:
+def _rank(
+    rank: int, environ: dict[str, str], function: Callable[..., Any], world_size: int, folder: str, args: Any
+) -> None:
+    os.environ.clear()  # it is that of the first ranks' time
+    os.environ.update(environ)
     warnings.filterwarnings("error", module="pipeline")  # pytest's filters do not reach a child
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
