@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from pipeline.config.schema import DataConfig
+from pipeline.config.data import DataConfig
 from pipeline.data.index import load_index
 from pipeline.data.indexing.build import build_index
 from pipeline.data.loading.loader import LoaderContext, TrainLoader

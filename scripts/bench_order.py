@@ -154,7 +154,7 @@ def write_index(file: str, num_rows: int, started: float) -> None:
 def ids_of_ours(file: str, kind: dict[str, int], started: float) -> dict[str, float]:
     import torch
 
-    from pipeline.config.schema import DataConfig
+    from pipeline.config.data import DataConfig
     from pipeline.data.index import load_index
     from pipeline.data.loading.loader import LoaderContext, TrainLoader
 

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "pipeline"
 # Rooms and, within them, modules; each may import what stands above it.
 ROOMS = {
     "": "__init__ machine clock errors text events environment failures http_storage storage versions",
-    "config": "fields schema loading",
+    "config": "fields data training running schema reference loading",
     "data": "stream augment_params index batch_spec",
     "data.indexing": "rows find shards parquet scan build",
     "data.loading": "cache groups read fetch augment dali mix loader isolate",
@@ -29,7 +29,7 @@ ROOMS = {
     "cluster.jobs": "submission client",
     "bench.planning": "assumptions failure_model cost_model plan view",
     "bench": "common loader_baselines loader step scaling",
-    "cli": "console commands bench models reports app",
+    "cli": "console common train data models cluster bench app",
 }
 ORDER = [f"{room.strip('.')}.{name}".strip(".") for room, names in ROOMS.items() for name in names.split()]
 # Library -> the rooms and modules that may import it.
@@ -45,6 +45,7 @@ OWNERS = {
     "omegaconf": {"config.loading"},
     "pyarrow": {"storage", "http_storage", "data.index", "data.indexing", "data.loading"},
     "rich": {"cli.console", "text"},
+    "cyclopts": {"cli"},
     "fsspec": {"storage", "http_storage"},
     "aiohttp": {"http_storage", "cluster.jobs"},
     "timm": {"training.optim", "bench.loader_baselines"},

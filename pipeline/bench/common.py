@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from pipeline.config.schema import ClusterConfig, Config
+from pipeline.config.running import ClusterConfig
+from pipeline.config.schema import Config
 from pipeline.data.indexing.build import Progress
 from pipeline.data.stream import FloatArray
 from pipeline.machine import cpu_count

@@ -15,7 +15,8 @@ import numpy as np
 from pipeline.bench import common
 from pipeline.bench.common import batch_per_worker, describe_machine, spread, take_turns
 from pipeline.bench.loader_baselines import CEILING, OURS, LoaderBaseline, LoaderProcess, Speed, Task, loader_baselines
-from pipeline.config.schema import Config, DataConfig
+from pipeline.config.data import DataConfig
+from pipeline.config.schema import Config
 from pipeline.data.indexing.build import Progress, open_index
 from pipeline.errors import UserError
 from pipeline.machine import cpu_count

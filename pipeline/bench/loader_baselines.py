@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
-from pipeline.config.schema import DataConfig
+from pipeline.config.data import DataConfig
 from pipeline.data.index import Index, load_index
 from pipeline.data.loading.dali import decode_graph, decode_inputs
 from pipeline.data.loading.loader import LoaderContext, TrainLoader

@@ -1,34 +1,93 @@
-"""What the commands that put a trained model to use do: predict, export, register. See `commands`."""
+"""The commands that score a trained model and put it to use: evaluate, predict, export, register."""
 
-import argparse
-import csv
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout, suppress
+from csv import DictWriter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pipeline.cli.commands import DONE, FAILED, WRONG, Outcome, checkpoint_of, warn
+from cyclopts import Parameter
+
+from pipeline.cli.common import (
+    DONE,
+    FAILED,
+    WRONG,
+    Json,
+    MlflowUri,
+    Outcome,
+    Overrides,
+    Run,
+    RunData,
+    Storage,
+    checkpoint_of,
+    warn,
+)
 from pipeline.errors import UserError
 
 NUM_COMPARED = 16  # images that an exported model is compared on
 
 
-def predict(args: argparse.Namespace) -> Outcome:
+def evaluate(
+    run: Run,
+    /,
+    *overrides: Annotated[Overrides, Parameter(help="Settings, such as data.val_size=288.")],
+    data: RunData = None,
+    tta: Literal["one", "flip", "ten"] = "one",
+    storage: Storage = "runs",
+    mlflow_uri: MlflowUri = None,
+    as_json: Json = False,
+) -> Outcome:
+    """Exact top-1, top-5 and loss of a run's newest checkpoint, or of a given one.
+
+    Args:
+        tta: What is averaged over for each image: itself alone, with its mirror image, or the ten crops of He et al.
+    """
+    from pipeline.cli.console import format_scores
     from pipeline.training import inference
 
-    if args.csv and args.json:
+    place = checkpoint_of(run, storage, mlflow_uri).place
+    predictions, _ = inference.evaluate_checkpoint(place, data, warn, views=tta, overrides=list(overrides))
+    scores = predictions.scores()
+    text = f"{format_scores(scores)}  on {scores['count']} images, tta: {tta}"
+    return {"checkpoint": str(place), "tta": tta, **scores}, [str(place), text], DONE
+
+
+def predict(
+    run: Run,
+    /,
+    *images: Annotated[str, Parameter(name="PATH", allow_leading_hyphen=True)],
+    top: int = 1,
+    csv: bool = False,
+    storage: Storage = "runs",
+    mlflow_uri: MlflowUri = None,
+    as_json: Json = False,
+) -> Outcome:
+    """Class and probability of images, by a run's newest checkpoint or a given one.
+
+    Args:
+        images: Image files; folders, whose images at any depth are meant; - for such paths on stdin, one a line.
+        top: So many of the likeliest classes.
+        csv: A table with a header on stdout, a line for each image.
+    """
+    from pipeline.training import inference
+
+    if csv and as_json:
         raise UserError("--csv: does not go with --json; choose one of them")
-    images = _find_images(args.images)
-    place = checkpoint_of(args).place
+    if options := [name for name in images if name.startswith("-") and name != "-"]:
+        raise UserError(f"{options[0]}: no such option; a file of this name is ./{options[0]}")
+    if not images:
+        raise UserError("name an image or a folder of images, such as: pipeline predict pets photo.jpg")
+    files = _find_images(images)
+    place = checkpoint_of(run, storage, mlflow_uri).place
     predictions: list[dict[str, Any]] = []
-    show = predictions.append if args.json else _csv_writer(args.top) if args.csv else _print
+    show = predictions.append if as_json else _csv_writer(top) if csv else _print
     code = DONE
     with suppress(BrokenPipeError):  # the reader has had enough, as `head` has
-        for prediction in inference.predict(place, images, args.top, warn):
+        for prediction in inference.predict(place, files, top, warn):
             if "error" in prediction:
                 code = WRONG
                 warn(f"{prediction['image']}: {prediction['error']}")
@@ -36,7 +95,7 @@ def predict(args: argparse.Namespace) -> Outcome:
     return {"checkpoint": str(place), "predictions": predictions}, [], code
 
 
-def _find_images(names: list[str]) -> list[Path]:
+def _find_images(names: Sequence[str]) -> list[Path]:
     """The image files that are meant by paths of files and folders, and by "-", which stands for more of these."""
     from pipeline.data.indexing.find import images_at
 
@@ -61,7 +120,7 @@ def _print(prediction: dict[str, Any]) -> None:
 def _csv_writer(top: int) -> Callable[[dict[str, Any]], None]:
     """Writes predictions to stdout, after a header; what comes after the likeliest class stands behind the error."""
     more = [f"{name}_{k}" for k in range(2, top + 1) for name in ("class", "probability")]
-    table = csv.DictWriter(sys.stdout, ["image", "class", "probability", "error", *more], lineterminator="\n")
+    table = DictWriter(sys.stdout, ["image", "class", "probability", "error", *more], lineterminator="\n")
     has_header = False
 
     def write(prediction: dict[str, Any]) -> None:
@@ -77,27 +136,42 @@ def _csv_writer(top: int) -> Callable[[dict[str, Any]], None]:
     return write
 
 
-def export(args: argparse.Namespace) -> Outcome:
+def export(
+    run: Run,
+    /,
+    *,
+    format: str,
+    out: Path,
+    storage: Storage = "runs",
+    mlflow_uri: MlflowUri = None,
+    as_json: Json = False,
+) -> Outcome:
+    """Write the model of a run's newest checkpoint, or of a given one, to a file that runs without this package.
+
+    Args:
+        format: onnx, or pt2 for torch.export.load.
+        out: The file to be written.
+    """
     from pipeline.models import export, pretrained
     from pipeline.training import inference
 
-    export.require_writable(args.format, args.out)
-    place = checkpoint_of(args).place
+    export.require_writable(format, out)
+    place = checkpoint_of(run, storage, mlflow_uri).place
     model, cfg, classes = pretrained.load_model(place)
     notes = export.make_notes(cfg, classes, place.name)
     images, source = inference.some_images(cfg, NUM_COMPARED)
     compared = {"images": len(images), "of": source, "tolerance": export.TOLERANCE}
-    result = {"checkpoint": str(place), "out": str(args.out), "format": args.format, "compared": compared}
+    result = {"checkpoint": str(place), "out": str(out), "format": format, "compared": compared}
     try:
-        difference = export.export(model, notes, images, args.format, args.out)
+        difference = export.export(model, notes, images, format, out)
     except export.ExportError as e:
-        text = f"{args.out} is not written: {e}"
+        text = f"{out} is not written: {e}"
         return result | {"status": "failed", "error": text}, [f"failed: {text}"], FAILED
     compared |= {"batches": (1, len(images)), "largest_difference": difference}
-    size, num_bytes = notes["size"], args.out.stat().st_size
+    size, num_bytes = notes["size"], out.stat().st_size
     lines = [
         str(place),
-        f"{args.out}: {args.format}, {num_bytes / 2**20:.1f} MB; "
+        f"{out}: {format}, {num_bytes / 2**20:.1f} MB; "
         f"images uint8 (N, 3, {size}, {size}) -> logits float32 (N, {len(classes)}), N from 1 up",
         f"compared with the checkpoint in batches of 1 and {len(images)} {source}: top-1 the "
         f"same, probabilities differ by at most {difference:.1e} (allowed: {export.TOLERANCE:.0e})",
@@ -105,18 +179,31 @@ def export(args: argparse.Namespace) -> Outcome:
     return result | {"status": "done", "bytes": num_bytes}, lines, DONE
 
 
-def register(args: argparse.Namespace) -> Outcome:
+def register(
+    run: Run,
+    name: Annotated[str, Parameter(name="NAME")],
+    /,
+    *,
+    storage: Storage = "runs",
+    mlflow_uri: MlflowUri = None,
+    as_json: Json = False,
+) -> Outcome:
+    """Put the model of a run's newest checkpoint, or of a given one, into MLflow's Model Registry, to be served.
+
+    Args:
+        name: Of the registered model, of which it becomes a new version.
+    """
     from pipeline.tracking import mlflow_run
 
-    checkpoint = checkpoint_of(args)
-    place, run = checkpoint.place, checkpoint.place.parent.parent
+    checkpoint = checkpoint_of(run, storage, mlflow_uri)
+    place, folder = checkpoint.place, checkpoint.place.parent.parent
     if place.parent.name != "checkpoints":
         raise UserError(f"{place}: lies in no run's folder, which MLflow would be told; name a run")
-    cfg = replace(checkpoint.cfg.mlflow, log_model=True, register=args.name)  # which checks the name
-    target = mlflow_run.Target.of(cfg, run, checkpoint.meta["training_id"], args.mlflow_uri)
+    cfg = replace(checkpoint.cfg.mlflow, log_model=True, register=name)  # which checks the name
+    target = mlflow_run.Target.of(cfg, folder, checkpoint.meta["training_id"], mlflow_uri)
     with redirect_stdout(sys.stderr):  # MLflow tells there where to look at the run
-        version = mlflow_run.register(target, place.name, args.name)
-    model = f"models:/{args.name}/{version}"
+        version = mlflow_run.register(target, place.name, name)
+    model = f"models:/{name}/{version}"
     command = f"mlflow models serve -m {shlex.quote(model)} --env-manager local --port 5001"
     lines = [f"{model} is {place}", f"to serve it: MLFLOW_TRACKING_URI={shlex.quote(target.uri)} {command}"]
     return {"model": model, "version": version, "checkpoint": str(place), "mlflow_uri": target.uri}, lines, DONE

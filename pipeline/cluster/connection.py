@@ -7,6 +7,7 @@ started as `ray.init()` does it, but without these, and then joined.
 
 import json
 import os
+import signal
 import socket
 import threading
 import time
@@ -27,7 +28,7 @@ from ray._private.parameter import RayParams
 from pipeline import machine
 from pipeline.cluster import ray_start
 from pipeline.cluster.supervisor import kill_descendants
-from pipeline.config.schema import ClusterConfig
+from pipeline.config.running import ClusterConfig
 from pipeline.errors import UserError
 from pipeline.failures import DISCONNECT_S, ClusterLostError, Interrupted
 
@@ -121,6 +122,25 @@ def last_line(error: BaseException) -> str:
     # Not the closing bracket of something printed, nor Ray's advice on its timeouts.
     telling = [line for line in lines if len(line) > 2 and not line.startswith("Set the ")]
     return telling[-1][:MAX_REASON].rstrip(".") if telling else type(error).__name__
+
+
+def how_it_ended(rank: int, error: BaseException, crash: str | None) -> str:
+    """What became of a worker, in words that need no knowledge of Ray.
+
+    Args:
+        crash: the signal that it told of, as the system calls it; None: it told of none, as no process can of SIGKILL.
+    """
+    said = str(error)
+    if crash is not None:
+        numbers = [n for n in signal.valid_signals() if signal.strsignal(n) == crash]
+        return f"worker {rank} " + (
+            f"was killed by signal {numbers[0]:d} ({crash.lower()})" if numbers else f"crashed: {crash}"
+        )
+    if "node has died" in said:
+        return f"worker {rank} is lost with its node, which died or was cut off"
+    if "worker process has died" in said:
+        return f"worker {rank} was killed, or ended without a word"
+    return f"worker {rank} failed: {last_line(error)}"
 
 
 def _environment(cfg: ClusterConfig) -> dict[str, str]:

@@ -11,7 +11,7 @@ from ray._private.state import state  # see `draining`
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline.config.schema import ClusterConfig
+from pipeline.config.running import ClusterConfig
 from pipeline.errors import UserError
 
 RESERVE_S = 10.0  # within which a placement group is ready, or some node has gone

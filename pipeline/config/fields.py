@@ -1,4 +1,4 @@
-"""What the configuration's sections are made of: bounded fields, and errors of one line."""
+"""What the configuration's sections are made of: settings with a meaning, a unit and bounds, and errors of one line."""
 
 import json
 import math
@@ -9,19 +9,37 @@ from typing import Any
 
 from pipeline.errors import UserError
 
-
-def num(default: Any, *, low: float = -math.inf, above: float = -math.inf, high: float = math.inf) -> Any:
-    """A field whose number, or each of whose numbers, is finite, >= low, > above and <= high."""
-    bounds = {"low": low, "above": above, "high": high}
-    return field(default=default, metadata=bounds)
+NO_BOUNDS = {"low": -math.inf, "above": -math.inf, "high": math.inf}
 
 
-def _out_of_bounds(value: float, bounds: Mapping[str, float]) -> str:
-    """What `value` should be; empty if it is that."""
-    if math.isfinite(value) and bounds["low"] <= value <= bounds["high"] and value > bounds["above"]:
-        return ""
-    limits = {"low": "at least", "above": "above", "high": "at most"}
-    return " and ".join(f"{words} {bounds[k]:g}" for k, words in limits.items() if math.isfinite(bounds[k])) or "finite"
+def setting(
+    default: Any,
+    meaning: str,
+    unit: str = "",
+    *,
+    low: float = -math.inf,
+    above: float = -math.inf,
+    high: float = math.inf,
+) -> Any:
+    """A field of a section, and what people are told of it.
+
+    Args:
+        meaning: in one line, for `pipeline config --explain` and docs/settings.md.
+        unit: of the number, such as "pixels"; also in the error text.
+        low, above, high: the number, or each of several, is finite, >= low, > above and <= high.
+    """
+    return field(default=default, metadata={"meaning": meaning, "unit": unit, "low": low, "above": above, "high": high})
+
+
+def bounds_in_words(metadata: Mapping[str, Any]) -> str:
+    """The bounds of a setting, such as "at least 8 and at most 4096 (pixels)"; only its unit where it has none."""
+    words = {"low": "at least", "above": "above", "high": "at most"}
+    text = " and ".join(f"{w} {metadata[k]}" for k, w in words.items() if math.isfinite(metadata[k]))
+    return " ".join(filter(None, [text, metadata["unit"] and f"({metadata['unit']})"]))
+
+
+def _is_within(value: float, metadata: Mapping[str, Any]) -> bool:
+    return math.isfinite(value) and metadata["low"] <= value <= metadata["high"] and value > metadata["above"]
 
 
 class Section:
@@ -34,10 +52,9 @@ class Section:
     def __post_init__(self) -> None:
         for f in fields(self):  # type: ignore[arg-type]
             value = getattr(self, f.name)
-            if value is not None and "low" in f.metadata:
-                for number in value if isinstance(value, (list, tuple)) else [value]:
-                    wanted = _out_of_bounds(number, f.metadata)
-                    self.require(not wanted, f.name, f"must be {wanted}")
+            numbers = value if isinstance(value, (list, tuple)) else [value]
+            if any(isinstance(number, (int, float)) and not _is_within(number, f.metadata) for number in numbers):
+                self.require(False, f.name, f"must be {bounds_in_words(f.metadata) or 'finite'}")
 
     def require(self, holds: bool, name: str, fix: str) -> None:
         """Raise UserError naming this section's field `name`, its value, and `fix`."""

@@ -9,13 +9,13 @@ import os
 import re
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from pipeline.config import reference
 from pipeline.config.fields import show
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
@@ -136,31 +136,7 @@ def _nest(key: str, value: Any) -> dict[str, Any]:
 
 def _explain(key: str, value: Any) -> str:
     """Why OmegaConf refused `value` for `key`, and what it should be."""
-    sections = get_type_hints(Config)
-    known = {f"{name}.{k}": kind for name, section in sections.items() for k, kind in get_type_hints(section).items()}
-    if key in sections:
-        inside = ", ".join(k for k in known if k.startswith(f"{key}."))
-        return f"{key}={show(value)}: is a section; set one of {inside}"
-    if key in known:
-        return f"{key}={show(value)}: must be {_wanted(known[key])}"
-    return f"{key}={show(value)}: no such key{_nearest(key, list(known))}"
-
-
-def _wanted(kind: Any) -> str:
-    """An annotation in words."""
-    if get_origin(kind) is Literal:
-        return "one of " + ", ".join(map(str, get_args(kind)))
-    if get_origin(kind) is tuple:
-        number = len(get_args(kind))
-        if Ellipsis in get_args(kind):
-            return "a list of numbers, [a,b,...]"
-        return "a list of two numbers, [low,high]" if number == 2 else f"a list of {number} numbers"
-    if isinstance(kind, UnionType):
-        return " or ".join(map(_wanted, get_args(kind)))
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}[kind]
-
-
-def _nearest(key: str, known: list[str]) -> str:
-    names = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    names = names or [k for k in known if k.split(".")[-1] == key.split(".")[-1]][:1]
-    return f"; did you mean {names[0]}?" if names else "; `pipeline config CONFIG` lists all keys"
+    known = reference.settings()
+    if inside := [k for k in known if k.startswith(f"{key}.")]:
+        return f"{key}={show(value)}: is a section; set one of {', '.join(inside)}"
+    return f"{key}={show(value)}: {f'must be {known[key].allowed}' if key in known else reference.no_such_key(key)}"

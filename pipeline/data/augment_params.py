@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.special import betaincinv
 
-from pipeline.config.schema import DataConfig
+from pipeline.config.data import DataConfig
 from pipeline.data.stream import BoolArray, FloatArray, IntArray
 
 TRIES = 10  # torchvision's, of RandomResizedCrop and of RandomErasing

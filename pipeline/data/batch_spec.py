@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config.schema import DataConfig
+from pipeline.config.data import DataConfig
 from pipeline.data import augment_params
 from pipeline.data.index import Index
 from pipeline.data.stream import BoolArray, DeterministicSampler, FloatArray, IntArray, Purpose, uniforms

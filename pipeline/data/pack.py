@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipeline.config.schema import DataConfig
+from pipeline.config.data import DataConfig
 from pipeline.data.index import Index
 from pipeline.data.indexing.build import CLASSES_FILE, Progress
 from pipeline.data.indexing.rows import DECODABLE

@@ -5,7 +5,7 @@ from contextlib import closing
 
 import numpy as np
 
-from pipeline.config.schema import DataConfig
+from pipeline.config.data import DataConfig
 from pipeline.data.batch_spec import BatchSpec
 from pipeline.data.index import Index
 from pipeline.data.indexing.build import IndexReport, Progress, SkippedInput, drop_rows

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.config.loading import load
-from pipeline.config.schema import Config, ModelConfig
+from pipeline.config.schema import Config
+from pipeline.config.training import ModelConfig
 from pipeline.errors import UserError
 from pipeline.failures import CheckpointError
 from pipeline.models.resnet import ResNet

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.config.schema import ModelConfig
+from pipeline.config.training import ModelConfig
 
 # ImageNet's per-channel mean and standard deviation on pixels in 0..255: what every published
 # ResNet weight file expects.

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from pipeline.config.schema import Precision
+from pipeline.config.training import Precision
 from pipeline.runs.claim import Claim, SupersededError
 from pipeline.runs.spec import Failure
 from pipeline.storage import Storage

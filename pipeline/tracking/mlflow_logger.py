@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config.schema import MlflowConfig
+from pipeline.config.running import MlflowConfig
 from pipeline.failures import MLFLOW_CALL_S, READ_CHECKPOINT_S, backoff, mlflow_refuses, retry
 from pipeline.runs.claim import Claim, SupersededError
 from pipeline.storage import Storage

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.schema import MlflowConfig
+from pipeline.config.running import MlflowConfig
 from pipeline.environment import SQLITE
 from pipeline.storage import Storage
 from pipeline.tracking.mlflow_store import ARTIFACTS, follow_artifacts, is_missing, open_client, reason, tracking_uri

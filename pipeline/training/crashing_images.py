@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 
-from pipeline.config.schema import TrainConfig
+from pipeline.config.training import TrainConfig
 from pipeline.data.index import Index
 from pipeline.data.loading.isolate import Isolation
 from pipeline.data.loading.loader import EvalLoader, LoaderContext, TrainLoader

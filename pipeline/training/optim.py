@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.config.schema import OptimConfig
+from pipeline.config.training import OptimConfig
 from pipeline.models.resnet import PARTS
 
 

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-from pipeline.config.schema import Config, Precision
+from pipeline.config.schema import Config
+from pipeline.config.training import Precision
 
 if TYPE_CHECKING:  # the driver uses this module, and starts faster without torch
     import torch

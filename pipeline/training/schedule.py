@@ -3,7 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from pipeline.config.schema import Config, OptimConfig
+from pipeline.config.schema import Config
+from pipeline.config.training import OptimConfig
 from pipeline.data.stream import steps_per_epoch
 
 

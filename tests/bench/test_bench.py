@@ -16,8 +16,8 @@ from PIL import Image
 from pipeline.bench import loader
 from pipeline.bench.loader_baselines import CEILING, OURS, LoaderBaseline, LoaderProcess, Speed, Task, loader_baselines
 from pipeline.cli import app
+from pipeline.config.data import DataConfig
 from pipeline.config.loading import load
-from pipeline.config.schema import DataConfig
 from pipeline.errors import UserError
 
 SPEEDS = {

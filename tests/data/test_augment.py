@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
-from pipeline.config.schema import DataConfig
+from pipeline.config.data import DataConfig
 from pipeline.data.augment_params import NUM_BINS, OPERATIONS
 from pipeline.data.batch_spec import BatchSpec
 from pipeline.data.index import Index

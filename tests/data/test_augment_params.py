@@ -8,7 +8,7 @@ import torch
 from nvidia.dali.auto_aug.auto_augment import get_image_net_policy
 from torchvision.transforms import ColorJitter, RandomErasing, RandomResizedCrop
 
-from pipeline.config.schema import DataConfig
+from pipeline.config.data import DataConfig
 from pipeline.data import augment_params, stream
 from pipeline.data.augment_params import AUTO_POLICY, MIX_ONE, OPERATIONS
 from pipeline.data.stream import Purpose

@@ -15,7 +15,7 @@ import torch
 from commands import ENVIRON, PIPELINE
 from odd_images import damaged_jpeg, encode, picture
 
-from pipeline.config.schema import DataConfig
+from pipeline.config.data import DataConfig
 from pipeline.data.indexing.build import build_index
 from pipeline.data.loading.augment import MEAN_COLOUR
 from pipeline.data.loading.fetch import UnparsableError, refuse_unparsable

@@ -25,7 +25,7 @@ from s3 import s3_storage
 from torchvision.datasets import ImageFolder
 
 from pipeline.cli import app
-from pipeline.config.schema import DataConfig
+from pipeline.config.data import DataConfig
 from pipeline.data.index import Index, load_index
 from pipeline.data.indexing import find, rows
 from pipeline.data.indexing.build import build_index, drop_rows, fetch_index, index_files, open_index

@@ -21,7 +21,7 @@ from s3 import s3_storage
 from torchvision.transforms.v2 import functional as TF
 from web import web_server
 
-from pipeline.config.schema import DataConfig
+from pipeline.config.data import DataConfig
 from pipeline.data.index import Index, load_index
 from pipeline.data.indexing.build import build_index
 from pipeline.data.loading.augment import MEAN_COLOUR
@@ -125,7 +125,9 @@ RECIPES = {
 SLOW = {"RandAugment", "AutoAugment in blocks"}
 
 
-@pytest.mark.parametrize("recipe", [pytest.param(r, marks=pytest.mark.e2e if r in SLOW else ()) for r in RECIPES])
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(r, marks=[pytest.mark.e2e, pytest.mark.thorough] if r in SLOW else ()) for r in RECIPES]
+)
 def test_augmented_batches_do_not_depend_on_the_world_size_or_on_resumes(index: Index, recipe: str) -> None:
     cfg = dataclasses.replace(SMALL, **RECIPES[recipe])  # type: ignore[arg-type]
     undisturbed = global_batches(index, 1, 22, 34, cfg)

@@ -23,7 +23,7 @@ from s3 import s3_storage
 from sources import CHUNK, IMAGES, NUM_IMAGES, WRITERS, Row, index_of, write_parquet
 from web import WebServer, web_server
 
-from pipeline.config.schema import DataConfig
+from pipeline.config.data import DataConfig
 from pipeline.data.index import Index
 from pipeline.data.loading import read
 from pipeline.data.loading.groups import LruCache

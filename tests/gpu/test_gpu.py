@@ -16,8 +16,9 @@ from ranks import context, no_bad_image, run_ranks
 from torch import Tensor
 
 from pipeline.cluster.affinity import near
+from pipeline.config.data import DataConfig
 from pipeline.config.loading import load
-from pipeline.config.schema import DataConfig, ModelConfig
+from pipeline.config.training import ModelConfig
 from pipeline.data.index import load_index
 from pipeline.data.indexing.build import build_index
 from pipeline.data.loading.loader import Batch, LoaderContext, TrainLoader

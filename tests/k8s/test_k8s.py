@@ -34,8 +34,8 @@ from manifests import (
     rendered,
 )
 
-from pipeline.cli.app import _parse
-from pipeline.cli.commands import config_to_train
+from pipeline.cli.app import make_app
+from pipeline.cli.train import config_to_train, train
 from pipeline.config.schema import Config
 
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
@@ -54,7 +54,10 @@ def train_config(job: Object, monkeypatch: pytest.MonkeyPatch) -> Config:
     monkeypatch.chdir(ROOT)
     program, *words = shlex.split(job["spec"]["entrypoint"])
     assert program == "pipeline"
-    return config_to_train(_parse(words))[0]
+    command, bound, _ = make_app().parse_args(words)
+    assert command is train
+    config, *overrides = bound.args
+    return config_to_train(config, overrides, bound.kwargs.get("resume"))[0]
 
 
 def strict(schema: Any) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline.cli import app
 from pipeline.config.loading import load
-from pipeline.config.schema import ModelConfig
+from pipeline.config.training import ModelConfig
 from pipeline.errors import UserError
 from pipeline.events import Event, Note
 from pipeline.models.pretrained import load_pretrained

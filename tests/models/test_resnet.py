@@ -9,7 +9,7 @@ import torchvision
 from torch.nn import functional as F
 
 from pipeline.bench.planning.cost_model import count_network
-from pipeline.config.schema import ModelConfig
+from pipeline.config.training import ModelConfig
 from pipeline.models.resnet import ARCHITECTURES, PARTS, PIXEL_MEAN, PIXEL_STD, ResNet, drop_rates
 from pipeline.models.state_dict import load_weights
 

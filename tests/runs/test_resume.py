@@ -11,7 +11,8 @@ from commands import Run
 from ranks import context
 
 from pipeline.config.loading import load
-from pipeline.config.schema import ClusterConfig, Config
+from pipeline.config.running import ClusterConfig
+from pipeline.config.schema import Config
 from pipeline.data.indexing.build import build_index
 from pipeline.errors import UserError
 from pipeline.events import Event

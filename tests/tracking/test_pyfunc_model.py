@@ -26,7 +26,7 @@ from s3 import free_port
 from servers import MlflowServer
 from web import web_server
 
-from pipeline.config.schema import DataConfig
+from pipeline.config.data import DataConfig
 from pipeline.data.indexing.build import index_files
 from pipeline.data.indexing.rows import DECODABLE
 from pipeline.data.loading.loader import EvalLoader, LoaderContext

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from ranks import no_bad_image, run_ranks
 from torch.nn import functional as F
 
-from pipeline.config.schema import DataConfig, ModelConfig
+from pipeline.config.data import DataConfig
+from pipeline.config.training import ModelConfig
 from pipeline.data.index import load_index
 from pipeline.data.indexing.build import build_index
 from pipeline.data.loading.loader import EvalLoader, LoaderContext

@@ -4,7 +4,7 @@ import pytest
 import torch
 from timm.loss import BinaryCrossEntropy
 
-from pipeline.config.schema import TrainConfig
+from pipeline.config.training import TrainConfig
 from pipeline.training.step import loss_sum
 
 CLASSES, IMAGES = 7, 5

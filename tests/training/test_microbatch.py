@@ -15,7 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.cli import app
 from pipeline.config.loading import load
-from pipeline.config.schema import Config, ModelConfig
+from pipeline.config.schema import Config
+from pipeline.config.training import ModelConfig
 from pipeline.data.index import load_index
 from pipeline.data.loading.loader import Batch, EvalLoader, LoaderContext
 from pipeline.errors import UserError

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from pipeline.config.loading import load
-from pipeline.config.schema import Config, ModelConfig, OptimConfig
+from pipeline.config.schema import Config
+from pipeline.config.training import ModelConfig, OptimConfig
 from pipeline.models.resnet import ResNet
 from pipeline.training.optim import make_optimizer
 from pipeline.training.schedule import Schedule, lr_at, lr_note

@@ -11,7 +11,7 @@ import pytest
 import torch
 from ranks import no_bad_image
 
-from pipeline.config.schema import DataConfig
+from pipeline.config.data import DataConfig
 from pipeline.data.index import Index, load_index
 from pipeline.data.loading.loader import LoaderContext, TrainLoader
 

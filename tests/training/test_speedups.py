@@ -74,7 +74,7 @@ def test_buckets_of_another_size_train_the_same(losses: dict[str, list[float]]) 
 
 @pytest.mark.e2e
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.thorough), 2])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.thorough)])
 def test_a_compiled_network_trains_alike(spec: Callable[..., RunSpec], world_size: int) -> None:
     """Its fused operations round otherwise. The first step, in which it is compiled, is told apart."""
     settings = "train.precision=fp32", "optim.lr=0.002"

@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.bench.planning.assumptions import Assumptions
 from pipeline.bench.planning.failure_model import FailureModel, FloatArray
-from pipeline.config.schema import Config, ModelConfig
+from pipeline.config.schema import Config
+from pipeline.config.training import ModelConfig
 from pipeline.errors import UserError
 from pipeline.models.resnet import ResNet
 

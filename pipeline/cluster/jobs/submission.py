@@ -19,7 +19,7 @@ from ray._private.runtime_env import packaging  # Ray does not tell what it woul
 
 from pipeline.config.fields import refuse_credentials
 from pipeline.config.loading import flatten, load, parse_override
-from pipeline.config.schema import RunConfig
+from pipeline.config.running import RunConfig
 from pipeline.errors import UserError
 
 logging.getLogger("ray._private.runtime_env").setLevel(logging.ERROR)  # it tells of each .gitignore, several times

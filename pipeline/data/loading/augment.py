@@ -10,7 +10,7 @@ from nvidia.dali import fn
 from nvidia.dali.auto_aug import augmentations, auto_augment, rand_augment, trivial_augment
 from nvidia.dali.auto_aug.core import augmentation, select, signed_bin
 
-from pipeline.config.schema import DataConfig
+from pipeline.config.data import DataConfig
 from pipeline.data.augment_params import NUM_BINS, OPERATIONS, num_operations
 
 FILL = 128  # grey, where a warped image does not reach

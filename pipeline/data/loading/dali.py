@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.dlpack import from_dlpack
 
-from pipeline.config.schema import DataConfig
+from pipeline.config.data import DataConfig
 from pipeline.data.batch_spec import BatchSpec
 from pipeline.data.index import Index
 from pipeline.data.loading.augment import MEAN_COLOUR, augment

@@ -10,7 +10,7 @@ os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")  # what it refuses is told 
 
 from nvidia import nvimgcodec
 
-from pipeline.config.schema import DataConfig
+from pipeline.config.data import DataConfig
 from pipeline.data.batch_spec import BatchSpec
 from pipeline.data.index import Index
 from pipeline.data.loading.read import Reader, StorageAwayError

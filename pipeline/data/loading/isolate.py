@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.config.schema import DataConfig
+from pipeline.config.data import DataConfig
 from pipeline.data.batch_spec import BatchSpec
 from pipeline.data.index import Index, load_index
 from pipeline.data.loading.fetch import max_bad_images

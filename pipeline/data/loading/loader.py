@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline import machine
-from pipeline.config.schema import DataConfig
+from pipeline.config.data import DataConfig
 from pipeline.data.augment_params import CENTRE, FIVE, drop_path_masks
 from pipeline.data.batch_spec import BatchSpec, draw_names, make_eval_spec, make_sampler, make_train_spec
 from pipeline.data.index import Index

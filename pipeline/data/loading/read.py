@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from pipeline.config.schema import DataConfig
+from pipeline.config.data import DataConfig
 from pipeline.data.index import Index
 from pipeline.data.loading.cache import CHUNK_BYTES, DiskCache
 from pipeline.data.loading.groups import OFFSET_BYTES, LruCache, read_group, row_group_ends
