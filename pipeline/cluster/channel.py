@@ -25,6 +25,7 @@ from pipeline.runs.spec import StopReason
 HANDSHAKE_S = 30.0
 MAX_HELLO = 1024  # characters
 NO_ATTEMPT = 0
+CRASH = "Fatal Python error: "  # faulthandler's, before what the signal means
 STEP_EVERY_S = 2.0  # the driver knows the last step that was done, about so exactly
 
 
@@ -42,6 +43,7 @@ class EventChannel:
         ended: set once a connection of this attempt has ended.
         nodes: Ray's ids of the nodes that this attempt's workers run on.
         step: the last one known to be done.
+        crashes: rank -> the signal that killed it, in words, where it was one that a process can still tell of.
         fatal: class and text of an error of this attempt that ends the run, or may do so.
     """
 
@@ -50,6 +52,7 @@ class EventChannel:
         self.ended = threading.Event()
         self.nodes: set[str] = set()
         self.step = 0
+        self.crashes: dict[int, str] = {}
         self.fatal: tuple[str, str] | None = None
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._changed = threading.Condition()  # guards all below, and the attributes above
@@ -65,7 +68,7 @@ class EventChannel:
         with self._changed:
             self._end_connections()
             self._attempt, self._stop, self.fatal = attempt, None, None
-            self.nodes = set()
+            self.nodes, self.crashes = set(), {}
             self.ended.clear()
 
     def take_events(self, timeout_s: float) -> list[Event]:
@@ -151,8 +154,13 @@ class EventChannel:
                 _send(connection, _line({"stop": self._stop}))
         try:
             for line in lines:
-                if line.endswith("\n"):  # else its rank was killed while it wrote
+                _, crash, signal = line.rstrip().partition(CRASH)
+                if crash:
+                    self.crashes[rank] = signal
+                elif line.startswith("{") and line.endswith("}\n"):  # else its rank was killed while it wrote
                     self._take(json.loads(line), attempt, rank)
+                elif line.strip():
+                    print(f"worker {rank}: {line.rstrip()}", flush=True)  # where it crashed
         except OSError as e:
             print(f"the connection to worker {rank} has ended: {e}", flush=True)
         finally:
@@ -200,6 +208,10 @@ class DriverConnection:
         self._sender = threading.Thread(target=self._send_all, name="to driver", daemon=True)
         self._sender.start()
         threading.Thread(target=self._receive, name="from driver", daemon=True).start()
+
+    def fileno(self) -> int:
+        """The socket's, for faulthandler: the signal of a crash is the last thing that the driver hears."""
+        return self._socket.fileno()
 
     def emit(self, event: Event) -> None:
         """Send an event; returns at once."""

@@ -25,7 +25,7 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from pipeline.cluster import ray_cluster
 from pipeline.cluster.channel import EventChannel
-from pipeline.cluster.connection import last_line
+from pipeline.cluster.connection import how_it_ended, last_line
 from pipeline.cluster.prometheus import Gauges
 from pipeline.cluster.trainer import TorchConfig, Trainer
 from pipeline.cluster.worker import train_on_worker
@@ -207,7 +207,7 @@ class TrainController:
         dead = {rank: e for rank, e in failures.items() if isinstance(e, WorkerHealthCheckFailedError)}
         self._deaths = (*self._deaths, self._channel.step) if dead and self._trains else ()  # those in a row
         failures = dead or failures  # the others have but lost these
-        workers = [f"worker {rank} failed: {last_line(e)}" for rank, e in sorted(failures.items())]
+        workers = [how_it_ended(rank, e, self._channel.crashes.get(rank)) for rank, e in sorted(failures.items())]
         text = "; ".join(workers) or last_line(error)
         if self._budget.failed():
             raise TrainingFailedError(f"{text}; this is one failure too many without a checkpoint in between")

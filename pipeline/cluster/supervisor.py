@@ -215,7 +215,11 @@ def _attend(
                 driver.send("stop")
         except (EOFError, OSError):
             code = process.wait()
-            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            how = (
+                f"was killed by signal {-code} ({signal.Signals(-code).name})"
+                if code < 0
+                else f"ended with exit code {code}"
+            )
             if -code in FROM_OUTSIDE:
                 return "lost", f"the driver {how}"
             last = _last_line(log)

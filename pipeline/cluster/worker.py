@@ -1,5 +1,6 @@
 """What each of Ray's workers runs: one rank of an attempt."""
 
+import faulthandler
 import time
 from typing import Any
 
@@ -10,6 +11,8 @@ from pipeline.cluster.channel import DriverConnection
 from pipeline.errors import UserError
 from pipeline.failures import FatalError
 from pipeline.runs.spec import WorkerContext
+
+STDERR = 2
 
 
 def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
@@ -25,6 +28,7 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
     spec, here = config["spec"], ray.train.get_context()
     rank, node, timeout_s = here.get_world_rank(), ray.get_runtime_context().get_node_id(), spec.cfg.cluster.timeout_s
     driver = DriverConnection(**config["channel"], timeout_s=timeout_s, attempt=config["attempt"], rank=rank, node=node)
+    faulthandler.enable(driver, all_threads=False)
     try:
         device = get_device()
         if device.type == "cuda":
@@ -54,4 +58,5 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
         driver.fail(type(e).__name__, str(e))
         raise
     finally:
+        faulthandler.enable(STDERR, all_threads=False)  # before another file has the socket's number
         driver.close(timeout_s)

@@ -23,7 +23,7 @@ from pipeline.tracking.ledger import PHASES
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(400)]
 
-NUM_STEPS = 60
+NUM_STEPS = 40
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,9 @@ def worker_killed(run: Run, server: MlflowServer) -> None:
     run.kill_one("RayTrainWorker")
     run.end()
     assert run.codes == [0], run.training.said
-    assert re.search(r"failure: .*worker \d failed", run.training.said)
+    assert re.search(
+        r"failure: .*worker \d was killed, or ended without a word; going on from step \d+", run.training.said
+    )
     assert_all_time_is_counted(server.uri, run.name)
 
 
@@ -148,7 +150,7 @@ def driver_killed(run: Run, server: MlflowServer) -> None:
     run.kill_one("pipeline.cluster.driver")
     run.end()
     assert run.codes == [0], run.training.said
-    assert "failure: the driver was killed by SIGKILL" in run.training.said
+    assert "failure: the driver was killed by signal 9 (SIGKILL)" in run.training.said
     assert_all_time_is_counted(server.uri, run.name)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from pipeline.cluster.channel import DriverConnection, EventChannel
+from pipeline.cluster.connection import how_it_ended
 from pipeline.events import CheckpointWritten, Note, StepLogged
 
 TIMEOUT_S = 60.0
@@ -29,6 +31,16 @@ rank = DriverConnection((host, int(port)), key, 60, attempt=int(attempt), rank=0
 rank.progress(7)
 rank.emit(Note("here"))
 time.sleep(100)
+"""
+
+# A rank that crashes in mid-training, as in a library of C++.
+CRASH = """
+import faulthandler, os, signal, sys
+from pipeline.cluster.channel import DriverConnection
+host, port, key, number = sys.argv[1:]
+rank = DriverConnection((host, int(port)), key, 60, attempt=1, rank=3, node="near")
+faulthandler.enable(rank, all_threads=False)
+os.kill(os.getpid(), int(number))
 """
 
 
@@ -224,3 +236,19 @@ def test_a_channel_has_ipv6_addresses_too() -> None:
         rank.emit(Note(""))
         assert channel.take_events(TIMEOUT_S) == [Note("")]
         rank.close(TIMEOUT_S)
+
+
+@pytest.mark.parametrize(
+    ("number", "words"), [(signal.SIGSEGV, "signal 11 (segmentation fault)"), (signal.SIGKILL, "")]
+)
+def test_the_signal_of_a_crash_is_the_last_thing_that_is_heard(
+    channel: EventChannel, number: int, words: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    host, port = channel.address
+    program = [sys.executable, "-c", CRASH, host, str(port), channel.key, str(int(number))]
+    assert subprocess.run(program, check=False, timeout=TIMEOUT_S).returncode == -number
+    channel.finish(TIMEOUT_S)
+    error = RuntimeError("The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR")
+    how = f"by {words}" if words else "killed, or ended without a word"
+    assert how_it_ended(3, error, channel.crashes.get(3)).endswith(how)
+    assert ("<string>" in capfd.readouterr().out) == bool(words), "the driver's log says where"

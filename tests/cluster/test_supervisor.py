@@ -116,12 +116,21 @@ def test_more_threads_than_cores_are_told(monkeypatch: pytest.MonkeyPatch) -> No
     assert text.endswith("set cluster.cpus_per_worker=2")
 
 
-def test_a_worker_that_has_died_is_told_without_guesses() -> None:
+def test_the_end_of_a_worker_is_told_without_rays_words() -> None:
     """As Ray 2.60 says it."""
-    said = "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: "
-    said += "Worker unexpectedly exits with a connection error code 2. End of file."
+    died = "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: "
+    died += "Worker unexpectedly exits with a connection error code 2. End of file."
     advice = " Some common causes include: (1) the process was killed by the OOM killer\nsee the log"
-    assert connection.last_line(RuntimeError(f"trace\n{said}{advice}")) == said.rstrip(".")
+    lost = "The actor is dead because its node has died. Node Id: 0123456789abcdef"
+    raised = "Traceback (most recent call last):\n  File x\nValueError: too many\n"
+    for said, crash, told in (
+        (died + advice, None, "worker 1 was killed, or ended without a word"),
+        (died + advice, "Bus error", "worker 1 was killed by signal 7 (bus error)"),
+        (died + advice, "Out of luck", "worker 1 crashed: Out of luck"),
+        (lost, None, "worker 1 is lost with its node, which died or was cut off"),
+        (raised, None, "worker 1 failed: ValueError: too many"),
+    ):
+        assert connection.how_it_ended(1, RuntimeError(said), crash) == told
 
 
 def test_a_log_that_somebody_removed_is_missed_by_nobody(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from killing import ALWAYS, ANY_BATCH, BY_CHANCE, HANGS, KILLER, write_site
 from ranks import context
 from test_broken import write
 
+from pipeline.config.data import DataConfig
 from pipeline.config.loading import load
-from pipeline.config.schema import DataConfig
 from pipeline.data.batch_spec import make_eval_spec, make_sampler
 from pipeline.data.indexing.build import build_index
 from pipeline.data.loading import isolate
@@ -210,7 +210,9 @@ def test_a_run_goes_on_without_an_image_that_kills_its_workers(digits: Path, sta
         image.write_bytes(sound)
     assert (gone.process.returncode, killed.process.returncode) == (0, 0), killed.said
     assert "done at step 11 of 11" in killed.said
-    assert killed.said.count("failure: worker 1 failed") == 2, killed.said
+    assert killed.said.count("failure: worker 1 was killed by signal 11 (segmentation fault); starting again") == 2, (
+        killed.said
+    )
     assert killed.said.count("looking for images that kill them") == 1
     assert killed.said.count(f"{image}: {REASON}; a uniform image takes its place") == 1
     assert killed.said.count(f"{image} is broken, a uniform image takes its place: {REASON}") == 1
