@@ -1,0 +1,23 @@
+"""What the package says to people, in one list that is read as a whole: plain words, one line, no guesses of Ray's."""
+
+import re
+from pathlib import Path
+
+from messages import collect
+
+LIST = Path(__file__).parent / "messages.txt"
+# Words of no living English, or of our own making, or that no user can act upon.
+ODD = (
+    r"\b(mend\w*|whence|thence|hither|thither|betwixt|nought|ere|hitherto|unto|SYSTEM_ERROR|oops|sorry|illegal|TODO)\b"
+)
+
+
+def test_each_message_has_been_read() -> None:
+    now, read = list(collect()), LIST.read_text().splitlines()
+    new = [message for message in now if message not in set(read)]
+    how = "read them as a new user would, then: python tests/support/messages.py > tests/messages.txt"
+    assert now == read, f"{how}\n" + "\n".join(new)
+
+
+def test_no_message_has_odd_words() -> None:
+    assert [m for m in collect() if re.search(ODD, m.partition(": ")[2])] == []
