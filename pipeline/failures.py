@@ -199,7 +199,7 @@ def retry(
             time.sleep(pause)
         else:
             if tries > 1:
-                warn(f"it went well at last, after {tries} tries that failed")
+                warn(f"it works again, after {tries} failed tries")
             return result
     raise AssertionError("the pauses never end")
 

@@ -39,7 +39,7 @@ NUM_IMAGES = {"train": 4, "val": 2}  # of each digit
 BOUND_S = 60.0  # of one process; of one that hangs, by the fast clock, twenty minutes:
 HANGS_BOUND_S = 25.0
 MAX_ATTEMPTS = 20
-SLOW = "where a mount hangs, stop it twice"  # the driver says so
+SLOW = "if a mount hangs, press Ctrl-C twice to stop"  # the driver says so
 
 
 def forked(

@@ -240,7 +240,7 @@ def test_a_store_that_is_away_is_no_reason_to_take_an_older_checkpoint(
     assert found is not None
     assert reports == [
         "the storage does not answer, trying again: connection refused",
-        "it went well at last, after 2 tries that failed",
+        "it works again, after 2 failed tries",
     ]
 
 

@@ -72,7 +72,7 @@ def _run(words: Sequence[str], as_json: bool) -> int:
         command, bound, _ = make_app().parse_args(words)
         outcome = command(*bound.args, **bound.kwargs)
     except CycloptsError as e:
-        text, way = " ".join(str(e).split()).rstrip("."), " ".join(["pipeline", *(e.command_chain or []), "--help"])
+        text, way = " ".join(str(e).split()).rstrip(". ,"), " ".join(["pipeline", *(e.command_chain or []), "--help"])
         return _give_up(as_json, WRONG, {"status": "wrong", "error": f"{text}; see {way}"})
     except UserError as e:
         return _give_up(as_json, WRONG, {"status": "wrong", "error": str(e)})

@@ -18,7 +18,7 @@ from pipeline.storage import make_folder
 Result = dict[str, Any]
 
 
-Rounds = Annotated[Count, Parameter(help="Measure so often, by turns.")]
+Rounds = Annotated[Count, Parameter(help="How many rounds to measure; what is compared takes turns.")]
 Steps = Annotated[Count, Parameter(help="Timed steps of a round.")]
 Folder = Annotated[Path | None, Parameter(help="A folder for the figures as JSON and a plot.")]
 Threads = Annotated[Count | None, Parameter(help="For computing; by default all cores.")]

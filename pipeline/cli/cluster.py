@@ -112,7 +112,7 @@ def stop(
     names = [one.submission_id for one in (active if job is None else [jobs.find(submitted, job)])]
     if not names:
         return [], ["no job is active"], DONE
-    warn(f"asked for a checkpoint and an end of {', '.join(names)}; waiting")
+    warn(f"asked {', '.join(names)} to save a checkpoint and end; waiting")
     stopped = list(jobs.stop(client, names))
     lines = [f"job {details.submission_id}: {details.status}{text and f', {text}'}" for details, text in stopped]
     return [jobs.describe(details) | {"log": text} for details, text in stopped], lines, DONE

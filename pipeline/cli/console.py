@@ -108,7 +108,7 @@ class TrainingView(_View):
                     self.print(f"step {step}: saved {place}")
             case Stopping(signal):
                 how = "saving a checkpoint at the next step" if self._num_steps else "ending, as no step is done"
-                self.print(f"{signal}: {how}; once more to stop at once")
+                self.print(f"{signal}: {how}; Ctrl-C or a second signal stops at once")
             case Resizing(text):
                 self.print(f"{text}: saving a checkpoint, then going on with the workers there are")
             case AttemptFailed(text):
@@ -161,7 +161,7 @@ def format_summary(summary: dict[str, Any]) -> list[str]:
         f"  top-1       {figure(summary['top1'])}   top-5 {figure(summary['top5'])}",
         f"  speed       {figure(summary['images_per_s'], '.1f')} images/s",
         f"  time        {seconds}",
-        f"  goodput     {summary['goodput']:.1%} of all time, in all attempts, computed steps that count",
+        f"  goodput     {summary['goodput']:.1%} of the time of all attempts went into steps that count",
         f"  checkpoint  {summary['checkpoint']}",
         f"  MLflow run  {run_id or 'not reached'}",
     ]

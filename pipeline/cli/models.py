@@ -70,7 +70,7 @@ def predict(
 
     Args:
         images: Image files; folders, whose images at any depth are meant; - for such paths on stdin, one a line.
-        top: So many of the likeliest classes.
+        top: How many of the likeliest classes to show.
         csv: A table with a header on stdout, a line for each image.
     """
     from pipeline.training import inference

@@ -139,7 +139,7 @@ def how_it_ended(rank: int, error: BaseException, crash: str | None) -> str:
     if "node has died" in said:
         return f"worker {rank} is lost with its node, which died or was cut off"
     if "worker process has died" in said:
-        return f"worker {rank} was killed, or ended without a word"
+        return f"worker {rank} was killed, or exited without an error message"
     return f"worker {rank} failed: {last_line(error)}"
 
 

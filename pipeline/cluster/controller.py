@@ -210,7 +210,10 @@ class TrainController:
         workers = [how_it_ended(rank, e, self._channel.crashes.get(rank)) for rank, e in sorted(failures.items())]
         text = "; ".join(workers) or last_line(error)
         if self._budget.failed():
-            raise TrainingFailedError(f"{text}; this is one failure too many without a checkpoint in between")
+            raise TrainingFailedError(
+                f"{text}; that exceeds cluster.max_failures={self._settings.max_failures} without a new checkpoint; "
+                "fix the cause, or raise cluster.max_failures"
+            )
         self._failures = (*self._failures, Failure(text, self._channel.step, time.time()))
         self._send(AttemptFailed(text))
 

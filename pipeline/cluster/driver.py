@@ -127,7 +127,9 @@ def _watched(supervisor: SupervisorConnection) -> Iterator[Callable[[], None]]:
     """
     request = supervisor.request
     where = f"run.storage={request.cfg.run.storage} and data.train={request.cfg.data.train}"
-    timer = threading.Timer(SLOW_S, supervisor.warn, (f"still opening {where}; where a mount hangs, stop it twice",))
+    timer = threading.Timer(
+        SLOW_S, supervisor.warn, (f"still opening {where}; if a mount hangs, press Ctrl-C twice to stop",)
+    )
     timer.daemon = True
     timer.start()
     try:
@@ -187,7 +189,7 @@ def _opened(
                 if time.monotonic() + pause > deadline:
                     raise ClusterLostError(str(e)) from None
                 if last_warning != str(e):
-                    supervisor.warn(f"{e}; it was right before, trying again")
+                    supervisor.warn(f"{e}; this worked earlier in this training, so it is tried again")
                 last_warning = str(e)
             if stop.wait(pause):
                 raise Interrupted

@@ -20,7 +20,8 @@ def require_memory(num_workers: int) -> None:
     if (there := machine.memory()) < needed:
         raise UserError(
             f"cluster.workers={num_workers}: there are {_gb(there)} of memory here, and that takes "
-            f"{_gb(needed)} at least; raise the container's or job's limit{', or lower this' * (num_workers > 1)}"
+            f"{_gb(needed)} at least; raise the container's or job's limit"
+            f"{', or lower cluster.workers' * (num_workers > 1)}"
         )
 
 

@@ -51,7 +51,7 @@ ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_S = 0.5
 # A thread that waits for another one spins, which costs nothing where each has its core. Beside others that compute, it
 # takes the core from the one that it waits for. Giving it up at once costs a fifth where nobody else wants it.
-BUSY = "other programs compute on these cores: threads give them up while they wait; OMP_WAIT_POLICY=ACTIVE keeps them"
+BUSY = "other programs use these CPU cores, so waiting threads yield them; set OMP_WAIT_POLICY=ACTIVE to keep them"
 MAX_REASON = 240  # characters
 FROM_OUTSIDE = (signal.SIGKILL, *ENDING_SIGNALS)  # a process does not do that to itself
 PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>

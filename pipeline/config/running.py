@@ -11,7 +11,9 @@ from pipeline.config.fields import Section, refuse_credentials, setting
 class RunConfig(Section):
     name: str | None = setting(None, "a name used before resumes that run; null: a new run with a name of its own")
     storage: str = setting("runs", "where runs lie: a directory that every node mounts, or a URI (s3://..., gs://...)")
-    seed: int = setting(0, "of the order, the augmentations and the first weights", low=0, high=2**63 - 1)
+    seed: int = setting(
+        0, "seed of the images' order, the augmentations and the initial weights", low=0, high=2**63 - 1
+    )
     stop_at_step: int | None = setting(
         None, "save a checkpoint at this step and end there; the next attempt goes on", "steps", low=1
     )
@@ -27,8 +29,8 @@ class RunConfig(Section):
 
 @dataclass(frozen=True)
 class CheckpointConfig(Section):
-    every: int = setting(1000, "save a checkpoint each so many steps", "steps", low=1)
-    keep: int = setting(3, "keep so many of the newest; the best one is kept besides", "checkpoints", low=1)
+    every: int = setting(1000, "number of steps between two checkpoints", "steps", low=1)
+    keep: int = setting(3, "how many of the newest to keep; the best one is kept as well", "checkpoints", low=1)
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,9 @@ class ClusterConfig(Section):
     cpus_per_worker: int | None = setting(
         None, "cores of a worker; null: those there are at the start, shared out evenly", "cores", low=1
     )
-    address: str | None = setting(None, "of a running Ray cluster; null: $RAY_ADDRESS, else a new one on this machine")
+    address: str | None = setting(
+        None, "a running Ray cluster, such as HOST:6379; null: $RAY_ADDRESS, else Ray is started here"
+    )
     max_failures: int = setting(
         3, "failures without a new checkpoint in between, before the run fails; -1: without end", low=-1
     )
@@ -72,12 +76,16 @@ class ClusterConfig(Section):
         600, "a worker, a storage or a cluster that is silent for so long counts as failed", "seconds", low=10
     )
     cpu_affinity: Literal["none", "numa", "cores"] = setting(
-        "numa", "where a worker's threads run: near its GPU; or on cores of its own, if nothing else runs there"
+        "numa",
+        "numa: a worker's threads run on cores near its GPU; cores: on its own, if nothing else runs there; none: any",
     )
     gradients: Literal["fp32", "bf16"] = setting("fp32", "what workers exchange gradients in; bf16 costs accuracy")
     bucket_mb: int = setting(25, "gradients that are exchanged together while others are computed", "MB", low=1)
     grow_after_s: float = setting(
-        60.0, "with [min,max] workers: train so long before more are taken in", "seconds", low=0
+        60.0,
+        "with [min,max] workers: how long to train before going on with more, where there is room",
+        "seconds",
+        low=0,
     )
 
     def __post_init__(self) -> None:

@@ -25,26 +25,28 @@ class Config:
     def __post_init__(self) -> None:
         for name in ("train", "val"):
             given = bool(getattr(self.data, name).strip())
-            self.data.require(given, name, "give a folder of class/image files or an index")
+            self.data.require(
+                given, name, "is not set; give a folder of CLASS/image files, tar shards or Parquet files, or an index"
+            )
         train, workers, unit = self.train, self.cluster.max_workers, self._unit
         units = {"data.repeated_aug copies": self.data.repeated_aug, "pairs for data.mixup or data.cutmix": unit}
         for why, number in units.items():
             holds = train.global_batch % number == 0
             train.require(holds, "global_batch", f"must be a multiple of {number}, for {why}")
-        some = f"gives some of cluster.workers={show(self.cluster.workers)} nothing"
+        some = f"leaves some of cluster.workers={show(self.cluster.workers)} without images"
         fix = f"{some}; raise it to {workers * unit} or lower cluster.workers"
         train.require(train.global_batch >= workers * unit, "global_batch", fix)
         smallest = min(n // self._num_passes(n) for n in self._shares(workers))
         size = self.data.start_size or self.data.image_size
-        single = f"gives some forward pass a single image, which at a size of {size} is one value a channel"
+        single = f"leaves a forward pass with one image, which at {size} pixels ends as one value per channel"
         fix = f"{single}, too few for BatchNorm; raise it or train.micro_batch"
         train.require(smallest > 1 or size > 32, "global_batch", fix)
         self._require_equal_passes()
         holds = not self.model.activation_checkpointing or self.model.compile == "none"
-        fix = "does not go together with model.compile; choose one of them"
+        fix = f"cannot be combined with model.compile={self.model.compile}; set it to false, or model.compile=none"
         self.model.require(holds, "activation_checkpointing", fix)
         fits = train.steps is not None or self.optim.warmup_epochs <= train.epochs
-        self.optim.require(fits, "warmup_epochs", f"longer than train.epochs={train.epochs}")
+        self.optim.require(fits, "warmup_epochs", f"must be at most train.epochs={train.epochs}")
 
     def _require_equal_passes(self) -> None:
         """With model.sync_bn each forward pass waits for one of every other worker."""

@@ -28,7 +28,7 @@ class ModelConfig(Section):
         False, "compute each block again in the backward pass instead of keeping it: less memory, more time"
     )
     weights: str | None = setting(
-        None, "where the weights begin: a file of torchvision's or timm's, or a run (as RUN of --resume); null: random"
+        None, "initial weights: a file of torchvision's or timm's, or a run (its name, id or checkpoint); null: random"
     )
     freeze: Literal["none", "stem", "layer1", "layer2", "layer3", "layer4"] = setting(
         "none", "fine-tuning: this part and all before it stay as they are, their BatchNorm statistics too"
@@ -60,8 +60,10 @@ class OptimConfig(Section):
     betas: tuple[float, float] = setting((0.9, 0.999), "of adamw and lamb", low=0, high=0.999999)
     weight_decay: float = setting(1e-4, "not on biases and BatchNorm", low=0)
     schedule: Literal["cosine", "step", "linear"] = setting("cosine", "how the learning rate falls after the warm-up")
-    warmup_epochs: float = setting(5.0, "the learning rate rises linearly for so long", "epochs", low=0)
-    final_lr: float = setting(0.0, "where cosine and linear end", low=0)
+    warmup_epochs: float = setting(
+        5.0, "length of the warm-up, in which the learning rate rises linearly", "epochs", low=0
+    )
+    final_lr: float = setting(0.0, "learning rate at the end of the cosine and linear schedules", low=0)
     step_epochs: tuple[float, ...] = setting(
         (30.0, 60.0, 80.0), "where the schedule step multiplies by step_gamma", "epochs", above=0
     )
@@ -99,8 +101,8 @@ class TrainConfig(Section):
     ema_decay: float | None = setting(
         None, "decay of the averaged weights, per step; null: none are kept", above=0, high=0.999999
     )
-    log_every: int = setting(10, "write metrics each so many steps", "steps", low=1)
-    eval_every: int = setting(1, "evaluate each so many epochs", "epochs", low=1)
+    log_every: int = setting(10, "number of steps between two log entries", "steps", low=1)
+    eval_every: int = setting(1, "number of epochs between two evaluations", "epochs", low=1)
     eval_batch: int = setting(128, "images of one forward pass of the evaluation, per worker", "images", low=1)
     profile: tuple[int, int] | None = setting(
         None, "record a trace of these steps, from and to, for ui.perfetto.dev; null: none", "steps", low=1

@@ -119,6 +119,15 @@ def _join_chunks(column: pa.ChunkedArray) -> pa.Array:
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
+ARCHIVES = (".zip", ".7z", ".rar", ".gz", ".bz2", ".xz", ".zst")
+
+
+def refuse_archive(path: Path) -> None:
+    """Raise UserError where a source is a packed folder."""
+    if path.suffix.lower() in ARCHIVES and path.is_file():
+        raise UserError(f"{path} is an archive, which is not read in place; unpack it, and give its folder")
+
+
 def load_index(path: Path) -> Index:
     """Map an index file.
 
@@ -133,6 +142,7 @@ def load_index(path: Path) -> Index:
     except (pa.ArrowInvalid, OSError) as e:
         if getattr(e, "errno", None):  # the file system's; what pyarrow has against the content has none
             raise
+        refuse_archive(path)
         raise UserError(f"{path} is not an index file ({e}); make one with: pipeline index FOLDER --out FILE") from None
     if version != str(FORMAT).encode() or not table.schema.equals(SCHEMA):
         raise UserError(f"{path} is not an index of format {FORMAT}; make it anew: pipeline index FOLDER --out {path}")

@@ -103,7 +103,10 @@ class AsyncCheckpointer:
         if self.has(step):
             return
         if self.busy and time.monotonic() > self._begun + self._timeout_s:  # a new process may do better
-            raise TimeoutError(f"the checkpoint of step {self._step} is being written for {self._timeout_s:.0f} s now")
+            raise TimeoutError(
+                f"writing the checkpoint of step {self._step} to {self._folder} takes longer than "
+                f"cluster.timeout_s={self._timeout_s:g}"
+            )
         if self.busy and not now:
             self.num_postponed += not self._is_postponed
             self._is_postponed = True
@@ -232,7 +235,7 @@ class AsyncCheckpointer:
             self._warn(f"the checkpoints in {self._folder} cannot be read: {e}")
             return False
         if oldest is not None:
-            self._warn(f"{oldest} gives way to the {what}: the disk is full")
+            self._warn(f"the disk is full: deleted {oldest} to make room for the {what}")
         return oldest is not None
 
 

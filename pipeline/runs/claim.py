@@ -68,7 +68,9 @@ class Claim:
         """
         last = max(_names(self.run / FOLDER), default="")
         if last < self.name:
-            raise OSError(f"{self.run}: its driver's claim is not seen here; the storage is late, or another one")
+            raise OSError(
+                f"{self.run}: this driver's file in {FOLDER}/ is not visible; mount the same run.storage on all nodes"
+            )
         if last > self.name:
             raise SupersededError(f"another driver has begun to train {self.run}; this one ends")
 

@@ -55,7 +55,7 @@ def find_checkpoint(
         claim.check()
     manifest = RunManifest.read(run, warn)
     if claim is not None and manifest is None:
-        raise OSError(f"{run / FILE} is not seen here, which the driver has written")
+        raise OSError(f"{run / FILE} is not visible here; mount the same run.storage on all nodes")
     try:
         # One that has trained nothing has no checkpoints: an earlier driver wrote it late, in the place of theirs.
         own = manifest.training_id if manifest and manifest.attempts else None
@@ -67,7 +67,9 @@ def find_checkpoint(
         seen = saved.step if saved is not None else 0
         if seen < saved_step and not checkpoint.is_seen(run / "checkpoints", saved_step):
             # To begin anew would write over it. One that is damaged is seen, and told of.
-            raise OSError(f"the checkpoint of step {saved_step} is not seen in {run}, which has it")
+            raise OSError(
+                f"the checkpoint of step {saved_step} is missing in {run}; mount the same run.storage on all nodes"
+            )
         if saved is None and resume_from is not None:
             saved = checkpoint.load(Storage(resume_from), verify_state=verify_state)
     except CheckpointError as e:
@@ -78,7 +80,7 @@ def find_checkpoint(
 def check_config_compatible(saved: Checkpoint, cfg: Config) -> None:
     """Raise UserError where what orders the images, or the network, is another than the checkpoint's."""
     before, now = flatten(saved.cfg), flatten(cfg)
-    meaning = dict.fromkeys(STREAM_KEYS, "its step would mean other images")
+    meaning = dict.fromkeys(STREAM_KEYS, "another value changes which images come next")
     meaning |= dict.fromkeys(NETWORK_KEYS, "its weights are of another network")
     meaning |= dict.fromkeys(OPTIMIZER_KEYS, "its optimizer's state is of another kind or of other parameters")
     for key, why in meaning.items():

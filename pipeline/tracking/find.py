@@ -54,7 +54,7 @@ def find_run(reference: str, storage: Storage, mlflow_uri: str | None) -> Storag
         uri = tracking_uri(mlflow_uri, storage)
         if (logged := mlflow_run.find_run(uri, reference)) is not None:
             return logged
-        also = f" and in MLflow at {uri}; another one is named by mlflow.uri"
+        also = f" and in MLflow at {uri}; name another store with --mlflow-uri (pipeline train: mlflow.uri)"
     known = [name for name in storage.names() if FILE in (storage / name).sizes()]
     near = difflib.get_close_matches(reference, known, n=1)
     more = f" and {len(known) - MAX_NAMED} others" if len(known) > MAX_NAMED else ""
@@ -129,13 +129,15 @@ def _fetch(run: Storage, uri: str, mlflow_id: str, warn: Callable[[str], None]) 
                 continue
             there = RunManifest.read(run, warn)
             if there is not None and there.training_id != fetched.meta["training_id"]:
-                raise UserError(f"run.storage={run.parent}: its {run.name} is another training; name another place")
+                raise UserError(
+                    f"run.storage={run.parent}: already has another training named {run.name}; use another run.storage"
+                )
             place = run / "checkpoints" / path.name
             place.make()
             for file in (checkpoint.STATE, checkpoint.CONFIG, checkpoint.META):  # the last makes it one
                 place.upload(fetched.path / file if file == checkpoint.META else fetched.file(file), file)
             return
-    problems.append("they are there with mlflow.checkpoints=all, or best or last once an attempt has ended")
+    problems.append("mlflow.checkpoints=all uploads each one, best and last upload theirs when an attempt ends")
     raise UserError(
         f"{run} is gone, and MLflow run {mlflow_id} has no valid checkpoint among its artifacts: {problems[0]}"
     )

@@ -268,5 +268,7 @@ class MlflowLogger:
         try:
             self._claim.check()
         except OSError as e:
-            raise OSError(e.errno or errno.EIO, f"whose it is cannot be read: {e}", self.target.run) from None
+            raise OSError(
+                e.errno or errno.EIO, f"cannot check which driver owns the run: {e}", self.target.run
+            ) from None
         self._checked = time.monotonic()

@@ -35,8 +35,8 @@ def sync(run: Storage, warn: Callable[[str], None], timeout_s: float = 10.0) -> 
     saved = None if run.local else backlog.read(run)
     if outbox.is_in_use(folder) or (is_open and saved and saved.owner != outbox.read_id(folder)):
         raise UserError(
-            f"the last attempt of {run} has not told of its end: it may be trained just now; where it is not, "
-            "train it again, which sends all that waits"
+            f"{run} may still be in training: its last attempt has not reported its end; if nothing trains it, "
+            f"resume it, which also sends what waits: pipeline train --resume {run}"
         )
     target = saved.target if saved else _target(folder / TARGET)
     if target is None:

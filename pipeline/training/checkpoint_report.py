@@ -121,6 +121,6 @@ def _note(away: str, history: History, run: Storage, log_every: int) -> str:
 def _why_not_logged(checkpoint: Checkpoint, data: str | None) -> str:
     """Why a report is not logged as the run's; empty if it is."""
     if data is not None:
-        return "of other images"
+        return "its images are not the run's own (--data)"
     newest = max(name for name in checkpoint.place.parent.names() if name.startswith("step_"))
     return "" if newest == checkpoint.place.name else f"{newest} is newer"

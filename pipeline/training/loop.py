@@ -173,5 +173,6 @@ def _check_finite(values: list[float], step: int, cfg: Config, schedule: Schedul
         raise NonFiniteLossError(
             f"the loss of step {done} is {value} (epoch {epoch}, "
             f"learning rate {lr_at(done - 1, cfg.optim, schedule):g}); "
-            f"checkpoints before it are untouched; rows of the index in its batch: {' '.join(map(str, rows))}"
+            f"earlier checkpoints are fine: resume with a lower optim.lr or with train.clip_norm; "
+            f"rows of the index in its batch: {' '.join(map(str, rows))}"
         )

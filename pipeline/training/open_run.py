@@ -108,6 +108,9 @@ def open_run(
         sources, folder = {"train": train_source, "val": val_source}, run / "index"
         indexes = {split: _index(split, source, warn, heartbeat) for split, source in sources.items()}
         train, val = indexes["train"], indexes["val"]
+        if len(train.classes) < 2:
+            fix = "give at least two class folders, such as cat/ and dog/"
+            raise UserError(f"data.train={cfg.data.train}: all images are of one class, {train.classes[0]}; {fix}")
         for split, index in indexes.items():
             _refuse_missing(split, index, cfg, warn)
         val.with_classes(train.classes)
@@ -142,7 +145,7 @@ def _refuse_missing(split: str, index: Index, cfg: Config, warn: Callable[[str],
     if cfg.cluster.address or os.environ.get("RAY_ADDRESS"):
         warn(f"{text} on the driver's machine")
     else:
-        raise UserError(f"{text}; bring them back, or make an index of where they are now")
+        raise UserError(f"{text}; restore them, or index them where they are now: pipeline index FOLDER --out FILE")
 
 
 @contextmanager

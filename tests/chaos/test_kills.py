@@ -123,7 +123,8 @@ def worker_killed(run: Run, server: MlflowServer) -> None:
     run.end()
     assert run.codes == [0], run.training.said
     assert re.search(
-        r"failure: .*worker \d was killed, or ended without a word; going on from step \d+", run.training.said
+        r"failure: .*worker \d was killed, or exited without an error message; going on from step \d+",
+        run.training.said,
     )
     assert_all_time_is_counted(server.uri, run.name)
 

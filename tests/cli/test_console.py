@@ -30,7 +30,7 @@ def test_a_reader_that_has_gone_ends_no_training(view: type[TrainingView] | type
     [
         (["train", "/none.yaml"], 2, "/none.yaml"),
         (["train", "/none.yaml", "--json"], 2, "/none.yaml"),
-        (["nonsense"], 2, "invalid choice"),
+        (["nonsense"], 2, "Unknown command"),
         (["config", "configs/digits.yaml"], 0, "global_batch"),
     ],
 )

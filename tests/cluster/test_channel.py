@@ -249,6 +249,6 @@ def test_the_signal_of_a_crash_is_the_last_thing_that_is_heard(
     assert subprocess.run(program, check=False, timeout=TIMEOUT_S).returncode == -number
     channel.finish(TIMEOUT_S)
     error = RuntimeError("The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR")
-    how = f"by {words}" if words else "killed, or ended without a word"
+    how = f"by {words}" if words else "killed, or exited without an error message"
     assert how_it_ended(3, error, channel.crashes.get(3)).endswith(how)
     assert ("<string>" in capfd.readouterr().out) == bool(words), "the driver's log says where"

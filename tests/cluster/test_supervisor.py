@@ -124,7 +124,7 @@ def test_the_end_of_a_worker_is_told_without_rays_words() -> None:
     lost = "The actor is dead because its node has died. Node Id: 0123456789abcdef"
     raised = "Traceback (most recent call last):\n  File x\nValueError: too many\n"
     for said, crash, told in (
-        (died + advice, None, "worker 1 was killed, or ended without a word"),
+        (died + advice, None, "worker 1 was killed, or exited without an error message"),
         (died + advice, "Bus error", "worker 1 was killed by signal 7 (bus error)"),
         (died + advice, "Out of luck", "worker 1 crashed: Out of luck"),
         (lost, None, "worker 1 is lost with its node, which died or was cut off"),
@@ -189,7 +189,7 @@ def test_what_was_right_before_is_waited_for_by_a_later_driver(
     with refused, driver._opened(other_end(cfg, told, trained=trained), lambda: None) as (job, _):
         opened.append(job)
     assert (opened, len(told)) == ((["a job"], 1) if outcome is None else ([], 0))
-    assert all(text.endswith("it was right before, trying again") for text in told)
+    assert all(text.endswith("this worked earlier in this training, so it is tried again") for text in told)
 
 
 def test_a_driver_that_hung_is_told_as_that(tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_a_driver_that_hung_is_told_as_that(tmp_path: Path) -> None:
 
 def test_a_later_driver_begins_nothing_in_an_empty_mount_point(tmp_path: Path) -> None:
     cfg = load(None, [f"data.train={tmp_path}/x", f"data.val={tmp_path}/x", f"run.storage={tmp_path}", "run.name=x"])
-    with pytest.raises(UserError, match="checkpoint of step 4 is not seen"):
+    with pytest.raises(UserError, match="checkpoint of step 4 is missing"):
         open_run.open_run(cfg, print, has_trained=True, saved_step=4).__enter__()
     assert not (tmp_path / "x/run.json").exists()
 

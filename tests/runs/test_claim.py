@@ -130,7 +130,7 @@ def test_the_last_claim_is_the_runs(kind: str, request: pytest.FixtureRequest, t
         first.check()
     assert [name for name in (run / FOLDER).names() if name[0] != "."] == [second.name]
     (run / FOLDER).delete(second.name)
-    with pytest.raises(OSError, match="its driver's claim is not seen here"):
+    with pytest.raises(OSError, match="is not visible; mount the same"):
         second.check()
 
 

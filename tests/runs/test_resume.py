@@ -70,7 +70,7 @@ def test_what_orders_the_images_stays(settings: Settings, setting: str) -> None:
     said = refused(settings(setting))
     assert said.startswith(f"{setting}: ")
     assert "step_00000002 was trained with" in said
-    assert "its step would mean other images; set " in said
+    assert "another value changes which images come next; set " in said
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_images_that_have_gone_are_told_before_any_worker_starts(
     (tmp_path / "images").rename(tmp_path / "away")
     cfg = settings(f"data.val={tmp_path}/images.arrow", "run.name=new")
     line = f"data.val: the index's images are not there: {tmp_path}/images is missing or empty"
-    with pytest.raises(UserError, match=f"{line}; bring them back"), open_run.open_run(cfg, print):
+    with pytest.raises(UserError, match=f"{line}; restore them"), open_run.open_run(cfg, print):
         pass
     warnings = list[str]()
     with open_run.open_run(dataclasses.replace(cfg, cluster=ClusterConfig(address="head:6379")), warnings.append):

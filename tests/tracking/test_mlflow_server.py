@@ -148,7 +148,10 @@ def test_a_run_of_which_only_mlflow_is_left_goes_on_bitwise(
     RunManifest("another training").write(Storage(tmp_path / "taken/left"))
     taken = pipeline("train", "--resume", run_id, f"mlflow.uri={server.uri}", f"run.storage={tmp_path}/taken")
     assert taken.returncode == 2, taken.stderr
-    assert f"run.storage={tmp_path}/taken: its left is another training; name another place" in taken.stderr
+    assert (
+        f"run.storage={tmp_path}/taken: already has another training named left; use another run.storage"
+        in taken.stderr
+    )
 
     resumed = pipeline("train", "--resume", run_id, f"mlflow.uri={server.uri}", f"run.storage={tmp_path}/second")
     assert resumed.returncode == 0, resumed.stderr
@@ -175,7 +178,7 @@ def test_a_run_of_which_only_mlflow_is_left_goes_on_bitwise(
     bare = mlflow.MlflowClient(server.uri).create_run("0", tags=tags).info.run_id
     lost = pipeline("train", "--resume", bare, f"mlflow.uri={server.uri}")
     assert lost.returncode == 2, lost.stderr
-    assert "has no valid checkpoint among its artifacts: they are there with mlflow.checkpoints=all" in lost.stderr
+    assert "has no valid checkpoint among its artifacts: mlflow.checkpoints=all uploads each one" in lost.stderr
 
 
 def run_id_of(uri: str, name: str) -> str:

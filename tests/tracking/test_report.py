@@ -377,7 +377,12 @@ def test_report_of_other_images_or_an_older_checkpoint_is_not_the_runs(
 ) -> None:
     code, out, _ = report(capsys, trained["run_dir"], "--data", digits / "val", "--out", tmp_path / "a", "--json")
     found = json.loads(out)
-    assert (code, found["count"], found["not_logged"], found["curves_note"]) == (0, 360, "of other images", None)
+    assert (code, found["count"], found["not_logged"], found["curves_note"]) == (
+        0,
+        360,
+        "its images are not the run's own (--data)",
+        None,
+    )
     assert len(found["worst_classes"]) == 10
     older = min(Path(trained["checkpoint"]).parent.glob("step_*"))
     code, out, _ = report(capsys, older, "--out", tmp_path / "b", "--json")

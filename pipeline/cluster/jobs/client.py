@@ -195,7 +195,8 @@ def describe(job: JobDetails) -> dict[str, Any]:
     why = None
     if job.status == "FAILED":
         errors = re.findall(r"^(?:pipeline|failed): .*", job.message or "", re.MULTILINE)
-        killed = f"ended with exit code {job.driver_exit_code}: killed, perhaps for its memory; sent again, it resumes"
+        killed = f"ended with exit code {job.driver_exit_code}: perhaps killed for lack of memory"
+        killed += "; submit it again, and it resumes"
         why = errors[-1][:200] if errors else killed
     return {
         "job": job.submission_id,

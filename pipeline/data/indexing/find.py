@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 from braceexpand import braceexpand
 
 from pipeline.config.fields import refuse_credentials
+from pipeline.data.index import refuse_archive
 from pipeline.data.indexing.rows import SUFFIXES
 from pipeline.errors import UserError
 from pipeline.storage import Storage
@@ -105,6 +106,9 @@ def find_source(source: str) -> Source:
         listed = " and ".join(f"{KIND_NAMES[kind]} ({by_kind[kind][0]})" for kind in kinds)
         raise UserError(f"{source} has {listed}; give one kind alone, such as DIR/train-{{000..146}}.tar")
     if not kinds:
+        if not folders and (loose := [file for file in files if kind_of(file) == "images"]):
+            fix = f"put the images of each class into a folder of their own, such as {source}/cat/{loose[0]}"
+            raise UserError(f"{source} has {len(loose)} images, but no class folders; {fix}")
         lacks = "no usable image in its folders" if folders else "no class folders, no tar shards and no Parquet files"
         raise UserError(f"{source} has {lacks}; expected {source}/CLASS/image.jpg")
     kind, step = kinds[0], UNIT_IMAGES if kinds[0] == "images" else 1
@@ -148,6 +152,7 @@ def _list(root: Storage) -> tuple[list[str], list[str], dict[str, int]]:
         by_folder[""] = [entry.name for entry in entries if not entry.is_dir()]  # also links that lead nowhere
         by_folder |= {entry.name: _below(root.local, entry.name) for entry in entries if entry.is_dir()}
     else:
+        refuse_archive(root.local)
         raise UserError(f"no folder {root}; expected {root}/CLASS/image.jpg")
     files = [file for _, some in sorted(by_folder.items()) for file in sorted(some, key=posixpath.split)]
     return files, sorted(name for name in by_folder if name), sizes
