@@ -27,8 +27,8 @@ GROUPS: dict[Group, tuple[Any, ...]] = {
 
 
 def _shown(default: Any) -> str | None:
-    """A default as the help shows it: of a flag, none."""
-    return None if default is False else str(default)
+    """A default as the help shows it: of a flag, and of what has none, nothing."""
+    return None if default is False or default is None else str(default)
 
 
 def make_app() -> App:
@@ -36,6 +36,7 @@ def make_app() -> App:
     app = App(
         name="pipeline",
         help="Exact, fault-tolerant training of image classifiers.",
+        help_format="plaintext",  # markdown would be another 50 ms
         version=lambda: version("pipeline"),
         default_parameter=Parameter(negative=(), show_default=_shown),  # no --no-json
         group_commands=Group("Other", sort_key=6),
