@@ -1,5 +1,6 @@
-"""How people read results: rows in columns, and numbers."""
+"""How people read results: rows in columns, numbers, signals."""
 
+import signal
 from collections.abc import Sequence
 
 from rich.cells import cell_len, set_cell_size
@@ -46,3 +47,8 @@ def shorten(text: str, width: int) -> str:
 
 def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def signal_in_words(number: int) -> str:
+    """Such as "signal 11 (SIGSEGV: segmentation fault)"."""
+    return f"signal {number} ({signal.Signals(number).name}: {(signal.strsignal(number) or 'unknown').lower()})"

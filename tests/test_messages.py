@@ -1,6 +1,7 @@
 """What the package says to people, in one list that is read as a whole: plain words, one line, no guesses of Ray's."""
 
 import re
+from difflib import unified_diff
 from pathlib import Path
 
 from messages import collect
@@ -14,9 +15,9 @@ ODD = (
 
 def test_each_message_has_been_read() -> None:
     now, read = list(collect()), LIST.read_text().splitlines()
-    new = [message for message in now if message not in set(read)]
+    changes = [line for line in unified_diff(read, now, n=0, lineterm="") if not line.startswith(("---", "+++", "@@"))]
     how = "read them as a new user would, then: python tests/support/messages.py > tests/messages.txt"
-    assert now == read, f"{how}\n" + "\n".join(new)
+    assert now == read, f"{how}\n" + "\n".join(changes)
 
 
 def test_no_message_has_odd_words() -> None:

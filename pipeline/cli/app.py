@@ -10,7 +10,15 @@ from contextlib import suppress
 from importlib.metadata import version
 from typing import Any
 
-from cyclopts import App, CycloptsError, Group, Parameter
+from cyclopts import (
+    App,
+    CycloptsError,
+    Group,
+    MissingArgumentError,
+    Parameter,
+    UnknownOptionError,
+    UnusedCliTokensError,
+)
 
 from pipeline import environment
 from pipeline.cli import bench, cluster, data, models, train
@@ -43,7 +51,7 @@ def make_app() -> App:
         print_error=False,
         exit_on_error=False,
     )
-    app.register_install_completion_command()
+    app.register_install_completion_command(help="Write completion for your shell, and a line into its start-up file.")
     for group, commands in GROUPS.items():
         for place, command in enumerate(commands):
             app.command(command, group=group, sort_key=place)
@@ -71,10 +79,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(words: Sequence[str], as_json: bool) -> int:
     try:
         command, bound, _ = make_app().parse_args(words)
+        as_json = bound.arguments.get("as_json", as_json)
         outcome = command(*bound.args, **bound.kwargs)
+    except SystemExit:  # rich's, where nobody reads the help
+        return DONE
     except CycloptsError as e:
-        text, way = " ".join(str(e).split()).rstrip(". ,"), " ".join(["pipeline", *(e.command_chain or []), "--help"])
-        return _give_up(as_json, WRONG, {"status": "wrong", "error": f"{text}; see {way}"})
+        way = " ".join(["pipeline", *(e.command_chain or []), "--help"])
+        return _give_up(as_json, WRONG, {"status": "wrong", "error": f"{_in_words(e)}; see {way}"})
     except UserError as e:
         return _give_up(as_json, WRONG, {"status": "wrong", "error": str(e)})
     except OSError as e:  # a storage that does not answer, a full disk
@@ -93,6 +104,19 @@ def _run(words: Sequence[str], as_json: bool) -> int:
         warn(f"pipeline: the result cannot be written: {e.strerror}")
         return int(code) if command is train.train else FAILED
     return int(code)
+
+
+def _in_words(error: CycloptsError) -> str:
+    """What is wrong with a command line."""
+    name = error.argument.name if error.argument else ""
+    if isinstance(error, MissingArgumentError):
+        return f"{error.keyword}: give a value" if error.keyword else f"{name} is missing"
+    if isinstance(error, UnusedCliTokensError):
+        return f"{(error.unused_tokens or [''])[0]}: one word too many"
+    text = " ".join(str(error).split()).partition(" Available commands")[0]
+    if isinstance(error, UnknownOptionError):
+        text = text.replace(value := error.token.keyword or error.token.value, value.partition("=")[0])  # a secret
+    return text.rstrip(".")
 
 
 def _give_up(as_json: bool, code: int, result: dict[str, str]) -> int:

@@ -26,7 +26,7 @@ Threads = Annotated[Count | None, Parameter(help="For computing; by default all 
 
 def counts(_: Any, tokens: Sequence[Token]) -> list[int]:
     """Whole numbers, separated by commas."""
-    return [whole(1)(int, [tokens[0].evolve(value=word)]) for word in tokens[0].value.split(",")]
+    return [whole(1)(int, [token.evolve(value=word)]) for token in tokens for word in token.value.split(",")]
 
 
 def speed(_: Any, tokens: Sequence[Token]) -> float:
@@ -53,6 +53,7 @@ def loader(
     """images/s of the loader beside torchvision's and timm's, by turns, on the CPU.
 
     Args:
+        config: A YAML file.
         images: Timed images of a round.
         cores: For each loader; by default all.
     """
@@ -76,6 +77,7 @@ def step(
     """images/s of the bare step on synthetic data, the part of the peak that this is, and what would help.
 
     Args:
+        config: A YAML file.
         tries: A setting to compare with, by turns, such as model.compile=default; may be given again.
     """
     from pipeline.bench import step
@@ -105,7 +107,11 @@ def train(
     out: Folder = None,
     as_json: Json = False,
 ) -> Outcome:
-    """images/s through data, training and logging beside the bare step on synthetic data, by turns."""
+    """images/s through data, training and logging beside the bare step on synthetic data, by turns.
+
+    Args:
+        config: A YAML file.
+    """
     from pipeline.bench import step
     from pipeline.training.precision import settle
 
@@ -127,6 +133,7 @@ def scale(
     """images/s of whole trainings through Ray with more and more workers, by turns.
 
     Args:
+        config: A YAML file.
         workers: Numbers of workers, separated by commas; by default 1,2.
     """
     from pipeline.bench import scaling
@@ -185,6 +192,7 @@ def plan(
     """Predict images/s, hours, goodput and cost on 8 to 1,024 GPUs, on paper.
 
     Args:
+        config: A YAML file.
         gpus: How many, such as 64.
         gpu: The card: H100, A100, ...; a wrong one lists all.
         batch_per_gpu: Weak scaling: so many images on each GPU; by default train.global_batch is kept.

@@ -17,10 +17,10 @@ from pipeline.cli.common import (
     Json,
     Outcome,
     Overrides,
+    Variables,
     people,
     warn,
 )
-from pipeline.cli.train import Variables
 from pipeline.config.loading import load
 from pipeline.errors import UserError
 
@@ -40,6 +40,7 @@ def submit(
     """Train on a Ray cluster, as a job, and follow its log; resumes like train.
 
     Args:
+        config: A YAML file.
         image: Use the cluster's image as it is; CONFIG is a path in it.
         detach: Do not wait for the job's end.
         secret: An environment variable that the job needs and the cluster's own environment has, from a Kubernetes
@@ -127,6 +128,8 @@ def doctor(config: Config | None = None, /, *overrides: Overrides, cluster: bool
     """
     from pipeline.cluster.doctor.examine import NOT_GIVEN, examine
 
+    if not cluster:
+        raise UserError("give --cluster: it is the only kind of examination so far")
     words = [config, *overrides] if config else []
     if words and "=" not in words[0]:
         cfg = load(words[0], words[1:])

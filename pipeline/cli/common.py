@@ -1,6 +1,7 @@
 """What all commands share: their outcome, their common options, and how they talk to people."""
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,7 +17,7 @@ if TYPE_CHECKING:  # torch takes seconds to import
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 Outcome = tuple[Any, list[str], int]  # for --json, for people, exit code
 
-SOURCES = "a folder of CLASS/image files, of tar shards or of Parquet files; or DIR/train-{000..146}.tar; a path or URI"
+SOURCES = "A folder of CLASS/image files, of tar shards or of Parquet files; or DIR/train-{000..146}.tar; a path or URI"
 
 
 def whole(low: int) -> Any:
@@ -31,9 +32,16 @@ def whole(low: int) -> Any:
     return convert
 
 
+def variables(_: Any, tokens: Sequence[Token]) -> list[str]:
+    """Environment variables' names, of an option that takes no values; what else was given is not repeated."""
+    if any(re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", token.value) is None for token in tokens):
+        raise UserError("give the name of an environment variable, without its value")
+    return [token.value for token in tokens]
+
+
 # The options that several commands have.
 Json = Annotated[bool, Parameter(name="--json", help="One JSON object on stdout, all else on stderr.")]
-Config = Annotated[str, Parameter(name="CONFIG", help="A YAML file.")]
+Config = Annotated[str, Parameter(name="CONFIG")]
 Overrides = Annotated[str, Parameter(name="KEY=VALUE", help="Settings, such as train.epochs=3.")]
 Run = Annotated[str, Parameter(name="RUN", help="A run's name, an MLflow run id, or a checkpoint's path.")]
 Storage = Annotated[str, Parameter(help="The directory or URI where runs lie.")]
@@ -44,6 +52,7 @@ Address = Annotated[
     Parameter(help="Of the cluster's dashboard, such as http://HEAD:8265; by default $RAY_API_SERVER_ADDRESS."),
 ]
 Count = Annotated[int, Parameter(converter=whole(1))]
+Variables = Annotated[list[str] | None, Parameter(converter=variables)]
 CountFrom0 = Annotated[int, Parameter(converter=whole(0))]
 
 
@@ -56,7 +65,7 @@ def checkpoint_of(run: str, storage: str, mlflow_uri: str | None) -> "Checkpoint
 
 def drop_unread() -> None:
     """Where the reader of stdout or stderr has gone, forget what waits for it: Python would end with 120 for it."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: it was closed from the start
         try:
             stream.flush()
         except OSError:

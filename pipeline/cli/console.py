@@ -121,8 +121,7 @@ class TrainingView(_View):
 
     def _start(self, event: AttemptStarted) -> None:
         self._num_steps, self._global_batch = event.num_steps, event.global_batch
-        if event.resumed_from:
-            self._saved_step = event.step
+        self._saved_step = event.step if event.resumed_from else None
         where = f"resumed from {event.resumed_from}" if event.resumed_from else "from the start"
         ready = f"after {time.monotonic() - self._began:.1f} s"
         if event.lost_steps is not None:

@@ -116,6 +116,7 @@ def preview(
     """Show the images of a step as the model sees them, with their labels.
 
     Args:
+        config: A YAML file.
         out: The picture, such as grid.png.
         step: Steps done before it.
         images: At most so many.

@@ -4,13 +4,9 @@ The heavy imports are inside the commands, here and beside this file: torch take
 """
 
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
-
-from cyclopts import Parameter, Token
 
 from pipeline import clock
 from pipeline.cli.common import (
@@ -25,6 +21,7 @@ from pipeline.cli.common import (
     Run,
     RunData,
     Storage,
+    Variables,
     checkpoint_of,
     people,
     warn,
@@ -33,16 +30,6 @@ from pipeline.config import loading, reference, schema
 from pipeline.errors import UserError
 
 NUM_WORST = 10  # classes that a report's summary shows
-
-
-def variable(_: Any, tokens: Sequence[Token]) -> list[str]:
-    """Environment variables' names, of an option that takes no values; what else was given is not repeated."""
-    if any(re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", token.value) is None for token in tokens):
-        raise UserError("give the name of an environment variable, without its value")
-    return [token.value for token in tokens]
-
-
-Variables = Annotated[list[str] | None, Parameter(converter=variable)]
 
 
 def train(
@@ -168,7 +155,7 @@ def config(
     config: Config | None = None,
     /,
     *overrides: Overrides,
-    explain: Annotated[bool, Parameter(name="--explain")] = False,
+    explain: bool = False,
     as_json: Json = False,
 ) -> Outcome:
     """Print the resolved configuration, or say what the settings mean.

@@ -1,11 +1,10 @@
 """Events from the workers to the driver, and the wish to stop the other way, over sockets.
 
-The driver listens and each rank connects. Both wait for what comes: to ask time and again would take part of a core for
-as long as a training runs. A process that dies ends its connection, so the other side knows at once. A host that is cut
-off does not: there the kernel's keepalive ends it, after `timeout_s`.
+The driver listens and each rank connects. Both wait for what comes: polling would take part of a core. A process that
+dies ends its connection, so the other side knows at once; that of a host that is cut off ends after `timeout_s`.
 
-A message is a line of JSON. A rank first shows that it has the key, which came with its work, by an answer to the
-driver's challenge: nobody else is heard. As in Ray without TLS, what follows is not encrypted.
+A message is a line of JSON; faulthandler's text is what a rank that crashes says. A rank first shows that it has the
+key, which came with its work, by an answer to a challenge: nobody else is heard. The rest is plain text, as in Ray.
 """
 
 import contextlib
@@ -43,7 +42,7 @@ class EventChannel:
         ended: set once a connection of this attempt has ended.
         nodes: Ray's ids of the nodes that this attempt's workers run on.
         step: the last one known to be done.
-        crashes: rank -> the signal that killed it, in words, where it was one that a process can still tell of.
+        crashes: rank -> the signal of a crash in one of its processes, as the system calls it.
         fatal: class and text of an error of this attempt that ends the run, or may do so.
     """
 
@@ -154,13 +153,7 @@ class EventChannel:
                 _send(connection, _line({"stop": self._stop}))
         try:
             for line in lines:
-                _, crash, signal = line.rstrip().partition(CRASH)
-                if crash:
-                    self.crashes[rank] = signal
-                elif line.startswith("{") and line.endswith("}\n"):  # else its rank was killed while it wrote
-                    self._take(json.loads(line), attempt, rank)
-                elif line.strip():
-                    print(f"worker {rank}: {line.rstrip()}", flush=True)  # where it crashed
+                self._take(_parse(line), attempt, rank)
         except OSError as e:
             print(f"the connection to worker {rank} has ended: {e}", flush=True)
         finally:
@@ -175,7 +168,10 @@ class EventChannel:
             if attempt != self._attempt:
                 return
             if rank == 0:
-                self.step = message["step"]
+                self.step = message.get("step", self.step)
+            if "text" in message:  # half a message, or where it crashed
+                print(f"worker {rank}: {message['text']}", flush=True)
+                self.crashes |= {rank: message["crash"]} if message["crash"] else {}
             if "fatal" in message:
                 self.fatal = self.fatal or tuple(message["fatal"])
             if "event" in message:
@@ -231,9 +227,8 @@ class DriverConnection:
         self._closing = True
         self._to_send.put(None)
         self._sender.join(timeout_s)
-        _end(
-            self._socket, socket.SHUT_WR
-        )  # not both ways: what the driver says now would have the kernel drop the rest
+        # Not both ways: what the driver says now would have the kernel drop the rest.
+        _end(self._socket, socket.SHUT_WR)
 
     def _send_all(self) -> None:
         last_sent = 0
@@ -273,6 +268,14 @@ def _line(message: dict[str, Any]) -> bytes:
     return json.dumps(message, default=float).encode() + b"\n"  # default: numpy's numbers
 
 
+def _parse(line: str) -> dict[str, Any]:
+    """A message; other text, and a crash that it tells of, where the rank was killed while it wrote or has crashed."""
+    with contextlib.suppress(ValueError):
+        if isinstance(message := json.loads(line), dict):
+            return message
+    return {"text": line.rstrip(), "crash": line.rstrip().partition(CRASH)[2]}
+
+
 def _send(connection: socket.socket, line: bytes) -> None:
     """Send a message, unless the connection has ended: the one who receives tells of that."""
     with contextlib.suppress(OSError):
@@ -290,11 +293,7 @@ def _keep_alive(connection: socket.socket, timeout_s: float) -> None:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     pause = max(1, int(timeout_s / 10))
     # On Linux. Elsewhere a training stays on one machine, which cannot be cut off from itself.
-    for name, value in {
-        "TCP_KEEPIDLE": 5 * pause,
-        "TCP_KEEPINTVL": pause,
-        "TCP_KEEPCNT": 5,
-        "TCP_USER_TIMEOUT": 10_000 * pause,
-    }.items():
+    keepalive = {"TCP_KEEPIDLE": 5 * pause, "TCP_KEEPINTVL": pause, "TCP_KEEPCNT": 5}
+    for name, value in {**keepalive, "TCP_USER_TIMEOUT": 10_000 * pause}.items():
         if (option := getattr(socket, name, None)) is not None:
             connection.setsockopt(socket.IPPROTO_TCP, option, value)

@@ -31,6 +31,7 @@ from pipeline.cluster.supervisor import kill_descendants
 from pipeline.config.running import ClusterConfig
 from pipeline.errors import UserError
 from pipeline.failures import DISCONNECT_S, ClusterLostError, Interrupted
+from pipeline.text import signal_in_words
 
 OBJECT_STORE_BYTES = 100 * 2**20  # nothing goes through it but messages
 CONNECT_S = 10.0
@@ -128,19 +129,17 @@ def how_it_ended(rank: int, error: BaseException, crash: str | None) -> str:
     """What became of a worker, in words that need no knowledge of Ray.
 
     Args:
-        crash: the signal that it told of, as the system calls it; None: it told of none, as no process can of SIGKILL.
+        crash: the signal that a process of it told of, as the system calls it; of SIGKILL none can.
     """
     said = str(error)
-    if crash is not None:
-        numbers = [n for n in signal.valid_signals() if signal.strsignal(n) == crash]
-        return f"worker {rank} " + (
-            f"was killed by signal {numbers[0]:d} ({crash.lower()})" if numbers else f"crashed: {crash}"
-        )
     if "node has died" in said:
         return f"worker {rank} is lost with its node, which died or was cut off"
-    if "worker process has died" in said:
-        return f"worker {rank} was killed, or exited without an error message"
-    return f"worker {rank} failed: {last_line(error)}"
+    if "worker process has died" not in said:
+        return f"worker {rank} failed: {last_line(error)}"
+    number = next((n for n in signal.valid_signals() if signal.strsignal(n) == crash), None)
+    if number is not None:
+        return f"worker {rank} was killed by {signal_in_words(number)}"
+    return f"worker {rank} " + (f"crashed: {crash}" if crash else "was killed, or exited without an error message")
 
 
 def _environment(cfg: ClusterConfig) -> dict[str, str]:

@@ -46,6 +46,7 @@ from pipeline.failures import (
     driver_is_replaced,
 )
 from pipeline.runs.spec import Failure
+from pipeline.text import signal_in_words
 
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_S = 0.5
@@ -215,11 +216,7 @@ def _attend(
                 driver.send("stop")
         except (EOFError, OSError):
             code = process.wait()
-            how = (
-                f"was killed by signal {-code} ({signal.Signals(-code).name})"
-                if code < 0
-                else f"ended with exit code {code}"
-            )
+            how = f"was killed by {signal_in_words(-code)}" if code < 0 else f"ended with exit code {code}"
             if -code in FROM_OUTSIDE:
                 return "lost", f"the driver {how}"
             last = _last_line(log)

@@ -9,8 +9,6 @@ from typing import Any
 
 from pipeline.errors import UserError
 
-NO_BOUNDS = {"low": -math.inf, "above": -math.inf, "high": math.inf}
-
 
 def setting(
     default: Any,

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from pipeline.config import reference
-from pipeline.config.fields import show
+from pipeline.config.fields import refuse_credentials, show
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.failures import says_of_one_file
@@ -136,6 +136,7 @@ def _nest(key: str, value: Any) -> dict[str, Any]:
 
 def _explain(key: str, value: Any) -> str:
     """Why OmegaConf refused `value` for `key`, and what it should be."""
+    refuse_credentials(key, value)
     known = reference.settings()
     if inside := [k for k in known if k.startswith(f"{key}.")]:
         return f"{key}={show(value)}: is a section; set one of {', '.join(inside)}"

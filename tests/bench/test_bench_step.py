@@ -143,6 +143,7 @@ def test_step_and_train_as_commands(digits: Path, tmp_path: Path, capsys: pytest
 
 
 @pytest.mark.e2e
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_scale_as_a_command(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = [f"data.train={digits}/train", f"data.val={digits}/val", *SMALL, "cluster.cpus_per_worker=1"]

@@ -151,7 +151,7 @@ def driver_killed(run: Run, server: MlflowServer) -> None:
     run.kill_one("pipeline.cluster.driver")
     run.end()
     assert run.codes == [0], run.training.said
-    assert "failure: the driver was killed by signal 9 (SIGKILL)" in run.training.said
+    assert "failure: the driver was killed by signal 9 (SIGKILL: killed); going on from step" in run.training.said
     assert_all_time_is_counted(server.uri, run.name)
 
 

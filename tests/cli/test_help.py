@@ -1,5 +1,6 @@
 """The command line explains itself: help of every command, groups, settings, and what to type next."""
 
+import json
 import re
 from collections.abc import Iterator
 
@@ -78,7 +79,14 @@ def test_explain_says_what_settings_mean(run: Run) -> None:
     [
         (["trian"], 'Unknown command "trian". Did you mean "train"?'),
         (["train", "a.yaml", "--resum", "x"], "Unknown option: --resum. Did you mean --resume?; see pipeline train"),
-        (["index", "photos"], "requires an argument; see pipeline index --help"),
+        (["index", "photos"], "pipeline: --out is missing; see pipeline index --help"),
+        (["index", "photos", "--out"], "pipeline: --out: give a value; see pipeline index --help"),
+        (["stop", "pets", "dogs"], "pipeline: dogs: one word too many; see pipeline stop --help"),
+        (
+            ["submit", "c.yaml", "--secrets=KEY=hush"],
+            "Unknown option: --secrets. Did you mean --secret?; see pipeline submit --help",
+        ),
+        (["predict", "pets", "--top", "2.5", "a.jpg"], "--top: 2.5: must be a whole number"),
         (["index", "photos", "--out", "x", "--workers", "2.5"], "--workers: 2.5: must be a whole number, at least 1"),
         (["evaluate", "pets", "--tta", "six"], 'Choose from: "one", "flip", "ten"'),
         (["predict", "pets", "a.jpg", "--tpo", "3"], "--tpo: no such option; a file of this name is ./--tpo"),
@@ -99,3 +107,11 @@ def test_settings_go_anywhere_among_the_options(run: Run) -> None:
     assert code == 0
     assert '"epochs": 7' in out
     assert '"depth": 18' in out
+
+
+@pytest.mark.parametrize("flag", ["--json", "--json=true"])
+def test_a_wrong_request_is_json_where_json_was_asked_for(flag: str, run: Run) -> None:
+    code, out, err = run("config", ROOT / "configs/digits.yaml", "train.epoch=3", flag)
+    assert (code, json.loads(out)["status"]) == (2, "wrong")
+    assert json.loads(out)["error"] in err
+    assert json.loads(run("config", "--jsn", "--json")[1])["status"] == "wrong"

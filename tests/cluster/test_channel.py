@@ -239,7 +239,7 @@ def test_a_channel_has_ipv6_addresses_too() -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "words"), [(signal.SIGSEGV, "signal 11 (segmentation fault)"), (signal.SIGKILL, "")]
+    ("number", "words"), [(signal.SIGSEGV, "signal 11 (SIGSEGV: segmentation fault)"), (signal.SIGKILL, "")]
 )
 def test_the_signal_of_a_crash_is_the_last_thing_that_is_heard(
     channel: EventChannel, number: int, words: str, capfd: pytest.CaptureFixture[str]

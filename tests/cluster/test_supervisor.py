@@ -125,8 +125,9 @@ def test_the_end_of_a_worker_is_told_without_rays_words() -> None:
     raised = "Traceback (most recent call last):\n  File x\nValueError: too many\n"
     for said, crash, told in (
         (died + advice, None, "worker 1 was killed, or exited without an error message"),
-        (died + advice, "Bus error", "worker 1 was killed by signal 7 (bus error)"),
+        (died + advice, "Bus error", "worker 1 was killed by signal 7 (SIGBUS: bus error)"),
         (died + advice, "Out of luck", "worker 1 crashed: Out of luck"),
+        (raised, "Segmentation fault", "worker 1 failed: ValueError: too many"),  # of a child that it outlived
         (lost, None, "worker 1 is lost with its node, which died or was cut off"),
         (raised, None, "worker 1 failed: ValueError: too many"),
     ):

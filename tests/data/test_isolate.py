@@ -210,9 +210,10 @@ def test_a_run_goes_on_without_an_image_that_kills_its_workers(digits: Path, sta
         image.write_bytes(sound)
     assert (gone.process.returncode, killed.process.returncode) == (0, 0), killed.said
     assert "done at step 11 of 11" in killed.said
-    assert killed.said.count("failure: worker 1 was killed by signal 11 (segmentation fault); starting again") == 2, (
-        killed.said
-    )
+    assert (
+        killed.said.count("failure: worker 1 was killed by signal 11 (SIGSEGV: segmentation fault); starting again")
+        == 2
+    ), killed.said
     assert killed.said.count("looking for images that kill them") == 1
     assert killed.said.count(f"{image}: {REASON}; a uniform image takes its place") == 1
     assert killed.said.count(f"{image} is broken, a uniform image takes its place: {REASON}") == 1

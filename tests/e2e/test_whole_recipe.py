@@ -38,6 +38,7 @@ def pipeline(*args: str, timeout_s: float = 200) -> Any:
     return json.loads(done.stdout)
 
 
+@pytest.mark.long
 def test_a_run_from_remote_shards_goes_on_bitwise_with_its_cache_lost(digits: Path, tmp_path: Path) -> None:
     for split in ("train", "val"):
         told = pipeline("pack", str(digits / split), "--out", str(tmp_path / "web" / split), "--shard-mb", "1")

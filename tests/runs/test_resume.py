@@ -171,6 +171,20 @@ def test_images_that_have_gone_are_told_before_any_worker_starts(
         assert warnings == [f"{line} on the driver's machine"]
 
 
+def test_what_teaches_nothing_is_refused_before_any_worker_starts(
+    settings: Settings, digits: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(digits / "val" / "3", tmp_path / "one" / "3")
+    (tmp_path / "photos.zip").write_bytes(b"PK")
+    for name, line in (
+        ("one", f"data.train={tmp_path}/one: all images are of one class, 3; give at least two class folders"),
+        ("photos.zip", f"{tmp_path}/photos.zip is an archive, which is not read in place; unpack it"),
+    ):
+        cfg = settings(f"data.train={tmp_path}/{name}", "run.name=new")
+        with pytest.raises(UserError, match=line), open_run.open_run(cfg, print):
+            pass
+
+
 def test_where_all_are_damaged_it_is_told_at_once(settings: Settings) -> None:
     cfg = settings()
     for place in Path(cfg.run.storage, "run", "checkpoints").glob("step_*"):

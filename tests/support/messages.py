@@ -40,7 +40,7 @@ def _text(node: ast.AST) -> str:
 
 
 def _filled_in(part: ast.AST) -> str:
-    """A name for what is filled in: the last one in its expression."""
+    """A name for what is filled in: the outermost one of its expression."""
     names = [
         n.id if isinstance(n, ast.Name) else n.attr for n in ast.walk(part) if isinstance(n, ast.Name | ast.Attribute)
     ]

@@ -5,6 +5,7 @@ from contextlib import closing
 from typing import Any
 
 from mlflow.store.db import utils
+from sqlalchemy import inspect
 
 _migrate = utils._initialize_tables
 _made = b""
@@ -13,7 +14,7 @@ _made = b""
 def _initialize_tables(engine: Any) -> None:
     """As MLflow's own, of which the first store of a process is made."""
     global _made
-    if engine.dialect.name != "sqlite" or not engine.url.database:
+    if engine.dialect.name != "sqlite" or not engine.url.database or inspect(engine).get_table_names():
         _migrate(engine)
     elif not _made:
         _migrate(engine)

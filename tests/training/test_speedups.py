@@ -73,6 +73,7 @@ def test_buckets_of_another_size_train_the_same(losses: dict[str, list[float]]) 
 
 
 @pytest.mark.e2e
+@pytest.mark.long
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.thorough)])
 def test_a_compiled_network_trains_alike(spec: Callable[..., RunSpec], world_size: int) -> None:

@@ -107,7 +107,9 @@ def find_source(source: str) -> Source:
         raise UserError(f"{source} has {listed}; give one kind alone, such as DIR/train-{{000..146}}.tar")
     if not kinds:
         if not folders and (loose := [file for file in files if kind_of(file) == "images"]):
-            fix = f"put the images of each class into a folder of their own, such as {source}/cat/{loose[0]}"
+            fix = (
+                f"put the images of each class into a folder of their own, such as {source.rstrip('/')}/cat/{loose[0]}"
+            )
             raise UserError(f"{source} has {len(loose)} images, but no class folders; {fix}")
         lacks = "no usable image in its folders" if folders else "no class folders, no tar shards and no Parquet files"
         raise UserError(f"{source} has {lacks}; expected {source}/CLASS/image.jpg")
