@@ -79,10 +79,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(words: Sequence[str], as_json: bool) -> int:
     try:
         command, bound, _ = make_app().parse_args(words)
+        if "as_json" not in bound.signature.parameters:  # --help, --version, --install-completion
+            with suppress(SystemExit):  # rich's, where nobody reads
+                command(*bound.args, **bound.kwargs)
+            return DONE
         as_json = bound.arguments.get("as_json", as_json)
-        outcome = command(*bound.args, **bound.kwargs)
-    except SystemExit:  # rich's, where nobody reads the help
-        return DONE
+        result, lines, code = command(*bound.args, **bound.kwargs)
     except CycloptsError as e:
         way = " ".join(["pipeline", *(e.command_chain or []), "--help"])
         return _give_up(as_json, WRONG, {"status": "wrong", "error": f"{_in_words(e)}; see {way}"})
@@ -92,9 +94,6 @@ def _run(words: Sequence[str], as_json: bool) -> int:
         return _give_up(as_json, FAILED, {"status": "failed", "error": str(e)})
     except KeyboardInterrupt:
         return _give_up(as_json, INTERRUPTED, {"status": "interrupted"})
-    if outcome is None:  # of --help and --version
-        return DONE
-    result, lines, code = outcome
     try:
         for line in [json.dumps(result)] if as_json else lines:
             print(line, flush=True)
