@@ -1,5 +1,5 @@
 """What this process may use of its machine: cores and memory, as containers and batch systems limit them, and as others
-leave them; its user.
+leave them; its user, and the processes below it.
 
 The operating system's own figures are the whole machine's. A limit is in a cgroup: in that of the process, or in one
 above it, of version 1 or 2 (<https://docs.kernel.org/admin-guide/cgroup-v2.html>, cpu.max and memory.max).
@@ -10,6 +10,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 import psutil
@@ -138,3 +139,12 @@ def _lines(file: Path) -> list[str]:
 def _unescaped(word: str) -> str:
     r"""A path of mountinfo, which writes \040 for a space."""
     return word.encode("utf-8", "surrogateescape").decode("unicode_escape") if "\\" in word else word
+
+
+def kill_descendants(not_ours: set[psutil.Process]) -> None:
+    """Kill all processes below this one, and wait for their end; but not the others."""
+    left = [process for process in psutil.Process().children(recursive=True) if process not in not_ours]
+    for process in left:
+        with suppress(psutil.NoSuchProcess):  # it has just ended
+            process.kill()
+    psutil.wait_procs(left, timeout=5)

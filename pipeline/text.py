@@ -1,9 +1,11 @@
-"""How people read results: rows in columns, numbers, signals."""
+"""How people read results: rows in columns, numbers, how a process ended."""
 
 import signal
 from collections.abc import Sequence
 
 from rich.cells import cell_len, set_cell_size
+
+MAX_REASON = 240  # characters of one
 
 
 def columns(rows: Sequence[Sequence[str]], align: str = "", *, gap: int = 2) -> list[str]:
@@ -47,6 +49,13 @@ def shorten(text: str, width: int) -> str:
 
 def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def last_telling_line(said: str) -> str:
+    """What a traceback or a log ends with: no bracket or underlining, nor Ray's advice on its timeouts."""
+    lines = [line.strip() for line in said.splitlines()]
+    telling = [line for line in lines if len(line) > 2 and not set(line) <= set("^~ |-=")]
+    return next((line[:MAX_REASON] for line in reversed(telling) if not line.startswith("Set the ")), "")
 
 
 def signal_in_words(number: int) -> str:

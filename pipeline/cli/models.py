@@ -194,11 +194,12 @@ def register(
     Args:
         name: Of the registered model, of which it becomes a new version.
     """
+    from pipeline.runs.spec import CHECKPOINTS
     from pipeline.tracking import mlflow_run
 
     checkpoint = checkpoint_of(run, storage, mlflow_uri)
     place, folder = checkpoint.place, checkpoint.place.parent.parent
-    if place.parent.name != "checkpoints":
+    if place.parent.name != CHECKPOINTS:
         raise UserError(f"{place}: lies in no run's folder, which MLflow would be told; name a run")
     cfg = replace(checkpoint.cfg.mlflow, log_model=True, register=name)  # which checks the name
     target = mlflow_run.Target.of(cfg, folder, checkpoint.meta["training_id"], mlflow_uri)

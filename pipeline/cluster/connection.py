@@ -27,16 +27,14 @@ from ray._private.parameter import RayParams
 
 from pipeline import machine
 from pipeline.cluster import ray_start
-from pipeline.cluster.supervisor import kill_descendants
 from pipeline.config.running import ClusterConfig
 from pipeline.errors import UserError
 from pipeline.failures import DISCONNECT_S, ClusterLostError, Interrupted
-from pipeline.text import signal_in_words
+from pipeline.text import last_telling_line, signal_in_words
 
 OBJECT_STORE_BYTES = 100 * 2**20  # nothing goes through it but messages
 CONNECT_S = 10.0
 DISCONNECT_QUIETLY_S = 3.0
-MAX_REASON = 240  # characters; Ray adds its advice
 START_TIMEOUT_S = 600  # for the workers' processes, also where an image has to be pulled first
 QUIET = {"logging_level": "ERROR", "log_to_driver": False}
 # For a cluster of one machine. Ray's defaults are for a thousand nodes, an autoscaler and a dashboard.
@@ -119,10 +117,8 @@ def _disconnect(warn: Callable[[str], None]) -> None:
 
 def last_line(error: BaseException) -> str:
     """The last line of a failed worker's traceback, or what Ray says of its end, without Ray's guesses."""
-    lines = [line.strip() for line in str(error).partition(" Some common causes")[0].splitlines() if line.strip()]
-    # Not the closing bracket of something printed, nor Ray's advice on its timeouts.
-    telling = [line for line in lines if len(line) > 2 and not line.startswith("Set the ")]
-    return telling[-1][:MAX_REASON].rstrip(".") if telling else type(error).__name__
+    said = last_telling_line(str(error).partition(" Some common causes")[0])
+    return said.rstrip(".") or type(error).__name__
 
 
 def how_it_ended(rank: int, error: BaseException, crash: str | None) -> str:
@@ -226,7 +222,9 @@ def _local_cluster(
     try:
         yield
     finally:
-        kill_descendants(others)  # Ray's agents among them, which would look for their raylet for a minute or more
+        machine.kill_descendants(
+            others
+        )  # Ray's agents among them, which would look for their raylet for a minute or more
         node.kill_all_processes(check_alive=False, allow_graceful=False)
 
 

@@ -7,7 +7,7 @@ from typing import TypeVar
 import psutil
 import ray
 
-from pipeline.cluster.supervisor import kill_descendants
+from pipeline import machine
 from pipeline.errors import one_line
 from pipeline.failures import BROKEN, TrainingFailedError
 
@@ -34,7 +34,7 @@ def start_with_retries(start: Callable[[], T], warn: Callable[[str], None], want
         except Exception as e:  # of any class: where its processes are too slow, Ray raises `Exception` itself
             reason = one_line(e)
             ray.shutdown()
-            kill_descendants(others)  # what Ray had started, which would stay to this process's end
+            machine.kill_descendants(others)  # what Ray had started, which would stay to this process's end
             if number == TRIES or isinstance(e, BROKEN) or wants_stop.is_set():
                 raise RayStartError(f"Ray did not start on this machine in {number} tries: {reason}") from None
             warn(f"Ray did not start ({reason}); trying again")

@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from pipeline import clock
+from pipeline import clock, machine
 from pipeline.cluster.oom import OutOfMemoryKills, require_memory
 from pipeline.config.schema import Config
 from pipeline.environment import driver_environment
@@ -46,14 +46,13 @@ from pipeline.failures import (
     driver_is_replaced,
 )
 from pipeline.runs.spec import Failure
-from pipeline.text import signal_in_words
+from pipeline.text import last_telling_line, signal_in_words
 
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_S = 0.5
 # A thread that waits for another one spins, which costs nothing where each has its core. Beside others that compute, it
 # takes the core from the one that it waits for. Giving it up at once costs a fifth where nobody else wants it.
 BUSY = "other programs use these CPU cores, so waiting threads yield them; set OMP_WAIT_POLICY=ACTIVE to keep them"
-MAX_REASON = 240  # characters
 FROM_OUTSIDE = (signal.SIGKILL, *ENDING_SIGNALS)  # a process does not do that to itself
 PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 
@@ -185,7 +184,7 @@ def _run_driver(
                 ours.send(request)
             end, content = _attend(ours, process, Path(log.name), handle, received)
         finally:
-            kill_descendants(not_ours)
+            machine.kill_descendants(not_ours)
             keep = end in ("lost", "internal error", "never started")
             if not keep:
                 Path(log.name).unlink(missing_ok=True)  # whoever cleans /tmp may have been there
@@ -226,22 +225,11 @@ def _attend(
 def _last_line(log: Path) -> str:
     """What a process said of its end: of a traceback, the error."""
     try:
-        lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+        said = log.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:  # whoever cleans /tmp was there
         return ""
-    if any(line.startswith("Timeout (") for line in lines):  # `watchdog`
-        return "it hung, and left its stacks there"
-    telling = [line for line in lines if len(line) > 2 and not set(line) <= set("^~ |-=")]
-    return telling[-1][:MAX_REASON] if telling else ""
-
-
-def kill_descendants(not_ours: set[psutil.Process]) -> None:
-    """What is left of a driver: nothing after a good end, Ray's processes after its death; but not the others."""
-    left = [process for process in psutil.Process().children(recursive=True) if process not in not_ours]
-    for process in left:
-        with suppress(psutil.NoSuchProcess):  # it has just ended
-            process.kill()
-    psutil.wait_procs(left, timeout=5)
+    hung = any(line.strip().startswith("Timeout (") for line in said.splitlines())  # `watchdog`
+    return "it hung, and left its stacks there" if hung else last_telling_line(said)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from pipeline.errors import UserError
 from pipeline.failures import CheckpointError, IncompleteError
 from pipeline.runs import checkpoint, lock
 from pipeline.runs.manifest import FILE, RunManifest
+from pipeline.runs.spec import CHECKPOINTS
 from pipeline.storage import Storage
 from pipeline.text import columns, figure
 
@@ -58,11 +59,11 @@ def listed(storage: Storage) -> list[Listed]:
 def _look(run: Storage) -> Listed | None:
     """What is known of a run; None for what is none."""
     names = set(run.names())
-    if not {FILE, lock.FILE, "checkpoints"} & names:
+    if not {FILE, lock.FILE, CHECKPOINTS} & names:
         return None
     problems: list[str] = []
     manifest = RunManifest.read(run, lambda _: problems.append(f"{FILE} is damaged")) if FILE in names else None
-    meta = _newest(run / "checkpoints", problems)
+    meta = _newest(run / CHECKPOINTS, problems)
     step, num_steps = int(meta["step"]) if meta else 0, _number(meta, "num_steps")
     # Of the last step, too, the evaluation belongs to it.
     done = meta is not None and num_steps is not None and step >= num_steps and bool(meta["metrics"])

@@ -18,6 +18,7 @@ from pipeline.runs import checkpoint
 from pipeline.runs.checkpoint import Checkpoint
 from pipeline.runs.claim import Claim
 from pipeline.runs.manifest import FILE, RunManifest
+from pipeline.runs.spec import CHECKPOINTS
 from pipeline.storage import Storage
 
 # With the step they say which images come next.
@@ -59,13 +60,13 @@ def find_checkpoint(
     try:
         # One that has trained nothing has no checkpoints: an earlier driver wrote it late, in the place of theirs.
         own = manifest.training_id if manifest and manifest.attempts else None
-        saved = checkpoint.newest_valid(run / "checkpoints", warn, own, verify_state=verify_state)
+        saved = checkpoint.newest_valid(run / CHECKPOINTS, warn, own, verify_state=verify_state)
         if manifest is None or (saved is not None and own is None):  # a new run, or one whose run.json is lost
             known = ("training_id", "attempts", "failures")
             kept: dict[str, Any] = {key: saved.meta[key] for key in known if key in saved.meta} if saved else {}
             manifest = RunManifest(**kept, began=began or time.time())
         seen = saved.step if saved is not None else 0
-        if seen < saved_step and not checkpoint.is_seen(run / "checkpoints", saved_step):
+        if seen < saved_step and not checkpoint.is_seen(run / CHECKPOINTS, saved_step):
             # To begin anew would write over it. One that is damaged is seen, and told of.
             raise OSError(
                 f"the checkpoint of step {saved_step} is missing in {run}; mount the same run.storage on all nodes"

@@ -12,6 +12,7 @@ from pipeline.storage import Storage
 if TYPE_CHECKING:  # the driver starts faster without
     import torch
 
+CHECKPOINTS = "checkpoints"  # the folder in a run's, and that of its MLflow artifacts
 # Why an attempt ends before the last step: the user wants it, or workers are to come or go.
 StopReason = Literal["interrupted", "resize"]
 
@@ -46,7 +47,7 @@ class RunSpec:
 
     @property
     def checkpoints(self) -> Storage:
-        return self.run / "checkpoints"
+        return self.run / CHECKPOINTS
 
     def attempt_name(self, number: int) -> str:
         """Of an attempt of this driver; later ones', also of later drivers, are higher."""

@@ -17,6 +17,7 @@ from pipeline.failures import CheckpointError
 from pipeline.runs import checkpoint
 from pipeline.runs.checkpoint import Checkpoint
 from pipeline.runs.manifest import FILE, RunManifest
+from pipeline.runs.spec import CHECKPOINTS
 from pipeline.storage import Storage
 from pipeline.tracking import mlflow_run
 from pipeline.tracking.mlflow_store import tracking_uri
@@ -47,7 +48,7 @@ def find_run(reference: str, storage: Storage, mlflow_uri: str | None) -> Storag
         UserError: there is none; with the nearest name.
     """
     for run in (storage / reference, Storage(reference)) if "://" not in reference else (Storage(reference),):
-        if {"checkpoints", FILE} & set(run.names()):
+        if {CHECKPOINTS, FILE} & set(run.names()):
             return run
     also = ""
     if MLFLOW_RUN_ID.fullmatch(reference):
@@ -109,7 +110,7 @@ def find_to_resume(
     """
     storage = open_storage(storage_uri or "runs")
     run = find_run(reference, storage, mlflow_uri) if MLFLOW_RUN_ID.fullmatch(reference) else None
-    if run is None or (run / "checkpoints").names():
+    if run is None or (run / CHECKPOINTS).names():
         return find_checkpoint(reference, storage, mlflow_uri)
     place = storage / run.name if storage_uri else run
     _fetch(place, tracking_uri(mlflow_uri, storage), reference, warn)
@@ -132,7 +133,7 @@ def _fetch(run: Storage, uri: str, mlflow_id: str, warn: Callable[[str], None]) 
                 raise UserError(
                     f"run.storage={run.parent}: already has another training named {run.name}; use another run.storage"
                 )
-            place = run / "checkpoints" / path.name
+            place = run / CHECKPOINTS / path.name
             place.make()
             for file in (checkpoint.STATE, checkpoint.CONFIG, checkpoint.META):  # the last makes it one
                 place.upload(fetched.path / file if file == checkpoint.META else fetched.file(file), file)
@@ -176,7 +177,7 @@ def _as_user_error() -> Iterator[None]:
 def _newest(run: Storage, warn: Callable[[str], None] = lambda _: None) -> Checkpoint:
     problems: list[str] = []
     with _as_user_error():
-        newest = checkpoint.newest_valid(run / "checkpoints", problems.append)
+        newest = checkpoint.newest_valid(run / CHECKPOINTS, problems.append)
     if newest is None:
         raise UserError(f"{run} has no valid checkpoint" + (f": {problems[0]}" if problems else " yet"))
     for problem in problems:

@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline.config.running import MlflowConfig
 from pipeline.environment import SQLITE
+from pipeline.runs.spec import CHECKPOINTS
 from pipeline.storage import Storage
 from pipeline.tracking.mlflow_store import ARTIFACTS, follow_artifacts, is_missing, open_client, reason, tracking_uri
 from pipeline.tracking.records import End, Folder, Metrics, Model, Params, Record, Report, Start, Tags, Text
@@ -20,7 +21,7 @@ from pipeline.tracking.report.charts import METRICS, History
 
 TRAINING_ID_TAG = "pipeline.training_id"
 RUN_TAG = "pipeline.run_dir"
-CHECKPOINTS, REPORT = "checkpoints", "report"  # folders of artifacts
+REPORT = "report"  # its folder of artifacts
 ATTEMPT = uuid.uuid4().hex  # this process: an attempt's start that is sent by a later one is past
 
 
@@ -145,7 +146,7 @@ class MlflowRun:
         from pipeline.tracking.registry import ModelRegistry
 
         registry = ModelRegistry(self._client, self._uri, self.experiment_id, self.id)
-        place = Storage(self._folder) / "checkpoints" / checkpoint
+        place = Storage(self._folder) / CHECKPOINTS / checkpoint
         model_id = registry.log(place)
         return None if register is None else registry.register(model_id, register, place, {RUN_TAG: self._folder})
 

@@ -9,10 +9,10 @@ from pipeline.data.loading.loader import EvalLoader
 from pipeline.failures import CheckpointError, retry
 from pipeline.runs import checkpoint
 from pipeline.runs.checkpoint import META, Checkpoint
+from pipeline.runs.spec import CHECKPOINTS
 from pipeline.storage import Storage
 from pipeline.tracking.metrics import Predictions
 from pipeline.tracking.mlflow_logger import MlflowLogger
-from pipeline.tracking.mlflow_run import CHECKPOINTS
 from pipeline.tracking.report.page import Facts, find_mistakes
 
 

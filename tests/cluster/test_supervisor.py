@@ -32,7 +32,7 @@ def test_a_process_that_has_just_ended_by_itself_is_no_error(monkeypatch: pytest
     seen = psutil.Process(child.pid)
     child.wait()
     monkeypatch.setattr(psutil.Process, "children", lambda self, recursive: [seen])
-    supervisor.kill_descendants(set())
+    machine.kill_descendants(set())
 
 
 @pytest.mark.parametrize(
