@@ -4,15 +4,18 @@ python -m pipeline.cluster.driver FILE_DESCRIPTOR
 """
 
 import contextlib
+import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.cluster.connection import connected
 from pipeline.cluster.supervisor import TrainRequest
+from pipeline.config.schema import Config
 from pipeline.errors import UserError, one_line
 from pipeline.events import Event, RunOpened, Warned
 from pipeline.failures import (
@@ -98,6 +101,9 @@ def train(supervisor: SupervisorConnection) -> dict[str, Any]:
     imports too, and where two threads import the same modules, one may see half of one: so that comes after.
     """
     request, began = supervisor.request, time.time()
+    if not request.has_trained:
+        with _watched(supervisor):
+            _refuse_missing_data(request.cfg)
     imports = threading.Thread(target=_import, daemon=True)
     imports.start()
     with connected(request.cfg.cluster, request.restarted, supervisor.wants_stop, supervisor.warn, imports.join):
@@ -117,6 +123,22 @@ def train(supervisor: SupervisorConnection) -> dict[str, Any]:
                 telling.start()
                 telling.join(DRIVER_END_S)
                 raise
+
+
+def _refuse_missing_data(cfg: Config) -> None:
+    """Raise UserError for a mistyped path before Ray starts, which takes seconds, where all is on this machine."""
+    if cfg.cluster.address or os.environ.get("RAY_ADDRESS"):
+        return
+    for split, source in (("train", cfg.data.train), ("val", cfg.data.val)):
+        if "://" in source or "{" in source:
+            continue
+        try:
+            Path(source).stat()
+        except FileNotFoundError:
+            fix = "give a folder of CLASS/image files, tar shards, Parquet files or an index"
+            raise UserError(f"data.{split}: no folder or index file {source}; {fix}") from None
+        except OSError:
+            continue  # `open_run` looks again, and waits
 
 
 @contextlib.contextmanager

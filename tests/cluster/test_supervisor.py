@@ -254,7 +254,25 @@ def test_a_failure_that_mlflow_cannot_be_told_of_stays_that_failure(monkeypatch:
     monkeypatch.setattr(controller, "TrainController", Failing)
     monkeypatch.setattr(open_run, "open_run", lambda *_, **__: nullcontext(here))
     told = list[str]()
-    one = other_end(load(None, ["data.train=x", "data.val=x"]), told, trained=False)
+    one = other_end(load(None, ["data.train=/", "data.val=/"]), told, trained=False)
     with pytest.raises(TrainingFailedError, match="one failure too many"):
         driver.train(one)
     assert told == ["run.json and MLflow are not told: the storage is away"]
+
+
+def test_a_mistyped_path_is_told_before_ray_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(driver, "connected", lambda *_: pytest.fail("it takes seconds"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    (tmp_path / "train").mkdir()
+    for data, line in (
+        (
+            [f"data.train={tmp_path}/trian", f"data.val={tmp_path}/train"],
+            "data.train: no folder or index file .*/trian",
+        ),
+        (
+            [f"data.train={tmp_path}/train", f"data.val={tmp_path}/val"],
+            "data.val: no folder or index file .*/val; give",
+        ),
+    ):
+        with pytest.raises(UserError, match=line):
+            driver.train(other_end(load(None, data), [], trained=False))

@@ -135,7 +135,10 @@ def test_exif_orientation_is_applied_as_dali_does(tmp_path: Path) -> None:
             lambda p: p.mkdir() or (p / "1.jpg").touch(),
             r"data has 1 images, but no class folders; put .* such as .*/data/cat/1\.jpg",
         ),
-        (lambda p: p.write_bytes(b"PK"), "no folder .*/data"),
+        (
+            lambda p: [(p / name).mkdir(parents=True) or (p / name / "x.jpg").touch() for name in ("train", "val")],
+            "has the folders train, val, which are no classes; give .*/data/train and .*/data/val instead",
+        ),
         (lambda p: (p / "a").mkdir(parents=True), "has no usable image"),
         (
             lambda p: (p / "a").mkdir(parents=True) or (p / "a" / "x.jpg").touch(),

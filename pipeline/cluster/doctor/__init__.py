@@ -1,4 +1,4 @@
-"""`pipeline doctor --cluster`: what is wrong with a cluster, and what to do.
+"""`pipeline doctor`: what is wrong with a cluster, and what to do.
 
 `examine.examine` is the way in.
 """

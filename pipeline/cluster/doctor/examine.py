@@ -1,4 +1,4 @@
-"""`pipeline doctor --cluster`: whether a cluster can train a configuration, and what to fix where it cannot.
+"""`pipeline doctor`: whether a cluster can train a configuration, and what to fix where it cannot.
 
 `node_checks` has what the nodes try, `check_results` makes a line of what each has found.
 """

@@ -51,6 +51,9 @@ class Source:
     folders: list[str]
 
 
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}  # of a data set; never its classes
+
+
 def kind_of(file: str) -> Kind | None:
     """What a file is, by its name."""
     suffix = posixpath.splitext(file)[1].lower()
@@ -113,6 +116,9 @@ def find_source(source: str) -> Source:
             raise UserError(f"{source} has {len(loose)} images, but no class folders; {fix}")
         lacks = "no usable image in its folders" if folders else "no class folders, no tar shards and no Parquet files"
         raise UserError(f"{source} has {lacks}; expected {source}/CLASS/image.jpg")
+    if kinds == ["images"] and len(folders) > 1 and set(folders) <= SPLITS:
+        each = " and ".join(f"{source.rstrip('/')}/{name}" for name in folders)
+        raise UserError(f"{source} has the folders {', '.join(folders)}, which are no classes; give {each} instead")
     kind, step = kinds[0], UNIT_IMAGES if kinds[0] == "images" else 1
     cut = [by_kind[kind][k : k + step] for k in range(0, len(by_kind[kind]), step)]
     units = [Unit(root.uri, kind, tuple(some), tuple(sizes[f] for f in some if f in sizes)) for some in cut]
