@@ -3,6 +3,7 @@
 from pipeline import clock  # noqa: F401  first, since it takes the time
 
 # isort: split
+import inspect
 import json
 import sys
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from cyclopts import (
 from pipeline import environment
 from pipeline.cli import bench, cluster, data, models, train
 from pipeline.cli.common import DONE, FAILED, INTERRUPTED, WRONG, drop_unread, warn
+from pipeline.config.reference import settings
 from pipeline.errors import UserError
 
 GROUPS: dict[Group, tuple[Any, ...]] = {
@@ -39,6 +41,20 @@ def _shown(default: Any) -> str | None:
     return None if default is False or default is None else str(default)
 
 
+def _usage(command: Any, before: str = "") -> str:
+    """Such as "Usage: pipeline index SOURCE --out OUT [OPTIONS]"; cyclopts' own does not name what may be left out."""
+    words, options = [], []
+    for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
+        shown = next((m.name[0] for m in getattr(parameter.annotation, "__metadata__", ()) if m.name), name.upper())
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            words.append(f"[{shown} ...]")
+        elif parameter.kind is parameter.POSITIONAL_ONLY:
+            words.append(shown if parameter.default is parameter.empty else f"[{shown}]")
+        elif parameter.default is parameter.empty:
+            options.append(f"--{name} {name.upper()}")
+    return " ".join(["Usage: pipeline", before + command.__name__, *words, *options, "[OPTIONS]"])
+
+
 def make_app() -> App:
     """The commands, in groups."""
     app = App(
@@ -48,19 +64,20 @@ def make_app() -> App:
         version=lambda: version("pipeline"),
         default_parameter=Parameter(negative=(), show_default=_shown),  # no --no-json
         group_commands=Group("Other", sort_key=6),
+        group_parameters=Group("Options"),
         print_error=False,
         exit_on_error=False,
     )
     app.register_install_completion_command(help="Write completion for your shell, and a line into its start-up file.")
     for group, commands in GROUPS.items():
         for place, command in enumerate(commands):
-            app.command(command, group=group, sort_key=place)
+            app.command(command, group=group, sort_key=place, usage=_usage(command))
     parts = App(
         name="bench", help="Measure a part of training on this machine.", group=MEASURE, group_commands=Group("Parts")
     )
     of_bench: tuple[Any, ...] = (bench.loader, bench.step, bench.train, bench.scale)
     for place, part in enumerate(of_bench):
-        parts.command(part, sort_key=place)
+        parts.command(part, sort_key=place, usage=_usage(part, "bench "))
     app.command(parts)
     return app
 
@@ -114,7 +131,10 @@ def _in_words(error: CycloptsError) -> str:
         return f"{(error.unused_tokens or [''])[0]}: one word too many"
     text = " ".join(str(error).split()).partition(" Available commands")[0]
     if isinstance(error, UnknownOptionError):
-        text = text.replace(value := error.token.keyword or error.token.value, value.partition("=")[0])  # a secret
+        option = error.token.keyword or error.token.value
+        text = text.replace(option, option := option.partition("=")[0])  # a secret
+        name = option.strip("-").replace("-", "_")
+        text += "".join(f" A setting is {key}=VALUE." for key in settings() if key.split(".")[-1] == name)
     return text.rstrip(".")
 
 

@@ -119,17 +119,17 @@ def stop(
     return [jobs.describe(details) | {"log": text} for details, text in stopped], lines, DONE
 
 
-def doctor(config: Config | None = None, /, *overrides: Overrides, cluster: bool, as_json: Json = False) -> Outcome:
+def doctor(
+    config: Config | None = None, /, *overrides: Overrides, cluster: bool = True, as_json: Json = False
+) -> Outcome:
     """Say whether a cluster can train a configuration, and what to fix if not.
 
     Args:
-        config: A YAML file; by default no data is read.
-        cluster: Look at the cluster of cluster.address or $RAY_ADDRESS, else at this machine as one.
+        config: A YAML file; without it, data are not checked.
+        cluster: Look at the cluster of cluster.address or $RAY_ADDRESS, else at this machine as one; always so.
     """
     from pipeline.cluster.doctor.examine import NOT_GIVEN, examine
 
-    if not cluster:
-        raise UserError("give --cluster: it is the only kind of examination so far")
     words = [config, *overrides] if config else []
     if words and "=" not in words[0]:
         cfg = load(words[0], words[1:])

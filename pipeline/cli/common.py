@@ -42,7 +42,9 @@ def variables(_: Any, tokens: Sequence[Token]) -> list[str]:
 # The options that several commands have.
 Json = Annotated[bool, Parameter(name="--json", help="One JSON object on stdout, all else on stderr.")]
 Config = Annotated[str, Parameter(name="CONFIG")]
-Overrides = Annotated[str, Parameter(name="KEY=VALUE", help="Settings, such as train.epochs=3.")]
+Overrides = Annotated[
+    str, Parameter(name="KEY=VALUE", help="Settings, such as train.epochs=3; `pipeline config --explain` lists all.")
+]
 Run = Annotated[str, Parameter(name="RUN", help="A run's name, an MLflow run id, or a checkpoint's path.")]
 Storage = Annotated[str, Parameter(help="The directory or URI where runs lie.")]
 MlflowUri = Annotated[str | None, Parameter(help="The store that an MLflow run id is looked up in.")]

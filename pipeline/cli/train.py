@@ -40,12 +40,15 @@ def train(
     needs: Variables = None,
     as_json: Json = False,
 ) -> Outcome:
-    """Train; a run.name used before resumes that run.
+    """Train a model, or go on with a training.
+
+    Ctrl-C saves a checkpoint and ends. The same command with the same run.name goes on where it was, and so does
+    --resume. Checkpoints and logs are in run.storage/run.name.
 
     Args:
         config: A YAML file; not with --resume.
         resume: A run's name, an MLflow run id, or a checkpoint's path.
-        needs: Refuse to start where this environment variable is not set; may be given again.
+        needs: Refuse to start where this environment variable is not set; may be given again. For jobs.
     """
     from pipeline.cli.console import TrainingView, format_summary
     from pipeline.cluster import supervisor
@@ -85,7 +88,11 @@ def config_to_train(
 
 
 def runs(*, storage: Storage = "runs", as_json: Json = False) -> Outcome:
-    """List the runs of a storage: state, best top-1, images/s, where they resume."""
+    """List the runs of a storage: state, best top-1, images/s, where they resume.
+
+    States: training; done; stopped before its last step; failed for good; died: nobody trains it, and it has not ended;
+    open: on an object store, either training or died; new: it has no checkpoint yet.
+    """
     from pipeline.runs import listing
     from pipeline.tracking.find import open_storage
 

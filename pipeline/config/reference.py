@@ -62,9 +62,12 @@ def explain(key: str | None) -> list[Setting]:
 
 def no_such_key(key: str) -> str:
     """That there is no such setting, and the nearest one."""
-    known = list(settings())
-    names = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    names = names or [k for k in known if k.split(".")[-1] == key.split(".")[-1]][:1]
+    known, last = settings(), key.split(".")[-1]
+    names = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+    names += [k for k in known if k.split(".")[-1] == last]
+    if len(last) > 3:
+        names += [k for k, setting in known.items() if last.replace("_", " ") in setting.meaning.lower()]
+    names += difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     return f"no such key; {f'did you mean {names[0]}?' if names else '`pipeline config --explain` lists all keys'}"
 
 

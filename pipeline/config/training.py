@@ -45,7 +45,9 @@ class ModelConfig(Section):
 @dataclass(frozen=True)
 class OptimConfig(Section):
     name: Literal["sgd", "adamw", "lamb", "lars"] = setting("sgd", "the optimizer")
-    lr: float = setting(0.1, "learning rate at the top of the schedule", above=0)
+    lr: float = setting(
+        0.1, "learning rate at the top of the schedule, for a global batch of lr_batch images; see lr_scaling", above=0
+    )
     lr_batch: int | None = setting(
         None, "the global batch that lr and final_lr are for; null: whatever train.global_batch is", "images", low=1
     )
