@@ -194,7 +194,7 @@ def test_predict_without_an_image_gets_one_line(
         ([tmp_path], f"{tmp_path} has no image file at any depth"),
         (["-"], "stdin names no image; give it paths, one a line"),
         (["x.jpg", "--csv", "--json"], "--csv: does not go with --json"),
-        (["x.jpg", "--csv", "--top", 0], "--top 0: must be from 1 to"),
+        (["x.jpg", "--csv", "--top", 0], "--top: 0: must be a whole number, at least 1"),
     ):
         code, out, err = run("predict", trained["run_dir"], *words)
         assert (code, err.count("\n")) == (2, 1)

@@ -347,7 +347,7 @@ def test_a_node_that_sees_the_run_late_begins_no_new_training(
         fit(one, context(events=events))
     (start,) = [event for event in events if isinstance(event, AttemptStarted)]
     assert (start.attempt, start.step) == (2, 4)
-    assert "seen" in next(event.text for event in events if isinstance(event, Warned))
+    assert "mount the same run.storage" in next(event.text for event in events if isinstance(event, Warned))
 
 
 def test_a_finished_run_trains_no_more(spec: Callable[..., RunSpec]) -> None:
