@@ -24,7 +24,6 @@ from cyclopts import (
 from pipeline import environment
 from pipeline.cli import bench, cluster, data, models, train
 from pipeline.cli.common import DONE, FAILED, INTERRUPTED, WRONG, drop_unread, warn
-from pipeline.config.reference import settings
 from pipeline.errors import UserError
 
 GROUPS: dict[Group, tuple[Any, ...]] = {
@@ -131,6 +130,8 @@ def _in_words(error: CycloptsError) -> str:
         return f"{(error.unused_tokens or [''])[0]}: one word too many"
     text = " ".join(str(error).split()).partition(" Available commands")[0]
     if isinstance(error, UnknownOptionError):
+        from pipeline.config.reference import settings
+
         option = error.token.keyword or error.token.value
         text = text.replace(option, option := option.partition("=")[0])  # a secret
         name = option.strip("-").replace("-", "_")

@@ -10,8 +10,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter, Token
 
-from pipeline.cli.common import DONE, FAILED, Config, Count, Json, Outcome, Overrides, warn, whole
-from pipeline.config.loading import load
+from pipeline.cli.common import DONE, FAILED, Config, Count, Json, Outcome, Overrides, load, warn, whole
 from pipeline.errors import UserError
 from pipeline.storage import make_folder
 

@@ -18,10 +18,10 @@ from pipeline.cli.common import (
     Outcome,
     Overrides,
     Variables,
+    load,
     people,
     warn,
 )
-from pipeline.config.loading import load
 from pipeline.errors import UserError
 
 JOB = "A job's id, or a run's name: its newest job."

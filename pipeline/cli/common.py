@@ -12,6 +12,7 @@ from cyclopts import Parameter, Token
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:  # torch takes seconds to import
+    from pipeline.config import schema
     from pipeline.runs.checkpoint import Checkpoint
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
@@ -56,6 +57,13 @@ Address = Annotated[
 Count = Annotated[int, Parameter(converter=whole(1))]
 Variables = Annotated[list[str] | None, Parameter(converter=variables)]
 CountFrom0 = Annotated[int, Parameter(converter=whole(0))]
+
+
+def load(config: str | None, overrides: Sequence[str]) -> "schema.Config":
+    """The configuration that a command's CONFIG and KEY=VALUE mean; OmegaConf is imported here, not for `--help`."""
+    from pipeline.config import loading
+
+    return loading.load(config, overrides)
 
 
 def checkpoint_of(run: str, storage: str, mlflow_uri: str | None) -> "Checkpoint":

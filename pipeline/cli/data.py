@@ -8,8 +8,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from pipeline import machine
-from pipeline.cli.common import DONE, SOURCES, Config, Count, CountFrom0, Json, Outcome, Overrides, warn
-from pipeline.config.loading import load
+from pipeline.cli.common import DONE, SOURCES, Config, Count, CountFrom0, Json, Outcome, Overrides, load, warn
 from pipeline.errors import UserError
 
 

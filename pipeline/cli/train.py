@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline import clock
 from pipeline.cli.common import (
@@ -26,8 +27,10 @@ from pipeline.cli.common import (
     people,
     warn,
 )
-from pipeline.config import loading, reference, schema
 from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.config import schema
 
 NUM_WORST = 10  # classes that a report's summary shows
 
@@ -71,8 +74,10 @@ def train(
 
 def config_to_train(
     config: str | None, overrides: Sequence[str], resume: str | None
-) -> tuple[schema.Config, str, str | None]:
+) -> tuple["schema.Config", str, str | None]:
     """The configuration, the name that a new run is called after, and the checkpoint to resume from."""
+    from pipeline.config import loading
+
     words = [config, *overrides] if config else []
     if resume is None:
         if not words or "=" in words[0]:
@@ -171,6 +176,8 @@ def config(
         config: A YAML file; with --explain, a setting or a section, such as train.epochs or train, or nothing.
         explain: Print the meaning, the default and the bounds of settings instead.
     """
+    from pipeline.config import loading, reference
+
     if explain:
         if overrides:
             raise UserError(f"--explain takes one setting or section; leave out {overrides[0]}")
