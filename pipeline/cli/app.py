@@ -26,12 +26,13 @@ from pipeline.cli import bench, cluster, data, models, train
 from pipeline.cli.common import DONE, FAILED, INTERRUPTED, WRONG, drop_unread, warn
 from pipeline.errors import UserError
 
+MEASURE = Group("Measure", sort_key=5)
 GROUPS: dict[Group, tuple[Any, ...]] = {
     Group("Train", sort_key=1): (train.train, train.runs, train.report, train.sync, train.config),
     Group("Data", sort_key=2): (data.index, data.pack, data.preview),
     Group("Models", sort_key=3): (models.evaluate, models.predict, models.export, models.register),
     Group("Cluster", sort_key=4): (cluster.submit, cluster.jobs, cluster.stop, cluster.doctor),
-    (MEASURE := Group("Measure", sort_key=5)): (bench.plan,),
+    MEASURE: (bench.plan,),
 }
 
 
