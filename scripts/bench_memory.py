@@ -91,7 +91,7 @@ def write_images(folder: Path) -> Path:
 
 
 def measure(file: Path, kind: str, num_batches: int, num_threads: int) -> dict[str, Any]:
-    """Resident memory, sampled over the batches, and its growth."""
+    """Resident memory, of the processes that read, too, sampled over the batches, and its growth."""
     torch.set_num_threads(num_threads)
     cfg = DataConfig(train=str(file), val=str(file), **KINDS[kind])
     context = LoaderContext(0, 1, torch.device("cpu"), num_threads)
@@ -99,7 +99,7 @@ def measure(file: Path, kind: str, num_batches: int, num_threads: int) -> dict[s
     me, samples, started = psutil.Process(), dict[int, float](), time.perf_counter()
     for i, _ in enumerate(loader.from_step(0, num_batches), start=1):
         if i % SAMPLE_EVERY == 0:
-            samples[i] = me.memory_info().rss / 1e6
+            samples[i] = sum(p.memory_info().rss for p in (me, *me.children())) / 1e6
     early = statistics.median(mb for i, mb in samples.items() if SETTLED <= i < 2 * SETTLED)
     late = statistics.median(mb for i, mb in samples.items() if i > 0.9 * num_batches)
     return {

@@ -38,7 +38,8 @@ BEFORE, ONCE, AFTER, MINUTE, HANGS, LOST = KINDS = (
     "hangs",
     "answer-lost",  # it was done, and the caller is told that it was not
 )
-CALLS = "mkdir rename replace remove unlink rmdir listdir scandir link truncate utime stat open fsync fdatasync pread"
+CALLS = "mkdir rename replace remove unlink rmdir listdir scandir link truncate utime stat"
+CALLS += " open fsync fdatasync pread preadv"
 VARYING = (
     (r"[0-9a-f]{32,64}", "ID"),
     (r"\d{16,}", "TIME"),

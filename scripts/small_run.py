@@ -13,7 +13,8 @@ import sqlite3
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import Pipe
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +30,7 @@ from pipeline.cluster import controller, driver
 from pipeline.cluster.supervisor import TrainRequest
 from pipeline.config.loading import load
 from pipeline.config.schema import Config
+from pipeline.data.loading import reader_process, readers
 from pipeline.errors import UserError
 from pipeline.events import AttemptStarted, Event, RunOpened, Warned, to_json
 from pipeline.failures import FailureBudget, FatalError, attempt_is_repeated, driver_end
@@ -111,6 +113,7 @@ def attempt(
     clock.install()
     seam.install()
     _settle_saves(clock)
+    vars(readers)["Child"] = _ThreadChild
 
     started = heard = False
 
@@ -153,6 +156,20 @@ def _opened(request: TrainRequest, watch: Callable[[Event], None]) -> Iterator[R
         with driver._watched(supervisor) as heartbeat:
             spec, _ = stack.enter_context(driver._opened(supervisor, heartbeat))
         yield spec
+
+
+class _ThreadChild:
+    """A process that reads images, as a thread of this one, so that the seam sees what it does."""
+
+    def __init__(self, module: str, pass_fds: Sequence[int] = ()):
+        self.connection, theirs = Pipe()
+        threading.Thread(target=reader_process.serve, args=[theirs], daemon=True).start()
+
+    def describe_end(self) -> str:
+        return "its thread has ended"
+
+    def kill(self) -> None:
+        self.connection.close()
 
 
 def _settle_saves(clock: Clock) -> None:

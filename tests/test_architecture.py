@@ -14,7 +14,8 @@ ROOMS = {
     "config": "fields data training running schema reference loading",
     "data": "stream augment_params index batch_spec",
     "data.indexing": "rows find shards parquet scan build",
-    "data.loading": "cache groups read fetch augment dali mix loader isolate",
+    "data.loading": """cache groups read child fetch shared_memory reader_process bad_images readers augment graph
+        dali to_device mix loader isolate""",
     "data.": "pack verify preview",
     "runs": "claim spec manifest state_file checkpoint retention async_checkpointer resume lock listing",
     "models": "resnet state_dict pretrained export",
@@ -22,13 +23,13 @@ ROOMS = {
     "tracking.report": "charts page",
     "tracking.": "mlflow_run backlog mlflow_logger uploads find sync",
     "training": """precision schedule optim state step microbatch evaluation ddp control watchdog sample_log profiler
-        crashing_images recorder setup loop open_run inference checkpoint_report""",
+        crashing_images losses recorder setup loop open_run inference checkpoint_report""",
     "cluster": """oom supervisor ray_start ray_cluster connection affinity channel worker prometheus trainer controller
         driver""",
     "cluster.doctor": "node_checks check_results examine",
     "cluster.jobs": "submission client",
     "bench.planning": "assumptions failure_model cost_model plan view",
-    "bench": "common loader_baselines loader step scaling",
+    "bench": "common loader_baselines loader host step scaling",
     "cli": "console common train data models cluster bench app",
 }
 ORDER = [f"{room.strip('.')}.{name}".strip(".") for room, names in ROOMS.items() for name in names.split()]
@@ -41,7 +42,7 @@ OWNERS = {
     },
     "ray": {"cluster"},
     "mlflow": {"tracking"},
-    "nvidia": {"data.loading"},
+    "nvidia": {"data.loading", "bench.host"},
     "omegaconf": {"config.loading"},
     "pyarrow": {"storage", "http_storage", "data.index", "data.indexing", "data.loading"},
     "rich": {"cli.console", "text"},

@@ -10,7 +10,7 @@ from pipeline import failures
 from pipeline.cluster import supervisor
 from pipeline.cluster.ray_start import RayStartError
 from pipeline.config.loading import load
-from pipeline.data.loading.fetch import BadDataError
+from pipeline.data.loading.bad_images import BadDataError
 from pipeline.errors import UserError
 from pipeline.events import AttemptFailed, AttemptStarted, Event
 from pipeline.failures import (

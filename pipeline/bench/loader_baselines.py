@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property, partial
 from io import BytesIO
@@ -25,10 +26,13 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
 from pipeline.config.data import DataConfig
+from pipeline.data.batch_spec import TrainSpecs, make_sampler
 from pipeline.data.index import Index, load_index
 from pipeline.data.loading.dali import decode_graph, decode_inputs
+from pipeline.data.loading.fetch import BatchReader
 from pipeline.data.loading.loader import LoaderContext, TrainLoader
 from pipeline.data.loading.read import Reader
+from pipeline.failures import READ_SOURCE_S
 
 CPU = torch.device("cpu")
 DECODE_BATCHES = 8  # that the decoder alone has in memory
@@ -148,12 +152,13 @@ def pipeline_batches(baseline: LoaderBaseline, task: Task) -> Iterator[Any]:
 
 def decode_alone(baseline: LoaderBaseline, task: Task) -> Iterator[Any]:
     """The same crops decoded and nothing else, from memory: what no CPU loader on this decoder gets past."""
-    loader, reader = _train_loader(task), Reader(load_index(task.index), task.data)
-    specs = [loader.batch_spec(step) for step in range(min(DECODE_BATCHES, baseline.total_batches(task)))]
-    inputs = [decode_inputs(spec, [reader.read(int(row)) for row in spec.rows]) for spec in specs]
-    reader.close()
+    index = load_index(task.index)
+    make_spec = TrainSpecs(task.data, make_sampler(task.data, len(index), task.batch, seed=0), rank=0, world_size=1)
+    with closing(BatchReader(index, task.data, lambda _: None, READ_SOURCE_S)) as reader:
+        specs = [make_spec(index, step) for step in range(min(DECODE_BATCHES, baseline.total_batches(task)))]
+        batches = cycle([reader.read(spec, lambda size: memoryview(bytearray(size))) for spec in specs])
     pipe = decode_graph(
-        cycle(inputs),
+        lambda: decode_inputs(next(batches)),
         batch_size=task.batch,
         num_threads=len(task.cores),
         device_id=None,

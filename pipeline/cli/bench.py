@@ -46,6 +46,7 @@ def loader(
     rounds: Rounds = 7,
     images: Count = 2048,
     cores: Count | None = None,
+    host: Annotated[bool, Parameter(negative=())] = False,
     out: Folder = None,
     as_json: Json = False,
 ) -> Outcome:
@@ -55,7 +56,13 @@ def loader(
         config: A YAML file.
         images: Timed images of a round.
         cores: For each loader; by default all.
+        host: Measure instead what loading takes from the process that trains, as on a GPU; none is needed.
     """
+    if host:
+        from pipeline.bench.host import bench_host, format_result
+
+        return _bench(out, "host", partial(bench_host, load(config, overrides), rounds, images), format_result)
+
     from pipeline.bench import loader
 
     measure = partial(loader.bench_loader, load(config, overrides), cores, rounds, images)
@@ -150,7 +157,7 @@ def _bench(
     name: str,
     measure: Callable[..., Result],
     format_result: Callable[[Result], list[str]],
-    plot: Callable[[Result, Path], None],
+    plot: Callable[[Result, Path], None] | None = None,
 ) -> Outcome:
     """Measure, and show how far that is; the figures and their plot go to the folder `out`, which is made before.
 
@@ -165,7 +172,8 @@ def _bench(
         result = measure(view)
     if out:
         (out / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        plot(result, out / f"{name}.png")
+        if plot is not None:
+            plot(result, out / f"{name}.png")
     return result, format_result(result), DONE
 
 

@@ -204,7 +204,7 @@ class TrainController:
         if isinstance(cause, ImportError) and not self._has_trained:  # else it may be that of one new node
             raise TrainingFailedError(f"a worker cannot start: {last_line(cause)}")
         failures = getattr(error, "worker_failures", {})
-        dead = {rank: e for rank, e in failures.items() if isinstance(e, WorkerHealthCheckFailedError)}
+        dead = {rank: e for rank, e in failures.items() if _has_died(e)}
         self._deaths = (*self._deaths, self._channel.step) if dead and self._trains else ()  # those in a row
         failures = dead or failures  # the others have but lost these
         workers = [how_it_ended(rank, e, self._channel.crashes.get(rank)) for rank, e in sorted(failures.items())]
@@ -259,3 +259,8 @@ class TrainController:
                 ),
             ),
         )
+
+
+def _has_died(error: BaseException) -> bool:
+    """Whether a worker's process has, or again and again the one that reads images for it."""
+    return isinstance(error, WorkerHealthCheckFailedError) or "readers.ReaderDiedError: " in str(error)

@@ -60,11 +60,12 @@ class DataConfig(Section):
         0.0, "CutMix: likewise; with both on, each pair of images takes one of them", low=0, high=100
     )
     decode_threads: int | None = setting(
-        None, "threads that decode, per worker; null: the worker's share of the node's cores", low=1
+        None, "threads that decode, per worker; null: its share of the node's cores, on a GPU all but two", low=1
     )
     decode_on_gpu: bool = setting(True, "decode on the GPU that trains; false: on CPU cores, and only augment there")
     hw_decoder_load: float = setting(0.65, "share of the images for a GPU's own JPEG decoder, if any", low=0, high=1)
-    read_threads: int = setting(4, "threads that read files ahead, per worker", low=1, high=256)
+    read_processes: int = setting(1, "processes that read files ahead, per worker", low=1, high=64)
+    read_threads: int = setting(4, "threads of each of them", low=1, high=256)
     prefetch: int = setting(2, "batches decoded ahead of the one in use", "batches", low=1, high=64)
     cache_dir: str | None = setting(
         None, "where a node keeps data that comes from a URI; null: in the machine's temporary directory"

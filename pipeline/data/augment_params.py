@@ -7,7 +7,7 @@ torchvision's where it has one.
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.special import betaincinv
+from numpy.typing import NDArray
 
 from pipeline.config.data import DataConfig
 from pipeline.data.stream import BoolArray, FloatArray, IntArray
@@ -184,6 +184,8 @@ def mixtures(mixup: float, cutmix: float, size: int, draws: FloatArray) -> tuple
         weights (P,): of an image's own pixels, in 1/65536, where it is not cut.
         boxes (P, 4): top, left, bottom, right of what comes from the partner alone.
     """
+    from scipy.special import betaincinv  # late: it takes longer to import than all that a process that reads needs
+
     cuts = draws[:, 0] * ((mixup > 0) + (cutmix > 0)) >= (mixup > 0)
     alpha = np.where(cuts, cutmix, mixup)
     own = betaincinv(alpha, alpha, draws[:, 1])  # the inverse distribution function: one uniform is one Beta number
@@ -195,7 +197,7 @@ def mixtures(mixup: float, cutmix: float, size: int, draws: FloatArray) -> tuple
     return weights, boxes
 
 
-def drop_path_masks(rates: Sequence[float], draws: FloatArray) -> FloatArray:
+def drop_path_masks(rates: Sequence[float], draws: FloatArray) -> NDArray[np.float32]:
     """Stochastic depth (Huang et al. 2016): 0 where a sample skips a residual branch, else 1 / (1 - rate).
 
     Args:
@@ -203,10 +205,10 @@ def drop_path_masks(rates: Sequence[float], draws: FloatArray) -> FloatArray:
         draws: (B, blocks) uniforms.
 
     Returns:
-        (B, blocks), 1 on average.
+        (B, blocks) float32, 1 on average.
     """
     kept = 1 - np.array(rates)
-    factors: FloatArray = (draws < kept) / kept
+    factors: NDArray[np.float32] = ((draws < kept) / kept).astype(np.float32)
     return factors
 
 

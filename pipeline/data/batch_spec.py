@@ -1,7 +1,7 @@
 """What a batch consists of, before anything is read: rows, crops and draws, a pure function of seed and step."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,18 +17,21 @@ from pipeline.data.stream import BoolArray, DeterministicSampler, FloatArray, In
 class BatchSpec:
     """Images to decode together.
 
-    rows: (B,). size: height and width of the output, pixels. anchors, shapes: (B, 2) as (y, x) pixels of the image,
-    what is cut out. flips: (B,). draws: (B, ...) arrays for `augment`, by name. mixture: (B / 2,) weights and
-    (B / 2, 4) boxes for `mix`, or None.
+    rows: (B,). labels: (B,), of the rows. size: height and width of the output, pixels. anchors, shapes: (B, 2) as
+    (y, x) pixels of the image, what is cut out. flips: (B,). draws: (B, ...) arrays for `augment`, by name. mixture:
+    (B / 2,) weights and (B / 2, 4) boxes for `mix`, or None. drop_path_mask: (B, blocks) factors of the network's
+    residual branches, float32, or None.
     """
 
     rows: IntArray
+    labels: IntArray
     size: int
     anchors: IntArray
     shapes: IntArray
     flips: BoolArray
     draws: dict[str, NDArray[Any]] = field(default_factory=dict)
     mixture: tuple[IntArray, IntArray] | None = None
+    drop_path_mask: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -37,7 +40,7 @@ class BatchSpec:
         """Images [start, stop), to be decoded alone."""
         s = slice(start, stop)
         draws = {name: values[s] for name, values in self.draws.items()}
-        return BatchSpec(self.rows[s], self.size, self.anchors[s], self.shapes[s], self.flips[s], draws)
+        return BatchSpec(self.rows[s], self.labels[s], self.size, self.anchors[s], self.shapes[s], self.flips[s], draws)
 
 
 def make_sampler(cfg: DataConfig, num_samples: int, global_batch: int, seed: int) -> DeterministicSampler:
@@ -54,46 +57,74 @@ def draw_names(cfg: DataConfig) -> list[str]:
     return [name for name, is_wanted in wanted.items() if is_wanted]
 
 
-def make_train_spec(
-    index: Index, cfg: DataConfig, sampler: DeterministicSampler, step: int, rank: int, world_size: int
-) -> BatchSpec:
-    """What a rank trains on in `step`."""
-    epoch, start, stop = sampler.positions(step, rank, world_size)
-    rows, size = sampler.rows(epoch, start, stop), augment_params.size_at(epoch, cfg)
+@dataclass(frozen=True)
+class TrainSpecs:
+    """What a rank trains on in a step.
 
-    def draw(purpose: Purpose, number: int) -> FloatArray:
-        return uniforms(purpose, sampler.seed, epoch, start, stop, number)
+    drop_rates: of the network's residual blocks (stochastic depth); none where there is none.
+    """
 
-    sizes = index.image_sizes(rows)
-    if cfg.crop_short is not None:
-        anchors, shapes = augment_params.short_side_crops(sizes, size, cfg.crop_short, draw(Purpose.CROP, 3))
-    else:
-        crop = draw(Purpose.CROP, augment_params.CROP_DRAWS)
-        anchors, shapes = augment_params.random_resized_crops(sizes, cfg.crop_scale, cfg.crop_ratio, crop)
-    flips = augment_params.flips(cfg.flip, draw(Purpose.FLIP, 1))
-    names, draws = draw_names(cfg), dict[str, NDArray[Any]]()
-    if "jitter" in names:
-        draws["jitter"] = augment_params.jitters(cfg.jitter, draw(Purpose.JITTER, 4)).astype(np.float32)
-    if "ops" in names:
-        operations = augment_params.operations(cfg, draw(Purpose.AUGMENT, augment_params.num_policy_draws(cfg)))
-        draws["ops"] = operations.astype(np.int32)
-    if "erase" in names:
-        erase = draw(Purpose.ERASE, 1 + augment_params.ERASE_DRAWS)
-        boxes = augment_params.erasures(cfg.erase, cfg.erase_scale, cfg.erase_ratio, size, erase)
-        draws["erase"] = np.concatenate(boxes, axis=1).astype(np.float32)
-    mixture = None
-    if cfg.mixes:
-        mixing = uniforms(Purpose.MIX, sampler.seed, epoch, start // 2, stop // 2, 4)
-        mixture = augment_params.mixtures(cfg.mixup, cfg.cutmix, size, mixing)
-    return BatchSpec(rows, size, anchors, shapes, flips, draws, mixture)
+    cfg: DataConfig
+    sampler: DeterministicSampler
+    rank: int
+    world_size: int
+    drop_rates: tuple[float, ...] = ()
+
+    def __call__(self, index: Index, step: int) -> BatchSpec:
+        cfg, seed = self.cfg, self.sampler.seed
+        epoch, start, stop = self.sampler.positions(step, self.rank, self.world_size)
+        rows, size = self.sampler.rows(epoch, start, stop), augment_params.size_at(epoch, cfg)
+
+        def draw(purpose: Purpose, number: int) -> FloatArray:
+            return uniforms(purpose, seed, epoch, start, stop, number)
+
+        sizes = index.image_sizes(rows)
+        if cfg.crop_short is not None:
+            anchors, shapes = augment_params.short_side_crops(sizes, size, cfg.crop_short, draw(Purpose.CROP, 3))
+        else:
+            crop = draw(Purpose.CROP, augment_params.CROP_DRAWS)
+            anchors, shapes = augment_params.random_resized_crops(sizes, cfg.crop_scale, cfg.crop_ratio, crop)
+        flips = augment_params.flips(cfg.flip, draw(Purpose.FLIP, 1))
+        names, draws = draw_names(cfg), dict[str, NDArray[Any]]()
+        if "jitter" in names:
+            draws["jitter"] = augment_params.jitters(cfg.jitter, draw(Purpose.JITTER, 4)).astype(np.float32)
+        if "ops" in names:
+            operations = augment_params.operations(cfg, draw(Purpose.AUGMENT, augment_params.num_policy_draws(cfg)))
+            draws["ops"] = operations.astype(np.int32)
+        if "erase" in names:
+            erase = draw(Purpose.ERASE, 1 + augment_params.ERASE_DRAWS)
+            boxes = augment_params.erasures(cfg.erase, cfg.erase_scale, cfg.erase_ratio, size, erase)
+            draws["erase"] = np.concatenate(boxes, axis=1).astype(np.float32)
+        spec = BatchSpec(rows, index.labels_of(rows), size, anchors, shapes, flips, draws)
+        if cfg.mixes:
+            mixing = uniforms(Purpose.MIX, seed, epoch, start // 2, stop // 2, 4)
+            spec = replace(spec, mixture=augment_params.mixtures(cfg.mixup, cfg.cutmix, size, mixing))
+        if self.drop_rates:
+            dropping = draw(Purpose.DROP_PATH, len(self.drop_rates))
+            spec = replace(spec, drop_path_mask=augment_params.drop_path_masks(self.drop_rates, dropping))
+        return spec
 
 
-def make_eval_spec(
-    index: Index, cfg: DataConfig, rows: IntArray, places: Sequence[tuple[float, float]] = (augment_params.CENTRE,)
-) -> BatchSpec:
+@dataclass(frozen=True)
+class EvalSpecs:
     """Crops of some rows at each of the places: all rows at the first one, all at the next one, and so on."""
-    size = cfg.size_to_evaluate
-    sizes = index.image_sizes(rows)
-    crops = [augment_params.crops_at(sizes, size / cfg.val_resize, place) for place in places]
-    anchors, shapes = (np.concatenate(parts) for parts in zip(*crops, strict=True))
-    return BatchSpec(np.tile(rows, len(places)), size, anchors, shapes, np.zeros(len(anchors), dtype=np.bool_))
+
+    cfg: DataConfig
+    places: Sequence[tuple[float, float]] = (augment_params.CENTRE,)
+
+    def __call__(self, index: Index, rows: IntArray) -> BatchSpec:
+        size = self.cfg.size_to_evaluate
+        sizes = index.image_sizes(rows)
+        crops = [augment_params.crops_at(sizes, size / self.cfg.val_resize, place) for place in self.places]
+        anchors, shapes = (np.concatenate(parts) for parts in zip(*crops, strict=True))
+        rows = np.tile(rows, len(self.places))
+        flips = np.zeros(len(rows), dtype=np.bool_)
+        return BatchSpec(rows, index.labels_of(rows), size, anchors, shapes, flips)
+
+
+class WholeImageSpecs(EvalSpecs):
+    """All of each image."""
+
+    def __call__(self, index: Index, rows: IntArray) -> BatchSpec:
+        shapes = index.image_sizes(rows)
+        return replace(super().__call__(index, rows), anchors=np.zeros_like(shapes), shapes=shapes)

@@ -5,7 +5,9 @@ The rest of the program knows rows alone, not folders, tar shards or Parquet fil
 
 import json
 import os
+import weakref
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -28,14 +30,34 @@ SCHEMA = pa.schema(
 )
 
 
+class OpenFile:
+    """A descriptor of this process, which is closed with its last user."""
+
+    def __init__(self, descriptor: int):
+        self.descriptor = descriptor
+        weakref.finalize(self, os.close, descriptor)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an open file cannot be sent to another process by its number")
+
+    @property
+    def path(self) -> str:
+        """By which this process opens it once more, whatever lies at its own path by now."""
+        return f"/proc/self/fd/{self.descriptor}"
+
+
 class Index:
     """The samples of one data set; columns are views of the mapped file.
 
     root: the folder, of this machine or of an object store, that file names are relative to; None for names that
     stand for themselves.
+
+    Args:
+        file: that the table is mapped from; None for a table in memory.
     """
 
-    def __init__(self, table: pa.Table):
+    def __init__(self, table: pa.Table, file: OpenFile | None = None):
+        self._file = file
         meta = {k.decode(): v.decode() for k, v in table.schema.metadata.items()}
         self.root = Storage(meta["root"]) if meta["root"] else None
         self.classes: tuple[str, ...] = tuple(json.loads(meta["classes"]))
@@ -61,6 +83,11 @@ class Index:
         """(B, 2) of images as (height, width), pixels."""
         return np.stack([self.heights[rows], self.widths[rows]], axis=1).astype(np.int64)
 
+    def labels_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(B,) places in `classes`."""
+        labels: NDArray[np.int64] = self.labels[rows].astype(np.int64)
+        return labels
+
     def path(self, row: int) -> str:
         """A row's image for people: its file, and which part of it where it holds several."""
         file, name = self.file(row), self._names[row].as_py()
@@ -78,6 +105,8 @@ class Index:
         Raises:
             UserError: a class that is not among them.
         """
+        if classes == self.classes:
+            return self
         if unknown := sorted(set(self.classes) - set(classes)):
             raise UserError(
                 f"{self} has class {unknown[0]!r}, which the training images do not have; "
@@ -85,9 +114,21 @@ class Index:
             )
         number = {name: k for k, name in enumerate(classes)}
         new_labels = np.array([number[c] for c in self.classes], dtype=np.int32)
-        relabelled = Index(self.table)
+        relabelled = Index(self.table, self._file)
         relabelled.labels, relabelled.classes = new_labels[self.labels], classes
         return relabelled
+
+    def shared_file(self) -> int:
+        """A descriptor of the index's file, for another process: it has this table, whatever becomes of the path.
+
+        A table in memory goes into a file in memory.
+        """
+        if self._file is None:
+            table = self.table.combine_chunks()
+            self._file = OpenFile(os.memfd_create("index"))
+            with pa.OSFile(self._file.path, "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+                writer.write_table(table)
+        return self._file.descriptor
 
     def save(self, path: Path) -> None:
         """Write the index.
@@ -136,8 +177,9 @@ def load_index(path: Path) -> Index:
     """
     if not path.is_file():
         raise UserError(f"no folder or index file {path}")
+    file = OpenFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
     try:
-        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        table = map_table(file)
         version = (table.schema.metadata or {}).get(b"pipeline.index")
     except (pa.ArrowInvalid, OSError) as e:
         if getattr(e, "errno", None):  # the file system's; what pyarrow has against the content has none
@@ -146,4 +188,9 @@ def load_index(path: Path) -> Index:
         raise UserError(f"{path} is not an index file ({e}); make one with: pipeline index FOLDER --out FILE") from None
     if version != str(FORMAT).encode() or not table.schema.equals(SCHEMA):
         raise UserError(f"{path} is not an index of format {FORMAT}; make it anew: pipeline index FOLDER --out {path}")
-    return Index(table)
+    return Index(table, file)
+
+
+def map_table(file: OpenFile) -> pa.Table:
+    """The table in an open file."""
+    return pa.ipc.open_file(pa.memory_map(file.path)).read_all()

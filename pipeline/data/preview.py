@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pipeline.config.schema import Config
 from pipeline.data.index import Index
 from pipeline.data.indexing.build import open_index
-from pipeline.data.loading.fetch import BadDataError
+from pipeline.data.loading.bad_images import BadDataError
 from pipeline.data.loading.loader import Batch, LoaderContext, TrainLoader
 from pipeline.errors import UserError
 

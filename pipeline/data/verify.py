@@ -6,22 +6,13 @@ from contextlib import closing
 import numpy as np
 
 from pipeline.config.data import DataConfig
-from pipeline.data.batch_spec import BatchSpec
+from pipeline.data.batch_spec import WholeImageSpecs
 from pipeline.data.index import Index
 from pipeline.data.indexing.build import IndexReport, Progress, SkippedInput, drop_rows
 from pipeline.data.loading.loader import EvalLoader, LoaderContext
 from pipeline.errors import UserError
 
 BATCH = 128
-
-
-class _WholeImages(EvalLoader):
-    """Decodes all of each image: what lies outside a crop may be broken too."""
-
-    def batch_spec(self, chunk: int) -> BatchSpec:
-        spec = super().batch_spec(chunk)
-        shapes = self.index.image_sizes(spec.rows)
-        return dataclasses.replace(spec, anchors=np.zeros_like(shapes), shapes=shapes)
 
 
 def verify(index: Index, report: IndexReport, progress: Progress) -> tuple[Index, IndexReport]:
@@ -36,7 +27,8 @@ def verify(index: Index, report: IndexReport, progress: Progress) -> tuple[Index
     reasons: dict[str, str] = {}
     cfg = DataConfig(image_size=32, val_resize=32, max_bad_fraction=1.0)
     done = 0
-    with closing(_WholeImages(index, cfg, LoaderContext.here(), reasons.__setitem__, batch=BATCH)) as loader:
+    specs = WholeImageSpecs(cfg)
+    with closing(EvalLoader(index, cfg, LoaderContext.here(), reasons.__setitem__, batch=BATCH, specs=specs)) as loader:
         for _, batch in loader:
             done += len(batch.rows)
             progress(done, len(index), f"images decoded, {len(reasons)} broken")

@@ -102,7 +102,9 @@ def _search(
         ctx.emit(ImageSearchStarted(text))
     searches = [(train.index, spec.train_index, train.max_batch, [train.batch_spec(step) for step in steps])]
     if evaluates(spec.cfg.train, schedule, steps):
-        searches.append((val.index, spec.val_index, val.max_batch, [val.batch_spec(chunk) for chunk in val.chunks]))
+        searches.append(
+            (val.index, spec.val_index, val.max_batch, [val.batch_spec(val.rows(chunk)) for chunk in val.chunks])
+        )
     crashing: dict[str, str] = {}
     until = time.monotonic() + spec.cfg.cluster.timeout_s / 2  # the other ranks wait
     for index, uri, max_batch, batch_specs in searches:

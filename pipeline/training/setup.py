@@ -118,7 +118,9 @@ def make_loaders(
     heartbeat: Callable[[], None],
 ) -> tuple[TrainLoader, EvalLoader]:
     cfg = spec.cfg
-    num_threads, retry_timeout_s = cfg.data.decode_threads or ctx.num_threads, float(cfg.cluster.timeout_s)
+    # On a GPU's node two cores are left: to the thread that launches kernels, and to readers and the driver.
+    num_threads = cfg.data.decode_threads or max(1, ctx.num_threads - (2 if ctx.device.type == "cuda" else 0))
+    retry_timeout_s = float(cfg.cluster.timeout_s)
     context = LoaderContext(ctx.rank, ctx.world_size, ctx.device, num_threads, retry_timeout_s)
     train = TrainLoader(
         index,

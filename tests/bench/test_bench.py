@@ -126,6 +126,7 @@ def test_a_loader_that_fails_is_named(digits_index: Callable[[str], Path]) -> No
 
 
 @pytest.mark.e2e
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_bench_loader_measures_all(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["configs/digits.yaml", f"data.train={digits / 'val'}", "data.auto_augment=rand", "train.global_batch=16"]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -17,8 +18,10 @@ from pipeline.data.augment_params import NUM_BINS, OPERATIONS
 from pipeline.data.batch_spec import BatchSpec
 from pipeline.data.index import Index
 from pipeline.data.indexing.build import build_index
-from pipeline.data.loading.augment import FILL, MEAN_COLOUR
+from pipeline.data.loading.augment import FILL
+from pipeline.data.loading.bad_images import BadImages
 from pipeline.data.loading.dali import DaliPipeline
+from pipeline.data.loading.fetch import MEAN_COLOUR, BatchReader
 
 CPU = torch.device("cpu")
 SIZE, BATCH = 96, 4
@@ -43,13 +46,16 @@ def decode(index: Index, cfg: DataConfig, **changes: object) -> tuple[Tensor, Te
     if "ops" in changes:
         draws["ops"] = np.array([changes["ops"]] * BATCH, dtype=np.int32)
     plain, augmented = (
-        BatchSpec(np.arange(BATCH), SIZE, zero, whole, np.zeros(BATCH, dtype=np.bool_), d) for d in ({}, draws)
+        BatchSpec(np.arange(BATCH), zero[:, 0], SIZE, zero, whole, np.zeros(BATCH, dtype=np.bool_), d)
+        for d in ({}, draws)
     )
 
     def pixels(spec: BatchSpec) -> Tensor:
-        pipeline = DaliPipeline(index, cfg, BATCH, 1, CPU, no_bad_image, no_warning, 1.0, list(spec.draws))
-        ((_, images),) = pipeline.decode(iter([spec]))
-        return images.clone()
+        pipeline = DaliPipeline(cfg, BATCH, 1, CPU, BadImages(index, 0.1, no_bad_image), list(spec.draws))
+        with closing(BatchReader(index, cfg, no_warning, 1.0)) as reader, closing(pipeline):
+            batch = reader.read(spec, lambda size: memoryview(bytearray(size)))
+            ((_, images),) = pipeline.decode(iter([batch]))
+            return images.clone()
 
     return pixels(plain), pixels(augmented)
 

@@ -17,8 +17,7 @@ from odd_images import damaged_jpeg, encode, picture
 
 from pipeline.config.data import DataConfig
 from pipeline.data.indexing.build import build_index
-from pipeline.data.loading.augment import MEAN_COLOUR
-from pipeline.data.loading.fetch import UnparsableError, refuse_unparsable
+from pipeline.data.loading.fetch import MEAN_COLOUR, UnparsableError, refuse_unparsable
 from pipeline.data.loading.loader import Batch, EvalLoader, LoaderContext, TrainLoader
 from pipeline.data.verify import verify
 
@@ -101,8 +100,11 @@ def in_process(code: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+IN_BETWEEN = (pytest.mark.e2e, pytest.mark.thorough)
+
+
 @pytest.mark.parametrize("how", ["train", "evaluate"])
-@pytest.mark.parametrize(("batch", "num_threads"), [(32, 1), (64, 4), (256, 16)])
+@pytest.mark.parametrize(("batch", "num_threads"), [(32, 1), pytest.param(64, 4, marks=IN_BETWEEN), (256, 16)])
 def test_a_broken_image_ends_no_batch(how: str, batch: int, num_threads: int, tmp_path: Path) -> None:
     in_process(f"check(Path({str(tmp_path)!r}), {how!r}, {batch}, {num_threads})")
 

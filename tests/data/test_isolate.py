@@ -19,7 +19,7 @@ from test_broken import write
 
 from pipeline.config.data import DataConfig
 from pipeline.config.loading import load
-from pipeline.data.batch_spec import make_eval_spec, make_sampler
+from pipeline.data.batch_spec import EvalSpecs, make_sampler
 from pipeline.data.indexing.build import build_index
 from pipeline.data.loading import isolate
 from pipeline.data.loading.isolate import Isolation
@@ -43,7 +43,7 @@ def search(folder: Path, killers: list[int], limit_s: float = 600) -> tuple[dict
     for row in killers:
         (folder / "images" / "a" / f"{row:03d}.jpg").write_bytes(KILLER)
     cfg = DataConfig(train="-", val="-", image_size=32, val_resize=32, max_bad_fraction=0.1)
-    specs = [make_eval_spec(index, cfg, np.arange(3 * BATCH)[k * BATCH :][:BATCH]) for k in range(3)]
+    specs = [EvalSpecs(cfg)(index, np.arange(3 * BATCH)[k * BATCH :][:BATCH]) for k in range(3)]
     warnings: list[str] = []
     context = LoaderContext(0, 1, torch.device("cpu"), num_threads=2)
     found: dict[int, str] = {}
@@ -135,12 +135,9 @@ def test_a_search_has_an_end(patched: Callable[[str], None], tmp_path: Path) -> 
     assert warning == "3 batches are left where images may kill the process that decodes them"
 
 
-def test_what_is_found_is_left_out_and_known_later(
-    patched: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_found_is_left_out_and_known_later(patched: Callable[[str], None], tmp_path: Path) -> None:
     """Of the training and the evaluation images, by this attempt and by the next, and by `evaluate`."""
     patched(ALWAYS)
-    monkeypatch.setattr("pipeline.data.loading.fetch.refuse_unparsable", lambda encoded: None)
     for name in ("train", "val"):
         index, _ = build_index(write(tmp_path / name, 2 * BATCH if name == "train" else BATCH))
         index.save(tmp_path / f"{name}.arrow")

@@ -24,8 +24,8 @@ from web import web_server
 from pipeline.config.data import DataConfig
 from pipeline.data.index import Index, load_index
 from pipeline.data.indexing.build import build_index
-from pipeline.data.loading.augment import MEAN_COLOUR
-from pipeline.data.loading.fetch import BadDataError
+from pipeline.data.loading.bad_images import BadDataError
+from pipeline.data.loading.fetch import MEAN_COLOUR
 from pipeline.data.loading.loader import EvalLoader, LoaderContext, TrainLoader
 from pipeline.data.loading.read import StorageAwayError
 

@@ -283,14 +283,14 @@ def test_a_disk_or_mount_that_fails_is_waited_for_and_says_nothing_of_an_image(
     code: int, folder: Path, config: DataConfig, open_reader: Callable[..., Reader], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fails = itertools.chain([True, True, False], itertools.repeat(True))  # there again once, and then away for good
-    really = Storage.open
+    really = read._read_local
 
-    def fail(self: Storage, name: str) -> Any:
+    def fail(path: Path, *args: Any) -> int:
         if next(fails):
-            raise OSError(code, os.strerror(code), str(folder / name))
-        return really(self, name)
+            raise OSError(code, os.strerror(code), str(path))
+        return really(path, *args)
 
-    monkeypatch.setattr(Storage, "open", fail)
+    monkeypatch.setattr(read, "_read_local", fail)
     told: list[str] = []
     reader = open_reader(rows_of(folder), config, told.append, retry_timeout_s=0.5)
     assert reader.read(0) == IMAGES[0]
@@ -338,10 +338,10 @@ def test_what_is_wrong_with_one_file_alone_is_that_image(
 ) -> None:
     """At once, however patient the reader is."""
 
-    def fail(self: Storage, name: str) -> Any:
-        raise kind(1, "no", str(folder / name))
+    def fail(path: Path, *_: Any) -> int:
+        raise kind(1, "no", str(path))
 
-    monkeypatch.setattr(Storage, "open", fail)
+    monkeypatch.setattr(read, "_read_local", fail)
     with pytest.raises(kind):
         open_reader(rows_of(folder), config, retry_timeout_s=600).read(0)
 

@@ -122,5 +122,5 @@ def test_too_little_memory_is_named_before_anything_starts(digits: Path, tmp_pat
     enter = ["bash", "-c", f'echo $$ >{small}/cgroup.procs; exec "$@"', "bash"]
     code, told, said = finish([*enter, *words], dict(os.environ), tmp_path)
     assert (code, told["status"]) == (2, "wrong")
-    assert said.startswith("pipeline: cluster.workers=2: there are 1.0 GB of memory here, and that takes 2.7 GB")
+    assert said.startswith("pipeline: cluster.workers=2: there are 1.0 GB of memory here, and that takes 3.0 GB")
     assert said.count("\n") == 1

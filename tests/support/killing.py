@@ -13,16 +13,16 @@ KILLER = bytes(200) + encode(picture(48, 64), "JPEG", quality=85)[200:]
 # DALI's own end is by chance: it dies in some tries, and raises in the others.
 BY_CHANCE = ""
 # Where DALI raises, the process ends as if it had died; and so in every try.
-ALWAYS = "module.DaliPipeline._salvage = lambda self, spec, encoded: os.kill(os.getpid(), signal.SIGSEGV)"
+ALWAYS = "module.DaliPipeline._salvage = lambda self, batch: os.kill(os.getpid(), signal.SIGSEGV)"
 # It never ends, without a try of DALI's.
 HANGS = """
-    decode, bad = module.DaliPipeline._decode, lambda encoded: any(one and not any(one[:9]) for one in encoded)
-    module.DaliPipeline._decode = lambda self, ahead: decode(
-        self, (time.sleep(600) if bad(pair[1]) else pair for pair in ahead)
+    decode, bad = module.DaliPipeline._decode, lambda batch: any(not one[:9].any() for one in batch.images)
+    module.DaliPipeline._decode = lambda self, batches: decode(
+        self, (time.sleep(600) if bad(batch) else batch for batch in batches)
     )
 """
 # Whatever it decodes: the machine is at fault.
-ANY_BATCH = "module.DaliPipeline.make_pixels = lambda self, encoded: os.kill(os.getpid(), signal.SIGSEGV)"
+ANY_BATCH = "module.DaliPipeline.decode = lambda self, batches: os.kill(os.getpid(), signal.SIGSEGV)"
 
 
 def write_site(folder: Path, end: str) -> Path:

@@ -12,10 +12,9 @@ from nvidia.dali.auto_aug.core import augmentation, select, signed_bin
 
 from pipeline.config.data import DataConfig
 from pipeline.data.augment_params import NUM_BINS, OPERATIONS, num_operations
+from pipeline.data.loading.fetch import MEAN_COLOUR
 
 FILL = 128  # grey, where a warped image does not reach
-# What stands for pixels that are not there: ImageNet's mean colour, 0 after normalisation.
-MEAN_COLOUR = (124, 116, 104)
 
 
 def augment(images: Any, draws: dict[str, Any], cfg: DataConfig) -> Any:

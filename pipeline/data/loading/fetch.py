@@ -1,139 +1,140 @@
-"""The encoded bytes of batches, read ahead of need; and the count of images that turn out to be broken."""
+"""The encoded bytes of a batch, one after another in one buffer. Knows neither DALI nor torch."""
 
 import os
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, repeat
+from dataclasses import dataclass, replace
 
 os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")  # what it refuses is told here, once
 
+import numpy as np
+from numpy.typing import NDArray
 from nvidia import nvimgcodec
 
 from pipeline.config.data import DataConfig
 from pipeline.data.batch_spec import BatchSpec
 from pipeline.data.index import Index
 from pipeline.data.loading.read import Reader, StorageAwayError
-from pipeline.failures import FatalError
+from pipeline.data.stream import IntArray
 
-MAX_NAMED = 10
-FETCH_AHEAD = 8  # batches beyond those that are being read, of data that comes over a network
-Encoded = Sequence[bytes | None]  # None: the image is broken, and another is to take its place
-
-
-class BadDataError(FatalError):
-    """More images are broken than the configuration allows."""
+# What stands for pixels that are not there: ImageNet's mean colour, 0 after normalisation.
+MEAN_COLOUR = (124, 116, 104)
+STAND_IN = b"P6 1 1 255\n" + bytes(MEAN_COLOUR)  # of a broken image: a file in PPM's format, of one pixel
+NUM_TOGETHER = 8  # images that a thread reads for one call
+Bytes = NDArray[np.uint8]
 
 
 class UnparsableError(ValueError):
     """These bytes are no image of a format that DALI reads."""
 
 
-def max_bad_images(max_fraction: float, num_images: int) -> int:
-    """How many images of an index may be broken; one always may."""
-    return max(1, int(max_fraction * num_images))
+@dataclass(frozen=True)
+class EncodedBatch:
+    """A batch that is read and not yet decoded.
+
+    spec: of a broken image it takes the stand-in's one pixel. data: uint8, the images' bytes. starts, stops: (B,),
+    where in `data` each image lies. bad: by their place in the batch, why images are broken. release: to be called once
+    nobody reads `data` any more.
+    """
+
+    spec: BatchSpec
+    data: Bytes
+    starts: IntArray
+    stops: IntArray
+    bad: dict[int, str]
+    release: Callable[[], None] = lambda: None
+
+    @property
+    def images(self) -> list[Bytes]:
+        """Each image's bytes, in the memory of `data`."""
+        data = self.data
+        return [data[a:b] for a, b in zip(self.starts.tolist(), self.stops.tolist(), strict=True)]
+
+    def part(self, start: int, stop: int) -> "EncodedBatch":
+        """Images [start, stop), to be decoded alone."""
+        spec = self.spec.part(start, stop)
+        return EncodedBatch(spec, self.data, self.starts[start:stop], self.stops[start:stop], {})
 
 
-class BadImages:
-    """The broken images of an index.
+class BatchReader:
+    """Reads batches of an index, several images at once. To be closed.
 
     Args:
-        max_fraction: of the index that may be broken; one image always may.
-        on_bad: called once for each broken image with its path and the reason.
+        warn: told what makes reading slow.
+        retry_timeout_s: how long a storage that does not answer is waited for.
 
     Attributes:
         known: rows that are broken, and why, before anyone has read them (see `isolate`). They are never read.
     """
 
-    def __init__(self, index: Index, max_fraction: float, on_bad: Callable[[str, str], None]):
-        self._index, self._on_bad = index, on_bad
-        self._max_number = max_bad_images(max_fraction, len(index))
-        self._rows: set[int] = set()
-        self.known: dict[int, str] = {}
-
-    def count(self, row: int, reason: str) -> None:
-        """Count a row, once.
-
-        Raises:
-            BadDataError: one too many.
-        """
-        if row in self._rows:
-            return
-        self._rows.add(row)
-        self._on_bad(self._index.full_path(row), reason)
-        if len(self._rows) > self._max_number:
-            paths = ", ".join(self._index.path(r) for r in sorted(self._rows)[:MAX_NAMED])
-            more = f" and {len(self._rows) - MAX_NAMED} more" if len(self._rows) > MAX_NAMED else ""
-            raise BadDataError(  # at least: each worker counts its own, and none has seen all images
-                f"at least {len(self._rows)} of {len(self._index)} images in {self._index} are broken, and "
-                f"data.max_bad_fraction allows {self._max_number}: {paths}{more}; "
-                "fix them, have them left out by a new index (pipeline index --verify), or raise the limit"
-            )
-
-
-class Fetcher:
-    """Reads what batches need, some of them ahead.
-
-    Args:
-        warn: told what makes reading slow.
-        retry_timeout_s: how long a storage that does not answer is waited for.
-    """
-
-    def __init__(
-        self, index: Index, cfg: DataConfig, bad_images: BadImages, warn: Callable[[str], None], retry_timeout_s: float
-    ):
-        self._bad_images, self._read_ahead = bad_images, cfg.prefetch
-        self._fetch_ahead = 0 if index.root is None or index.root.local else FETCH_AHEAD
+    def __init__(self, index: Index, cfg: DataConfig, warn: Callable[[str], None], retry_timeout_s: float):
+        self._index, self.known = index, dict[int, str]()
         self._reader = Reader(index, cfg, warn, retry_timeout_s=retry_timeout_s)
         self._pool = ThreadPoolExecutor(cfg.read_threads, thread_name_prefix="read")
 
-    def prefetch(self, specs: Iterator[BatchSpec]) -> Iterator[tuple[BatchSpec, Encoded]]:
-        """Each batch with its images' bytes, None where an image is broken; further ones are on their way.
+    def prefetch(self, spec: BatchSpec) -> None:
+        """Begin to fetch what a later batch needs, where it comes over a network."""
+        self._reader.prefetch(spec.rows)
+
+    def read(self, spec: BatchSpec, allocate: Callable[[int], memoryview]) -> EncodedBatch:
+        """Read a batch into the memory that `allocate` gives for a number of bytes.
 
         Raises:
             StorageAwayError: the images' storage does not answer.
         """
-        fetching, reading = deque[BatchSpec](), deque[tuple[BatchSpec, Iterator[bytes | None]]]()
-        for spec in chain(specs, repeat(None)):  # None: there are no more
-            num_fetched, num_read = (0, 0) if spec is None else (self._fetch_ahead, self._read_ahead)
-            if spec is not None:
-                self._reader.prefetch(spec.rows)
-                fetching.append(spec)
-            if len(fetching) > num_fetched:
-                next_spec = fetching.popleft()
-                reading.append((next_spec, self._pool.map(self._read, next_spec.rows)))
-            if len(reading) > num_read:
-                next_spec, encoded = reading.popleft()
-                yield next_spec, list(encoded)
-            elif spec is None:
-                return
+        sizes = self._index.sizes[spec.rows]
+        room = np.maximum(sizes, len(STAND_IN))
+        ends = room.cumsum()
+        starts, stops = ends - room, ends - room + sizes
+        buffer = allocate(int(ends[-1]))
+        places = list(zip(spec.rows.tolist(), starts.tolist(), stops.tolist(), strict=True))
+
+        def read_some(first: int) -> dict[int, str]:
+            some = enumerate(places[first : first + NUM_TOGETHER], first)
+            reasons = {place: self._read(row, buffer[start:stop]) for place, (row, start, stop) in some}
+            return {place: reason for place, reason in reasons.items() if reason is not None}
+
+        bad: dict[int, str] = {}
+        for some_bad in self._pool.map(read_some, range(0, len(places), NUM_TOGETHER)):
+            bad |= some_bad
+        for place in bad:
+            stops[place] = starts[place] + len(STAND_IN)
+            buffer[starts[place] : stops[place]] = STAND_IN
+        return EncodedBatch(_with_stand_ins(spec, list(bad)), np.frombuffer(buffer, np.uint8), starts, stops, bad)
 
     def close(self) -> None:
         """End what has been begun."""
         self._reader.close()
-        self._pool.shutdown(cancel_futures=True)
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _read(self, row: int) -> bytes | None:
-        if row in self._bad_images.known:
-            self._bad_images.count(row, self._bad_images.known[row])
-            return None
+    def _read(self, row: int, buffer: memoryview) -> str | None:
+        """Why the image is broken; None where it is not, and its bytes are in the buffer."""
+        if row in self.known:
+            return self.known[row]
         try:
-            encoded = self._reader.read(row)
-            refuse_unparsable(encoded)
+            self._reader.read_into(row, buffer)
+            refuse_unparsable(buffer)
         except StorageAwayError:  # no fault of the image: another would take its place, unnoticed
             raise
         except (OSError, UnparsableError) as e:
-            self._bad_images.count(row, str(e))
-            return None
-        return encoded
+            return str(e)
+        return None
 
 
-def refuse_unparsable(encoded: bytes) -> None:
+def _with_stand_ins(spec: BatchSpec, places: list[int]) -> BatchSpec:
+    if not places:
+        return spec
+    anchors, shapes = spec.anchors.copy(), spec.shapes.copy()
+    anchors[places], shapes[places] = 0, 1
+    return replace(spec, anchors=anchors, shapes=shapes)
+
+
+def refuse_unparsable(encoded: bytes | memoryview) -> None:
     """Raise UnparsableError for what DALI's parser refuses: in a batch of some size, DALI 2.4 ends the process for it.
 
-    The parser is the same one. Here it takes 2 us an image.
+    The parser is the same one. Here it takes 3 us an image.
     """
     try:
-        nvimgcodec.CodeStream(encoded).width  # noqa: B018  # it parses what is asked for
+        nvimgcodec.CodeStream(np.frombuffer(memoryview(encoded).toreadonly(), np.uint8)).width  # noqa: B018  # it parses what is asked for
     except RuntimeError as e:
         raise UnparsableError("cannot be decoded: its header is damaged, or it is of no known format") from e

@@ -11,15 +11,12 @@ others. So each part is tried several times, and an image that DALI refuses, in 
 import contextlib
 import ctypes
 import dataclasses
-import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -30,8 +27,11 @@ import torch
 from pipeline.config.data import DataConfig
 from pipeline.data.batch_spec import BatchSpec
 from pipeline.data.index import Index, load_index
-from pipeline.data.loading.fetch import max_bad_images
-from pipeline.data.loading.loader import Loader, LoaderContext
+from pipeline.data.loading.bad_images import BadImages, max_bad_images
+from pipeline.data.loading.child import Child, parent_connection
+from pipeline.data.loading.dali import DaliPipeline
+from pipeline.data.loading.fetch import BatchReader
+from pipeline.data.loading.loader import LoaderContext
 
 START_S = 120.0  # for the imports, on a busy machine
 DECODE_S = 60.0  # for one batch that is in memory; what takes longer hangs
@@ -138,62 +138,42 @@ class Isolation:
         Raises:
             CannotTellError: it did not start, or could not read the images.
         """
-        ours, theirs = Pipe()
-        number = theirs.fileno()
-        # It imports what this process would, and nothing from the current directory.
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        command = [sys.executable, "-P", "-m", "pipeline.data.loading.isolate", str(number)]
-        process = subprocess.Popen(
-            command, pass_fds=[number], stdin=subprocess.DEVNULL, start_new_session=True, env=env
-        )
+        child = Child("pipeline.data.loading.isolate")
         try:
-            with ours:
-                theirs.close()
-                return self._watch(process, ours, trials)
+            return self._watch(child, trials)
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            with contextlib.suppress(subprocess.TimeoutExpired):  # one that waits for a dead mount cannot be killed
-                process.wait(5)
+            child.kill()
 
-    def _watch(self, process: "subprocess.Popen[bytes]", child: Connection, trials: Sequence[Trial]) -> _Outcome:
-        outcome = _Outcome()
+    def _watch(self, child: Child, trials: Sequence[Trial]) -> _Outcome:
+        outcome, connection = _Outcome(), child.connection
         try:
-            if not self._wait_for_answer(child, START_S):
+            if not self._wait_for_answer(connection, START_S):
                 raise CannotTellError("a process for it does not start")
-            child.recv()
-            child.send((self.path, self.cfg, self.context, self.max_batch, trials))
+            connection.recv()
+            connection.send((self.path, self.cfg, self.context, self.max_batch, trials))
         except (EOFError, OSError) as e:
-            raise CannotTellError(f"a process for it ended before it began ({_describe_end(process)})") from e
+            raise CannotTellError(f"a process for it ended before it began ({child.describe_end()})") from e
         try:
             for _ in trials:
-                if not self._wait_for_answer(child, self.context.retry_timeout_s + DECODE_S):
+                if not self._wait_for_answer(connection, self.context.retry_timeout_s + DECODE_S):
                     raise CannotTellError("the images' storage does not answer")
-                if (error := child.recv()) is not None:
+                if (error := connection.recv()) is not None:
                     raise CannotTellError(error)
-                if not self._wait_for_answer(child, DECODE_S):
+                if not self._wait_for_answer(connection, DECODE_S):
                     outcome.death = f"no end after {DECODE_S:.0f} s"
                     return outcome
-                outcome.refused |= child.recv()
+                outcome.refused |= connection.recv()
                 outcome.num_done += 1
         except (EOFError, OSError):
-            outcome.death = _describe_end(process)
+            outcome.death = child.describe_end()
         return outcome
 
-    def _wait_for_answer(self, child: Connection, seconds: float) -> bool:
+    def _wait_for_answer(self, connection: Connection, seconds: float) -> bool:
         """Whether it does within so long."""
         deadline = time.monotonic() + seconds
-        while not (answers := child.poll(POLL_S)) and time.monotonic() < deadline:
+        while not (answers := connection.poll(POLL_S)) and time.monotonic() < deadline:
             self.heartbeat()
         return answers
-
-
-def _describe_end(process: "subprocess.Popen[bytes]") -> str:
-    try:
-        code = process.wait(10)
-    except subprocess.TimeoutExpired:
-        return "no answer"
-    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
 def _decode(
@@ -205,22 +185,24 @@ def _decode(
     send: Callable[[Any], None],
 ) -> None:
     """The child's work: after each reading, send what went wrong, or None; after each decoding, what DALI refused."""
-    index, refused = load_index(path), dict[str, str]()
+    index = load_index(path)
     for spec, avoided in trials:
-        rows = {index.full_path(row): row for row in spec.rows.tolist()}
-        loader = Loader(index, cfg, context, refused.__setitem__, lambda _: None, max_batch, list(spec.draws))
-        with closing(loader):
-            loader.avoid(dict.fromkeys(avoided, ""))
+        refused = dict[str, str]()
+        bad_images = BadImages(index, cfg.max_bad_fraction, refused.__setitem__)
+        reader = BatchReader(index, cfg, lambda _: None, context.retry_timeout_s)
+        reader.known |= dict.fromkeys(avoided, "")
+        pipeline = DaliPipeline(cfg, max_batch, context.num_threads, context.device, bad_images, list(spec.draws))
+        with closing(reader), closing(pipeline):
             try:
-                encoded = list(loader.pipeline.fetcher.prefetch(iter([spec])))
+                batch = reader.read(spec, lambda size: memoryview(bytearray(size)))
             except OSError as e:
                 send(str(e))
                 return
             send(None)
-            refused.clear()  # what cannot be read never reaches DALI
-            list(loader.pipeline.make_pixels(iter(encoded)))
+            list(pipeline.decode(iter([batch])))
             if context.device.type == "cuda":
                 torch.cuda.synchronize(context.device)
+            rows = {index.full_path(row): row for row in spec.rows.tolist()}
             send({rows[image]: reason for image, reason in refused.items()})
 
 
@@ -229,7 +211,7 @@ def main() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     torch.set_num_threads(1)
-    with Connection(int(sys.argv[1])) as parent, contextlib.suppress(EOFError, BrokenPipeError):
+    with parent_connection() as parent, contextlib.suppress(EOFError, BrokenPipeError):
         parent.send("ready")
         path, cfg, context, max_batch, trials = parent.recv()
         # As many as there are: whether they are too many is for the loaders to say.

@@ -1,10 +1,10 @@
-"""Batches for training and evaluation: what `batch_spec` asks for, decoded by `dali`, mixed on the device."""
+"""Batches for training and evaluation: read by other processes, decoded by `dali`, mixed on the device."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, starmap
-from typing import Literal
+from itertools import pairwise
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,12 +12,16 @@ from torch import Tensor
 
 from pipeline import machine
 from pipeline.config.data import DataConfig
-from pipeline.data.augment_params import CENTRE, FIVE, drop_path_masks
-from pipeline.data.batch_spec import BatchSpec, draw_names, make_eval_spec, make_sampler, make_train_spec
+from pipeline.data.augment_params import CENTRE, FIVE
+from pipeline.data.batch_spec import BatchSpec, EvalSpecs, TrainSpecs, draw_names, make_sampler
 from pipeline.data.index import Index
+from pipeline.data.loading.bad_images import BadImages
 from pipeline.data.loading.dali import DaliPipeline
 from pipeline.data.loading.mix import mix
-from pipeline.data.stream import IntArray, Purpose, uniforms
+from pipeline.data.loading.reader_process import MakeSpec
+from pipeline.data.loading.readers import Readers
+from pipeline.data.loading.to_device import to_device
+from pipeline.data.stream import IntArray, steps_per_epoch
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,14 @@ Warn = Callable[[str], None]
 
 
 class Loader:
-    """Decodes batches of at most `max_batch` images of an index."""
+    """Loads batches of at most `max_batch` images of an index. To be closed.
+
+    Args:
+        make_spec: what a request is for, by the index.
+        on_bad: called once for each broken image.
+        warn: told what makes reading slow.
+        draws: the names of the batches' draws.
+    """
 
     def __init__(
         self,
@@ -88,31 +99,31 @@ class Loader:
         on_bad: OnBad,
         warn: Warn,
         max_batch: int,
+        make_spec: MakeSpec,
         draws: Sequence[str] = (),
     ):
-        self.index, self._cfg, self._context, self.max_batch = index, cfg, context, max_batch
-        self.pipeline = DaliPipeline(
-            index,
-            cfg,
-            max_batch,
-            num_threads=context.num_threads,
-            device=context.device,
-            on_bad=on_bad,
-            warn=warn,
-            retry_timeout_s=context.retry_timeout_s,
-            draws=draws,
-        )
+        self.index, self.max_batch, self._make_spec = index, max_batch, make_spec
+        bad_images = BadImages(index, cfg.max_bad_fraction, on_bad)
+        num_held = DaliPipeline.num_held(cfg)
+        self._readers = Readers(index, cfg, make_spec, num_held, bad_images, warn, context.retry_timeout_s)
+        self.pipeline = DaliPipeline(cfg, max_batch, context.num_threads, context.device, bad_images, draws)
 
     def avoid(self, known: Mapping[int, str]) -> None:
         """From now on take these rows for broken, for the given reasons, without reading them."""
-        self.pipeline.bad_images.known.update(known)
+        self._readers.avoid(known)
 
     def close(self) -> None:
-        """End its threads."""
+        """End its processes and threads."""
+        self._readers.close()
         self.pipeline.close()
 
-    def _labels(self, rows: IntArray, device: torch.device) -> Tensor:
-        return torch.from_numpy(self.index.labels[rows].astype(np.int64)).to(device, non_blocking=True)
+    def batch_spec(self, request: Any) -> BatchSpec:
+        """What a request is for."""
+        return self._make_spec(self.index, request)
+
+    def _decode(self, requests: Iterable[Any]) -> Iterator[tuple[BatchSpec, Tensor]]:
+        """For each request its pixels (B, 3, S, S), uint8, on the device."""
+        return self.pipeline.decode(self._readers.read(requests))
 
 
 class TrainLoader(Loader):
@@ -122,6 +133,9 @@ class TrainLoader(Loader):
         on_bad: called once for each broken image.
         drop_rates: of the network's residual blocks (stochastic depth); none where there is none.
         warn: told what makes reading slow.
+
+    Raises:
+        UserError: not one whole global batch.
     """
 
     def __init__(
@@ -136,33 +150,26 @@ class TrainLoader(Loader):
         drop_rates: Sequence[float] = (),
         warn: Warn = lambda _: None,
     ):
-        self._sampler, self._drop_rates = make_sampler(cfg, len(index), global_batch, seed), drop_rates
-        max_batch = self._sampler.largest_share(context.world_size)
-        super().__init__(index, cfg, context, on_bad, warn, max_batch, draw_names(cfg))
+        sampler = make_sampler(cfg, len(index), global_batch, seed)
+        steps_per_epoch(len(index), global_batch)  # refused here, and not by a process that reads
+        specs = TrainSpecs(cfg, sampler, context.rank, context.world_size, tuple(drop_rates))
+        super().__init__(
+            index, cfg, context, on_bad, warn, sampler.largest_share(context.world_size), specs, draw_names(cfg)
+        )
+        self._readers.start()
 
     def from_step(self, step: int, stop: int) -> Iterator[Batch]:
         """This rank's part of global batches [step, stop)."""
         steps = range(step, stop)
-        decoded = self.pipeline.decode(map(self.batch_spec, steps))
-        return starmap(self._make_batch, zip(steps, decoded, strict=True))
+        decoded = zip(self._decode(steps), steps, strict=True)
+        return (self._make_batch(spec, images) for (spec, images), _ in decoded)
 
-    def batch_spec(self, step: int) -> BatchSpec:
-        """What this rank trains on in `step`: a pure function of seed, step and index."""
-        rank, world_size = self._context.rank, self._context.world_size
-        return make_train_spec(self.index, self._cfg, self._sampler, step, rank, world_size)
-
-    def _make_batch(self, step: int, decoded: tuple[BatchSpec, Tensor]) -> Batch:
-        spec, images = decoded
-        labels = self._labels(spec.rows, images.device)
+    def _make_batch(self, spec: BatchSpec, images: Tensor) -> Batch:
+        labels = to_device(spec.labels, images.device)
         if spec.mixture is not None:
             images, labels = mix(images, labels, *spec.mixture, len(self.index.classes))
-        return Batch(images, labels, spec.rows, self._drop_path_mask(step, images.device) if self._drop_rates else None)
-
-    def _drop_path_mask(self, step: int, device: torch.device) -> Tensor:
-        epoch, start, stop = self._sampler.positions(step, self._context.rank, self._context.world_size)
-        draws = uniforms(Purpose.DROP_PATH, self._sampler.seed, epoch, start, stop, len(self._drop_rates))
-        mask = torch.from_numpy(drop_path_masks(self._drop_rates, draws).astype(np.float32))
-        return mask.to(device, non_blocking=True)
+        mask = None if spec.drop_path_mask is None else to_device(spec.drop_path_mask, images.device)
+        return Batch(images, labels, spec.rows, mask)
 
 
 class EvalLoader(Loader):
@@ -173,6 +180,7 @@ class EvalLoader(Loader):
     Args:
         views: of each image: its centre ("one"), that and its mirror image ("flip"), or centre and corners with their
             mirror images ("ten", the paper's ten crops).
+        specs: what to make of rows; None: those crops.
     """
 
     def __init__(
@@ -185,33 +193,34 @@ class EvalLoader(Loader):
         batch: int,
         warn: Warn = lambda _: None,
         views: Views = "one",
+        specs: EvalSpecs | None = None,
     ):
-        self._chunk_size, self._places, self._mirrored = batch, FIVE if views == "ten" else (CENTRE,), views != "one"
+        self._chunk_size, self._mirrored = batch, views != "one"
         self.num_chunks = -(-len(index) // batch)
         self.chunks = range(context.rank, self.num_chunks, context.world_size)
         self.max_chunks = -(-self.num_chunks // context.world_size)  # of any rank
+        self._specs = specs or EvalSpecs(cfg, FIVE if views == "ten" else (CENTRE,))
+        self._num_places = len(self._specs.places)
         in_sequence = dataclasses.replace(cfg, shuffle_block=batch)  # a reader's cache is of use then, however small
-        super().__init__(index, in_sequence, context, on_bad, warn, batch * len(self._places))
+        super().__init__(index, in_sequence, context, on_bad, warn, batch * self._num_places, self._specs)
 
     def __iter__(self) -> Iterator[tuple[int, Batch]]:
         """(chunk, batch) for this rank's chunks; of several places all their images, see `views`."""
-        decoded = self.pipeline.decode(map(self.batch_spec, self.chunks))
+        decoded = self._decode(map(self.rows, self.chunks))
         for chunk, (spec, images) in zip(self.chunks, decoded, strict=True):
-            rows = spec.rows[: len(spec) // len(self._places)]
-            yield chunk, Batch(images, self._labels(rows, images.device), rows)
+            number = len(spec) // self._num_places
+            yield chunk, Batch(images, to_device(spec.labels[:number], images.device), spec.rows[:number])
 
-    def batch_spec(self, chunk: int) -> BatchSpec:
-        """The crops of one chunk."""
-        rows = np.arange(chunk * self._chunk_size, min((chunk + 1) * self._chunk_size, len(self.index)))
-        return make_eval_spec(self.index, self._cfg, rows, self._places)
+    def rows(self, chunk: int) -> IntArray:
+        """The rows of one chunk."""
+        return np.arange(chunk * self._chunk_size, min((chunk + 1) * self._chunk_size, len(self.index)))
 
     def views(self, images: Tensor) -> list[Tensor]:
         """A batch's images as views of the same ones, (B, 3, S, S) each."""
-        crops = list(images.chunk(len(self._places)))
+        crops = list(images.chunk(self._num_places))
         return [*crops, *(crop.flip(3) for crop in crops)] if self._mirrored else crops
 
     def pictures(self, rows: IntArray) -> Tensor:
         """The centre crops of at least one row, as they are evaluated: (N, 3, S, S) uint8, on the host."""
-        parts = [rows[i : i + self._chunk_size] for i in range(0, len(rows), self._chunk_size)]
-        specs = (make_eval_spec(self.index, self._cfg, part) for part in parts)
-        return torch.cat([images.cpu() for _, images in self.pipeline.decode(specs)])
+        parts = (rows[i : i + self._chunk_size] for i in range(0, len(rows), self._chunk_size))
+        return torch.cat([images[: len(spec) // self._num_places].cpu() for spec, images in self._decode(parts)])

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.data.augment_params import MIX_ONE
+from pipeline.data.loading.to_device import to_device
 from pipeline.data.stream import IntArray
 
 
@@ -23,8 +24,8 @@ def mix(images: Tensor, labels: Tensor, weights: IntArray, boxes: IntArray, num_
     """
     device, size = images.device, images.shape[-1]
     pixels = images.permute(0, 2, 3, 1)  # as they lie in memory
-    own = torch.from_numpy(weights).repeat_interleave(2).to(device, torch.int32)
-    top, left, bottom, right = torch.from_numpy(boxes).repeat_interleave(2, 0).to(device).T[:, :, None]
+    own = to_device(weights, device).repeat_interleave(2).to(torch.int32)
+    top, left, bottom, right = to_device(boxes, device).repeat_interleave(2, 0).T[:, :, None]
     pixel = torch.arange(size, device=device)
     inside_y, inside_x = (pixel >= top) & (pixel < bottom), (pixel >= left) & (pixel < right)  # (B, S) each
     cut = (inside_y[:, :, None] & inside_x[:, None, :])[..., None]
@@ -40,7 +41,7 @@ def mix(images: Tensor, labels: Tensor, weights: IntArray, boxes: IntArray, num_
     # On the host: a GPU divides by multiplying with the inverse, which rounds otherwise.
     kept = 1 - (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) / size**2
     shares = (weights / MIX_ONE * kept).astype(np.float32)
-    share = torch.from_numpy(shares).repeat_interleave(2).to(device)[:, None]
+    share = to_device(shares, device).repeat_interleave(2)[:, None]
     one_hot = F.one_hot(labels, num_classes).float()
     return mixed.to(torch.uint8).permute(0, 3, 1, 2), share * one_hot + (1 - share) * _partners(one_hot)
 

@@ -4,10 +4,12 @@ Remote files come in chunks through the node's cache. So do the row groups of Pa
 of it can be read: decoded once for the whole node, an image in them is as near as one in a tar shard.
 """
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -82,35 +84,41 @@ class Reader:
         return DiskCache(Path(cfg.cache_dir) if cfg.cache_dir else scratch_folder() / "cache", max_bytes, self._warn)
 
     def close(self) -> None:
-        """End the threads; what they have not begun is not done."""
+        """End the threads, but wait for none; what they have not begun is not done."""
         with self._lock:
             self._closed.set()
-        self._pool.shutdown(cancel_futures=True)
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def read(self, row: int) -> bytes:
-        """The encoded image of one row.
+        """The encoded image of one row; errors are `read_into`'s."""
+        data = bytearray(self._index.sizes[row])
+        self.read_into(row, memoryview(data))
+        return bytes(data)
+
+    def read_into(self, row: int, buffer: memoryview) -> None:
+        """Fill a buffer with the encoded image of one row, of the size that the index has.
 
         Raises:
             OSError: the file is gone or shorter than the index says.
             StorageAwayError: its storage does not answer.
         """
         index, file = self._index, self._index.file(row)
-        offset, size = int(index.offsets[row]), int(index.sizes[row])
+        offset, size = int(index.offsets[row]), len(buffer)
         try:
-            if file.endswith(".parquet"):
-                data = self._read_parquet(file, offset)
-            elif self._root.local:
-                data = self._retry(self._fetch, file, offset, offset + size)
+            if self._root.local and not file.endswith(".parquet"):
+                num_read = self._retry(_read_local, self._root.local / file, offset, buffer)
             else:
-                data = self._read_range(file, offset, offset + size)
+                remote = partial(self._read_range, file, offset, offset + size)
+                data = self._read_parquet(file, offset) if file.endswith(".parquet") else remote()
+                num_read = len(data)
+                buffer[: min(size, num_read)] = data[:size]
         except OSError as e:
             if e.filename is not None:  # a local file's, which its text names
                 raise
             kind = next((k for k in (FileNotFoundError, StorageAwayError) if isinstance(e, k)), OSError)
             raise kind(f"{index.full_path(row)}: {e}") from e
-        if len(data) != size:
-            raise OSError(f"{index.full_path(row)}: {len(data)} bytes where the index has {size}")
-        return data
+        if num_read != size:
+            raise OSError(f"{index.full_path(row)}: {num_read} bytes where the index has {size}")
 
     def prefetch(self, rows: Iterable[int]) -> None:
         """Begin to fetch into the cache what these rows need; what goes wrong is left to `read`."""
@@ -237,3 +245,15 @@ class Reader:
                 return
             self._warned_at = time.monotonic()
         self._warn(text)
+
+
+def _read_local(path: Path, offset: int, buffer: memoryview) -> int:
+    """Fill a buffer from a file; how many bytes there were for it."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        done = 0
+        while done < len(buffer) and (more := os.preadv(descriptor, [buffer[done:]], offset + done)):
+            done += more
+        return done
+    finally:
+        os.close(descriptor)
