@@ -19,6 +19,21 @@ PHASES = (
 )
 
 
+class Reading:
+    """Seconds per phase up to a mark, once the device has come to it."""
+
+    def __init__(self, ledger: "TimeLedger", mark: tuple[str, Any]):
+        self._ledger, self.mark = ledger, mark
+        self.seconds: dict[str, float] = {}
+
+    def wait(self) -> dict[str, float]:
+        """The seconds; waits for the device."""
+        if not isinstance(event := self.mark[1], float):
+            event.synchronize()
+        self._ledger.count_ended()
+        return self.seconds
+
+
 class TimeLedger:
     """Seconds per phase, over all attempts of a training. Phases nest: an inner one's time is not the outer one's.
 
@@ -36,6 +51,7 @@ class TimeLedger:
         self._seconds = dict(before or {})
         self._now = _event if device is not None and device.type == "cuda" else time.perf_counter
         self._marks: deque[tuple[str, Any]] = deque([(phase, self._now())])  # what is not counted yet
+        self._readings = deque[Reading]()  # that the device has not come to
         self._compiling = False
         self.listener: Callable[[str], None] | None = None  # told of each phase that begins
 
@@ -68,21 +84,25 @@ class TimeLedger:
             yield batch
             self._compiling = False
             self.start_phase("data wait")
-            self._count_ended()
+            self.count_ended()
 
     def seconds(self) -> dict[str, float]:
         """Per phase, up to now. On a GPU this waits for the device."""
-        self.start_phase(self._marks[-1][0])
-        if not isinstance(end := self._marks[-1][1], float):
-            end.synchronize()
-        self._count_ended()
-        return dict(self._seconds)
+        return self.read_later().wait()
 
-    def _count_ended(self) -> None:
+    def read_later(self) -> Reading:
+        """The seconds per phase up to now, to be waited for at another time."""
+        self.start_phase(self._marks[-1][0])
+        self._readings.append(reading := Reading(self, self._marks[-1]))
+        return reading
+
+    def count_ended(self) -> None:
         """Count the phases that are over; a device is some steps behind, and a week's marks must not gather."""
         while len(self._marks) > 1 and _is_over(self._marks[1][1]):
             name, began = self._marks.popleft()
             self._seconds[name] = self._seconds.get(name, 0.0) + _between(began, self._marks[0][1])
+            if self._readings and self._readings[0].mark is self._marks[0]:
+                self._readings.popleft().seconds = dict(self._seconds)
 
 
 def _event() -> "torch.cuda.Event":
@@ -111,6 +131,13 @@ def total(seconds: Mapping[str, float], *names: str) -> float:
 def images_per_s(num_images: int, seconds: Mapping[str, float], before: Mapping[str, float]) -> float | None:
     """The speed of the steps that were done between two readings of a ledger; None: there were none."""
     return num_images / (total(seconds, *STEP) - total(before, *STEP)) if num_images else None
+
+
+def speeds(num_images: int, seconds: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
+    """Metrics of the images that were trained on between two readings."""
+    step_s = total(seconds, *STEP) - total(before, *STEP)
+    waited_s = total(seconds, "data wait") - total(before, "data wait")
+    return {"perf/images_per_s": num_images / step_s, "perf/data_wait_share": waited_s / step_s}
 
 
 def summed_up(seconds: Mapping[str, float]) -> dict[str, float]:

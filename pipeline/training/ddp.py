@@ -2,6 +2,8 @@
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -46,12 +48,23 @@ def _distributed(model: nn.Module, cfg: Config, world_size: int, device: torch.d
     share = -(-cfg.train.global_batch // world_size)
     num_images, size = min(share, cfg.train.micro_batch or share) if device.type == "cpu" else 1, cfg.data.image_size
     images = torch.zeros(num_images, 3, size, size, dtype=torch.uint8, device=device)
-    with autocast(cfg.train.precision, device):
-        logits = net(images.contiguous(memory_format=torch.channels_last))
-    logits.sum().backward()
+    with _without_search():
+        with autocast(cfg.train.precision, device):
+            logits = net(images.contiguous(memory_format=torch.channels_last))
+        logits.sum().backward()
     model.zero_grad(set_to_none=True)
     model.train()
     return net
+
+
+@contextmanager
+def _without_search() -> Iterator[None]:
+    """Have cuDNN not try out kernels for a shape that does not come again."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def _watch_communication(model: nn.Module, ledger: TimeLedger) -> None:

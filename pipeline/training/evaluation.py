@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.data.loading.loader import EvalLoader
+from pipeline.data.loading.to_device import to_device
 from pipeline.failures import NonFiniteError
 from pipeline.tracking.metrics import TOP, Predictions
 from pipeline.training.microbatch import OomSplitter
@@ -60,7 +61,7 @@ def evaluate(
         if (item := next(chunks, None)) is None:  # other ranks have one more
             continue
         _, batch = item
-        rows = torch.from_numpy(batch.rows).to(device)
+        rows = to_device(batch.rows, device)
         logs = log_probabilities(model, loader.views(batch.images), precision, in_parts)
         losses = F.nll_loss(logs, batch.labels, reduction="none")
         likeliest = logs.topk(min(TOP, logs.shape[1]))

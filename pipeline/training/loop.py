@@ -6,8 +6,6 @@ from contextlib import ExitStack, closing
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from pipeline.config.schema import Config
 from pipeline.data.batch_spec import make_sampler
@@ -16,6 +14,7 @@ from pipeline.runs.spec import RunSpec, WorkerContext
 from pipeline.training.control import ControlBroadcast, ControlFlags
 from pipeline.training.ddp import wrap_model
 from pipeline.training.evaluation import StoppedError, evaluate, sync_buffers
+from pipeline.training.losses import Interval, LossReader
 from pipeline.training.microbatch import AutoMicrobatch, OomSplitter
 from pipeline.training.profiler import Profiler
 from pipeline.training.recorder import Recorder
@@ -96,7 +95,7 @@ def _fit(spec: RunSpec, ctx: WorkerContext, watchdog: Watchdog, stack: ExitStack
             recorder.log_evaluation(state, predictions)
         return True
 
-    losses: list[Tensor] = []
+    losses = LossReader(ctx, ledger, late=ctx.device.type == "cuda")
     with (
         closing(train_loader),
         closing(val_loader),
@@ -121,7 +120,7 @@ def _fit(spec: RunSpec, ctx: WorkerContext, watchdog: Watchdog, stack: ExitStack
                 micro_batch=micro_batch,
                 mark=ledger.start_phase,
             )
-            losses.append(loss)
+            losses.add(loss)
             profile.step(state.step)
             sample_log.step(state.step, batch)
             watchdog.feed()
@@ -133,12 +132,12 @@ def _fit(spec: RunSpec, ctx: WorkerContext, watchdog: Watchdog, stack: ExitStack
             saving = due(cfg.checkpoint.every) or flags.save or ending
             if not (logging or evaluating or saving):
                 continue
-            values, num_bad = _gather(losses, recorder.num_bad, ctx)  # the only wait for the device
-            losses.clear()
-            _check_finite(values, state.step, cfg, schedule, len(index))
-            if logging:
-                with ledger.phase("logging"):
-                    recorder.log_step(state.step, values[-1], lr, state.step / schedule.steps_per_epoch, num_bad)
+            waits = evaluating or saving
+            for interval in losses.end_interval(state.step, recorder.num_bad, is_logged=logging, now=waits):
+                _check_finite(interval, cfg, schedule, len(index))
+                if interval.is_logged:
+                    with ledger.phase("logging"):
+                        recorder.log_step(interval, schedule)
             if saving:  # before an evaluation, which may take longer than a node has that is to go
                 with ledger.phase("checkpoint"):
                     recorder.save(state, now=ending, is_scored_later=evaluating and not flags.stop)
@@ -153,18 +152,9 @@ def _fit(spec: RunSpec, ctx: WorkerContext, watchdog: Watchdog, stack: ExitStack
         return recorder.finish(state, val_loader, owes_evaluation=owes_evaluation)
 
 
-def _gather(losses: list[Tensor], num_bad: int, ctx: WorkerContext) -> tuple[list[float], int]:
-    """Over all ranks: the loss of each step since the last call, and the broken images met."""
-    sums = torch.cat([torch.stack(losses), torch.tensor([float(num_bad)], device=ctx.device)])
-    if ctx.world_size > 1:
-        dist.all_reduce(sums)
-    *values, bad = sums.tolist()
-    return values, int(bad)
-
-
-def _check_finite(values: list[float], step: int, cfg: Config, schedule: Schedule, num_samples: int) -> None:
-    """Raise NonFiniteLossError for the first of the last `len(values)` steps whose loss is not a number."""
-    for done, value in enumerate(values, step - len(values) + 1):
+def _check_finite(interval: Interval, cfg: Config, schedule: Schedule, num_samples: int) -> None:
+    """Raise NonFiniteLossError for the first step of an interval whose loss is not a number."""
+    for done, value in enumerate(interval.losses, interval.step - len(interval.losses) + 1):
         if math.isfinite(value):
             continue
         sampler = make_sampler(cfg.data, num_samples, cfg.train.global_batch, cfg.run.seed)

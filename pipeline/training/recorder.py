@@ -23,10 +23,12 @@ from pipeline.runs.checkpoint import Checkpoint, name_of
 from pipeline.runs.claim import SupersededError
 from pipeline.runs.manifest import RunManifest
 from pipeline.runs.spec import RunSpec, WorkerContext
-from pipeline.tracking.ledger import STEP, TimeLedger, for_mlflow, goodput, images_per_s, summed_up, total
+from pipeline.tracking.ledger import TimeLedger, for_mlflow, goodput, images_per_s, speeds, summed_up
 from pipeline.tracking.metrics import Predictions
 from pipeline.tracking.mlflow_logger import MlflowLogger
 from pipeline.tracking.uploads import Uploads
+from pipeline.training.losses import Interval
+from pipeline.training.schedule import Schedule, lr_at
 from pipeline.training.state import TrainState
 from pipeline.versions import device_name
 
@@ -129,20 +131,18 @@ class Recorder(AbstractContextManager["Recorder"]):
         """Whether a checkpoint that was postponed can be taken now."""
         return self._ctx.rank == 0 and self._checkpointer.wants_save
 
-    def log_step(self, step: int, loss: float, lr: float, epoch: float, num_bad: int) -> None:
-        """Log one step: `loss` is the mean over its global batch, of the weights before it."""
+    def log_step(self, interval: Interval, schedule: Schedule) -> None:
+        """Log the last step of an interval; its loss is that of the weights before it."""
         if self._ctx.rank != 0:
             return
-        seconds, before = self._ledger.seconds(), self._logged
-        step_s = total(seconds, *STEP) - total(before, *STEP)
+        step, seconds = interval.step, interval.seconds
         images = (step - self._logged_step) * self._spec.cfg.train.global_batch
         metrics = {
-            "train/loss": loss,
-            "train/lr": lr,
-            "train/epoch": epoch,
-            "perf/images_per_s": images / step_s,
-            "perf/data_wait_share": (total(seconds, "data wait") - total(before, "data wait")) / step_s,
-            "data/bad_images": num_bad,
+            "train/loss": interval.losses[-1],
+            "train/lr": lr_at(step - 1, self._spec.cfg.optim, schedule),
+            "train/epoch": step / schedule.steps_per_epoch,
+            **speeds(images, seconds, self._logged),
+            "data/bad_images": interval.num_bad,
         }
         self._logged_step, self._logged = step, seconds
         self._mlflow.log_metrics(step, metrics | for_mlflow(seconds))

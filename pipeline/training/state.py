@@ -4,7 +4,7 @@ Data position and learning rate are functions of `step`; nothing else remembers 
 """
 
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from pipeline.models.resnet import ResNet
 from pipeline.models.state_dict import load_weights
 from pipeline.training.optim import make_optimizer
 
+Pair = tuple[list[Tensor], list[Tensor]]
+
 
 @dataclass
 class TrainState:
@@ -28,6 +30,7 @@ class TrainState:
     scaler: torch.amp.GradScaler
     step: int = 0
     best_top1: float = -1.0
+    _pairs: "tuple[Pair, Pair] | None" = field(default=None, repr=False)  # of `update_ema`
 
     @classmethod
     def create(cls, cfg: Config, num_classes: int, device: torch.device) -> "TrainState":
@@ -57,13 +60,12 @@ class TrainState:
         if self.ema is None:
             return
         decay = min(decay, (1 + self.step) / (10 + self.step))
-        averaged, current = _tensors(self.ema), _tensors(self.model)
-        torch._foreach_lerp_(
-            [t for t in averaged if t.is_floating_point()], [t for t in current if t.is_floating_point()], 1 - decay
-        )
-        for mine, theirs in zip(averaged, current, strict=True):
-            if not mine.is_floating_point():  # BN's count of batches
-                mine.copy_(theirs)
+        if self._pairs is None:  # to walk through both networks takes longer than all that is computed here
+            self._pairs = _pairs(self.ema, self.model)
+        (averaged, current), (counts, current_counts) = self._pairs
+        torch._foreach_lerp_(averaged, current, 1 - decay)
+        if counts:
+            torch._foreach_copy_(counts, current_counts)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only, sharing the live tensors' memory."""
@@ -137,5 +139,9 @@ class TrainState:
             group.update(own)  # torch takes the saved ones, and the configuration's would have no effect
 
 
-def _tensors(model: nn.Module) -> list[Tensor]:
-    return list(model.state_dict().values())
+def _pairs(averaged: nn.Module, current: nn.Module) -> "tuple[Pair, Pair]":
+    """Of two networks what is averaged, and BN's counts of batches, which are not."""
+    pairs = list(zip(averaged.state_dict().values(), current.state_dict().values(), strict=True))
+    floats = [pair for pair in pairs if pair[0].is_floating_point()]
+    counts = [pair for pair in pairs if not pair[0].is_floating_point()]
+    return tuple(([a for a, _ in some], [b for _, b in some]) for some in (floats, counts))  # type: ignore[return-value]

@@ -5,6 +5,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from pipeline.config.training import ModelConfig
 from pipeline.data.index import load_index
 from pipeline.data.indexing.build import build_index
 from pipeline.data.loading.loader import Batch, LoaderContext, TrainLoader
-from pipeline.models.resnet import ResNet
+from pipeline.models.resnet import ResNet, drop_rates
 from pipeline.runs.spec import RunSpec
 from pipeline.storage import Storage
 from pipeline.tracking.ledger import TimeLedger
@@ -245,3 +246,26 @@ def test_an_evaluation_is_computed_in_parts_that_fit() -> None:
         whole = log_probabilities(model, [images], "fp32", OomSplitter(pytest.fail))
     assert (whole[0] - whole[-1]).abs().max() > 0.03
     torch.testing.assert_close(parts, whole, rtol=0, atol=0.003)  # TF32, and other kernels for other sizes
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_a_step_and_its_batch_wait_for_nothing(digits_index: Callable[[str], Path], precision: str) -> None:
+    """torch refuses whatever would: mixing, EMA, clipping and the scaler among it."""
+    settings = [f"train.precision={precision}", "train.ema_decay=0.9", "train.clip_norm=1", "train.global_batch=64"]
+    settings += ["data.mixup=0.2", "data.cutmix=1.0", "model.depth=18", "data.image_size=32", "model.drop_path=0.1"]
+    cfg, device = load(None, ["data.train=x", "data.val=x", *settings]), torch.device("cuda:0")
+    loader = TrainLoader(
+        load_index(digits_index("train")),
+        cfg.data,
+        LoaderContext(0, 1, device, 2),
+        no_bad_image,
+        global_batch=64,
+        seed=0,
+        drop_rates=drop_rates(cfg.model),
+    )
+    state = TrainState.create(cfg, 10, device)
+    with closing(loader):
+        for step, batch in enumerate(loader.from_step(0, 6)):
+            train_step(state, state.model, batch, cfg.train, lr=0.1, world_size=1)
+            torch.cuda.set_sync_debug_mode("error" if step >= 2 else "default")  # first ones may look at what is there
+        torch.cuda.set_sync_debug_mode("default")
