@@ -79,7 +79,7 @@ def format_result(result: dict[str, Any]) -> list[str]:
     """The result for people."""
     scale = 256 / result["batch"]
     words = {"process_ms": "CPU of the training process, ms a batch", "thread_ms": "of it on the launching thread"}
-    rows = [("", "median", "quartiles", f"for {256} images", "aim")]
+    rows = [("", "median", "quartiles", "for 256 images", "aim")]
     for name, text in words.items():
         of_256 = figure(result[name] * scale, ".2f")
         rows.append(

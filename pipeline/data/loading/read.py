@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -108,8 +107,8 @@ class Reader:
             if self._root.local and not file.endswith(".parquet"):
                 num_read = self._retry(_read_local, self._root.local / file, offset, buffer)
             else:
-                remote = partial(self._read_range, file, offset, offset + size)
-                data = self._read_parquet(file, offset) if file.endswith(".parquet") else remote()
+                in_parquet = file.endswith(".parquet")
+                data = self._read_parquet(file, offset) if in_parquet else self._read_range(file, offset, offset + size)
                 num_read = len(data)
                 buffer[: min(size, num_read)] = data[:size]
         except OSError as e:

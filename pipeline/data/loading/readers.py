@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
-from itertools import count, islice
+from itertools import cycle, islice
 from typing import Any
 
 from pipeline.config.data import DataConfig
@@ -60,10 +60,10 @@ class Readers:
         over_network = index.root is not None and not index.root.local
         self._num_ahead = self.num_buffers + (FETCH_AHEAD if over_network else 0)
 
-        def start(buffers: tuple[int, ...]) -> ReaderTask:
+        def make_task(buffers: tuple[int, ...]) -> ReaderTask:
             return ReaderTask(index.shared_file(), index.classes, cfg, make_spec, retry_timeout_s, buffers)
 
-        self._processes = [_Process(start, each, warn) for _ in range(cfg.read_processes)]
+        self._processes = [_Process(make_task, each, warn) for _ in range(cfg.read_processes)]
 
     def read(self, requests: Iterable[Any]) -> Iterator[EncodedBatch]:
         """The batches of these requests, in order. What an earlier call has begun is given up.
@@ -74,7 +74,7 @@ class Readers:
             BadDataError: more images are broken than `max_bad_fraction` allows.
         """
         self._stream += 1
-        asked, turns = deque[_Process](), iter(self._processes[i % len(self._processes)] for i in count())
+        asked, turns = deque[_Process](), cycle(self._processes)
 
         def ask(number: int) -> None:
             for request in islice(todo, number):
