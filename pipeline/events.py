@@ -96,6 +96,18 @@ class CrashingImageFound:
 
 
 @dataclass(frozen=True)
+class BrokenImage:
+    """One that this process has met; a uniform image takes its place. path: of its file. reason: what is wrong."""
+
+    path: str
+    reason: str
+
+    @property
+    def text(self) -> str:
+        return f"{self.path} is broken, a uniform image takes its place: {self.reason}"
+
+
+@dataclass(frozen=True)
 class Note:
     """A line for the user."""
 
@@ -120,6 +132,7 @@ Event = (
     | Stopping
     | ImageSearchStarted
     | CrashingImageFound
+    | BrokenImage
     | Note
     | Warned
 )

@@ -28,7 +28,7 @@ from pipeline.cluster.doctor import node_checks
 from pipeline.config.schema import Config
 from pipeline.data.indexing.build import Progress
 from pipeline.errors import UserError
-from pipeline.events import AttemptFailed, AttemptStarted, Event, StepLogged, Warned
+from pipeline.events import AttemptFailed, AttemptStarted, BrokenImage, Event, StepLogged, Warned
 from pipeline.failures import TrainingFailedError
 from pipeline.text import between, columns, figure
 from pipeline.tracking.ledger import PHASES
@@ -133,7 +133,7 @@ def _train(cfg: Config) -> tuple[AttemptStarted, list[StepLogged]]:
             starts.append(event)
         elif isinstance(event, StepLogged):
             steps.append(event)
-        elif isinstance(event, Warned | AttemptFailed):
+        elif isinstance(event, Warned | BrokenImage | AttemptFailed):
             print(event.text, file=sys.stderr)
 
     if supervisor.train(cfg, "bench", None, emit)["status"] == "interrupted":

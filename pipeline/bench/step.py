@@ -24,7 +24,7 @@ from pipeline.config.schema import Config
 from pipeline.data.indexing.build import Progress
 from pipeline.data.loading.loader import Batch, LoaderContext
 from pipeline.errors import UserError
-from pipeline.events import Event, StepLogged, Warned
+from pipeline.events import BrokenImage, Event, StepLogged, Warned
 from pipeline.runs.spec import WorkerContext
 from pipeline.text import between, columns, figure
 from pipeline.tracking.ledger import COMPUTE, TimeLedger, total
@@ -145,7 +145,7 @@ def bench_train(
 
     def emit(event: Event) -> None:
         nonlocal round_began, waited_before, ceiling
-        if isinstance(event, Warned):
+        if isinstance(event, Warned | BrokenImage):
             warn(event.text)
         if not isinstance(event, StepLogged):
             return

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pipeline.events import (
     AttemptFailed,
     AttemptStarted,
+    BrokenImage,
     CheckpointWritten,
     CrashingImageFound,
     Evaluated,
@@ -118,6 +119,8 @@ class TrainingView(_View):
                 self.print(text)
             case Warned(text) | CrashingImageFound(text):
                 self.print(f"warning: {text}")
+            case BrokenImage():
+                self.print(f"warning: {event.text}")
 
     def _start(self, event: AttemptStarted) -> None:
         self._num_steps, self._global_batch = event.num_steps, event.global_batch

@@ -30,6 +30,7 @@ from pipeline.errors import UserError
 from pipeline.events import (
     AttemptFailed,
     AttemptStarted,
+    BrokenImage,
     CheckpointWritten,
     CrashingImageFound,
     Event,
@@ -111,7 +112,7 @@ def train(
         environment["OMP_WAIT_POLICY"] = "PASSIVE"
         emit(Note(BUSY))
     failures: tuple[Failure, ...] = ()
-    kills, has_trained = OutOfMemoryKills(), False
+    kills, has_trained, broken = OutOfMemoryKills(), False, set[str]()
 
     def handle(event: Event) -> None:
         nonlocal cfg, step, failures, has_trained
@@ -122,6 +123,10 @@ def train(
                 budget.failed()  # the driver decides what comes of it
             case CheckpointWritten():
                 budget.saved(event.step)
+            case BrokenImage():  # each rank and each attempt meets it
+                if event.path in broken:
+                    return
+                broken.add(event.path)
             case CrashingImageFound():
                 budget.forgive()
             case AttemptStarted():

@@ -13,6 +13,7 @@ from pipeline.data.indexing.build import open_index
 from pipeline.data.loading.bad_images import BadDataError
 from pipeline.data.loading.loader import Batch, LoaderContext, TrainLoader
 from pipeline.errors import UserError
+from pipeline.events import BrokenImage
 
 MIN_CELL = 96  # pixels; smaller images are enlarged by a whole factor
 MARGIN, LINE = 6, 14
@@ -38,7 +39,7 @@ def preview(cfg: Config, step: int, num_images: int, out: Path, warn: Callable[[
     index, _ = open_index(cfg.data.train)
 
     def on_bad(path: str, reason: str) -> None:
-        warn(f"{path} is broken, a uniform image takes its place: {reason}")
+        warn(BrokenImage(path, reason).text)
 
     with closing(
         TrainLoader(

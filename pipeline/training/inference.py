@@ -149,6 +149,5 @@ def _predict(
 
 def _refuse(path: str, reason: str) -> None:
     raise UserError(
-        f"{path} cannot be decoded ({reason}); fix it, or have what is broken or missing left out by a new index: "
-        "--data FOLDER"
+        f"{path} is broken ({reason}); fix it, or have what is broken or missing left out by a new index: --data FOLDER"
     )

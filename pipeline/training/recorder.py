@@ -15,7 +15,7 @@ from typing import Any
 from pipeline.config.loading import dump, flatten
 from pipeline.data.index import Index
 from pipeline.data.loading.loader import EvalLoader
-from pipeline.events import AttemptStarted, CheckpointWritten, Evaluated, StepLogged
+from pipeline.events import AttemptStarted, BrokenImage, CheckpointWritten, Evaluated, StepLogged
 from pipeline.failures import MLFLOW_END_S, MLFLOW_HANDOVER_S, UPLOAD_S, retry
 from pipeline.runs import retention
 from pipeline.runs.async_checkpointer import AsyncCheckpointer
@@ -211,7 +211,7 @@ class Recorder(AbstractContextManager["Recorder"]):
     def bad_image(self, path: str, reason: str) -> None:
         """Name a broken image that this rank has met."""
         self.num_bad += 1
-        self._ctx.warn(f"{path} is broken, a uniform image takes its place: {reason}")
+        self._ctx.emit(BrokenImage(path, reason))
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         """Save what can be saved of an attempt that ends by an error, and tell MLflow of it."""

@@ -110,7 +110,7 @@ def test_evaluate_refuses_what_it_cannot_score(run: Run, trained: dict[str, Any]
     (tmp_path / "3" / "x.jpg").write_bytes(damaged_jpeg())
     code, _, err = run("evaluate", trained["run_dir"], "--data", tmp_path)
     assert (code, err.count("\n")) == (2, 1)
-    assert "3/x.jpg cannot be decoded" in err
+    assert "3/x.jpg is broken" in err
     (tmp_path / "3").rename(tmp_path / "three")
     code, _, err = run("evaluate", trained["run_dir"], "--data", tmp_path)
     assert (code, err.count("\n")) == (2, 1)

@@ -21,7 +21,7 @@ from pipeline.cluster import connection, controller, driver, oom, ray_start, sup
 from pipeline.config.loading import load
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
-from pipeline.events import AttemptFailed, AttemptStarted, Event
+from pipeline.events import AttemptFailed, AttemptStarted, BrokenImage, Event
 from pipeline.failures import ClusterLostError, FailureBudget, TrainingFailedError
 from pipeline.training import open_run
 
@@ -236,6 +236,23 @@ def test_a_later_driver_trains_on_the_device_of_the_first(
     monkeypatch.setattr(supervisor, "_run_driver", run)
     supervisor.train(load(None, ["data.train=x", "data.val=x"]), "x", None, lambda _: None)
     assert asked == [("auto", False), (kept, True)]
+
+
+def test_a_broken_image_is_named_once_whoever_meets_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks do, and the attempts of a second driver."""
+    ends = iter(["lost", "done"])
+
+    def run(_: object, __: object, handle: Callable[[Event], None], ___: object) -> tuple[str, object]:
+        handle(AttemptStarted(1, 0, 9, 4, None, 2, 1, "cpu", "fp32", "", {}, 0))
+        for file in ("a.jpg", "b.jpg", "a.jpg"):
+            handle(BrokenImage(file, "it is short"))
+        return next(ends), {}
+
+    monkeypatch.setattr(supervisor, "_run_driver", run)
+    monkeypatch.setattr(supervisor.OutOfMemoryKills, "explain", lambda _, text: text)
+    events = list[Event]()
+    supervisor.train(load(None, ["data.train=x", "data.val=x"]), "x", None, events.append)
+    assert [event.path for event in events if isinstance(event, BrokenImage)] == ["a.jpg", "b.jpg"]
 
 
 def test_a_failure_that_mlflow_cannot_be_told_of_stays_that_failure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from pipeline.data.loading import isolate
 from pipeline.data.loading.isolate import Isolation
 from pipeline.data.loading.loader import LoaderContext
 from pipeline.errors import UserError
-from pipeline.events import CrashingImageFound, Event, ImageSearchStarted, Note, StepLogged, Warned
+from pipeline.events import BrokenImage, CrashingImageFound, Event, ImageSearchStarted, Note, StepLogged
 from pipeline.runs.spec import RunSpec
 from pipeline.storage import Storage
 from pipeline.training import inference
@@ -166,14 +166,14 @@ def test_what_is_found_is_left_out_and_known_later(patched: Callable[[str], None
     events = train(2, (0, 0))
     found = [f"{file}: {REASON}; a uniform image takes its place" for file in broken]
     assert [e.text for e in events if isinstance(e, CrashingImageFound)] == found
-    named = [f"{file} is broken, a uniform image takes its place: {REASON}" for file in broken]
-    assert [e.text for e in events if isinstance(e, Warned)] == named
+    named = [BrokenImage(str(file), REASON) for file in broken]
+    assert [e for e in events if isinstance(e, BrokenImage)] == named
     assert [e.metrics["data/bad_images"] for e in events if isinstance(e, StepLogged)][-1] == 1
     assert len((Storage(tmp_path / "run") / FOLDER).names()) == 2
     again = train(4, ())
     assert not [e for e in again if isinstance(e, CrashingImageFound | Note | ImageSearchStarted)]
-    assert [e.text for e in again if isinstance(e, Warned)] == named
-    with pytest.raises(UserError, match=r"063\.jpg cannot be decoded \(it kills the process"):
+    assert [e for e in again if isinstance(e, BrokenImage)] == named
+    with pytest.raises(UserError, match=r"063\.jpg is broken \(it kills the process"):
         inference.evaluate_checkpoint(spec.checkpoints / "step_00000004", None, print)
 
 

@@ -20,7 +20,7 @@ from ranks import FAST, context, final_state, run_ranks
 from pipeline.cluster import driver
 from pipeline.config.loading import load
 from pipeline.errors import UserError
-from pipeline.events import AttemptStarted, Event, StepLogged, Warned
+from pipeline.events import AttemptStarted, BrokenImage, Event, StepLogged, Warned
 from pipeline.failures import Interrupted, NonFiniteError, TrainingFailedError
 from pipeline.models import pretrained
 from pipeline.runs import checkpoint, listing, lock
@@ -383,9 +383,9 @@ def test_training_runs_on_the_rest_of_an_odd_folder(tmp_path: Path, monkeypatch:
         assert any(str(images / path) in text and reason in text for text in left_out)
     summary = fit(spec, context(events=events))
     assert (summary["status"], summary["step"]) == ("done", 6)
-    named = [e.text for e in events if isinstance(e, Warned) and "a uniform image takes its place" in e.text]
+    named = [e.path for e in events if isinstance(e, BrokenImage)]
     assert named
-    assert all("odd/damaged.jpg" in text for text in named)
+    assert set(named) == {str(images / "odd/damaged.jpg")}
 
 
 def test_the_best_checkpoint_is_uploaded_from_an_object_store(

@@ -116,7 +116,9 @@ class BatchReader:
             refuse_unparsable(buffer)
         except StorageAwayError:  # no fault of the image: another would take its place, unnoticed
             raise
-        except (OSError, UnparsableError) as e:
+        except OSError as e:
+            return e.strerror or str(e)  # without its path, which is told anyway
+        except UnparsableError as e:
             return str(e)
         return None
 
@@ -137,4 +139,4 @@ def refuse_unparsable(encoded: bytes | memoryview) -> None:
     try:
         nvimgcodec.CodeStream(np.frombuffer(memoryview(encoded).toreadonly(), np.uint8)).width  # noqa: B018  # it parses what is asked for
     except RuntimeError as e:
-        raise UnparsableError("cannot be decoded: its header is damaged, or it is of no known format") from e
+        raise UnparsableError("its header is damaged, or it is of no known format") from e
