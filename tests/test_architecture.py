@@ -29,7 +29,7 @@ ROOMS = {
     "cluster.doctor": "node_checks check_results examine",
     "cluster.jobs": "submission client",
     "bench.planning": "assumptions failure_model cost_model plan view",
-    "bench": "common loader_baselines loader host step scaling",
+    "bench": "common loader_baselines loader_process loader host step scaling",
     "cli": "console common train data models cluster bench app",
 }
 ORDER = [f"{room.strip('.')}.{name}".strip(".") for room, names in ROOMS.items() for name in names.split()]

@@ -1,27 +1,18 @@
-"""The loaders that `pipeline bench loader` measures, ours among them, each in a process of its own.
+"""The loaders that `pipeline bench loader` measures, ours among them: the same images, sizes and batches for each."""
 
-All are pinned to the same cores and idle while another is measured: they share no interpreter lock, allocator or
-thread pool, and meet the same images, sizes and batches.
-"""
-
-import multiprocessing
-import os
-import signal
-import time
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property, partial
 from io import BytesIO
 from itertools import cycle
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import psutil
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
@@ -36,8 +27,8 @@ from pipeline.failures import READ_SOURCE_S
 
 CPU = torch.device("cpu")
 DECODE_BATCHES = 8  # that the decoder alone has in memory
-IDLE_TIMEOUT_S = 120.0  # for a loader to fall idle after its round
 OURS, CEILING = "pipeline", "decode alone"
+OPTIONAL = {"SPDL": ("spdl", "spdl-core"), "LitData": ("litdata", "litdata")}  # module, and name on PyPI
 
 
 @dataclass(frozen=True)
@@ -71,12 +62,8 @@ class LoaderBaseline:
     def total_batches(self, task: Task) -> int:
         return (self.num_ahead(task) + task.num_batches) * task.num_rounds
 
-
-class Speed(NamedTuple):
-    """Images by time passed, and by the CPU time of all its processes, on which others' load has little influence."""
-
-    per_s: float
-    per_cpu_s: float
+    def total_images(self, task: Task) -> int:
+        return self.total_batches(task) * task.batch
 
 
 class IndexRows(Dataset[tuple[Any, int]]):
@@ -109,15 +96,17 @@ def _decode_uint8(data: bytes) -> Any:
     return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
 
 
+def _transform(data: DataConfig, to_tensor: Sequence[Any] = ()) -> Callable[[Any], Any]:
+    crop = v2.RandomResizedCrop(data.image_size, scale=data.crop_scale, ratio=data.crop_ratio, antialias=True)
+    transform: Callable[[Any], Any] = v2.Compose([crop, v2.RandomHorizontalFlip(data.flip), *to_tensor])
+    return transform
+
+
 def torchvision(
     baseline: LoaderBaseline, task: Task, *, decode: Callable[[bytes], Any], to_tensor: Sequence[Any] = ()
 ) -> Iterator[Any]:
-    crop = v2.RandomResizedCrop(
-        task.data.image_size, scale=task.data.crop_scale, ratio=task.data.crop_ratio, antialias=True
-    )
-    transform = v2.Compose([crop, v2.RandomHorizontalFlip(task.data.flip), *to_tensor])
     loader = DataLoader(
-        IndexRows(task, baseline.total_batches(task) * task.batch, decode, transform),
+        IndexRows(task, baseline.total_images(task), decode, _transform(task.data, to_tensor)),
         task.batch,
         shuffle=True,
         num_workers=baseline.workers or 0,
@@ -131,7 +120,7 @@ def timm(baseline: LoaderBaseline, task: Task) -> Iterator[Any]:
     from timm.data import create_loader
 
     loader = create_loader(
-        IndexRows(task, baseline.total_batches(task) * task.batch, _decode_pil, None),
+        IndexRows(task, baseline.total_images(task), _decode_pil, None),
         task.data.image_size,
         task.batch,
         is_training=True,
@@ -144,6 +133,40 @@ def timm(baseline: LoaderBaseline, task: Task) -> Iterator[Any]:
         device=CPU,
     )
     return (images for images, _ in loader.loader)  # beneath its normalisation, which is the model's with us
+
+
+def spdl(baseline: LoaderBaseline, task: Task) -> Iterator[Any]:
+    """Threads, with torchvision's decoder: SPDL's own needs the libraries of FFmpeg, which pip does not bring."""
+    from spdl.pipeline import PipelineBuilder
+
+    rows = IndexRows(task, baseline.total_images(task), _decode_uint8, _transform(task.data))
+    order = torch.randperm(len(rows)).tolist()
+    stages = PipelineBuilder().add_source(order).pipe(rows.__getitem__, concurrency=len(task.cores))
+    loader = stages.aggregate(task.batch).pipe(default_collate).add_sink().build(num_threads=len(task.cores))
+    with loader.auto_stop():
+        yield from (images for images, _ in loader)
+
+
+def _encoded_row(i: int, *, rows: IndexRows) -> dict[str, Any]:
+    data, label = rows[i]
+    return {"image": data, "label": label}
+
+
+def _decoded_row(row: dict[str, Any], *, transform: Callable[[Any], Any]) -> tuple[Any, int]:
+    return transform(_decode_uint8(row["image"])), row["label"]
+
+
+def litdata(baseline: LoaderBaseline, task: Task) -> Iterator[Any]:
+    """From chunks of its own, as it wants data to be: the same encoded images, written beforehand."""
+    from litdata import StreamingDataLoader, StreamingDataset, optimize
+
+    number, chunks = baseline.total_images(task), str(task.index.parent / f"litdata-{baseline.workers}")
+    write = partial(_encoded_row, rows=IndexRows(task, number, bytes, bytes))
+    optimize(write, list(range(number)), chunks, chunk_bytes="64MB", num_workers=1, verbose=False)
+    transform = partial(_decoded_row, transform=_transform(task.data))
+    dataset = StreamingDataset(chunks, shuffle=True, drop_last=True, transform=transform)
+    loader = StreamingDataLoader(dataset, batch_size=task.batch, num_workers=baseline.workers or 0, drop_last=True)
+    return (images for images, _ in loader)
 
 
 def pipeline_batches(baseline: LoaderBaseline, task: Task) -> Iterator[Any]:
@@ -176,84 +199,23 @@ def _train_loader(task: Task) -> TrainLoader:
 
 
 def loader_baselines(num_cores: int) -> list[LoaderBaseline]:
-    """All of them, DataLoaders with each setting that may be their best on so many cores."""
+    """All of them that are installed, DataLoaders with each setting that may be their best on so many cores."""
     others: dict[str, Callable[[LoaderBaseline, Task], Iterator[Any]]] = {
         "torchvision PIL": partial(torchvision, decode=_decode_pil, to_tensor=[v2.PILToTensor()]),
         "torchvision uint8": partial(torchvision, decode=_decode_uint8),
         "timm": timm,
+        "LitData": litdata,
     }
     settings = [1, 0] if num_cores == 1 else [num_cores]
-    return [
+    baselines = [
         LoaderBaseline(OURS, pipeline_batches),
+        LoaderBaseline("SPDL", spdl),
         *(LoaderBaseline(name, batches, workers) for name, batches in others.items() for workers in settings),
         LoaderBaseline(CEILING, decode_alone),
     ]
+    return [baseline for baseline in baselines if baseline.name not in missing_packages()]
 
 
-class LoaderProcess:
-    """A loader in its process, which works in its own rounds alone."""
-
-    def __init__(self, baseline: LoaderBaseline, task: Task):
-        self.baseline = baseline
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_run_loader, args=(baseline, task, theirs))
-        allowed = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, task.cores)  # inherited, also by the threads that start with an import
-        try:
-            self._process.start()
-        finally:
-            os.sched_setaffinity(0, allowed)
-        theirs.close()
-
-    def run_round(self) -> Speed:
-        """Work one round.
-
-        Raises:
-            RuntimeError: the process has died; its own error is on stderr.
-        """
-        try:
-            self._pipe.send(None)
-            speed: Speed = self._pipe.recv()
-        except (EOFError, ConnectionError):
-            raise RuntimeError(f"the loader {self.baseline.name!r} has failed, see above") from None
-        return speed
-
-    def end(self) -> None:
-        self._pipe.close()
-        self._process.join(10)
-        self._process.kill()
-        self._process.join()
-
-
-def _run_loader(baseline: LoaderBaseline, task: Task, pipe: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's affair, which closes the pipe
-    torch.set_num_threads(len(task.cores))
-    batches, process = baseline.batches(baseline, task), psutil.Process()
-    while True:
-        try:
-            pipe.recv()
-        except EOFError:
-            return
-        for _ in range(baseline.num_ahead(task)):
-            next(batches)
-        started, used = time.perf_counter(), _cpu_seconds(process)
-        num_images = sum(len(next(batches)) for _ in range(task.num_batches))
-        seconds, cpu_seconds = time.perf_counter() - started, _cpu_seconds(process) - used
-        _wait_until_idle(process)
-        pipe.send(Speed(num_images / seconds, num_images / max(cpu_seconds, 0.01)))  # which is told in 10 ms
-
-
-def _wait_until_idle(process: psutil.Process) -> None:
-    """Wait until what is made ahead is made, so that the next loader has the cores for itself."""
-    deadline = time.monotonic() + IDLE_TIMEOUT_S
-    used, before = _cpu_seconds(process), -1.0
-    while used - before > 0.02:
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"still at work {IDLE_TIMEOUT_S:.0f} s after its round")
-        time.sleep(0.2)
-        before, used = used, _cpu_seconds(process)
-
-
-def _cpu_seconds(process: psutil.Process) -> float:
-    return float(sum(sum(p.cpu_times()[:2]) for p in [process, *process.children(recursive=True)]))
+def missing_packages() -> dict[str, str]:
+    """Of loaders that are not installed, the name on PyPI."""
+    return {name: package for name, (module, package) in OPTIONAL.items() if importlib.util.find_spec(module) is None}

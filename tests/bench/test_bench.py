@@ -14,7 +14,8 @@ from commands import ROOT
 from PIL import Image
 
 from pipeline.bench import loader
-from pipeline.bench.loader_baselines import CEILING, OURS, LoaderBaseline, LoaderProcess, Speed, Task, loader_baselines
+from pipeline.bench.loader_baselines import CEILING, OURS, LoaderBaseline, Task, loader_baselines
+from pipeline.bench.loader_process import LoaderProcess, Speed
 from pipeline.cli import app
 from pipeline.config.data import DataConfig
 from pipeline.config.loading import load
@@ -49,13 +50,14 @@ def test_ratios_are_taken_within_rounds_to_the_best_of_each() -> None:
 
 def test_the_table_names_everyone_and_ends_with_the_verdict(tmp_path: Path) -> None:
     head = {"train": "photos", "images": 9, "median_size": [375, 500], "image_size": 224, "batch": 4, "cores": 1}
-    result = {**head, "rounds": 3, "images_per_round": 8, "what": loader.WHAT}
+    result = {**head, "rounds": 3, "images_per_round": 8, "what": loader.WHAT, "left_out": {"SPDL": "spdl-core"}}
     result |= loader.summarise(SPEEDS, dict.fromkeys(SPEEDS, "threads"))
     lines = loader.format_result(result)
     for name in SPEEDS:
         assert sum(line.startswith(f"{name} ") for line in lines) == 1
+    assert "left out: SPDL; pip install spdl-core" in lines
     assert "2.50 times the best other" in lines[-1]
-    assert "the aim of 1.4; by CPU time 2.50 times; 50% of its CPU time is decoding, so decoding" in lines[-1]
+    assert "the aim of 1.5; by CPU time 2.50 times; 50% of its CPU time is decoding, so decoding" in lines[-1]
     loader.plot(result, tmp_path / "plot.png")
     with Image.open(tmp_path / "plot.png") as picture:
         assert picture.width > 600

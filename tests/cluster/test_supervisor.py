@@ -7,7 +7,7 @@ import re
 import signal
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -240,16 +240,15 @@ def test_a_later_driver_trains_on_the_device_of_the_first(
 
 def test_a_broken_image_is_named_once_whoever_meets_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two ranks do, and the attempts of a second driver."""
-    ends = iter(["lost", "done"])
+    ends: Iterator[tuple[str, object]] = iter([("lost", "the driver was killed"), ("done", {})])
 
     def run(_: object, __: object, handle: Callable[[Event], None], ___: object) -> tuple[str, object]:
         handle(AttemptStarted(1, 0, 9, 4, None, 2, 1, "cpu", "fp32", "", {}, 0))
         for file in ("a.jpg", "b.jpg", "a.jpg"):
             handle(BrokenImage(file, "it is short"))
-        return next(ends), {}
+        return next(ends)
 
     monkeypatch.setattr(supervisor, "_run_driver", run)
-    monkeypatch.setattr(supervisor.OutOfMemoryKills, "explain", lambda _, text: text)
     events = list[Event]()
     supervisor.train(load(None, ["data.train=x", "data.val=x"]), "x", None, events.append)
     assert [event.path for event in events if isinstance(event, BrokenImage)] == ["a.jpg", "b.jpg"]
