@@ -67,7 +67,7 @@ def decode_inputs(batch: EncodedBatch, draws: Sequence[str] = ()) -> tuple[Any, 
     """A batch as graphs take it: images, their geometry (for `split`), draws.
 
     Images as DLPack's capsules: DALI takes these in 0.6 of the time that it takes for arrays. Geometry as one array:
-    the thread that launches kernels feeds the graph, and each array costs it 0.15 ms.
+    the thread that launches kernels feeds the graph, and each array takes some of its time.
     """
     spec = batch.spec
     geometry = np.empty((len(spec), 7), dtype=np.int32)
