@@ -21,7 +21,7 @@ from pipeline.data.batch_spec import TrainSpecs, make_sampler
 from pipeline.data.index import Index, load_index
 from pipeline.data.loading.dali import decode_graph, decode_inputs
 from pipeline.data.loading.fetch import BatchReader
-from pipeline.data.loading.loader import LoaderContext, TrainLoader
+from pipeline.data.loading.loader import LoaderContext, TrainLoader, num_joined
 from pipeline.data.loading.read import Reader
 from pipeline.failures import READ_SOURCE_S
 
@@ -57,7 +57,8 @@ class LoaderBaseline:
 
     def num_ahead(self, task: Task) -> int:
         """The most batches that lie ready when a round starts, and are not counted."""
-        return 2 * task.data.prefetch + 2 if self.workers is None else 2 * self.workers  # DataLoader's prefetch_factor
+        joined = num_joined(task.batch, CPU) if self.name == OURS else 1
+        return (2 * task.data.prefetch + 2) * joined if self.workers is None else 2 * self.workers  # prefetch_factor
 
     def total_batches(self, task: Task) -> int:
         return (self.num_ahead(task) + task.num_batches) * task.num_rounds

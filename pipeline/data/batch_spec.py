@@ -1,7 +1,7 @@
 """What a batch consists of, before anything is read: rows, crops and draws, a pure function of seed and step."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -37,10 +37,42 @@ class BatchSpec:
         return len(self.rows)
 
     def part(self, start: int, stop: int) -> "BatchSpec":
-        """Images [start, stop), to be decoded alone."""
-        s = slice(start, stop)
-        draws = {name: values[s] for name, values in self.draws.items()}
-        return BatchSpec(self.rows[s], self.labels[s], self.size, self.anchors[s], self.shapes[s], self.flips[s], draws)
+        """Images [start, stop)."""
+        s, pairs = slice(start, stop), slice(start // 2, stop // 2)
+        return BatchSpec(
+            rows=self.rows[s],
+            labels=self.labels[s],
+            size=self.size,
+            anchors=self.anchors[s],
+            shapes=self.shapes[s],
+            flips=self.flips[s],
+            draws={name: values[s] for name, values in self.draws.items()},
+            mixture=None if self.mixture is None else (self.mixture[0][pairs], self.mixture[1][pairs]),
+            drop_path_mask=None if self.drop_path_mask is None else self.drop_path_mask[s],
+        )
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What several requests are for, one behind the other, to be decoded together. They must be of one size."""
+
+    make_spec: Callable[[Index, Any], BatchSpec]
+
+    def __call__(self, index: Index, requests: Sequence[Any]) -> BatchSpec:
+        specs = [self.make_spec(index, request) for request in requests]
+        return BatchSpec(*(_join([getattr(spec, f.name) for spec in specs]) for f in fields(BatchSpec)))
+
+
+def _join(values: Sequence[Any]) -> Any:
+    match values[0]:
+        case np.ndarray():
+            return np.concatenate(values)
+        case tuple():
+            return tuple(map(_join, zip(*values, strict=True)))
+        case dict():
+            return {name: _join([value[name] for value in values]) for name in values[0]}
+        case same:
+            return same
 
 
 def make_sampler(cfg: DataConfig, num_samples: int, global_batch: int, seed: int) -> DeterministicSampler:

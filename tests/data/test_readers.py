@@ -26,7 +26,8 @@ STOP = 24
 
 def loader(index: Index, warnings: list[str], cfg: DataConfig = CFG) -> TrainLoader:
     context = LoaderContext(0, 1, CPU, 1)
-    return TrainLoader(index, cfg, context, no_bad_image, global_batch=32, seed=3, warn=warnings.append)
+    # More than half of MIN_DECODED: each batch is read for itself.
+    return TrainLoader(index, cfg, context, no_bad_image, global_batch=40, seed=3, warn=warnings.append)
 
 
 def readers() -> list[psutil.Process]:

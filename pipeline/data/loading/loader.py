@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline import machine
 from pipeline.config.data import DataConfig
 from pipeline.data.augment_params import CENTRE, FIVE
-from pipeline.data.batch_spec import BatchSpec, EvalSpecs, TrainSpecs, draw_names, make_sampler
+from pipeline.data.batch_spec import BatchSpec, EvalSpecs, Joined, TrainSpecs, draw_names, make_sampler
 from pipeline.data.index import Index
 from pipeline.data.loading.bad_images import BadImages
 from pipeline.data.loading.dali import DaliPipeline
@@ -76,6 +76,7 @@ class LoaderContext:
         return cls(rank=0, world_size=1, device=device, num_threads=machine.cpu_count())
 
 
+MIN_DECODED = 64  # images
 Views = Literal["one", "flip", "ten"]
 OnBad = Callable[[str, str], None]  # called with a broken image's path and the reason
 Warn = Callable[[str], None]
@@ -126,6 +127,11 @@ class Loader:
         return self.pipeline.decode(self._readers.read(requests))
 
 
+def num_joined(share: int, device: torch.device) -> int:
+    """How many batches of so many images are decoded together: on a CPU each batch costs 3 ms beside its images."""
+    return max(1, MIN_DECODED // share) if device.type == "cpu" else 1
+
+
 class TrainLoader(Loader):
     """The training stream of one rank.
 
@@ -151,18 +157,31 @@ class TrainLoader(Loader):
         warn: Warn = lambda _: None,
     ):
         sampler = make_sampler(cfg, len(index), global_batch, seed)
-        steps_per_epoch(len(index), global_batch)  # refused here, and not by a process that reads
+        self._per_epoch = steps_per_epoch(len(index), global_batch)  # refused here, and not by a process that reads
         specs = TrainSpecs(cfg, sampler, context.rank, context.world_size, tuple(drop_rates))
-        super().__init__(
-            index, cfg, context, on_bad, warn, sampler.largest_share(context.world_size), specs, draw_names(cfg)
-        )
+        share = sampler.largest_share(context.world_size)
+        self._num_joined = num_joined(share, context.device)
+        max_batch = share * self._num_joined
+        super().__init__(index, cfg, context, on_bad, warn, max_batch, Joined(specs), draw_names(cfg))
         self._readers.start()
 
     def from_step(self, step: int, stop: int) -> Iterator[Batch]:
         """This rank's part of global batches [step, stop)."""
-        steps = range(step, stop)
-        decoded = zip(self._decode(steps), steps, strict=True)
-        return (self._make_batch(spec, images) for (spec, images), _ in decoded)
+        for (spec, images), steps in zip(self._decode(self._joined(step, stop)), self._joined(step, stop), strict=True):
+            share = len(spec) // len(steps)
+            for start in range(0, len(spec), share):
+                yield self._make_batch(spec.part(start, start + share), images[start : start + share])
+
+    def batch_spec(self, step: int) -> BatchSpec:
+        """What this rank trains on in a step."""
+        return super().batch_spec([step])
+
+    def _joined(self, step: int, stop: int) -> Iterator[range]:
+        """Steps to be decoded together; in another epoch images may be of another size."""
+        while step < stop:
+            epoch_end = (step // self._per_epoch + 1) * self._per_epoch
+            yield (steps := range(step, min(step + self._num_joined, epoch_end, stop)))
+            step = steps.stop
 
     def _make_batch(self, spec: BatchSpec, images: Tensor) -> Batch:
         labels = to_device(spec.labels, images.device)
