@@ -92,7 +92,14 @@ class ImageSearchStarted:
 
 @dataclass(frozen=True)
 class CrashingImageFound:
-    text: str
+    """It is left out from now on; a uniform image takes its place."""
+
+    path: str
+    reason: str
+
+    @property
+    def text(self) -> str:
+        return f"{self.path}: {self.reason}; a uniform image takes its place"
 
 
 @dataclass(frozen=True)

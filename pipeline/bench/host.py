@@ -22,7 +22,7 @@ from pipeline.data.batch_spec import TrainSpecs, draw_names, make_sampler
 from pipeline.data.index import Index
 from pipeline.data.indexing.build import Progress, open_index
 from pipeline.data.loading.bad_images import BadImages
-from pipeline.data.loading.dali import DaliPipeline, decode_inputs, external_source, split
+from pipeline.data.loading.dali import DaliPipeline, gpu_inputs
 from pipeline.data.loading.fetch import EncodedBatch
 from pipeline.data.loading.graph import Graph, Source
 from pipeline.data.loading.readers import Readers
@@ -96,9 +96,9 @@ def format_result(result: dict[str, Any]) -> list[str]:
 
 
 @pipeline_def  # type: ignore[untyped-decorator]
-def _pretended_graph(source: Source, num_draws: int) -> Any:
-    encoded, geometry, *draws = external_source(source, 2 + num_draws)
-    return fn.slice(encoded, 0, 1, axes=[0]), *split(geometry), *draws
+def _pretended_graph(source: Source, num_inputs: int) -> Any:
+    encoded, *values = fn.external_source(source=source, num_outputs=num_inputs, batch=True, no_copy=True)
+    return fn.slice(encoded, 0, 1, axes=[0]), *values
 
 
 @contextmanager
@@ -110,8 +110,8 @@ def _batches(index: Index, cfg: Config, batch: int) -> Iterator[Iterator[Any]]:
     num_held = DaliPipeline.num_held(cfg.data)
     options = {"num_threads": 1, "device_id": None, "prefetch_queue_depth": cfg.data.prefetch}
     graph = Graph[EncodedBatch](
-        partial(_pretended_graph, num_draws=len(draws), batch_size=batch, **options),
-        partial(decode_inputs, draws=draws),
+        partial(_pretended_graph, num_inputs=5 + len(draws), batch_size=batch, **options),
+        partial(gpu_inputs, draws=draws),
     )
     readers = Readers(
         index, cfg.data, TrainSpecs(cfg.data, sampler, 0, 1), num_held, bad_images, lambda _: None, READ_SOURCE_S

@@ -51,7 +51,7 @@ def bench_loader(
         UserError: more cores than there are, missing packages or data.
     """
     left_out = missing_packages()
-    racing = [package for name, (_, package) in OPTIONAL.items() if name not in left_out]
+    installed = [package for name, (_, package) in OPTIONAL.items() if name not in left_out]
     usable = cpu_count()
     if num_cores and num_cores > usable:
         raise UserError(f"--cores {num_cores}: this process may use {usable}; lower it")
@@ -76,7 +76,7 @@ def bench_loader(
         "what": WHAT,
         **summarise(speeds, settings),
         "machine": describe_machine(),
-        "packages": {name: importlib.metadata.version(name) for name in [*PACKAGES, *racing]},
+        "packages": {name: importlib.metadata.version(name) for name in [*PACKAGES, *installed]},
         "left_out": left_out,
     }
 

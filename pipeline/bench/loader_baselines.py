@@ -140,6 +140,7 @@ def spdl(baseline: LoaderBaseline, task: Task) -> Iterator[Any]:
     """Threads, with torchvision's decoder: SPDL's own needs the libraries of FFmpeg, which pip does not bring."""
     from spdl.pipeline import PipelineBuilder
 
+    torch.set_num_threads(1)  # else each of its threads has as many of torch's
     rows = IndexRows(task, baseline.total_images(task), _decode_uint8, _transform(task.data))
     order = torch.randperm(len(rows)).tolist()
     stages = PipelineBuilder().add_source(order).pipe(rows.__getitem__, concurrency=len(task.cores))

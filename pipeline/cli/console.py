@@ -117,9 +117,7 @@ class TrainingView(_View):
                 self.print(f"failure: {text}; {how}")
             case Note(text) | ImageSearchStarted(text):
                 self.print(text)
-            case Warned(text) | CrashingImageFound(text):
-                self.print(f"warning: {text}")
-            case BrokenImage():
+            case Warned() | BrokenImage() | CrashingImageFound():
                 self.print(f"warning: {event.text}")
 
     def _start(self, event: AttemptStarted) -> None:

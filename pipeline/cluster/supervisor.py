@@ -128,6 +128,7 @@ def train(
                     return
                 broken.add(event.path)
             case CrashingImageFound():
+                broken.add(event.path)
                 budget.forgive()
             case AttemptStarted():
                 failures, has_trained = (), True

@@ -100,7 +100,7 @@ def _search(
     if ctx.rank == 0:
         text = f"workers died twice without a newer checkpoint: looking for images that kill them in {len(steps)} steps"
         ctx.emit(ImageSearchStarted(text))
-    searches = [(train.index, spec.train_index, train.max_batch, [train.batch_spec(step) for step in steps])]
+    searches = [(train.index, spec.train_index, train.max_batch, train.batch_specs(steps))]
     if evaluates(spec.cfg.train, schedule, steps):
         searches.append(
             (val.index, spec.val_index, val.max_batch, [val.batch_spec(val.rows(chunk)) for chunk in val.chunks])
@@ -114,7 +114,7 @@ def _search(
             name = f"{_prefix(index)}{row}"
             crashing[name] = reason
             retry(lambda: _save(spec.run, name, reason), ctx.warn, spec.cfg.cluster.timeout_s / 4)
-            ctx.emit(CrashingImageFound(f"{index.full_path(row)}: {reason}; a uniform image takes its place"))
+            ctx.emit(CrashingImageFound(index.full_path(row), reason))
 
         isolation = Isolation(Storage(uri).fetch(), index, spec.cfg.data, context, max_batch, ctx.warn, heartbeat)
         isolation.search(batch_specs, list(rows_of(index, known)), record, until)

@@ -24,10 +24,10 @@ CFG = DataConfig(train="-", val="-", image_size=16, val_resize=16)
 STOP = 24
 
 
-def loader(index: Index, warnings: list[str], cfg: DataConfig = CFG) -> TrainLoader:
+def loader(index: Index, warnings: list[str], cfg: DataConfig = CFG, global_batch: int = 40) -> TrainLoader:
     context = LoaderContext(0, 1, CPU, 1)
     # More than half of MIN_DECODED: each batch is read for itself.
-    return TrainLoader(index, cfg, context, no_bad_image, global_batch=40, seed=3, warn=warnings.append)
+    return TrainLoader(index, cfg, context, no_bad_image, global_batch=global_batch, seed=3, warn=warnings.append)
 
 
 def readers() -> list[psutil.Process]:
@@ -63,13 +63,17 @@ def assert_same(batches: list[torch.Tensor], undisturbed: list[torch.Tensor]) ->
     assert all(torch.equal(a, b) for a, b in zip(batches, undisturbed, strict=True))
 
 
-def test_a_process_that_is_killed_is_replaced(index: Index, undisturbed: list[torch.Tensor]) -> None:
+@pytest.mark.parametrize(("global_batch", "joined"), [(40, 1), (8, 8)])
+def test_a_process_that_is_killed_is_replaced(index: Index, global_batch: int, joined: int) -> None:
     """At the start, while it reads ahead, and again; no batch is lost, doubled or changed."""
     warnings: list[str] = []
-    with closing(loader(index, warnings)) as train:
-        stream, batches = train.from_step(0, STOP), []
-        for step in range(STOP):
-            if step in (0, 1, 7):
+    stop = STOP * joined
+    with closing(loader(index, [], global_batch=global_batch)) as train:
+        undisturbed = pixels(train.from_step(0, stop))
+    with closing(loader(index, warnings, global_batch=global_batch)) as train:
+        stream, batches = train.from_step(0, stop), []
+        for step in range(stop):
+            if step in (0, joined, 7 * joined):
                 (reader,) = readers()
                 assert not [m.path for m in reader.memory_maps() if m.path.startswith("/dev/shm")], "it might be left"
                 reader.kill()

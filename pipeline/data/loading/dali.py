@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali import fn, pipeline_def
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.dlpack import from_dlpack
@@ -33,13 +33,11 @@ from pipeline.data.loading.graph import Graph, Source
 from pipeline.data.loading.readers import ReaderError
 
 T = TypeVar("T")
-NO_MEMORY = ("Can't allocate", "CUDA allocation failed", "out of memory", "Cannot allocate memory")  # DALI's words
 
 
 @pipeline_def(enable_conditionals=True)  # type: ignore[untyped-decorator]
 def _gpu_graph(source: Source, draws: Sequence[str], cfg: DataConfig) -> Any:
-    encoded, geometry, *values = external_source(source, 2 + len(draws))
-    anchors, shapes, sizes, flips = split(geometry)
+    encoded, anchors, shapes, sizes, flips, *values = _inputs(source, 5 + len(draws))
     if cfg.decode_on_gpu:
         load = cfg.hw_decoder_load
         images = fn.decoders.image_slice(encoded, anchors, shapes, axes=[0, 1], device="mixed", hw_decoder_load=load)
@@ -52,41 +50,33 @@ def _gpu_graph(source: Source, draws: Sequence[str], cfg: DataConfig) -> Any:
 
 @pipeline_def  # type: ignore[untyped-decorator]
 def decode_graph(source: Source) -> Any:
-    encoded, geometry = external_source(source, 2)
-    anchors, shapes, *_ = split(geometry)
+    encoded, anchors, shapes = _inputs(source, 3)
     return fn.decoders.image_slice(encoded, anchors, shapes, axes=[0, 1], device="cpu")
 
 
 @pipeline_def(enable_conditionals=True)  # type: ignore[untyped-decorator]
 def _augment_graph(source: Source, draws: Sequence[str], cfg: DataConfig) -> Any:
-    images, *values = external_source(source, 1 + len(draws), layout=["HWC", *("" for _ in draws)])
+    images, *values = _inputs(source, 1 + len(draws), layout=["HWC", *("" for _ in draws)])
     return augment(images, {name: values[i] for i, name in enumerate(draws)}, cfg)
 
 
-def decode_inputs(batch: EncodedBatch, draws: Sequence[str] = ()) -> tuple[Any, ...]:
-    """A batch as graphs take it: images, their geometry (for `split`), draws.
+def decode_inputs(batch: EncodedBatch) -> tuple[Any, ...]:
+    """What `decode_graph` takes of a batch.
 
-    Images as DLPack's capsules: DALI takes these in 0.6 of the time that it takes for arrays. Geometry as one array:
-    the thread that launches kernels feeds the graph, and each array takes some of its time.
+    Images as DLPack's capsules: DALI takes these in 0.6 of the time that it takes for arrays.
     """
+    images = [image.__dlpack__() for image in batch.images]
+    return images, batch.spec.anchors.astype(np.int32), batch.spec.shapes.astype(np.int32)
+
+
+def gpu_inputs(batch: EncodedBatch, draws: Sequence[str]) -> tuple[Any, ...]:
+    """What the graph for GPUs takes of a batch."""
     spec = batch.spec
-    geometry = np.empty((len(spec), 7), dtype=np.int32)
-    geometry[:, :2], geometry[:, 2:4], geometry[:, 4:6], geometry[:, 6] = (
-        spec.anchors,
-        spec.shapes,
-        spec.size,
-        spec.flips,
-    )
-    return [image.__dlpack__() for image in batch.images], geometry, *(spec.draws[name] for name in draws)
+    sizes = np.full((len(spec), 2), spec.size, dtype=np.float32)
+    return (*decode_inputs(batch), sizes, spec.flips.astype(np.int32), *(spec.draws[name] for name in draws))
 
 
-def split(geometry: Any) -> tuple[Any, Any, Any, Any]:
-    """In a graph: anchors and shapes to cut out, sizes to resize to, whether to flip."""
-    return geometry[0:2], geometry[2:4], fn.cast(geometry[4:6], dtype=types.FLOAT), geometry[6]
-
-
-def external_source(source: Source, number: int, **options: Any) -> Any:
-    """So many inputs of a graph, a batch of each at once, uncopied."""
+def _inputs(source: Source, number: int, **options: Any) -> Any:
     return fn.external_source(source=source, num_outputs=number, batch=True, no_copy=True, **options)
 
 
@@ -155,7 +145,7 @@ class DaliPipeline:
                 except StopIteration:
                     return
                 except RuntimeError as e:
-                    if isinstance(e, (BadDataError, ReaderError)) or not graph.in_flight or _lacks_memory(e):
+                    if isinstance(e, (BadDataError, ReaderError)) or not graph.in_flight:
                         raise
                     lost = graph.in_flight
                 if lost:  # a broken image: redo what the dead graph had in flight, then go on anew
@@ -191,7 +181,7 @@ class DaliPipeline:
             batch.release()
 
     def _new_graph(self, max_batch: int) -> "Graph[EncodedBatch]":
-        inputs = decode_inputs if self._device.type == "cpu" else partial(decode_inputs, draws=self._draws)
+        inputs = decode_inputs if self._device.type == "cpu" else partial(gpu_inputs, draws=self._draws)
         return Graph(partial(self._decode_graph, batch_size=max_batch), inputs)
 
     def _salvage(self, batch: EncodedBatch) -> list[Tensor]:
@@ -203,8 +193,6 @@ class DaliPipeline:
             _, images = graph.run(self._stream())
             return [from_dlpack(image).clone() for image in images]
         except RuntimeError as e:  # it holds the dead graph, and ends here
-            if _lacks_memory(e):
-                raise
             reason = _reason(e)
         finally:
             graph.close()
@@ -274,12 +262,8 @@ def _nchw(images: Any) -> Tensor:
     return stacked.permute(0, 3, 1, 2)
 
 
-def _lacks_memory(error: Exception) -> bool:
-    """Whether DALI found no memory, on the GPU or the host, which is no image's fault."""
-    return any(words in str(error) for words in NO_MEMORY)
-
-
 def _reason(error: Exception) -> str:
     """What DALI's decoder says, out of the many lines around it."""
     lines = [line.strip() for line in str(error).partition("encountered:")[2].splitlines() if line.strip()]
-    return lines[0] if lines else str(error).strip()
+    reason = lines[0] if lines else str(error).strip()
+    return reason.removeprefix("Failed to decode sample #0 :").strip() or "it cannot be decoded"  # decoded alone

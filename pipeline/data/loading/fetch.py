@@ -116,10 +116,9 @@ class BatchReader:
             refuse_unparsable(buffer)
         except StorageAwayError:  # no fault of the image: another would take its place, unnoticed
             raise
-        except OSError as e:
-            return e.strerror or str(e)  # without its path, which is told anyway
-        except UnparsableError as e:
-            return str(e)
+        except (OSError, UnparsableError) as e:
+            reason = getattr(e, "strerror", None) or str(e)
+            return reason.removeprefix(f"{self._index.full_path(row)}: ")  # which is told anyway
         return None
 
 

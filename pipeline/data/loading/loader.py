@@ -76,7 +76,7 @@ class LoaderContext:
         return cls(rank=0, world_size=1, device=device, num_threads=machine.cpu_count())
 
 
-MIN_DECODED = 64  # images
+MIN_DECODED, MAX_JOINED = 64, 16  # images, and batches for that
 Views = Literal["one", "flip", "ten"]
 OnBad = Callable[[str, str], None]  # called with a broken image's path and the reason
 Warn = Callable[[str], None]
@@ -129,7 +129,7 @@ class Loader:
 
 def num_joined(share: int, device: torch.device) -> int:
     """How many batches of so many images are decoded together: on a CPU each batch costs 3 ms beside its images."""
-    return max(1, MIN_DECODED // share) if device.type == "cpu" else 1
+    return max(1, min(MIN_DECODED // share, MAX_JOINED)) if device.type == "cpu" else 1
 
 
 class TrainLoader(Loader):
@@ -167,8 +167,9 @@ class TrainLoader(Loader):
 
     def from_step(self, step: int, stop: int) -> Iterator[Batch]:
         """This rank's part of global batches [step, stop)."""
-        for (spec, images), steps in zip(self._decode(self._joined(step, stop)), self._joined(step, stop), strict=True):
-            share = len(spec) // len(steps)
+        steps = range(step, stop)
+        for (spec, images), joined in zip(self._decode(self._joined(steps)), self._joined(steps), strict=True):
+            share = len(spec) // len(joined)
             for start in range(0, len(spec), share):
                 yield self._make_batch(spec.part(start, start + share), images[start : start + share])
 
@@ -176,12 +177,20 @@ class TrainLoader(Loader):
         """What this rank trains on in a step."""
         return super().batch_spec([step])
 
-    def _joined(self, step: int, stop: int) -> Iterator[range]:
-        """Steps to be decoded together; in another epoch images may be of another size."""
-        while step < stop:
-            epoch_end = (step // self._per_epoch + 1) * self._per_epoch
-            yield (steps := range(step, min(step + self._num_joined, epoch_end, stop)))
-            step = steps.stop
+    def batch_specs(self, steps: Iterable[int]) -> list[BatchSpec]:
+        """What this rank decodes at a time for these steps, which rise."""
+        return [super(TrainLoader, self).batch_spec(joined) for joined in self._joined(steps)]
+
+    def _joined(self, steps: Iterable[int]) -> Iterator[list[int]]:
+        """Steps that are decoded together; in another epoch images may be of another size."""
+        joined: list[int] = []
+        for step in steps:
+            if joined and (len(joined) == self._num_joined or step != joined[-1] + 1 or step % self._per_epoch == 0):
+                yield joined
+                joined = []
+            joined.append(step)
+        if joined:
+            yield joined
 
     def _make_batch(self, spec: BatchSpec, images: Tensor) -> Batch:
         labels = to_device(spec.labels, images.device)
