@@ -4,13 +4,14 @@ import errno
 import itertools
 import os
 import random
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,12 +20,14 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from commands import ENVIRON
+from odd_images import encode, picture
 from s3 import s3_storage
 from sources import CHUNK, IMAGES, NUM_IMAGES, WRITERS, Row, index_of, write_parquet
 from web import WebServer, web_server
 
 from pipeline.config.data import DataConfig
 from pipeline.data.index import Index
+from pipeline.data.indexing.build import build_index
 from pipeline.data.loading import read
 from pipeline.data.loading.groups import LruCache
 from pipeline.data.loading.read import Reader, StorageAwayError
@@ -326,6 +329,32 @@ def test_a_mount_that_has_gone_is_waited_for(
 def wait_for(told: list[str]) -> None:
     while not told:
         time.sleep(0.01)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("kind", ["pipe", "socket", "folder", "device"])
+def test_what_is_no_regular_file_is_read_by_nobody(
+    kind: str, tmp_path: Path, config: DataConfig, open_reader: Callable[..., Reader]
+) -> None:
+    """Opening a pipe waits for somebody who writes into it; a device may have no end."""
+    (tmp_path / "a").mkdir()
+    for name in ("0.jpg", "1.jpg"):
+        (tmp_path / "a" / name).write_bytes(encode(picture(), "JPEG"))
+    reader = open_reader(build_index(tmp_path)[0], config, retry_timeout_s=600)
+    file = tmp_path / "a/0.jpg"
+    file.unlink()
+    with closing(socket.socket(socket.AF_UNIX)) as unix:
+        match kind:
+            case "pipe":
+                os.mkfifo(file)
+            case "socket":
+                unix.bind(str(file))
+            case "folder":
+                file.mkdir()
+            case "device":
+                file.symlink_to("/dev/zero")
+        with pytest.raises(OSError, match=r"0\.jpg: it is not a regular file"):
+            reader.read(0)
 
 
 @pytest.mark.parametrize("kind", [PermissionError, IsADirectoryError, NotADirectoryError])

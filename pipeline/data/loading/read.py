@@ -4,7 +4,9 @@ Remote files come in chunks through the node's cache. So do the row groups of Pa
 of it can be read: decoded once for the whole node, an image in them is as near as one in a tar shard.
 """
 
+import errno
 import os
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +20,7 @@ from pipeline.config.data import DataConfig
 from pipeline.data.index import Index
 from pipeline.data.loading.cache import CHUNK_BYTES, DiskCache
 from pipeline.data.loading.groups import OFFSET_BYTES, LruCache, read_group, row_group_ends
-from pipeline.failures import READ_SOURCE_S, backoff, says_of_one_file
+from pipeline.failures import READ_SOURCE_S, DamagedError, backoff, says_of_one_file
 from pipeline.storage import Storage, scratch_folder
 
 T = TypeVar("T")
@@ -30,6 +32,7 @@ MAX_AHEAD = 1024
 # In place of a chunk's number.
 FIND_GROUPS = -1
 # Between two lines about a storage that does not answer: many threads find it so at once.
+NOT_REGULAR = "it is not a regular file"
 WARN_EVERY_S = 10.0
 
 
@@ -248,8 +251,13 @@ class Reader:
 
 def _read_local(path: Path, offset: int, buffer: memoryview) -> int:
     """Fill a buffer from a file; how many bytes there were for it."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:  # without O_NONBLOCK, opening a pipe waits for somebody who writes
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as e:
+        raise DamagedError(NOT_REGULAR) if e.errno == errno.ENXIO else e from None  # a socket, or no device's file
     try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise DamagedError(NOT_REGULAR)
         done = 0
         while done < len(buffer) and (more := os.preadv(descriptor, [buffer[done:]], offset + done)):
             done += more
