@@ -168,7 +168,7 @@ def test_the_papers_scale_augmentation_is_part_of_the_stream(index: Index) -> No
 
 def test_the_size_grows_with_the_epoch(index: Index) -> None:
     cfg = dataclasses.replace(SMALL, **RECIPES["everything"])  # type: ignore[arg-type]
-    """Also in the middle of batches that would be decoded together."""
+    # From step 25, so that two steps that would be decoded together are of two sizes.
     assert [batch[1].shape[2:] for batch in global_batches(index, 2, 25, 30, cfg)] == [(24, 24)] * 3 + [(32, 32)] * 2
 
 
