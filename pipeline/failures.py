@@ -12,6 +12,8 @@ MLflow
     Never a training's failure: records wait on disk. At the end they are waited for (MLFLOW_END_S).
 A worker, a node, a driver or the Ray cluster that dies, raises or is silent
     A new attempt from the newest checkpoint, after a pause, as often as `FailureBudget` allows.
+A stop (a signal, a node that is drained) that comes while images are waited for
+    They are waited for a little longer (STOP_WAIT_S); then the last step that is done is saved, and the attempt ends.
 FatalError (a loss that is not finite, another driver in charge, ...)
     A new attempt would meet it again: ends the run, exit code 1.
 The installation or the code (BROKEN), before anything has trained
@@ -36,6 +38,8 @@ READ_CHECKPOINT_S = 30.0  # one checkpoint of a storage that answers
 UPLOAD_S = 90.0  # a folder that MLflow is to have; it is safe where it is
 READ_SOURCE_S = 60.0  # images, outside of a training
 LOCK_S = 60.0  # a process that has the run; one that is about to end is waited for as long as a storage
+STOP_WAIT_S = 10.0  # images, by rank 0, which then saves, once all are to stop
+STOP_WAIT_OTHERS_S = 60.0  # the same, by the others, whose end would end rank 0's saving
 MLFLOW_END_S = 30.0  # MLflow at a training's end; what is left waits on disk
 MLFLOW_HANDOVER_S = 5.0, 60.0  # the same, where a new attempt is to go on; and in all, also where it answers
 MLFLOW_CALL_S = 600.0  # a single call at the end, such as a large file's upload, that neither ends nor fails
@@ -75,7 +79,11 @@ class TrainingFailedError(RuntimeError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """The user does not wait for a checkpoint, or there is none to be saved."""
+    """Ends a command without a summary: the user does not wait for one, or nothing was there to give it."""
+
+
+class StoppedWaitingError(Exception):
+    """This rank ends as all are to stop, and does not wait for the others: what it needs for a step does not come."""
 
 
 class ClusterLostError(ConnectionError):
@@ -101,7 +109,7 @@ def driver_is_replaced(end: DriverEnd, begun: bool) -> bool:
 
 def attempt_is_repeated(kind: str, begun: bool) -> bool:
     """Whether a new attempt may do better, after a worker's error of the class `kind` that it named to the driver."""
-    return begun and kind == UserError.__name__
+    return kind == StoppedWaitingError.__name__ or (begun and kind == UserError.__name__)
 
 
 def says_of_one_file(error: OSError, folder: Path | None) -> bool:

@@ -25,7 +25,7 @@ from pipeline.data.loading.bad_images import BadImages
 from pipeline.data.loading.dali import DaliPipeline, gpu_inputs
 from pipeline.data.loading.fetch import EncodedBatch
 from pipeline.data.loading.graph import Graph, Source
-from pipeline.data.loading.readers import Readers
+from pipeline.data.loading.readers import Readers, for_ever
 from pipeline.data.loading.to_device import to_device
 from pipeline.failures import READ_SOURCE_S
 from pipeline.text import between, columns, figure
@@ -113,9 +113,8 @@ def _batches(index: Index, cfg: Config, batch: int) -> Iterator[Iterator[Any]]:
         partial(_pretended_graph, num_inputs=5 + len(draws), batch_size=batch, **options),
         partial(gpu_inputs, draws=draws),
     )
-    readers = Readers(
-        index, cfg.data, TrainSpecs(cfg.data, sampler, 0, 1), num_held, bad_images, lambda _: None, READ_SOURCE_S
-    )
+    specs = TrainSpecs(cfg.data, sampler, 0, 1)
+    readers = Readers(index, cfg.data, specs, num_held, bad_images, lambda _: None, READ_SOURCE_S, for_ever)
 
     def load() -> Iterator[Any]:
         graph.begin(readers.read(range(2**40)))

@@ -86,13 +86,14 @@ class TrainingView(_View):
     def __init__(self, file: IO[str]):
         super().__init__(file)
         self._rate, self._num_steps, self._global_batch = 0.0, 0, 0
-        self._saved_step: int | None = None  # of the newest checkpoint, as far as is known
+        self.saved_step: int | None = None  # of the newest checkpoint, as far as is known
         self.run: str | None = None  # its name
+        self.place = ""  # and folder
 
     def __call__(self, event: Event) -> None:
         match event:
             case RunOpened(name, place):
-                self.run = name
+                self.run, self.place = name, place
                 self.print(f"run {name} in {place}")
             case AttemptStarted():
                 self._start(event)
@@ -104,7 +105,7 @@ class TrainingView(_View):
                     f"loss {scores['loss']:.4f} on {int(scores['count'])} images"
                 )
             case CheckpointWritten(step, place):
-                self._saved_step = step
+                self.saved_step = step
                 if self._bar is None:
                     self.print(f"step {step}: saved {place}")
             case Stopping(signal):
@@ -113,7 +114,7 @@ class TrainingView(_View):
             case Resizing(text):
                 self.print(f"{text}: saving a checkpoint, then going on with the workers there are")
             case AttemptFailed(text):
-                how = "starting again" if self._saved_step is None else f"going on from step {self._saved_step}"
+                how = "starting again" if self.saved_step is None else f"going on from step {self.saved_step}"
                 self.print(f"failure: {text}; {how}")
             case Note(text) | ImageSearchStarted(text):
                 self.print(text)
@@ -122,7 +123,7 @@ class TrainingView(_View):
 
     def _start(self, event: AttemptStarted) -> None:
         self._num_steps, self._global_batch = event.num_steps, event.global_batch
-        self._saved_step = event.step if event.resumed_from else None
+        self.saved_step = event.step if event.resumed_from else None
         where = f"resumed from {event.resumed_from}" if event.resumed_from else "from the start"
         ready = f"after {time.monotonic() - self._began:.1f} s"
         if event.lost_steps is not None:

@@ -55,7 +55,7 @@ def train(
     """
     from pipeline.cli.console import TrainingView, format_summary
     from pipeline.cluster import supervisor
-    from pipeline.failures import TrainingFailedError
+    from pipeline.failures import Interrupted, TrainingFailedError
     from pipeline.tracking import summary
 
     if lacking := [name for name in needs or [] if not os.environ.get(name)]:
@@ -67,6 +67,11 @@ def train(
             result = supervisor.train(cfg, label, resume_from, view, began=clock.BEGAN)
         except TrainingFailedError as e:
             return {"status": "failed", "run": view.run, "error": str(e)}, [f"failed: {e}"], FAILED
+        except Interrupted:
+            text = "interrupted before a checkpoint was saved"
+            if view.saved_step is not None:
+                text = f"interrupted; go on from step {view.saved_step} with: pipeline train --resume {view.place}"
+            return {"status": "interrupted", "run": view.run}, [text], INTERRUPTED
     result = summary.complete(result)
     summary.save(result, warn)
     return result, format_summary(result), INTERRUPTED if result["status"] == "interrupted" else DONE

@@ -40,7 +40,13 @@ from pipeline.events import (
     Resizing,
     Warned,
 )
-from pipeline.failures import FailureBudget, Interrupted, TrainingFailedError, attempt_is_repeated
+from pipeline.failures import (
+    FailureBudget,
+    Interrupted,
+    StoppedWaitingError,
+    TrainingFailedError,
+    attempt_is_repeated,
+)
 from pipeline.runs.spec import Failure, Marks, RunSpec
 
 POLL_S = 0.5
@@ -111,9 +117,11 @@ class TrainController:
                 self._attempt, self._trains, self._started = self._attempt + 1, False, None
                 outcome = self._run_attempt(reservation, marks)
             marks, self._restarted = (("end of the last attempt", time.time()),), True
-            if self._channel.fatal is not None and not attempt_is_repeated(self._channel.fatal[0], self._has_trained):
-                kind, text = self._channel.fatal
+            kind, text = self._channel.fatal or ("", "")
+            if kind and not attempt_is_repeated(kind, self._has_trained):
                 raise UserError(text) if kind == UserError.__name__ else TrainingFailedError(text)
+            if kind == StoppedWaitingError.__name__:
+                continue
             if isinstance(outcome, ray.train.TrainingFailedError):
                 self._note_failure(outcome)
                 self._wants_stop.wait(self._budget.pause_s)

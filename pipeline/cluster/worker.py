@@ -9,7 +9,7 @@ import ray.train
 
 from pipeline.cluster.channel import DriverConnection
 from pipeline.errors import UserError
-from pipeline.failures import FatalError
+from pipeline.failures import FatalError, StoppedWaitingError
 from pipeline.runs.spec import WorkerContext
 
 STDERR = 2
@@ -54,7 +54,7 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
             deaths=config["deaths"],
         )
         return fit(spec, context)
-    except (UserError, FatalError) as e:
+    except (UserError, FatalError, StoppedWaitingError) as e:
         driver.fail(type(e).__name__, str(e))
         raise
     finally:

@@ -14,7 +14,7 @@ from pipeline.data.index import Index
 from pipeline.data.loading.isolate import Isolation
 from pipeline.data.loading.loader import EvalLoader, LoaderContext, TrainLoader
 from pipeline.events import CrashingImageFound, ImageSearchStarted
-from pipeline.failures import retry
+from pipeline.failures import StoppedWaitingError, retry
 from pipeline.runs.spec import RunSpec, WorkerContext
 from pipeline.storage import Storage
 from pipeline.training.schedule import Schedule
@@ -106,6 +106,12 @@ def _search(
             (val.index, spec.val_index, val.max_batch, [val.batch_spec(val.rows(chunk)) for chunk in val.chunks])
         )
     crashing: dict[str, str] = {}
+
+    def go_on() -> None:
+        heartbeat()
+        if ctx.stop_reason() is not None:
+            raise StoppedWaitingError("the search is left off")
+
     until = time.monotonic() + spec.cfg.cluster.timeout_s / 2  # the other ranks wait
     for index, uri, max_batch, batch_specs in searches:
 
@@ -116,7 +122,7 @@ def _search(
             retry(lambda: _save(spec.run, name, reason), ctx.warn, spec.cfg.cluster.timeout_s / 4)
             ctx.emit(CrashingImageFound(index.full_path(row), reason))
 
-        isolation = Isolation(Storage(uri).fetch(), index, spec.cfg.data, context, max_batch, ctx.warn, heartbeat)
+        isolation = Isolation(Storage(uri).fetch(), index, spec.cfg.data, context, max_batch, ctx.warn, go_on)
         isolation.search(batch_specs, list(rows_of(index, known)), record, until)
     return crashing
 

@@ -2,14 +2,15 @@
 
 import math
 import time
-from contextlib import ExitStack, closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 import torch
 
 from pipeline.config.schema import Config
 from pipeline.data.batch_spec import make_sampler
-from pipeline.failures import NonFiniteError
+from pipeline.failures import NonFiniteError, StoppedWaitingError
 from pipeline.runs.spec import RunSpec, WorkerContext
 from pipeline.training.control import ControlBroadcast, ControlFlags
 from pipeline.training.ddp import wrap_model
@@ -97,6 +98,7 @@ def _fit(spec: RunSpec, ctx: WorkerContext, watchdog: Watchdog, stack: ExitStack
 
     losses = LossReader(ctx, ledger, late=ctx.device.type == "cuda")
     with (
+        _saved_where_nothing_comes(state, recorder, ctx),
         closing(train_loader),
         closing(val_loader),
         closing(Profiler(spec, ctx, ledger, recorder.publish)) as profile,
@@ -150,6 +152,17 @@ def _fit(spec: RunSpec, ctx: WorkerContext, watchdog: Watchdog, stack: ExitStack
         watchdog.feed()
         profile.finish()
         return recorder.finish(state, val_loader, owes_evaluation=owes_evaluation)
+
+
+@contextmanager
+def _saved_where_nothing_comes(state: TrainState, recorder: Recorder, ctx: WorkerContext) -> Iterator[None]:
+    """Save the last step that is done where all are to stop, and the images of the next one do not come."""
+    try:
+        yield
+    except StoppedWaitingError as e:
+        ctx.warn(f"{e}: ending after step {state.step}")
+        recorder.save(state, now=True)
+        raise
 
 
 def _check_finite(interval: Interval, cfg: Config, schedule: Schedule, num_samples: int) -> None:

@@ -15,8 +15,9 @@ from typing import Any
 from pipeline.config.loading import dump, flatten
 from pipeline.data.index import Index
 from pipeline.data.loading.loader import EvalLoader
+from pipeline.errors import one_line
 from pipeline.events import AttemptStarted, BrokenImage, CheckpointWritten, Evaluated, StepLogged
-from pipeline.failures import MLFLOW_END_S, MLFLOW_HANDOVER_S, UPLOAD_S, retry
+from pipeline.failures import MLFLOW_END_S, MLFLOW_HANDOVER_S, UPLOAD_S, StoppedWaitingError, retry
 from pipeline.runs import retention
 from pipeline.runs.async_checkpointer import AsyncCheckpointer
 from pipeline.runs.checkpoint import Checkpoint, name_of
@@ -38,9 +39,8 @@ class Recorder(AbstractContextManager["Recorder"]):
 
     Args:
         index: of the training images. manifest: of the training, before this attempt.
-        resumed: the checkpoint that this attempt goes on from.
+        resumed: the checkpoint that this attempt goes on from. heartbeat: called in long waits.
         num_steps: of the whole training. precision_reason: why it is the one that cfg says.
-        heartbeat: called in long waits.
     """
 
     def __init__(
@@ -220,13 +220,13 @@ class Recorder(AbstractContextManager["Recorder"]):
         if isinstance(error, SupersededError):  # not its to end
             self._mlflow.abandon()
             return
-        tag = f"pipeline.attempt_{self._manifest.attempts}.error"
-        self._mlflow.set_tags({tag: f"{type(error).__name__}: {error}"[:500]})
+        self._mlflow.set_tags({f"pipeline.attempt_{self._manifest.attempts}.error": one_line(error)[:500]})
+        is_stop = isinstance(error, StoppedWaitingError)
         try:
-            self._checkpointer.finish(MLFLOW_HANDOVER_S[0])
+            self._checkpointer.finish(self._spec.cfg.cluster.timeout_s if is_stop else MLFLOW_HANDOVER_S[0])
         except (OSError, RuntimeError) as e:
             self._ctx.warn(str(e))
-        self._mlflow.close("FAILED", *MLFLOW_HANDOVER_S, self._heartbeat)
+        self._mlflow.close("KILLED" if is_stop else "FAILED", *MLFLOW_HANDOVER_S, self._heartbeat)
 
     def finish(self, state: TrainState, val_loader: EvalLoader, *, owes_evaluation: bool) -> dict[str, Any]:
         """Publish what the configuration asks for, end the attempt and return its summary.

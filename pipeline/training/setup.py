@@ -1,5 +1,6 @@
 """What a rank does before its first step: the checkpoint that all ranks begin with, the indexes, the loaders."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +13,7 @@ from pipeline.data.index import Index, load_index
 from pipeline.data.loading.loader import EvalLoader, LoaderContext, TrainLoader
 from pipeline.errors import UserError
 from pipeline.events import Note
-from pipeline.failures import READ_CHECKPOINT_S, CheckpointError, retry
+from pipeline.failures import READ_CHECKPOINT_S, STOP_WAIT_OTHERS_S, STOP_WAIT_S, CheckpointError, retry
 from pipeline.models.pretrained import load_pretrained
 from pipeline.models.resnet import drop_rates
 from pipeline.runs import checkpoint, resume, retention
@@ -122,6 +123,11 @@ def make_loaders(
     num_threads = cfg.data.decode_threads or max(1, ctx.num_threads - (2 if ctx.device.type == "cuda" else 0))
     retry_timeout_s = float(cfg.cluster.timeout_s)
     context = LoaderContext(ctx.rank, ctx.world_size, ctx.device, num_threads, retry_timeout_s)
+    when_stopping = STOP_WAIT_S if ctx.rank == 0 else STOP_WAIT_OTHERS_S
+
+    def patience() -> float:
+        return math.inf if ctx.stop_reason() is None else when_stopping
+
     train = TrainLoader(
         index,
         cfg.data,
@@ -131,8 +137,11 @@ def make_loaders(
         seed=cfg.run.seed,
         drop_rates=drop_rates(cfg.model),
         warn=ctx.warn,
+        patience=patience,
     )
     val_index = val_index.with_classes(index.classes)
-    val = EvalLoader(val_index, cfg.data, context, recorder.bad_image, batch=cfg.train.eval_batch, warn=ctx.warn)
+    val = EvalLoader(
+        val_index, cfg.data, context, recorder.bad_image, batch=cfg.train.eval_batch, warn=ctx.warn, patience=patience
+    )
     avoid_crashing_images(spec, ctx, context, train, val, step, heartbeat)
     return train, val

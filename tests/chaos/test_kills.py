@@ -215,8 +215,15 @@ HARMS = {  # how often
     terminated_and_started_again: 3,
     mlflow_killed: 2,
 }
-# Of CI, which has no time for all of them; tests/e2e/test_launch.py and test_mlflow_away have the like of the last two.
-LEFT_OUT = (worker_frozen, supervisor_killed_and_started_again, terminated_and_started_again, mlflow_killed)
+# CI has no time for all of them; tests/e2e/test_launch.py and test_mlflow_away have the like of the last two that it
+# leaves out, and the whole cluster's end below that of everything.
+MARKS = {
+    worker_frozen: [pytest.mark.thorough],
+    supervisor_killed_and_started_again: [pytest.mark.thorough],
+    terminated_and_started_again: [pytest.mark.thorough],
+    mlflow_killed: [pytest.mark.thorough],
+    everything_killed_and_started_again: [pytest.mark.long],
+}
 
 
 def seeds(number: int) -> list[Any]:
@@ -229,7 +236,7 @@ def seeds(number: int) -> list[Any]:
     [
         pytest.param(
             *(h, *s.values),
-            marks=[*s.marks, *([pytest.mark.thorough] if h in LEFT_OUT else [])],
+            marks=[*s.marks, *MARKS.get(h, [])],
             id=f"{h.__name__}-{s.values[0]}",
         )
         for h, n in HARMS.items()

@@ -229,6 +229,7 @@ def test_a_cluster_that_is_away_is_a_wrong_request(tmp_path: Path) -> None:
 
 
 @pytest.mark.e2e
+@pytest.mark.long
 def test_a_training_is_among_the_metrics_of_its_node(
     cluster: Cluster, metrics_port: int, start: Start, digits: Path, tmp_path: Path
 ) -> None:

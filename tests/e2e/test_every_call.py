@@ -9,7 +9,13 @@ from commands import ROOT
 
 @pytest.mark.e2e
 @pytest.mark.timeout(720)
-@pytest.mark.parametrize("options", [["--sample=12"], ["--s3", "--sample=4"]], ids=["local", "s3"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(["--sample=12"], id="local"),
+        pytest.param(["--s3", "--sample=4"], id="s3", marks=pytest.mark.long),
+    ],
+)
 def test_one_disturbed_call_changes_nothing(options: list[str]) -> None:
     command = [sys.executable, str(ROOT / "scripts/enumerate_faults.py"), *options, "--seed=0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=700)

@@ -26,6 +26,8 @@ from commands import (
 )
 from s3 import s3_storage
 
+from pipeline.storage import Storage
+
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]  # three attempts in one test, on a busy machine
 
 
@@ -77,7 +79,7 @@ def test_train_tells_its_progress_and_its_result(undisturbed: tuple[dict[str, An
     assert kept | {"took": summary["took"]} == summary, "for the report"
 
 
-@pytest.mark.thorough  # on an object store, below, CI sees Ctrl-C, and in test_chaos SIGTERM
+@pytest.mark.thorough  # the next does so on an object store
 def test_stopped_twice_and_resumed_is_bitwise_the_same(
     command: Command, start: Start, storage: Path, undisturbed: tuple[dict[str, Any], str]
 ) -> None:
@@ -160,6 +162,28 @@ def test_a_command_that_is_killed_leaves_no_process(command: Command, start: Sta
         time.sleep(0.2)
 
 
+def test_a_stop_is_heard_while_images_do_not_come(
+    command: Command, start: Start, digits: Path, storage: Path, tmp_path: Path
+) -> None:
+    """A mount goes, and the batch system wants its nodes back: the last step that was done is saved."""
+    shutil.copytree(digits / "train", tmp_path / "train")
+    training = start(command("away", f"data.train={tmp_path}/train"))
+    training.wait_for("^step ")
+    (tmp_path / "train").rename(tmp_path / "gone")
+    training.wait_for("does not answer, trying again for 600 s")
+    time.sleep(5)  # what was read ahead is trained on
+    training.signal_group(signal.SIGTERM)
+    assert training.finish() == 130, training.said
+    step = int(training.wait_for(r"go on from step (\d+) with: pipeline train --resume \S+/away")[1])
+    assert f"the next images have not come: ending after step {step}" in training.said
+    assert "Traceback" not in training.said
+    assert "failure" not in training.said
+    assert Storage(storage / "away" / "checkpoints").names() == [f"step_{step:08d}"]
+    manifest = json.loads((storage / "away" / "run.json").read_text())
+    assert not manifest["open"]
+
+
+@pytest.mark.long
 def test_the_command_ends_also_where_rays_own_process_stands_still(command: Command, start: Start) -> None:
     """A raylet in SIGSTOP, or on a node in swap: Ray would wait for it without end."""
     training = start(command("still"))
@@ -169,6 +193,7 @@ def test_the_command_ends_also_where_rays_own_process_stands_still(command: Comm
     assert "done at step 60 of 60" in training.said
 
 
+@pytest.mark.long
 def test_on_s3_killed_stopped_and_resumed_is_the_same(
     command: Command, start: Start, storage: Path, undisturbed: tuple[dict[str, Any], str]
 ) -> None:

@@ -121,6 +121,7 @@ def test_without_the_login_nothing_is_told(server: Server) -> None:
 
 
 @pytest.mark.e2e
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_a_run_of_which_only_mlflow_is_left_goes_on_bitwise(
     server: Server, digits: Path, tmp_path: Path, login: None

@@ -98,6 +98,7 @@ print(torch._dynamo.utils.counters["inductor"]["fxgraph_cache_hit"])
 
 
 @pytest.mark.e2e
+@pytest.mark.long
 def test_kernels_that_another_kind_of_cpu_compiled_are_not_taken(tmp_path: Path) -> None:
     """A home folder that unlike nodes share, a machine that moved: what is cached there has vectors of other sizes."""
 

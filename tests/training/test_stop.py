@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,13 @@ from commands import differences
 from ranks import FAST, context, final_state, run_ranks
 
 from pipeline.config.loading import load
-from pipeline.events import AttemptStarted, Evaluated, Event, StepLogged
+from pipeline.data.indexing.build import build_index
+from pipeline.events import AttemptStarted, Evaluated, Event, StepLogged, Warned
+from pipeline.failures import StoppedWaitingError
 from pipeline.runs.checkpoint import META
 from pipeline.runs.spec import RunSpec, StopReason, WorkerContext
 from pipeline.storage import Storage
-from pipeline.training import loop
+from pipeline.training import loop, setup
 from pipeline.training.loop import fit
 
 EVALUATED = 2  # step: an evaluation, and a checkpoint that is due
@@ -128,3 +132,74 @@ def test_an_attempt_that_dies_in_an_evaluation_has_its_checkpoint(
     fit(one, context(events=events))
     assert [step for step, _ in scores(events)] == [2, 4, 5]
     assert [event.step for event in events if isinstance(event, StepLogged)] == [3, 4, 5]
+
+
+def fit_alone(rank: int, world_size: int, whole: RunSpec) -> None:
+    fit(whole, context(rank, world_size, []))
+
+
+def stop_without_images(rank: int, world_size: int, parts: RunSpec, folder: Path, after: int) -> list[Any]:
+    """Fit until the images have gone, after a step, and a stop comes; then again, with the images back."""
+    vars(setup).update(STOP_WAIT_S=0.5, STOP_WAIT_OTHERS_S=2.0)
+    away, first, second = folder.with_name(f"{folder.name} away"), list[Event](), list[Event]()
+    stepped, pauses = [time.monotonic()], [1.0]
+
+    def emit(event: Event) -> None:
+        first.append(event)
+        if isinstance(event, StepLogged):
+            stepped.append(time.monotonic())
+            pauses.append(stepped[-1] - stepped[-2])
+            if event.step == after:
+                folder.rename(away)
+
+    def reason() -> StopReason | None:
+        """To stop, once what was read ahead is used up."""
+        is_away = any(isinstance(event, Warned) and "does not answer" in event.text for event in first)
+        return "interrupted" if is_away and time.monotonic() - stepped[-1] > 4 * max(pauses) else None
+
+    end = ""
+    try:
+        fit(parts, dataclasses.replace(context(rank, world_size), emit=emit, stop_reason=reason))
+    except StoppedWaitingError as e:
+        end = str(e)
+    barrier()
+    between = metas(parts)
+    barrier()
+    if rank == 0:
+        away.rename(folder)
+    barrier()
+    return [end, first, between, fit(parts, context(rank, world_size, second)), second]
+
+
+@pytest.mark.parametrize(("split", "after", "world_size"), [("train", 1, 2), ("val", EVALUATED, 1)])
+def test_a_stop_is_heard_while_images_do_not_come(
+    digits_index: Callable[[str], Path], digits: Path, tmp_path: Path, split: str, after: int, world_size: int
+) -> None:
+    digits_index("few")
+    for name in ("train", "val"):
+        shutil.copytree(digits / "few", tmp_path / name)
+        build_index(tmp_path / name)[0].save(tmp_path / f"{name}.arrow")
+    # Read far less ahead than there is to train on.
+    more = [
+        "train.steps=8",
+        "checkpoint.every=100",
+        "data.prefetch=1",
+        f"train.eval_every={1 if split == 'val' else 9}",
+    ]
+
+    def spec(run: str) -> RunSpec:
+        cfg = load(None, ["data.train=x", "data.val=x", *FAST, *SETTINGS, *more, f"run.storage={tmp_path}"])
+        (tmp_path / run).mkdir()
+        return RunSpec(cfg, Storage(tmp_path / run), str(tmp_path / "train.arrow"), str(tmp_path / "val.arrow"))
+
+    whole, parts = spec("whole"), spec("parts")
+    run_ranks(fit_alone, world_size, whole)
+    results = run_ranks(stop_without_images, world_size, parts, tmp_path / split, after)
+    _, first, between, done, second = results[0]
+    assert all(result[0] == "the next images have not come" for result in results), first
+    logged = [event.step for event in first if isinstance(event, StepLogged)]
+    assert after <= logged[-1] < 8
+    assert list(between) == [f"step_{logged[-1]:08d}"]
+    resumed = next(event for event in second if isinstance(event, AttemptStarted))
+    assert (resumed.step, done["status"]) == (logged[-1], "done")
+    assert differences(final_state(whole), final_state(parts)) == []

@@ -19,7 +19,7 @@ from pipeline.data.loading.bad_images import BadImages
 from pipeline.data.loading.dali import DaliPipeline
 from pipeline.data.loading.mix import mix
 from pipeline.data.loading.reader_process import MakeSpec
-from pipeline.data.loading.readers import Readers
+from pipeline.data.loading.readers import Patience, Readers, for_ever
 from pipeline.data.loading.to_device import to_device
 from pipeline.data.stream import IntArray, steps_per_epoch
 
@@ -99,6 +99,7 @@ class Loader:
         context: LoaderContext,
         on_bad: OnBad,
         warn: Warn,
+        patience: Patience,
         max_batch: int,
         make_spec: MakeSpec,
         draws: Sequence[str] = (),
@@ -106,7 +107,7 @@ class Loader:
         self.index, self.max_batch, self._make_spec = index, max_batch, make_spec
         bad_images = BadImages(index, cfg.max_bad_fraction, on_bad)
         num_held = DaliPipeline.num_held(cfg)
-        self._readers = Readers(index, cfg, make_spec, num_held, bad_images, warn, context.retry_timeout_s)
+        self._readers = Readers(index, cfg, make_spec, num_held, bad_images, warn, context.retry_timeout_s, patience)
         self.pipeline = DaliPipeline(cfg, max_batch, context.num_threads, context.device, bad_images, draws)
 
     def avoid(self, known: Mapping[int, str]) -> None:
@@ -155,6 +156,7 @@ class TrainLoader(Loader):
         seed: int,
         drop_rates: Sequence[float] = (),
         warn: Warn = lambda _: None,
+        patience: Patience = for_ever,
     ):
         sampler = make_sampler(cfg, len(index), global_batch, seed)
         self._per_epoch = steps_per_epoch(len(index), global_batch)  # refused here, and not by a process that reads
@@ -162,7 +164,7 @@ class TrainLoader(Loader):
         share = sampler.largest_share(context.world_size)
         self._num_joined = num_joined(share, context.device)
         max_batch = share * self._num_joined
-        super().__init__(index, cfg, context, on_bad, warn, max_batch, Joined(specs), draw_names(cfg))
+        super().__init__(index, cfg, context, on_bad, warn, patience, max_batch, Joined(specs), draw_names(cfg))
         self._readers.start()
 
     def from_step(self, step: int, stop: int) -> Iterator[Batch]:
@@ -220,6 +222,7 @@ class EvalLoader(Loader):
         *,
         batch: int,
         warn: Warn = lambda _: None,
+        patience: Patience = for_ever,
         views: Views = "one",
         specs: EvalSpecs | None = None,
     ):
@@ -230,7 +233,7 @@ class EvalLoader(Loader):
         self._specs = specs or EvalSpecs(cfg, FIVE if views == "ten" else (CENTRE,))
         self._num_places = len(self._specs.places)
         in_sequence = dataclasses.replace(cfg, shuffle_block=batch)  # a reader's cache is of use then, however small
-        super().__init__(index, in_sequence, context, on_bad, warn, batch * self._num_places, self._specs)
+        super().__init__(index, in_sequence, context, on_bad, warn, patience, batch * self._num_places, self._specs)
 
     def __iter__(self) -> Iterator[tuple[int, Batch]]:
         """(chunk, batch) for this rank's chunks; of several places all their images, see `views`."""

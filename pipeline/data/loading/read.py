@@ -33,7 +33,7 @@ MAX_AHEAD = 1024
 FIND_GROUPS = -1
 # Between two lines about a storage that does not answer: many threads find it so at once.
 NOT_REGULAR = "it is not a regular file"
-WARN_EVERY_S = 10.0
+WARN_PAUSE_S = 10.0, 600.0  # between two warnings: at first, twice as long each time, at most
 
 
 class StorageAwayError(ConnectionError):
@@ -60,7 +60,7 @@ class Reader:
     ):
         self._index, self._root = index, index.root or Storage(".")
         self._warn, self._retry_timeout_s, self._chunk_bytes = warn, retry_timeout_s, chunk_bytes
-        self._warned_at, self._closed = -WARN_EVERY_S, threading.Event()
+        self._warn_from, self._warn_pause_s, self._closed = 0.0, WARN_PAUSE_S[0], threading.Event()
         self._away_since: float | None = None
         self._group_ends: dict[str, list[int]] = {}
         self._row_groups = LruCache(GROUP_BYTES)
@@ -243,9 +243,11 @@ class Reader:
 
     def _warn_seldom(self, text: str) -> None:
         with self._lock:
-            if time.monotonic() < self._warned_at + WARN_EVERY_S:
+            now = time.monotonic()
+            if now < self._warn_from:
                 return
-            self._warned_at = time.monotonic()
+            self._warn_from = now + self._warn_pause_s
+            self._warn_pause_s = min(2 * self._warn_pause_s, WARN_PAUSE_S[1])
         self._warn(text)
 
 
@@ -262,5 +264,9 @@ def _read_local(path: Path, offset: int, buffer: memoryview) -> int:
         while done < len(buffer) and (more := os.preadv(descriptor, [buffer[done:]], offset + done)):
             done += more
         return done
+    except OSError as e:
+        if e.errno is not None:  # the system's own, which does not name the file
+            e.filename = str(path)
+        raise
     finally:
         os.close(descriptor)

@@ -24,6 +24,7 @@ from pipeline.data.batch_spec import BatchSpec
 from pipeline.data.index import Index, OpenFile, map_table
 from pipeline.data.loading.child import parent_connection
 from pipeline.data.loading.fetch import BatchReader
+from pipeline.data.loading.read import StorageAwayError
 from pipeline.data.loading.shared_memory import SharedBuffer
 
 PARENT_GONE = (EOFError, BrokenPipeError, ConnectionResetError)
@@ -106,7 +107,7 @@ def _reporting(action: Callable[[], None], send: Callable[..., None]) -> Callabl
         except PARENT_GONE:
             return
         except Exception as e:
-            away = isinstance(e, OSError)  # what is wrong with one image is none by then
+            away = isinstance(e, StorageAwayError)
             with suppress(*PARENT_GONE):
                 send("away" if away else "failed", str(e) if away else traceback.format_exc())
 

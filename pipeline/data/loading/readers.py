@@ -1,5 +1,6 @@
 """The training process's side of the processes that read for it: batches in order, whatever becomes of those."""
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,11 +17,20 @@ from pipeline.data.loading.fetch import EncodedBatch
 from pipeline.data.loading.read import StorageAwayError
 from pipeline.data.loading.reader_process import MakeSpec, ReaderTask
 from pipeline.data.loading.shared_memory import SharedBuffer
+from pipeline.failures import StoppedWaitingError
 
 MODULE = "pipeline.data.loading.reader_process"
 MAX_DEATHS = 3  # of one process, without a batch in between
 MAX_RECENT_DEATHS, RECENT_S = 10, 600.0  # with batches in between
+POLL_S = 0.5
 FETCH_AHEAD = 8  # batches beyond those that are being read, of data that comes over a network
+
+Patience = Callable[[], float]  # asked while a batch is waited for, how many seconds more it may take
+
+
+def for_ever() -> float:
+    """The patience of one that is never to stop."""
+    return math.inf
 
 
 class ReaderError(RuntimeError):
@@ -53,6 +63,7 @@ class Readers:
         bad_images: BadImages,
         warn: Callable[[str], None],
         retry_timeout_s: float,
+        patience: Patience,
     ):
         self._bad_images, self._stream = bad_images, 0
         each = -(-(num_held + cfg.prefetch) // cfg.read_processes) + (cfg.read_processes > 1)
@@ -63,7 +74,7 @@ class Readers:
         def make_task(buffers: tuple[int, ...]) -> ReaderTask:
             return ReaderTask(index.shared_file(), index.classes, cfg, make_spec, retry_timeout_s, buffers)
 
-        self._processes = [_Process(make_task, each, warn) for _ in range(cfg.read_processes)]
+        self._processes = [_Process(make_task, each, warn, patience) for _ in range(cfg.read_processes)]
 
     def read(self, requests: Iterable[Any]) -> Iterator[EncodedBatch]:
         """The batches of these requests, in order. What an earlier call has begun is given up.
@@ -71,6 +82,7 @@ class Readers:
         Raises:
             StorageAwayError: the images' storage does not answer.
             ReaderError: a process has failed. ReaderDiedError: it dies again and again.
+            StoppedWaitingError: a batch takes longer than `patience` allows.
             BadDataError: more images are broken than `max_bad_fraction` allows.
         """
         self._stream += 1
@@ -114,9 +126,13 @@ class _Process:
     """One of the processes, or its successor."""
 
     def __init__(
-        self, make_task: Callable[[tuple[int, ...]], ReaderTask], num_buffers: int, warn: Callable[[str], None]
+        self,
+        make_task: Callable[[tuple[int, ...]], ReaderTask],
+        num_buffers: int,
+        warn: Callable[[str], None],
+        patience: Patience,
     ):
-        self._warn, self._known, self._closed = warn, dict[int, str](), False
+        self._warn, self._patience, self._known, self._closed = warn, patience, dict[int, str](), False
         self._buffers = {buffer.descriptor: buffer for buffer in (SharedBuffer() for _ in range(num_buffers))}
         self._died = list[float]()  # when, lately
         self._held = set[int]()  # buffers that the caller reads from
@@ -144,10 +160,15 @@ class _Process:
 
     def take(self) -> EncodedBatch:
         """The next batch that was asked for."""
-        deaths = 0
+        deaths, give_up_at = 0, math.inf
         assert self._child is not None, "take() after ask()"
         while True:
             try:
+                if not self._child.connection.poll(POLL_S):
+                    give_up_at = min(give_up_at, time.monotonic() + self._patience())
+                    if time.monotonic() >= give_up_at:
+                        raise StoppedWaitingError("the next images have not come")
+                    continue
                 message = self._child.connection.recv()
             except (EOFError, OSError):
                 if self._closed:
