@@ -4,6 +4,7 @@ import errno
 import itertools
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
