@@ -178,7 +178,7 @@ def test_a_stop_is_heard_while_images_do_not_come(
     assert f"the next images have not come: ending after step {step}" in training.said
     assert "Traceback" not in training.said
     assert "failure" not in training.said
-    assert Storage(storage / "away" / "checkpoints").names() == [f"step_{step:08d}"]
+    assert f"step_{step:08d}" in Storage(storage / "away" / "checkpoints").names()
     manifest = json.loads((storage / "away" / "run.json").read_text())
     assert not manifest["open"]
 
