@@ -77,6 +77,13 @@ class Resizing:
 
 
 @dataclass(frozen=True)
+class AttemptEnded:
+    """Rank 0 has ended an attempt whose other ranks may be in the midst of a step; its summary, as `fit` returns it."""
+
+    summary: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Stopping:
     """The user has asked for an end, by a signal of this name."""
 
@@ -136,6 +143,7 @@ Event = (
     | CheckpointWritten
     | AttemptFailed
     | Resizing
+    | AttemptEnded
     | Stopping
     | ImageSearchStarted
     | CrashingImageFound

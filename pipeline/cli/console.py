@@ -123,7 +123,8 @@ class TrainingView(_View):
 
     def _start(self, event: AttemptStarted) -> None:
         self._num_steps, self._global_batch = event.num_steps, event.global_batch
-        self.saved_step = event.step if event.resumed_from else None
+        is_own = event.resumed_from is not None and event.resumed_from.startswith(self.place)
+        self.saved_step = event.step if is_own else None
         where = f"resumed from {event.resumed_from}" if event.resumed_from else "from the start"
         ready = f"after {time.monotonic() - self._began:.1f} s"
         if event.lost_steps is not None:

@@ -68,10 +68,10 @@ def train(
         except TrainingFailedError as e:
             return {"status": "failed", "run": view.run, "error": str(e)}, [f"failed: {e}"], FAILED
         except Interrupted:
-            text = "interrupted before a checkpoint was saved"
+            end, text = {"status": "interrupted", "run": view.run, "step": view.saved_step}, "interrupted"
             if view.saved_step is not None:
                 text = f"interrupted; go on from step {view.saved_step} with: pipeline train --resume {view.place}"
-            return {"status": "interrupted", "run": view.run}, [text], INTERRUPTED
+            return end, [text], INTERRUPTED
     result = summary.complete(result)
     summary.save(result, warn)
     return result, format_summary(result), INTERRUPTED if result["status"] == "interrupted" else DONE

@@ -31,6 +31,7 @@ from pipeline.cluster.trainer import TorchConfig, Trainer
 from pipeline.cluster.worker import train_on_worker
 from pipeline.errors import UserError
 from pipeline.events import (
+    AttemptEnded,
     AttemptFailed,
     AttemptStarted,
     CheckpointWritten,
@@ -89,6 +90,7 @@ class TrainController:
         self._attempt = 0
         self._has_trained, self._saved_step = restarted, spec.saved_step  # at any time
         self._trains = False  # in this attempt
+        self._summary: dict[str, Any] | None = None  # of this attempt, where rank 0 has ended it for all
         self._started: float | None = None  # when this attempt's workers began to train, as long as it is to go on
 
     def run(self, marks: Marks) -> dict[str, Any]:
@@ -115,20 +117,23 @@ class TrainController:
                 raise Interrupted
             with self._wait_for_room() as reservation:
                 self._attempt, self._trains, self._started = self._attempt + 1, False, None
+                self._summary = None
                 outcome = self._run_attempt(reservation, marks)
             marks, self._restarted = (("end of the last attempt", time.time()),), True
+            if not isinstance(outcome, BaseException):
+                if outcome["status"] == "resize":
+                    continue
+                return dict(outcome)
             kind, text = self._channel.fatal or ("", "")
             if kind and not attempt_is_repeated(kind, self._has_trained):
                 raise UserError(text) if kind == UserError.__name__ else TrainingFailedError(text)
-            if kind == StoppedWaitingError.__name__:
-                continue
+            if kind == StoppedWaitingError.__name__ and self._wants_stop.is_set():
+                raise Interrupted
             if isinstance(outcome, ray.train.TrainingFailedError):
                 self._note_failure(outcome)
                 self._wants_stop.wait(self._budget.pause_s)
-            elif isinstance(outcome, BaseException):
+            else:
                 raise outcome
-            elif outcome["status"] != "resize":
-                return dict(outcome)
 
     def _wait_for_room(self) -> ray_cluster.Reservation:
         """Room for as many workers as there is, once that is enough."""
@@ -183,7 +188,7 @@ class TrainController:
                     self._look_at_cluster(self._started, extra)
         self._channel.finish(FINISH_S)
         self._pass_on(self._channel.take_events(0))
-        return outcome[0]
+        return self._summary or outcome[0]
 
     def _pass_on(self, events: list[Event]) -> None:
         for event in events:
@@ -197,6 +202,8 @@ class TrainController:
                     self._saved_step = event.step
                     if event.step > max(self._deaths, default=0):
                         self._deaths = ()
+                case AttemptEnded(summary):
+                    self._summary = summary
                 case ImageSearchStarted():  # once for these deaths
                     self._deaths = ()
                 case CrashingImageFound():  # without that image it goes another way

@@ -109,7 +109,7 @@ def _search(
 
     def go_on() -> None:
         heartbeat()
-        if ctx.stop_reason() is not None:
+        if ctx.stop_reason() == "interrupted":
             raise StoppedWaitingError("the search is left off")
 
     until = time.monotonic() + spec.cfg.cluster.timeout_s / 2  # the other ranks wait

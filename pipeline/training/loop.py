@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 
 from pipeline.config.schema import Config
 from pipeline.data.batch_spec import make_sampler
+from pipeline.events import AttemptEnded
 from pipeline.failures import NonFiniteError, StoppedWaitingError
 from pipeline.runs.spec import RunSpec, WorkerContext
 from pipeline.training.control import ControlBroadcast, ControlFlags
@@ -97,12 +98,29 @@ def _fit(spec: RunSpec, ctx: WorkerContext, watchdog: Watchdog, stack: ExitStack
         return True
 
     losses = LossReader(ctx, ledger, late=ctx.device.type == "cuda")
+
+    def log(intervals: list[Interval]) -> None:
+        for interval in intervals:
+            _check_finite(interval, cfg, schedule, len(index))
+            if interval.is_logged:
+                with ledger.phase("logging"):
+                    recorder.log_step(interval, schedule)
+
+    def end_alone() -> dict[str, Any]:
+        """Rank 0's end after the last step that is done, while others may be in the midst of the next one."""
+        watchdog.feed()
+        log(losses.rest())
+        with ledger.phase("checkpoint"):
+            recorder.save(state, now=True)
+        watchdog.feed()
+        return recorder.finish(state, val_loader, owes_evaluation=True)
+
     with (
-        _saved_where_nothing_comes(state, recorder, ctx),
         closing(train_loader),
         closing(val_loader),
         closing(Profiler(spec, ctx, ledger, recorder.publish)) as profile,
         SampleLog(spec, ctx) as sample_log,
+        _ended_where_nothing_comes(ctx, state, end_alone),
     ):
         profile.step(state.step)
         # An attempt that had to end between saving and evaluating has left that to this one.
@@ -135,11 +153,7 @@ def _fit(spec: RunSpec, ctx: WorkerContext, watchdog: Watchdog, stack: ExitStack
             if not (logging or evaluating or saving):
                 continue
             waits = evaluating or saving
-            for interval in losses.end_interval(state.step, recorder.num_bad, is_logged=logging, now=waits):
-                _check_finite(interval, cfg, schedule, len(index))
-                if interval.is_logged:
-                    with ledger.phase("logging"):
-                        recorder.log_step(interval, schedule)
+            log(losses.end_interval(state.step, recorder.num_bad, is_logged=logging, now=waits))
             if saving:  # before an evaluation, which may take longer than a node has that is to go
                 with ledger.phase("checkpoint"):
                     recorder.save(state, now=ending, is_scored_later=evaluating and not flags.stop)
@@ -155,13 +169,17 @@ def _fit(spec: RunSpec, ctx: WorkerContext, watchdog: Watchdog, stack: ExitStack
 
 
 @contextmanager
-def _saved_where_nothing_comes(state: TrainState, recorder: Recorder, ctx: WorkerContext) -> Iterator[None]:
-    """Save the last step that is done where all are to stop, and the images of the next one do not come."""
+def _ended_where_nothing_comes(
+    ctx: WorkerContext, state: TrainState, end_alone: Callable[[], dict[str, Any]]
+) -> Iterator[None]:
+    """Have rank 0 end the attempt where all are to stop and images do not come."""
     try:
         yield
     except StoppedWaitingError as e:
-        ctx.warn(f"{e}: ending after step {state.step}")
-        recorder.save(state, now=True)
+        if ctx.rank == 0 and state.step > 0:
+            ctx.warn(f"{e}: ending after step {state.step}")
+            ctx.emit(AttemptEnded(end_alone()))
+            e.has_ended = True
         raise
 
 

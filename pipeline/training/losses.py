@@ -68,7 +68,10 @@ class LossReader:
         if sums.is_cuda:
             sums = torch.empty_like(sums, device="cpu", pin_memory=True).copy_(sums, non_blocking=True)
         self._pending.append(_Pending(step, is_logged, sums, self._ledger.read_later()))
-        keep = 1 if self._late and not now else 0
+        return self.rest(keep=1 if self._late and not now else 0)
+
+    def rest(self, keep: int = 0) -> list[Interval]:
+        """The intervals that have ended and were not given yet, but for the last `keep`."""
         return [self._take() for _ in range(len(self._pending) - keep)]
 
     def _take(self) -> Interval:

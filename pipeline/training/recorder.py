@@ -17,7 +17,7 @@ from pipeline.data.index import Index
 from pipeline.data.loading.loader import EvalLoader
 from pipeline.errors import one_line
 from pipeline.events import AttemptStarted, BrokenImage, CheckpointWritten, Evaluated, StepLogged
-from pipeline.failures import MLFLOW_END_S, MLFLOW_HANDOVER_S, UPLOAD_S, StoppedWaitingError, retry
+from pipeline.failures import MLFLOW_END_S, MLFLOW_HANDOVER_S, UPLOAD_S, retry
 from pipeline.runs import retention
 from pipeline.runs.async_checkpointer import AsyncCheckpointer
 from pipeline.runs.checkpoint import Checkpoint, name_of
@@ -215,18 +215,17 @@ class Recorder(AbstractContextManager["Recorder"]):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         """Save what can be saved of an attempt that ends by an error, and tell MLflow of it."""
-        if error is None or self._ctx.rank != 0:
+        if error is None or self._ctx.rank != 0 or getattr(error, "has_ended", False):
             return
         if isinstance(error, SupersededError):  # not its to end
             self._mlflow.abandon()
             return
         self._mlflow.set_tags({f"pipeline.attempt_{self._manifest.attempts}.error": one_line(error)[:500]})
-        is_stop = isinstance(error, StoppedWaitingError)
         try:
-            self._checkpointer.finish(self._spec.cfg.cluster.timeout_s if is_stop else MLFLOW_HANDOVER_S[0])
+            self._checkpointer.finish(MLFLOW_HANDOVER_S[0])
         except (OSError, RuntimeError) as e:
             self._ctx.warn(str(e))
-        self._mlflow.close("KILLED" if is_stop else "FAILED", *MLFLOW_HANDOVER_S, self._heartbeat)
+        self._mlflow.close("FAILED", *MLFLOW_HANDOVER_S, self._heartbeat)
 
     def finish(self, state: TrainState, val_loader: EvalLoader, *, owes_evaluation: bool) -> dict[str, Any]:
         """Publish what the configuration asks for, end the attempt and return its summary.

@@ -26,6 +26,7 @@ from pipeline.data.loading.isolate import Isolation
 from pipeline.data.loading.loader import LoaderContext
 from pipeline.errors import UserError
 from pipeline.events import BrokenImage, CrashingImageFound, Event, ImageSearchStarted, Note, StepLogged
+from pipeline.failures import StoppedWaitingError
 from pipeline.runs.spec import RunSpec
 from pipeline.storage import Storage
 from pipeline.training import inference
@@ -163,6 +164,10 @@ def test_what_is_found_is_left_out_and_known_later(patched: Callable[[str], None
         fit(stopped, replace(context(events=events), deaths=deaths))
         return events
 
+    stopped = replace(context(), deaths=(0, 0), stop_reason=lambda: "interrupted")
+    with pytest.raises(StoppedWaitingError, match="the search is left off"):
+        fit(spec, stopped)
+    assert spec.checkpoints.names() == []
     events = train(2, (0, 0))
     assert [e for e in events if isinstance(e, CrashingImageFound)] == [
         CrashingImageFound(str(file), REASON) for file in broken

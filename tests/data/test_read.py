@@ -5,6 +5,7 @@ import itertools
 import os
 import random
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -279,6 +281,27 @@ def rows_of(folder: Path) -> Index:
 
 
 ERRORS = [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENOTCONN, errno.EHOSTDOWN]
+
+
+def test_what_lasts_is_told_ever_more_seldom(
+    folder: Path, config: DataConfig, open_reader: Callable[..., Reader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, told = [0.0], list[tuple[float, str]]()
+    reader = open_reader(rows_of(folder), config, lambda text: told.append((clock[0], text)), retry_timeout_s=600)
+
+    class Closed:
+        is_set = staticmethod(lambda: False)
+
+        @staticmethod
+        def wait(seconds: float) -> None:
+            clock[0] += seconds
+
+    monkeypatch.setattr(read, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(reader, "_closed", Closed)
+    shutil.rmtree(folder)
+    with pytest.raises(StorageAwayError):
+        reader.read(0)
+    assert [at for at, _ in told] == [0, 18, 38, 78, 158, 318]
 
 
 @pytest.mark.usefixtures("quick_pauses")

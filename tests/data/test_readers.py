@@ -1,5 +1,6 @@
 """The processes that read: killed, given up, several of them; the batches stay the same and nothing is left."""
 
+import errno
 import signal
 import subprocess
 import sys
@@ -16,7 +17,9 @@ from ranks import no_bad_image
 from pipeline.config.data import DataConfig
 from pipeline.data.index import Index, load_index
 from pipeline.data.indexing.build import build_index, drop_rows
+from pipeline.data.loading import reader_process
 from pipeline.data.loading.loader import LoaderContext, TrainLoader
+from pipeline.data.loading.read import StorageAwayError
 from pipeline.data.loading.readers import MAX_DEATHS, MODULE, ReaderDiedError
 
 CPU = torch.device("cpu")
@@ -140,3 +143,24 @@ time.sleep(600)
         parent.send_signal(signal.SIGKILL)
         parent.wait()
     wait_for_end(reader)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (StorageAwayError("it does not answer"), "away"),
+        (OSError(errno.ENOMEM, "no memory"), "failed"),
+        (LookupError("no row"), "failed"),
+    ],
+)
+def test_only_a_storage_that_does_not_answer_is_told_as_that(error: Exception, kind: str) -> None:
+    """What is wrong with this machine is not waited for as a storage is."""
+    told = list[tuple[object, ...]]()
+
+    def fails() -> None:
+        raise error
+
+    reader_process._reporting(fails, lambda *message: told.append(message))()
+    ((said, text),) = told
+    assert said == kind
+    assert str(error) in str(text)

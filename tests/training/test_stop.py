@@ -5,6 +5,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ranks import FAST, context, final_state, run_ranks
 
 from pipeline.config.loading import load
 from pipeline.data.indexing.build import build_index
-from pipeline.events import AttemptStarted, Evaluated, Event, StepLogged, Warned
+from pipeline.events import AttemptEnded, AttemptStarted, Evaluated, Event, StepLogged, Warned
 from pipeline.failures import StoppedWaitingError
 from pipeline.runs.checkpoint import META
 from pipeline.runs.spec import RunSpec, StopReason, WorkerContext
@@ -134,72 +135,58 @@ def test_an_attempt_that_dies_in_an_evaluation_has_its_checkpoint(
     assert [event.step for event in events if isinstance(event, StepLogged)] == [3, 4, 5]
 
 
-def fit_alone(rank: int, world_size: int, whole: RunSpec) -> None:
-    fit(whole, context(rank, world_size, []))
-
-
-def stop_without_images(rank: int, world_size: int, parts: RunSpec, folder: Path, after: int) -> list[Any]:
-    """Fit until the images have gone, after a step, and a stop comes; then again, with the images back."""
-    vars(setup).update(STOP_WAIT_S=0.5, STOP_WAIT_OTHERS_S=2.0)
-    away, first, second = folder.with_name(f"{folder.name} away"), list[Event](), list[Event]()
-    stepped, pauses = [time.monotonic()], [1.0]
-
-    def emit(event: Event) -> None:
-        first.append(event)
-        if isinstance(event, StepLogged):
-            stepped.append(time.monotonic())
-            pauses.append(stepped[-1] - stepped[-2])
-            if event.step == after:
-                folder.rename(away)
-
-    def reason() -> StopReason | None:
-        """To stop, once what was read ahead is used up."""
-        is_away = any(isinstance(event, Warned) and "does not answer" in event.text for event in first)
-        return "interrupted" if is_away and time.monotonic() - stepped[-1] > 4 * max(pauses) else None
-
-    end = ""
-    try:
-        fit(parts, dataclasses.replace(context(rank, world_size), emit=emit, stop_reason=reason))
-    except StoppedWaitingError as e:
-        end = str(e)
-    barrier()
-    between = metas(parts)
-    barrier()
-    if rank == 0:
-        away.rename(folder)
-    barrier()
-    return [end, first, between, fit(parts, context(rank, world_size, second)), second]
-
-
-@pytest.mark.parametrize(("split", "after", "world_size"), [("train", 1, 2), ("val", EVALUATED, 1)])
+@pytest.mark.parametrize(("split", "after", "eval_every"), [("train", 1, 9), ("val", EVALUATED, 1)])
 def test_a_stop_is_heard_while_images_do_not_come(
-    digits_index: Callable[[str], Path], digits: Path, tmp_path: Path, split: str, after: int, world_size: int
+    digits_index: Callable[[str], Path],
+    digits: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    split: str,
+    after: int,
+    eval_every: int,
 ) -> None:
+    """The last step that is done is saved, and goes on bitwise. (Of two workers: tests/e2e/test_launch.py.)"""
+    monkeypatch.setattr(setup, "STOP_WAIT_S", 0.5)
     digits_index("few")
     for name in ("train", "val"):
         shutil.copytree(digits / "few", tmp_path / name)
         build_index(tmp_path / name)[0].save(tmp_path / f"{name}.arrow")
-    # Read far less ahead than there is to train on.
-    more = [
-        "train.steps=8",
-        "checkpoint.every=100",
-        "data.prefetch=1",
-        f"train.eval_every={1 if split == 'val' else 9}",
-    ]
+    # Far less is read ahead than there is to train on.
+    more = ["train.steps=8", "checkpoint.every=100", "data.prefetch=1", f"train.eval_every={eval_every}"]
 
     def spec(run: str) -> RunSpec:
         cfg = load(None, ["data.train=x", "data.val=x", *FAST, *SETTINGS, *more, f"run.storage={tmp_path}"])
         (tmp_path / run).mkdir()
         return RunSpec(cfg, Storage(tmp_path / run), str(tmp_path / "train.arrow"), str(tmp_path / "val.arrow"))
 
+    events, times = list[Event](), list[float]()
+
+    def progress(step: int) -> None:
+        times.append(time.monotonic())
+        if step == after:
+            (tmp_path / split).rename(tmp_path / "away")
+
+    def reason() -> StopReason | None:
+        """To stop, once what was read ahead is used up."""
+        is_away = any(isinstance(event, Warned) and "does not answer" in event.text for event in events)
+        longest = max([1.0, *(b - a for a, b in pairwise(times))])
+        return "interrupted" if is_away and time.monotonic() - times[-1] > 4 * longest else None
+
     whole, parts = spec("whole"), spec("parts")
-    run_ranks(fit_alone, world_size, whole)
-    results = run_ranks(stop_without_images, world_size, parts, tmp_path / split, after)
-    _, first, between, done, second = results[0]
-    assert all(result[0] == "the next images have not come" for result in results), first
-    logged = [event.step for event in first if isinstance(event, StepLogged)]
-    assert after <= logged[-1] < 8
-    assert list(between) == [f"step_{logged[-1]:08d}"]
-    resumed = next(event for event in second if isinstance(event, AttemptStarted))
-    assert (resumed.step, done["status"]) == (logged[-1], "done")
+    undisturbed = list[Event]()
+    fit(whole, context(events=undisturbed))
+    with pytest.raises(StoppedWaitingError, match="the next images have not come"):
+        fit(parts, dataclasses.replace(context(events=events), progress=progress, stop_reason=reason))
+    last = [event.step for event in events if isinstance(event, StepLogged)][-1]
+    assert after <= last < 8
+    (ended,) = (event.summary for event in events if isinstance(event, AttemptEnded))
+    assert (ended["status"], ended["step"]) == ("interrupted", last)
+    assert list(metas(parts)) == [f"step_{last:08d}"]
+    assert json.loads(parts.run.read_bytes("run.json"))["open"] is False
+
+    (tmp_path / "away").rename(tmp_path / split)
+    resumed = list[Event]()
+    assert fit(parts, context(events=resumed))["status"] == "done"
+    assert next(event for event in resumed if isinstance(event, AttemptStarted)).step == last
+    assert scores(resumed) == scores(undisturbed)
     assert differences(final_state(whole), final_state(parts)) == []

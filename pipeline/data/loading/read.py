@@ -237,7 +237,9 @@ class Reader:
                 self._warn_seldom(f"{self._root} does not answer, trying again for {self._retry_timeout_s:g} s: {e}")
                 self._closed.wait(pause)
             else:
-                self._away_since = None
+                if self._away_since is not None:
+                    self._away_since = None
+                    self._warn_from = min(self._warn_from, time.monotonic() + WARN_PAUSE_S[1] / 10)
                 return result
         raise AssertionError("the pauses never end")
 

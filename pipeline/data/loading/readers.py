@@ -23,6 +23,7 @@ MODULE = "pipeline.data.loading.reader_process"
 MAX_DEATHS = 3  # of one process, without a batch in between
 MAX_RECENT_DEATHS, RECENT_S = 10, 600.0  # with batches in between
 POLL_S = 0.5
+NOTHING_CAME = "the next images have not come"
 FETCH_AHEAD = 8  # batches beyond those that are being read, of data that comes over a network
 
 Patience = Callable[[], float]  # asked while a batch is waited for, how many seconds more it may take
@@ -167,7 +168,7 @@ class _Process:
                 if not self._child.connection.poll(POLL_S):
                     give_up_at = min(give_up_at, time.monotonic() + self._patience())
                     if time.monotonic() >= give_up_at:
-                        raise StoppedWaitingError("the next images have not come")
+                        raise StoppedWaitingError(NOTHING_CAME)
                     continue
                 message = self._child.connection.recv()
             except (EOFError, OSError):
@@ -181,7 +182,7 @@ class _Process:
                     self._warn(text)
                 case "away", text:
                     self._child.kill()
-                    raise StorageAwayError(text)
+                    raise StorageAwayError(text) if self._patience() == math.inf else StoppedWaitingError(NOTHING_CAME)
                 case "failed", text:
                     self._child.kill()
                     raise ReaderError(f"a process that reads images has failed: {text}")
