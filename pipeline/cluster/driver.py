@@ -108,6 +108,8 @@ def train(supervisor: SupervisorConnection) -> dict[str, Any]:
     imports.start()
     with connected(request.cfg.cluster, request.restarted, supervisor.wants_stop, supervisor.warn, imports.join):
         ready = time.time()
+        if supervisor.wants_stop.is_set():  # before there is a run
+            raise Interrupted
         with contextlib.ExitStack() as stack:
             with _watched(supervisor) as heartbeat:
                 spec, controller = stack.enter_context(_opened(supervisor, heartbeat))

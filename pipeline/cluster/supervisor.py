@@ -235,7 +235,9 @@ def _last_line(log: Path) -> str:
     except FileNotFoundError:  # whoever cleans /tmp was there
         return ""
     hung = any(line.strip().startswith("Timeout (") for line in said.splitlines())  # `watchdog`
-    return "it hung, and left its stacks there" if hung else last_telling_line(said)
+    if hung:
+        return "it hung, and left its stacks there"
+    return last_telling_line(said) or "it said nothing more, as where Ray's raylet on this machine has died"
 
 
 @contextmanager

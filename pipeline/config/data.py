@@ -72,7 +72,11 @@ class DataConfig(Section):
     )
     cache_gb: float = setting(20.0, "the most that cache_dir may hold", "GB", above=0)
     max_bad_fraction: float = setting(
-        0.01, "share of the images that may be broken; a worker that meets more stops the run", low=0, high=1
+        0.01,
+        "share of an index's images that may turn out to be broken, one at least if above 0; a worker that meets more "
+        "stops the run. What cannot be read while an index is made is left out, and does not count",
+        low=0,
+        high=1,
     )
     log_samples: bool = setting(False, "write each step's time and rows of the index into the run's folder")
     allow_changed: bool = setting(False, "resume although the images are not those of the checkpoint")

@@ -209,7 +209,7 @@ class AsyncCheckpointer:
             except OSError as e:
                 self.num_failed_tries, tries = self.num_failed_tries + 1, tries + 1
                 if self._problem != (problem := str(e)):  # the same again is told at its end
-                    self._warn(f"the {what} cannot be written, trying again: {problem}")
+                    self._warn(f"the {what} cannot be written to {self._folder}, trying again: {problem}")
                 self._problem = problem
                 freed = e.errno in (errno.ENOSPC, errno.EDQUOT) and self._frees(make_room, what)
                 if self._replaced.wait(0 if freed else pause):

@@ -41,7 +41,7 @@ def evaluate_checkpoint(
 
     Args:
         data: a source or an index; None: its run's validation images.
-        warn: told where memory is short, and where its precision is emulated here.
+        warn: told what is left out, where memory is short, and where its precision is emulated here.
         views: of each image, see `EvalLoader`.
         overrides: of its configuration, such as `data.val_size=288`.
         fix: of an emulated precision, where it is not an override.
@@ -55,7 +55,9 @@ def evaluate_checkpoint(
     cfg = settle(cfg, here.device)
     if text := emulation(cfg.train.precision, [hardware_of(here.device)], fix):
         warn(f"warning: {text}")
-    index = open_index(data or cfg.data.val)[0].with_classes(classes)
+    found, report = open_index(data or cfg.data.val)
+    report.tell_refused(lambda text: warn(f"warning: {text}"))
+    index = found.with_classes(classes)
     with closing(EvalLoader(index, cfg.data, here, _refuse, batch=cfg.train.eval_batch, views=views)) as loader:
         loader.avoid(known_crashing_images(place.parent.parent, index))
         try:

@@ -38,8 +38,6 @@ from pipeline.tracking.find import find_weights, open_storage
 from pipeline.tracking.mlflow_store import tracking_uri, with_absolute_uri
 from pipeline.training.schedule import Schedule
 
-MAX_NAMED = 20  # refused files that are named one by one
-
 
 @contextmanager
 def open_run(
@@ -219,11 +217,7 @@ def _index(split: str, source: str, warn: Callable[[str], None], heartbeat: Call
         if is_index(source):
             return fetch_index(source)
         index, report = build_index(source, progress=lambda *_: heartbeat())
-    refused = report.refused
-    for image in refused[:MAX_NAMED]:
-        warn(f"left out {image}")
-    if len(refused) > MAX_NAMED:
-        warn(f"left out {len(refused) - MAX_NAMED} more; pipeline index lists them all")
+    report.tell_refused(warn)
     return index
 
 

@@ -100,9 +100,11 @@ def test_evaluate_repeats_the_trainings_figures(
         assert json.loads(run("evaluate", reference, "--json")[1]) == scores
     by_id = run("evaluate", trained["mlflow_run_id"], "--storage", storage(trained), "--json")
     assert json.loads(by_id[1]) == scores
-    code, out, _ = run("evaluate", trained["run_dir"], "--data", digits / "train")
-    assert code == 0
-    assert "on 1437 images" in out
+    shutil.copytree(digits / "val" / "3", tmp_path / "3")
+    (tmp_path / "3" / "empty.jpg").touch()
+    code, out, err = run("evaluate", trained["run_dir"], "--data", tmp_path)
+    assert (code, err) == (0, f"warning: left out {tmp_path}/3/empty.jpg: empty file\n")
+    assert f"on {len(list(tmp_path.glob('3/*'))) - 1} images" in out
 
 
 def test_evaluate_refuses_what_it_cannot_score(run: Run, trained: dict[str, Any], tmp_path: Path) -> None:

@@ -199,6 +199,19 @@ def test_a_driver_that_hung_is_told_as_that(tmp_path: Path) -> None:
     assert supervisor._last_line(log) == "it hung, and left its stacks there"
 
 
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("", "it said nothing more, as where Ray's raylet on this machine has died"),
+        ("RuntimeError: no\n", "RuntimeError: no"),
+    ],
+)
+def test_the_end_of_a_driver_is_not_told_in_words_of_rays_log(tmp_path: Path, said: str, told: str) -> None:
+    log = tmp_path / "log"
+    log.write_text(f"{said}[2026-11-30 09:57:43,790 E 11025 11238] core_worker.cc:609: :info_message: Attempting to\n")
+    assert supervisor._last_line(log) == told
+
+
 def test_a_later_driver_begins_nothing_in_an_empty_mount_point(tmp_path: Path) -> None:
     cfg = load(None, [f"data.train={tmp_path}/x", f"data.val={tmp_path}/x", f"run.storage={tmp_path}", "run.name=x"])
     with pytest.raises(UserError, match="checkpoint of step 4 is missing"):

@@ -372,11 +372,22 @@ def test_broken_images_are_replaced_and_named_once(partly_broken: Path) -> None:
         assert torch.equal(one.images, other.images)
 
 
-def test_too_many_broken_images_stop_the_run(partly_broken: Path) -> None:
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [
+        (
+            0.05,
+            r"3 of 40 images in .* are broken, .*_fraction=0\.05 allows 2: a/03\.jpg, a/17\.jpg, a/18\.jpg",
+        ),
+        (0.001, r"2 of 40 images in .* allows 1: "),
+        (0.0, r"1 of 40 images in .* data\.max_bad_fraction=0 allows 0: a/\d\d\.jpg; "),
+    ],
+)
+def test_too_many_broken_images_stop_the_run(partly_broken: Path, share: float, text: str) -> None:
     index, _ = build_index(partly_broken)
-    cfg = DataConfig(train="-", val="-", image_size=32, val_resize=32, max_bad_fraction=0.05)
+    cfg = DataConfig(train="-", val="-", image_size=32, val_resize=32, max_bad_fraction=share)
     train = TrainLoader(index, cfg, LoaderContext(0, 1, CPU, 1), lambda *_: None, global_batch=10, seed=0)
-    with pytest.raises(BadDataError, match=r"3 of 40 images in .* are broken.*: a/03\.jpg, a/17\.jpg, a/18\.jpg"):
+    with closing(train), pytest.raises(BadDataError, match=text):
         list(train.from_step(0, 8))
 
 

@@ -133,7 +133,7 @@ def test_a_full_disk_is_told_and_tried_again(small_disk: Path, cfg: Config, stat
     filler.write_bytes(bytes(100 * 2**20))
     watched.save(state, 2)
     wait_for(lambda: bool(watched.reports))
-    assert re.search(r"step 2 cannot be written, trying again: .*(No space left|MiB free)", watched.reports[0])
+    assert re.search(r"step 2 cannot be written to .*, trying again: .*(No space left|MiB free)", watched.reports[0])
     assert not watched.checkpointer.busy
     assert checkpoint.newest_valid(Storage(small_disk), pytest.fail).step == 1  # type: ignore[union-attr]
     watched.save(state, 3)  # a newer one takes its place, and does not wait for it
@@ -177,7 +177,7 @@ def test_a_failure_that_lasts_is_told_once_and_at_its_end(
     watched.save(state, 1)
     watched.checkpointer.finish(30)
     assert [re.sub(": .*", "", report) for report in watched.reports] == [
-        "the checkpoint of step 1 cannot be written, trying again",
+        f"the checkpoint of step 1 cannot be written to {watched.checkpointer._folder}, trying again",
         "the checkpoint of step 1 is written, after 5 tries that failed",
     ]
 

@@ -21,6 +21,7 @@ from pipeline.data.indexing.scan import read_part, scan, scan_into
 from pipeline.errors import UserError
 from pipeline.storage import Storage
 
+MAX_NAMED = 20  # inputs left out that are named one by one
 NUM_THREADS = 8  # without a pool of the caller's: more than cores, as they wait for files
 CLASSES_FILE = "classes.txt"  # beside shards or Parquet files: a name a line, by number
 Progress = Callable[[int, int, str], None]  # units done, units in all, in words what there is so far
@@ -50,6 +51,13 @@ class IndexReport:
     exif_rotated: list[int] = field(default_factory=list)
     reused: int = 0
     units: int = 0
+
+    def tell_refused(self, warn: Callable[[str], None]) -> None:
+        """Tell what is left out, the first `MAX_NAMED` by name."""
+        for image in self.refused[:MAX_NAMED]:
+            warn(f"left out {image}")
+        if len(self.refused) > MAX_NAMED:
+            warn(f"left out {len(self.refused) - MAX_NAMED} more; pipeline index lists them all")
 
 
 def open_index(source: str, *, progress: Progress = lambda done, total, text: None) -> tuple[Index, IndexReport]:

@@ -13,21 +13,21 @@ class BadDataError(FatalError):
 
 
 def max_bad_images(max_fraction: float, num_images: int) -> int:
-    """How many images of an index may be broken; one always may."""
-    return max(1, int(max_fraction * num_images))
+    """How many images of an index may be broken: one at least, but for a share of 0."""
+    return max(1, int(max_fraction * num_images)) if max_fraction > 0 else 0
 
 
 class BadImages:
     """The broken images of an index.
 
     Args:
-        max_fraction: of the index that may be broken; one image always may.
+        max_fraction: of the index that may be broken, see `max_bad_images`.
         on_bad: called once for each broken image with its path and the reason.
     """
 
     def __init__(self, index: Index, max_fraction: float, on_bad: Callable[[str, str], None]):
         self._index, self._on_bad = index, on_bad
-        self._max_number = max_bad_images(max_fraction, len(index))
+        self._max_fraction, self._max_number = max_fraction, max_bad_images(max_fraction, len(index))
         self._rows: set[int] = set()
 
     def count(self, row: int, reason: str) -> None:
@@ -45,6 +45,6 @@ class BadImages:
             more = f" and {len(self._rows) - MAX_NAMED} more" if len(self._rows) > MAX_NAMED else ""
             raise BadDataError(  # at least: each worker counts its own, and none has seen all images
                 f"at least {len(self._rows)} of {len(self._index)} images in {self._index} are broken, and "
-                f"data.max_bad_fraction allows {self._max_number}: {paths}{more}; "
+                f"data.max_bad_fraction={self._max_fraction:g} allows {self._max_number}: {paths}{more}; "
                 "fix them, have them left out by a new index (pipeline index --verify), or raise the limit"
             )

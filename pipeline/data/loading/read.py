@@ -62,6 +62,7 @@ class Reader:
         self._warn, self._retry_timeout_s, self._chunk_bytes = warn, retry_timeout_s, chunk_bytes
         self._warn_from, self._warn_pause_s, self._closed = 0.0, WARN_PAUSE_S[0], threading.Event()
         self._away_since: float | None = None
+        self._has_warned = False
         self._group_ends: dict[str, list[int]] = {}
         self._row_groups = LruCache(GROUP_BYTES)
         self._lock, self._reading_group = threading.Lock(), threading.Lock()
@@ -238,8 +239,7 @@ class Reader:
                 self._closed.wait(pause)
             else:
                 if self._away_since is not None:
-                    self._away_since = None
-                    self._warn_from = min(self._warn_from, time.monotonic() + WARN_PAUSE_S[1] / 10)
+                    self._tell_back()
                 return result
         raise AssertionError("the pauses never end")
 
@@ -249,8 +249,16 @@ class Reader:
             if now < self._warn_from:
                 return
             self._warn_from = now + self._warn_pause_s
-            self._warn_pause_s = min(2 * self._warn_pause_s, WARN_PAUSE_S[1])
+            self._warn_pause_s, self._has_warned = min(2 * self._warn_pause_s, WARN_PAUSE_S[1]), True
         self._warn(text)
+
+    def _tell_back(self) -> None:
+        """The end of what was warned of; what comes next is told within a minute."""
+        with self._lock:
+            has_warned, self._has_warned, self._away_since = self._has_warned, False, None
+            self._warn_from = min(self._warn_from, time.monotonic() + 60)
+        if has_warned:
+            self._warn(f"{self._root} answers again")
 
 
 def _read_local(path: Path, offset: int, buffer: memoryview) -> int:
