@@ -128,7 +128,7 @@ class Soak:
         self._random = random.Random(seed)
         self.samples, self.kills = Samples(), 0
         self.parts: dict[str, tuple[float, float]] = {}  # when they began and ended
-        self._until_kill = num_steps // 4 // max(1, num_kills)
+        self._until_kill = num_steps // 4 // (num_kills or 300)  # where none are killed, the pace of checkpoints
         self._every = max(1, self._until_kill // NUM_CHECKPOINTS)
         self._log = folder / "training.log"  # `MlflowServer` has one of its own there
 

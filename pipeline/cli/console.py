@@ -86,9 +86,10 @@ class TrainingView(_View):
     def __init__(self, file: IO[str]):
         super().__init__(file)
         self._rate, self._num_steps, self._global_batch = 0.0, 0, 0
-        self.saved_step: int | None = None  # of the newest checkpoint, as far as is known
+        self._saved_step: int | None = None  # of the newest checkpoint, as far as is known
         self.run: str | None = None  # its name
         self.place = ""  # and folder
+        self.resumes_at: int | None = None  # the step of the newest checkpoint there, as far as is known
 
     def __call__(self, event: Event) -> None:
         match event:
@@ -105,7 +106,7 @@ class TrainingView(_View):
                     f"loss {scores['loss']:.4f} on {int(scores['count'])} images"
                 )
             case CheckpointWritten(step, place):
-                self.saved_step = step
+                self._saved_step = self.resumes_at = step
                 if self._bar is None:
                     self.print(f"step {step}: saved {place}")
             case Stopping(signal):
@@ -114,7 +115,7 @@ class TrainingView(_View):
             case Resizing(text):
                 self.print(f"{text}: saving a checkpoint, then going on with the workers there are")
             case AttemptFailed(text):
-                how = "starting again" if self.saved_step is None else f"going on from step {self.saved_step}"
+                how = "starting again" if self._saved_step is None else f"going on from step {self._saved_step}"
                 self.print(f"failure: {text}; {how}")
             case Note(text) | ImageSearchStarted(text):
                 self.print(text)
@@ -123,8 +124,9 @@ class TrainingView(_View):
 
     def _start(self, event: AttemptStarted) -> None:
         self._num_steps, self._global_batch = event.num_steps, event.global_batch
-        is_own = event.resumed_from is not None and event.resumed_from.startswith(self.place)
-        self.saved_step = event.step if is_own else None
+        self._saved_step = event.step if event.resumed_from else None
+        is_own = event.resumed_from and event.resumed_from.startswith(f"{self.place}/")
+        self.resumes_at = event.step if is_own else None
         where = f"resumed from {event.resumed_from}" if event.resumed_from else "from the start"
         ready = f"after {time.monotonic() - self._began:.1f} s"
         if event.lost_steps is not None:

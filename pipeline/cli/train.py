@@ -68,9 +68,9 @@ def train(
         except TrainingFailedError as e:
             return {"status": "failed", "run": view.run, "error": str(e)}, [f"failed: {e}"], FAILED
         except Interrupted:
-            end, text = {"status": "interrupted", "run": view.run, "step": view.saved_step}, "interrupted"
-            if view.saved_step is not None:
-                text = f"interrupted; go on from step {view.saved_step} with: pipeline train --resume {view.place}"
+            end, text = {"status": "interrupted", "run": view.run, "step": view.resumes_at}, "interrupted"
+            if view.resumes_at is not None:
+                text = f"interrupted; go on from step {view.resumes_at} with: pipeline train --resume {view.place}"
             return end, [text], INTERRUPTED
     result = summary.complete(result)
     summary.save(result, warn)

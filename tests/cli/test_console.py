@@ -6,9 +6,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from commands import PIPELINE, ROOT
+from commands import PIPELINE, ROOT, Run
 
 from pipeline.cli.console import TrainingView, WorkView
+from pipeline.cluster import supervisor
+from pipeline.events import AttemptStarted, CheckpointWritten, Event, RunOpened
+from pipeline.failures import Interrupted
 
 
 @pytest.mark.parametrize("view", [TrainingView, WorkView])
@@ -54,3 +57,53 @@ def test_a_result_that_cannot_be_written_is_told_in_a_line() -> None:
         words = [PIPELINE, "config", "configs/digits.yaml"]
         done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False, cwd=ROOT)
     assert (done.returncode, done.stderr) == (1, "pipeline: the result cannot be written: No space left on device\n")
+
+
+def started(step: int, resumed_from: str | None) -> AttemptStarted:
+    return AttemptStarted(
+        attempt=1,
+        step=step,
+        num_steps=60,
+        global_batch=8,
+        resumed_from=resumed_from,
+        world_size=1,
+        num_threads=1,
+        device="cpu",
+        precision="fp32",
+        precision_reason="asked for",
+        startup={},
+        failures=0,
+        lost_steps=None,
+        recovery_s=None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("seen", "text"),
+    [
+        ([], "interrupted"),
+        ([RunOpened("a", "/runs/a")], "interrupted"),
+        ([RunOpened("a", "/runs/a"), started(0, None)], "interrupted"),
+        # A branch: the checkpoint is another run's.
+        ([RunOpened("a", "/runs/a"), started(20, "/runs/ab/checkpoints/step_00000020")], "interrupted"),
+        (
+            [RunOpened("a", "/runs/a"), started(20, "/runs/a/checkpoints/step_00000020")],
+            "interrupted; go on from step 20 with: pipeline train --resume /runs/a",
+        ),
+        (
+            [RunOpened("a", "/runs/a"), started(0, None), CheckpointWritten(40, "/runs/a/checkpoints/step_00000040")],
+            "interrupted; go on from step 40 with: pipeline train --resume /runs/a",
+        ),
+    ],
+)
+def test_an_end_without_a_summary_says_how_to_go_on(
+    run: Run, monkeypatch: pytest.MonkeyPatch, seen: list[Event], text: str
+) -> None:
+    def train(cfg: object, label: str, resume_from: object, emit: TrainingView, *, began: float) -> None:
+        for event in seen:
+            emit(event)
+        raise Interrupted
+
+    monkeypatch.setattr(supervisor, "train", train)
+    code, out, _ = run("train", ROOT / "configs" / "digits.yaml")
+    assert (code, out.splitlines()[-1]) == (130, text)
