@@ -259,6 +259,7 @@ def test_a_killed_process_changes_nothing(
     assert loss_series(server.uri, run.name) == undisturbed[1]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", seeds(3))
 def test_a_killed_node_changes_nothing(
     seed: int,
@@ -286,6 +287,7 @@ def test_a_killed_node_changes_nothing(
     assert loss_series(server.uri, run.name) == undisturbed[1]
 
 
+@pytest.mark.long
 def test_the_whole_cluster_stopped_and_started_again(
     command: Command, start: Start, storage: Path, server: MlflowServer, undisturbed: tuple[dict[str, Any], list[Any]]
 ) -> None:

@@ -115,6 +115,7 @@ def test_everything_arrives_once_in_order(
     assert {a.path for a in client.list_artifacts(run.info.run_id, "checkpoints")} == {"checkpoints/step_00000060"}
 
 
+@pytest.mark.long
 def test_it_never_comes_back_and_the_outbox_is_sent_later(
     spec: Callable[[str], RunSpec],
     proxy: Proxy,

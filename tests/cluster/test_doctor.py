@@ -154,6 +154,7 @@ def test_a_sound_cluster_is_ok(cluster: Cluster, tmp_path: Path, digits: Path) -
     assert (tmp_path / "mine.db").exists(), "where the command was given, not where its workers are"
 
 
+@pytest.mark.long
 @pytest.mark.e2e
 def test_a_broken_node_is_named_in_each_line(cluster: Cluster, tmp_path: Path, digits: Path) -> None:
     """A node with a storage and images of its own, little shared memory, another clock, version and network."""

@@ -225,6 +225,7 @@ def test_on_s3_killed_stopped_and_resumed_is_the_same(
     assert cloud == whole
 
 
+@pytest.mark.long
 def test_a_terminal_shows_a_progress_bar(command: Command, tmp_path: Path) -> None:
     master, slave = pty.openpty()
     env = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}

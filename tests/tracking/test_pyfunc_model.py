@@ -282,6 +282,7 @@ def test_what_cannot_be_registered_gets_one_line(run: Run, trained: dict[str, An
     assert "does not take the model" in err
 
 
+@pytest.mark.long
 @pytest.mark.e2e
 @pytest.mark.timeout(300)
 def test_a_server_that_does_not_know_the_training_takes_its_model(

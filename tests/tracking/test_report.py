@@ -325,6 +325,7 @@ def test_facts_that_cannot_be_laid_aside_are_told_and_end_nothing(
     assert [p.name for p in (tmp_path / "drawn/mlflow").iterdir() if p.is_dir()] == []
 
 
+@pytest.mark.long
 @pytest.mark.e2e
 @pytest.mark.timeout(300)
 def test_a_report_comes_later_where_mlflow_was_away(

@@ -96,6 +96,8 @@ def test_resume_mid_epoch_is_bitwise_two_workers(spec: Callable[..., RunSpec]) -
     assert differences(final_state(whole), final_state(parts)) == []
 
 
+@pytest.mark.e2e
+@pytest.mark.long
 def test_resume_mid_epoch_is_bitwise_three_workers(spec: Callable[..., RunSpec]) -> None:
     """With three, the order of a ring's sums depends on how DDP lays out its buckets."""
     whole, parts = (spec(name, "cluster.workers=3", *RESUMED) for name in ("whole", "parts"))
