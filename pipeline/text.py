@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.cells import cell_len, set_cell_size
 
 MAX_REASON = 240  # characters of one
-RAYS = re.compile(r"Set the |\[[\d-]+ [\d:,]+ [A-Z] \d+ \d+\] ")  # advice, and lines of its C++ log
+RAY_LOG = re.compile(r"Set the |\[[\d-]+ [\d:,]+ [A-Z] \d+ \d+\] ")  # advice, and lines of its C++ log
 
 
 def columns(rows: Sequence[Sequence[str]], align: str = "", *, gap: int = 2) -> list[str]:
@@ -57,7 +57,7 @@ def last_telling_line(said: str) -> str:
     """What a traceback or a log ends with: no bracket or underlining, nor Ray's own log and advice."""
     lines = [line.strip() for line in said.splitlines()]
     telling = [line for line in lines if len(line) > 2 and not set(line) <= set("^~ |-=")]
-    return next((line[:MAX_REASON] for line in reversed(telling) if not RAYS.match(line)), "")
+    return next((line[:MAX_REASON] for line in reversed(telling) if not RAY_LOG.match(line)), "")
 
 
 def signal_in_words(number: int) -> str:

@@ -116,8 +116,8 @@ class TrainController:
             if self._wants_stop.is_set():
                 raise Interrupted
             with self._wait_for_room() as reservation:
-                self._attempt, self._trains, self._started = self._attempt + 1, False, None
-                self._summary = None
+                self._attempt, self._trains = self._attempt + 1, False
+                self._started = self._summary = None
                 outcome = self._run_attempt(reservation, marks)
             marks, self._restarted = (("end of the last attempt", time.time()),), True
             if not isinstance(outcome, BaseException):

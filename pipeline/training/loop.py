@@ -120,7 +120,7 @@ def _fit(spec: RunSpec, ctx: WorkerContext, watchdog: Watchdog, stack: ExitStack
         closing(val_loader),
         closing(Profiler(spec, ctx, ledger, recorder.publish)) as profile,
         SampleLog(spec, ctx) as sample_log,
-        _ended_where_nothing_comes(ctx, state, end_alone),
+        _ended_where_images_stay_away(ctx, state, end_alone),
     ):
         profile.step(state.step)
         # An attempt that had to end between saving and evaluating has left that to this one.
@@ -169,7 +169,7 @@ def _fit(spec: RunSpec, ctx: WorkerContext, watchdog: Watchdog, stack: ExitStack
 
 
 @contextmanager
-def _ended_where_nothing_comes(
+def _ended_where_images_stay_away(
     ctx: WorkerContext, state: TrainState, end_alone: Callable[[], dict[str, Any]]
 ) -> Iterator[None]:
     """Have rank 0 end the attempt where all are to stop and images do not come."""

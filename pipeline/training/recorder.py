@@ -15,7 +15,6 @@ from typing import Any
 from pipeline.config.loading import dump, flatten
 from pipeline.data.index import Index
 from pipeline.data.loading.loader import EvalLoader
-from pipeline.errors import one_line
 from pipeline.events import AttemptStarted, BrokenImage, CheckpointWritten, Evaluated, StepLogged
 from pipeline.failures import MLFLOW_END_S, MLFLOW_HANDOVER_S, UPLOAD_S, retry
 from pipeline.runs import retention
@@ -220,7 +219,8 @@ class Recorder(AbstractContextManager["Recorder"]):
         if isinstance(error, SupersededError):  # not its to end
             self._mlflow.abandon()
             return
-        self._mlflow.set_tags({f"pipeline.attempt_{self._manifest.attempts}.error": one_line(error)[:500]})
+        tag = f"pipeline.attempt_{self._manifest.attempts}.error"
+        self._mlflow.set_tags({tag: f"{type(error).__name__}: {error}"[:500]})
         try:
             self._checkpointer.finish(MLFLOW_HANDOVER_S[0])
         except (OSError, RuntimeError) as e:
