@@ -13,6 +13,7 @@ from pipeline.data.batch_spec import make_sampler
 from pipeline.events import AttemptEnded
 from pipeline.failures import NonFiniteError, StoppedWaitingError
 from pipeline.runs.spec import RunSpec, WorkerContext
+from pipeline.training.broken_images import BrokenImages
 from pipeline.training.control import ControlBroadcast, ControlFlags
 from pipeline.training.ddp import wrap_model
 from pipeline.training.evaluation import StoppedError, evaluate, sync_buffers
@@ -62,11 +63,12 @@ def _fit(spec: RunSpec, ctx: WorkerContext, watchdog: Watchdog, stack: ExitStack
     state = TrainState.create(cfg, len(index.classes), ctx.device)
     begin(state, cfg, index, ctx, resumed, precision)
     ledger = make_ledger(ctx, manifest, resumed, entered)
+    broken_images = BrokenImages(ctx)
     recorder = Recorder(
-        spec, ctx, index, manifest, resumed, ledger, schedule.num_steps, precision.reason, watchdog.feed
+        spec, ctx, index, manifest, broken_images, resumed, ledger, schedule.num_steps, precision.reason, watchdog.feed
     )
     stack.enter_context(recorder)  # from now on MLflow is told of any end
-    train_loader, val_loader = make_loaders(spec, ctx, index, val_index, recorder, state.step, watchdog.feed)
+    train_loader, val_loader = make_loaders(spec, ctx, index, val_index, broken_images, state.step, watchdog.feed)
     net = wrap_model(state.model, cfg, ctx.world_size, ctx.device, ledger)
     # A rank that tries a size out alone would wait for the others' statistics of BatchNorm.
     try_out = ctx.device.type == "cuda" and not (cfg.model.sync_bn and ctx.world_size > 1)
@@ -99,17 +101,19 @@ def _fit(spec: RunSpec, ctx: WorkerContext, watchdog: Watchdog, stack: ExitStack
 
     losses = LossReader(ctx, ledger, late=ctx.device.type == "cuda")
 
-    def log(intervals: list[Interval]) -> None:
+    def log(intervals: list[Interval], *, alone: bool = False) -> None:
         for interval in intervals:
             _check_finite(interval, cfg, schedule, len(index))
             if interval.is_logged:
+                if not alone:
+                    broken_images.gather(interval.num_bad)
                 with ledger.phase("logging"):
                     recorder.log_step(interval, schedule)
 
     def end_alone() -> dict[str, Any]:
         """Rank 0's end after the last step that is done, while others may be in the midst of the next one."""
         watchdog.feed()
-        log(losses.rest())
+        log(losses.rest(), alone=True)
         with ledger.phase("checkpoint"):
             recorder.save(state, now=True)
         watchdog.feed()
@@ -153,7 +157,7 @@ def _fit(spec: RunSpec, ctx: WorkerContext, watchdog: Watchdog, stack: ExitStack
             if not (logging or evaluating or saving):
                 continue
             waits = evaluating or saving
-            log(losses.end_interval(state.step, recorder.num_bad, is_logged=logging, now=waits))
+            log(losses.end_interval(state.step, broken_images.num_met, is_logged=logging, now=waits))
             if saving:  # before an evaluation, which may take longer than a node has that is to go
                 with ledger.phase("checkpoint"):
                     recorder.save(state, now=ending, is_scored_later=evaluating and not flags.stop)
@@ -165,6 +169,7 @@ def _fit(spec: RunSpec, ctx: WorkerContext, watchdog: Watchdog, stack: ExitStack
             recorder.save(state, now=True)
         watchdog.feed()
         profile.finish()
+        broken_images.gather()
         return recorder.finish(state, val_loader, owes_evaluation=owes_evaluation)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from pipeline.config.loading import dump, flatten
 from pipeline.data.index import Index
 from pipeline.data.loading.loader import EvalLoader
-from pipeline.events import AttemptStarted, BrokenImage, CheckpointWritten, Evaluated, StepLogged
+from pipeline.events import AttemptStarted, CheckpointWritten, Evaluated, StepLogged
 from pipeline.failures import MLFLOW_END_S, MLFLOW_HANDOVER_S, UPLOAD_S, retry
 from pipeline.runs import retention
 from pipeline.runs.async_checkpointer import AsyncCheckpointer
@@ -27,6 +27,7 @@ from pipeline.tracking.ledger import TimeLedger, for_mlflow, goodput, images_per
 from pipeline.tracking.metrics import Predictions
 from pipeline.tracking.mlflow_logger import MlflowLogger
 from pipeline.tracking.uploads import Uploads
+from pipeline.training.broken_images import BrokenImages
 from pipeline.training.losses import Interval
 from pipeline.training.schedule import Schedule, lr_at
 from pipeline.training.state import TrainState
@@ -38,6 +39,7 @@ class Recorder(AbstractContextManager["Recorder"]):
 
     Args:
         index: of the training images. manifest: of the training, before this attempt.
+        broken_images: that this attempt meets.
         resumed: the checkpoint that this attempt goes on from. heartbeat: called in long waits.
         num_steps: of the whole training. precision_reason: why it is the one that cfg says.
     """
@@ -48,6 +50,7 @@ class Recorder(AbstractContextManager["Recorder"]):
         ctx: WorkerContext,
         index: Index,
         manifest: RunManifest,
+        broken_images: BrokenImages,
         resumed: Checkpoint | None,
         ledger: TimeLedger,
         num_steps: int,
@@ -56,7 +59,7 @@ class Recorder(AbstractContextManager["Recorder"]):
     ):
         self._spec, self._ctx, self._ledger, self._num_steps, self._heartbeat = spec, ctx, ledger, num_steps, heartbeat
         self._data = {"fingerprint": index.fingerprint, "classes": index.classes}
-        self.num_bad = 0  # broken images that this rank has met
+        self._broken_images = broken_images
         self._scores = dict(resumed.meta["metrics"]) if resumed else {}
         self._predictions: Predictions | None = None  # of this attempt's last evaluation
         self._first_step = self._logged_step = resumed.step if resumed else 0
@@ -141,7 +144,7 @@ class Recorder(AbstractContextManager["Recorder"]):
             "train/lr": lr_at(step - 1, self._spec.cfg.optim, schedule),
             "train/epoch": step / schedule.steps_per_epoch,
             **speeds(images, seconds, self._logged),
-            "data/bad_images": interval.num_bad,
+            "data/bad_images": len(self._broken_images),
         }
         self._logged_step, self._logged = step, seconds
         self._mlflow.log_metrics(step, metrics | for_mlflow(seconds))
@@ -167,6 +170,7 @@ class Recorder(AbstractContextManager["Recorder"]):
         """Have a checkpoint written, with the scores if they are of this very step: see `AsyncCheckpointer.save`."""
         if self._ctx.rank == 0:
             meta = partial(self._meta, state, scores or {})
+            self._broken_images.log_names(self._mlflow, self._manifest.attempts)
             self._checkpointer.save(state.step, state.finite_state_dict, meta, now=now, is_scored_later=is_scored_later)
 
     def _meta(self, state: TrainState, scores: dict[str, float]) -> dict[str, Any]:
@@ -207,11 +211,6 @@ class Recorder(AbstractContextManager["Recorder"]):
         if self._spec.cfg.mlflow.checkpoints == "all":
             self._uploads.checkpoint(scored)
 
-    def bad_image(self, path: str, reason: str) -> None:
-        """Name a broken image that this rank has met."""
-        self.num_bad += 1
-        self._ctx.emit(BrokenImage(path, reason))
-
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         """Save what can be saved of an attempt that ends by an error, and tell MLflow of it."""
         if error is None or self._ctx.rank != 0 or getattr(error, "has_ended", False):
@@ -219,6 +218,7 @@ class Recorder(AbstractContextManager["Recorder"]):
         if isinstance(error, SupersededError):  # not its to end
             self._mlflow.abandon()
             return
+        self._broken_images.log_names(self._mlflow, self._manifest.attempts)
         tag = f"pipeline.attempt_{self._manifest.attempts}.error"
         self._mlflow.set_tags({tag: f"{type(error).__name__}: {error}"[:500]})
         try:
@@ -242,6 +242,7 @@ class Recorder(AbstractContextManager["Recorder"]):
             return {}
         cfg, done = self._spec.cfg, state.step == self._num_steps and not owes_evaluation
         is_last = state.step >= (cfg.run.stop_at_step or self._num_steps) and not owes_evaluation
+        self._broken_images.log_names(self._mlflow, self._manifest.attempts)
         status = "done" if done else "stopped" if is_last else self._ctx.stop_reason()
         speed = self._images_per_s(state.step, self._ledger.seconds())  # before MLflow is waited for
         with self._ledger.phase("checkpoint"):

@@ -22,9 +22,9 @@ from pipeline.runs.manifest import RunManifest
 from pipeline.runs.spec import RunSpec, WorkerContext
 from pipeline.storage import Storage
 from pipeline.tracking.ledger import TimeLedger
+from pipeline.training.broken_images import BrokenImages
 from pipeline.training.crashing_images import avoid_crashing_images
 from pipeline.training.precision import Decision, decide, hardware_of, with_precision
-from pipeline.training.recorder import Recorder
 from pipeline.training.schedule import Schedule, lr_note
 from pipeline.training.state import TrainState
 
@@ -114,7 +114,7 @@ def make_loaders(
     ctx: WorkerContext,
     index: Index,
     val_index: Index,
-    recorder: Recorder,
+    broken_images: BrokenImages,
     step: int,
     heartbeat: Callable[[], None],
 ) -> tuple[TrainLoader, EvalLoader]:
@@ -132,7 +132,7 @@ def make_loaders(
         index,
         cfg.data,
         context,
-        recorder.bad_image,
+        broken_images.add,
         global_batch=cfg.train.global_batch,
         seed=cfg.run.seed,
         drop_rates=drop_rates(cfg.model),
@@ -141,7 +141,7 @@ def make_loaders(
     )
     val_index = val_index.with_classes(index.classes)
     val = EvalLoader(
-        val_index, cfg.data, context, recorder.bad_image, batch=cfg.train.eval_batch, warn=ctx.warn, patience=patience
+        val_index, cfg.data, context, broken_images.add, batch=cfg.train.eval_batch, warn=ctx.warn, patience=patience
     )
     avoid_crashing_images(spec, ctx, context, train, val, step, heartbeat)
     return train, val
