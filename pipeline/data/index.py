@@ -72,6 +72,11 @@ class Index:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether it was made here, and stands in no file."""
+        return self._file is None
+
     def __str__(self) -> str:
         return str(self.root or "the given images")
 

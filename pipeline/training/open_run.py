@@ -116,7 +116,7 @@ def open_run(
         if saved is not None:
             resume.check_data_compatible(saved, cfg, train, num_steps)
         with _as_mistake(f"run.storage={storage}: cannot be used", "name another place"):
-            built = {split: index for split, index in indexes.items() if not is_index(sources[split])}
+            built = {split: index for split, index in indexes.items() if index.in_memory}
             with _as_second(run, reclaims=has_trained), _saved(built, folder.local_dir) as files:
                 claim = retry(partial(Claim.take, run, command, reclaims=has_trained), warn, timeout_s)
                 now = _settled(run, manifest, claim, cfg.mlflow.uri, began, warn)
