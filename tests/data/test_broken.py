@@ -3,6 +3,7 @@
 DALI 2.4 would end the process for some of them, so each case has one of its own.
 """
 
+import re
 import subprocess
 import sys
 from contextlib import closing
@@ -14,10 +15,12 @@ import pytest
 import torch
 from commands import ENVIRON, PIPELINE
 from odd_images import damaged_jpeg, encode, picture
+from ranks import no_bad_image
 
 from pipeline.config.data import DataConfig
 from pipeline.data.indexing.build import build_index
 from pipeline.data.loading.fetch import MEAN_COLOUR, UnparsableError, refuse_unparsable
+from pipeline.data.loading.graph import Graph
 from pipeline.data.loading.loader import Batch, EvalLoader, LoaderContext, TrainLoader
 from pipeline.data.verify import verify
 
@@ -143,3 +146,40 @@ def test_predict_names_broken_images_and_answers_for_all_others(trained: dict[st
     answered = [Path(line.split()[0]) for line in done.stdout.splitlines()]
     assert sorted([*named, *answered]) == images
     assert {file for file, (damage, _) in broken.items() if damage not in PARTLY_DECODED} <= set(named) <= set(broken)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        "CUDA runtime API error cudaErrorMemoryAllocation (2):\nout of memory",
+        "CUDA allocation failed",
+        "Failed to decode sample #0 : std::bad_alloc",
+    ],
+)
+def test_a_device_in_trouble_breaks_no_image(error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DALI's words for it, which only a GPU has: the attempt fails, and no grey image is trained on."""
+    index, _ = build_index(write(tmp_path, 4))
+    run = Graph.run
+
+    def fails(graph: Graph[Any], *stream: Any) -> Any:
+        run(graph, *stream)
+        raise RuntimeError(f"Error in GPU operator `nvidia.dali.fn.decoders.image_slice`,\nencountered:\n\n{error}\n")
+
+    monkeypatch.setattr(Graph, "run", fails)
+    cfg = DataConfig(train="-", val="-", image_size=32, val_resize=32, max_bad_fraction=0.9)
+    loader = EvalLoader(index, cfg, LoaderContext(0, 1, CPU, 1), no_bad_image, batch=2)
+    with closing(loader), pytest.raises(RuntimeError, match=re.escape(error.partition("\n")[0])):
+        list(loader)
+
+
+def test_an_image_that_became_smaller_is_a_broken_one(tmp_path: Path) -> None:
+    """As large a file as before, but less in it than the index says."""
+    index, _ = build_index(write(tmp_path, 3))
+    small = encode(picture(20, 20), "JPEG", quality=85)
+    (tmp_path / "a" / "001.jpg").write_bytes(small + bytes(len(WHOLE) - len(small)))
+    cfg = DataConfig(train="-", val="-", image_size=32, val_resize=32, max_bad_fraction=0.9)
+    named: list[tuple[str, str]] = []
+    with closing(EvalLoader(index, cfg, LoaderContext(0, 1, CPU, 1), lambda *bad: named.append(bad), batch=3)) as val:
+        assert [len(batch.images) for _, batch in val] == [3]
+    assert [Path(path).name for path, _ in named] == ["001.jpg"]
+    assert "not valid for image dimensions [20 x 20]" in named[0][1]

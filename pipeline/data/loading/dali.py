@@ -10,6 +10,7 @@ On a GPU one DALI graph does it all. On the CPU DALI decodes and augments, and t
 kernel takes a third of the time of DALI's, which was half of the whole (docs/performance.md).
 """
 
+import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,9 @@ from pipeline.data.loading.graph import Graph, Source
 from pipeline.data.loading.readers import ReaderError
 
 T = TypeVar("T")
+# A full or sick device, or a full host; with another image it would be the same. What names no such cause is taken
+# for the image's: DALI has no errors of different types.
+OF_THE_DEVICE = re.compile(r"CUDA|NVML|bad_alloc|[Oo]ut of memory|[Cc]annot allocate|[Aa]lloc\w* fail")
 
 
 @pipeline_def(enable_conditionals=True)  # type: ignore[untyped-decorator]
@@ -120,6 +124,7 @@ class DaliPipeline:
 
         Raises:
             BadDataError: more broken images than `max_bad_fraction` of the index.
+            RuntimeError: of the device, such as a lack of memory.
         """
         decoded = self._decode(batches)
         if self._device.type == "cuda":  # DALI works ahead by itself
@@ -185,7 +190,11 @@ class DaliPipeline:
         return Graph(partial(self._decode_graph, batch_size=max_batch), inputs)
 
     def _salvage(self, batch: EncodedBatch) -> list[Tensor]:
-        """Decode a batch that may hold broken images: by halves, down to the broken ones alone."""
+        """Decode a batch that may hold broken images: by halves, down to the broken ones alone.
+
+        Raises:
+            RuntimeError: it is not for its images that the batch cannot be decoded.
+        """
         spec = batch.spec
         graph = self._new_graph(len(spec))
         graph.begin(iter([batch]))
@@ -193,7 +202,8 @@ class DaliPipeline:
             _, images = graph.run(self._stream())
             return [from_dlpack(image).clone() for image in images]
         except RuntimeError as e:  # it holds the dead graph, and ends here
-            reason = _reason(e)
+            if OF_THE_DEVICE.search(reason := _reason(e)):
+                raise
         finally:
             graph.close()
         if len(spec) == 1:
