@@ -54,10 +54,13 @@ class Index:
 
     Args:
         file: that the table is mapped from; None for a table in memory.
+
+    Attributes:
+        in_memory: it was made here, and stands in no file.
     """
 
     def __init__(self, table: pa.Table, file: OpenFile | None = None):
-        self._file = file
+        self._file, self.in_memory = file, file is None
         meta = {k.decode(): v.decode() for k, v in table.schema.metadata.items()}
         self.root = Storage(meta["root"]) if meta["root"] else None
         self.classes: tuple[str, ...] = tuple(json.loads(meta["classes"]))
@@ -71,11 +74,6 @@ class Index:
 
     def __len__(self) -> int:
         return len(self.labels)
-
-    @property
-    def in_memory(self) -> bool:
-        """Whether it was made here, and stands in no file."""
-        return self._file is None
 
     def __str__(self) -> str:
         return str(self.root or "the given images")

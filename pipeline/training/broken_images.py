@@ -1,56 +1,57 @@
 """The broken images that one attempt meets: each told once, all named in MLflow by rank 0."""
 
-import math
-
-import torch.distributed as dist
+from collections.abc import Callable
+from typing import Any
 
 from pipeline.events import BrokenImage
 from pipeline.runs.spec import WorkerContext
-from pipeline.tracking.mlflow_logger import MlflowLogger
 
 
 class BrokenImages:
-    """Gathers what all ranks meet. In several epochs different ranks meet the same image, so they are known by name."""
+    """Gathers what all ranks meet. In another epoch another rank meets the same image, so they are known by name.
 
-    def __init__(self, ctx: WorkerContext):
-        self._ctx = ctx
-        self._met: dict[str, str] = {}  # by this rank: the reason, by the path
-        self._of_all: dict[str, str] = {}
-        self._num_gathered = self._num_logged = 0
+    Args:
+        gather: sends a value to all ranks and returns those of all, see `ControlBroadcast.gather`.
+    """
 
-    @property
-    def num_met(self) -> int:
-        """How many this rank has met."""
-        return len(self._met)
+    def __init__(self, ctx: WorkerContext, gather: Callable[[Any], list[Any]]):
+        self._ctx, self._gather = ctx, gather
+        self._reasons: dict[str, str] = {}  # by path: of what this rank has met, and others, as far as it knows
+        self._unsent: dict[str, str] = {}
+        self._num_sent = self._num_logged = 0  # by all ranks; in MLflow
+        self.num_met = 0  # by this rank, without those that it knew of
 
     def __len__(self) -> int:
-        """How many all ranks had met when they were last gathered."""
-        return len(self._of_all)
+        return len(self._reasons)
 
     def add(self, path: str, reason: str) -> None:
         """Take one that this rank has met."""
-        self._met[path] = reason
         self._ctx.emit(BrokenImage(path, reason))
+        if path not in self._reasons:
+            self.num_met += 1
+            self._reasons[path] = self._unsent[path] = reason
 
-    def gather(self, num_met: float = math.inf) -> None:
+    def share(self, num_met: int | None = None) -> None:
         """Have all ranks know of all; called by all of them alike.
 
         Args:
-            num_met: the sum over all ranks at one moment, where it is known: nothing is sent if none is new.
+            num_met: the sum over all ranks at one moment, where it is known: nothing is sent if all of it has been.
         """
-        if num_met <= self._num_gathered:
+        if num_met is not None and num_met <= self._num_sent:
             return
-        met = [self._met] * self._ctx.world_size
-        if self._ctx.world_size > 1:
-            dist.all_gather_object(met, self._met)
-        self._num_gathered = sum(map(len, met))
-        for images in met:
-            self._of_all |= images
+        unsent, self._unsent = self._unsent, {}
+        for images in self._gather(unsent):
+            self._num_sent += len(images)
+            self._reasons |= images
 
-    def log_names(self, mlflow: MlflowLogger, attempt: int) -> None:
-        """Name them in MLflow if there are new ones; on rank 0 alone."""
-        images = self._of_all | self._met
-        if len(images) > self._num_logged:
-            self._num_logged = len(images)
-            lines = "".join(f"{path}: {reason}\n" for path, reason in sorted(images.items()))
-            mlflow.log_text(lines, f"bad_images/attempt_{attempt}.txt")
+    def log_names(self, log_text: Callable[[str, str], None], attempt: int, *, is_last: bool = False) -> None:
+        """Name them in MLflow, on rank 0 alone; many new ones at a time, as it is the whole list each time.
+
+        Args:
+            log_text: a text as a file. is_last: also where few are new.
+        """
+        if len(self) <= self._num_logged * (1 if is_last else 2):
+            return
+        self._num_logged = len(self)
+        lines = "".join(f"{path}: {reason}\n" for path, reason in sorted(self._reasons.items()))
+        log_text(lines, f"broken_images/attempt_{attempt}.txt")

@@ -39,6 +39,14 @@ class ControlBroadcast:
         self._sent = sent, dist.broadcast(sent, 0, group=self._group, async_op=True)
         return arrived
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank; called by all alike. Waits for no device, and takes none of its memory."""
+        if self._alone:
+            return [value]
+        values: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
     def finish(self) -> ControlFlags:
         """Take the word under way, if there is one."""
         if self._sent is None:

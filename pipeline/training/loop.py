@@ -21,6 +21,7 @@ from pipeline.training.losses import Interval, LossReader
 from pipeline.training.microbatch import AutoMicrobatch, OomSplitter
 from pipeline.training.profiler import Profiler
 from pipeline.training.recorder import Recorder
+from pipeline.training.replicas import compare_replicas
 from pipeline.training.sample_log import SampleLog
 from pipeline.training.schedule import Schedule, lr_at
 from pipeline.training.setup import begin, choose_checkpoint, make_ledger, make_loaders, wait_for_index
@@ -63,7 +64,8 @@ def _fit(spec: RunSpec, ctx: WorkerContext, watchdog: Watchdog, stack: ExitStack
     state = TrainState.create(cfg, len(index.classes), ctx.device)
     begin(state, cfg, index, ctx, resumed, precision)
     ledger = make_ledger(ctx, manifest, resumed, entered)
-    broken_images = BrokenImages(ctx)
+    control = ControlBroadcast(ctx.world_size, cfg.cluster.timeout_s)
+    broken_images = BrokenImages(ctx, control.gather)
     recorder = Recorder(
         spec, ctx, index, manifest, broken_images, resumed, ledger, schedule.num_steps, precision.reason, watchdog.feed
     )
@@ -74,7 +76,6 @@ def _fit(spec: RunSpec, ctx: WorkerContext, watchdog: Watchdog, stack: ExitStack
     try_out = ctx.device.type == "cuda" and not (cfg.model.sync_bn and ctx.world_size > 1)
     auto_microbatch = AutoMicrobatch(cfg.train, try_out, ctx.warn)
     oom_splitter = OomSplitter(ctx.warn)
-    control = ControlBroadcast(ctx.world_size, cfg.cluster.timeout_s)
 
     def due(every: int) -> bool:
         return state.step % every == 0 or state.step == schedule.num_steps
@@ -95,25 +96,24 @@ def _fit(spec: RunSpec, ctx: WorkerContext, watchdog: Watchdog, stack: ExitStack
                 )
             except StoppedError:
                 return False
+            broken_images.share()
         with ledger.phase("checkpoint"):
             recorder.log_evaluation(state, predictions)
         return True
 
     losses = LossReader(ctx, ledger, late=ctx.device.type == "cuda")
 
-    def log(intervals: list[Interval], *, alone: bool = False) -> None:
+    def log(intervals: list[Interval]) -> None:
         for interval in intervals:
             _check_finite(interval, cfg, schedule, len(index))
             if interval.is_logged:
-                if not alone:
-                    broken_images.gather(interval.num_bad)
                 with ledger.phase("logging"):
                     recorder.log_step(interval, schedule)
 
     def end_alone() -> dict[str, Any]:
         """Rank 0's end after the last step that is done, while others may be in the midst of the next one."""
         watchdog.feed()
-        log(losses.rest(), alone=True)
+        log(losses.rest())
         with ledger.phase("checkpoint"):
             recorder.save(state, now=True)
         watchdog.feed()
@@ -154,10 +154,17 @@ def _fit(spec: RunSpec, ctx: WorkerContext, watchdog: Watchdog, stack: ExitStack
             logging, evaluating = due(cfg.train.log_every), due(eval_every)
             ending = flags.stop or state.step == stop_step
             saving = due(cfg.checkpoint.every) or flags.save or ending
-            if not (logging or evaluating or saving):
-                continue
             waits = evaluating or saving
-            log(losses.end_interval(state.step, broken_images.num_met, is_logged=logging, now=waits))
+            if cfg.train.check_replicas and (waits or due(cfg.train.check_replicas)):
+                with ledger.phase("communication wait"):
+                    compare_replicas(state, ctx)
+            if not (logging or waits):
+                continue
+            intervals = losses.end_interval(state.step, broken_images.num_met, is_logged=logging, now=waits)
+            if intervals:
+                with ledger.phase("logging"):
+                    broken_images.share(intervals[-1].num_bad)
+            log(intervals)
             if saving:  # before an evaluation, which may take longer than a node has that is to go
                 with ledger.phase("checkpoint"):
                     recorder.save(state, now=ending, is_scored_later=evaluating and not flags.stop)
@@ -169,7 +176,6 @@ def _fit(spec: RunSpec, ctx: WorkerContext, watchdog: Watchdog, stack: ExitStack
             recorder.save(state, now=True)
         watchdog.feed()
         profile.finish()
-        broken_images.gather()
         return recorder.finish(state, val_loader, owes_evaluation=owes_evaluation)
 
 

@@ -16,7 +16,7 @@ class Interval:
     """The steps since the last interval.
 
     step: the last of them. is_logged: whether a log is due at it. losses: of each step, the mean over its global batch.
-    num_bad: broken images met so far, the sum over ranks. seconds: per phase, up to here.
+    num_bad: broken images that ranks have met so far, the sum of their numbers. seconds: per phase, up to here.
     """
 
     step: int

@@ -38,8 +38,7 @@ class Recorder(AbstractContextManager["Recorder"]):
     """Writes down one attempt of a training.
 
     Args:
-        index: of the training images. manifest: of the training, before this attempt.
-        broken_images: that this attempt meets.
+        index: of the training images. manifest: of the training, before this attempt. broken_images: of this attempt.
         resumed: the checkpoint that this attempt goes on from. heartbeat: called in long waits.
         num_steps: of the whole training. precision_reason: why it is the one that cfg says.
     """
@@ -94,6 +93,7 @@ class Recorder(AbstractContextManager["Recorder"]):
         self._mlflow.log_params(flatten(cfg))
         attempt = self._manifest.attempts
         self._mlflow.log_text(dump(cfg), f"config/attempt_{attempt}.yaml")
+        self._name_broken_images = partial(self._broken_images.log_names, self._mlflow.log_text, attempt)
         tags = self._manifest.tags(failures, self._first_step, ctx.world_size)
         self._mlflow.set_tags({**tags, "pipeline.data_fingerprint": self._data["fingerprint"]})
         recovery = self._manifest.recovery(failures, self._first_step, ctx.world_size)
@@ -147,6 +147,7 @@ class Recorder(AbstractContextManager["Recorder"]):
             "data/bad_images": len(self._broken_images),
         }
         self._logged_step, self._logged = step, seconds
+        self._name_broken_images()
         self._mlflow.log_metrics(step, metrics | for_mlflow(seconds))
         self._ctx.emit(StepLogged(step, metrics | {"perf/goodput": goodput(seconds)}, summed_up(seconds)))
 
@@ -170,7 +171,6 @@ class Recorder(AbstractContextManager["Recorder"]):
         """Have a checkpoint written, with the scores if they are of this very step: see `AsyncCheckpointer.save`."""
         if self._ctx.rank == 0:
             meta = partial(self._meta, state, scores or {})
-            self._broken_images.log_names(self._mlflow, self._manifest.attempts)
             self._checkpointer.save(state.step, state.finite_state_dict, meta, now=now, is_scored_later=is_scored_later)
 
     def _meta(self, state: TrainState, scores: dict[str, float]) -> dict[str, Any]:
@@ -218,7 +218,7 @@ class Recorder(AbstractContextManager["Recorder"]):
         if isinstance(error, SupersededError):  # not its to end
             self._mlflow.abandon()
             return
-        self._broken_images.log_names(self._mlflow, self._manifest.attempts)
+        self._name_broken_images(is_last=True)
         tag = f"pipeline.attempt_{self._manifest.attempts}.error"
         self._mlflow.set_tags({tag: f"{type(error).__name__}: {error}"[:500]})
         try:
@@ -242,7 +242,7 @@ class Recorder(AbstractContextManager["Recorder"]):
             return {}
         cfg, done = self._spec.cfg, state.step == self._num_steps and not owes_evaluation
         is_last = state.step >= (cfg.run.stop_at_step or self._num_steps) and not owes_evaluation
-        self._broken_images.log_names(self._mlflow, self._manifest.attempts)
+        self._name_broken_images(is_last=True)
         status = "done" if done else "stopped" if is_last else self._ctx.stop_reason()
         speed = self._images_per_s(state.step, self._ledger.seconds())  # before MLflow is waited for
         with self._ledger.phase("checkpoint"):

@@ -48,6 +48,6 @@ def test_each_is_counted_once_and_named_in_mlflow(digits: Path, tmp_path: Path) 
     assert set(first) & set(second), "both have met one, or this shows nothing"
     assert (counts[-1], len(broken)) == (6, 7), "the evaluation comes after the last log"
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-    text = Path(client.download_artifacts(summary["mlflow_run_id"], "bad_images/attempt_1.txt")).read_text()
+    text = Path(client.download_artifacts(summary["mlflow_run_id"], "broken_images/attempt_1.txt")).read_text()
     assert [line.partition(": ")[0] for line in text.splitlines()] == sorted(map(str, broken))
     assert all(line.partition(": ")[2] for line in text.splitlines()), "each has its reason"

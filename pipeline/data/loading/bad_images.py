@@ -30,6 +30,10 @@ class BadImages:
         self._max_fraction, self._max_number = max_fraction, max_bad_images(max_fraction, len(index))
         self._rows: set[int] = set()
 
+    def path(self, row: int) -> str:
+        """The whole path of a row's image."""
+        return self._index.full_path(row)
+
     def count(self, row: int, reason: str) -> None:
         """Count a row, once.
 
@@ -39,7 +43,7 @@ class BadImages:
         if row in self._rows:
             return
         self._rows.add(row)
-        self._on_bad(self._index.full_path(row), reason)
+        self._on_bad(self.path(row), reason)
         if len(self._rows) > self._max_number:
             paths = ", ".join(self._index.path(r) for r in sorted(self._rows)[:MAX_NAMED])
             more = f" and {len(self._rows) - MAX_NAMED} more" if len(self._rows) > MAX_NAMED else ""

@@ -10,7 +10,7 @@ On a GPU one DALI graph does it all. On the CPU DALI decodes and augments, and t
 kernel takes a third of the time of DALI's, which was half of the whole (docs/performance.md).
 """
 
-import re
+import io
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.dlpack import from_dlpack
@@ -34,9 +35,6 @@ from pipeline.data.loading.graph import Graph, Source
 from pipeline.data.loading.readers import ReaderError
 
 T = TypeVar("T")
-# A full or sick device, or a full host; with another image it would be the same. What names no such cause is taken
-# for the image's: DALI has no errors of different types.
-OF_THE_DEVICE = re.compile(r"CUDA|NVML|bad_alloc|[Oo]ut of memory|[Cc]annot allocate|[Aa]lloc\w* fail")
 
 
 @pipeline_def(enable_conditionals=True)  # type: ignore[untyped-decorator]
@@ -193,25 +191,37 @@ class DaliPipeline:
         """Decode a batch that may hold broken images: by halves, down to the broken ones alone.
 
         Raises:
-            RuntimeError: it is not for its images that the batch cannot be decoded.
+            RuntimeError: a sound image cannot be decoded either, for a lack of memory or a fault of the device.
         """
         spec = batch.spec
-        graph = self._new_graph(len(spec))
+        images = self._try(batch)
+        if isinstance(images, list):
+            return images
+        if len(spec) > 1:
+            half, end = len(spec) // 2, len(spec)
+            return [image for a, b in ((0, half), (half, end)) for image in self._salvage(batch.part(a, b))]
+        row = int(spec.rows[0])
+        if isinstance(trouble := self._try(_sound(spec)), str):
+            path = self._bad_images.path(row)
+            raise RuntimeError(f"{path}: neither this nor a sound image of its size can be decoded: {trouble}")
+        images = self._try(batch)  # a GPU's memory may have been full for a moment
+        if isinstance(images, list):
+            return images
+        self._bad_images.count(row, images)
+        colour = torch.tensor(MEAN_COLOUR, dtype=torch.uint8, device=self._device)
+        return [colour.expand(spec.size, spec.size, 3)]
+
+    def _try(self, batch: EncodedBatch) -> list[Tensor] | str:
+        """A batch's images, by a graph of its own, or what keeps it from being decoded."""
+        graph = self._new_graph(len(batch.spec))
         graph.begin(iter([batch]))
         try:
             _, images = graph.run(self._stream())
             return [from_dlpack(image).clone() for image in images]
         except RuntimeError as e:  # it holds the dead graph, and ends here
-            if OF_THE_DEVICE.search(reason := _reason(e)):
-                raise
+            return _reason(e)
         finally:
             graph.close()
-        if len(spec) == 1:
-            self._bad_images.count(int(spec.rows[0]), reason)
-            colour = torch.tensor(MEAN_COLOUR, dtype=torch.uint8, device=self._device)
-            return [colour.expand(spec.size, spec.size, 3)]
-        half, end = len(spec) // 2, len(spec)
-        return [image for a, b in ((0, half), (half, end)) for image in self._salvage(batch.part(a, b))]
 
     def _resize(self, spec: BatchSpec, images: Any) -> tuple[BatchSpec, Tensor]:
         """Images of any size, resized and flipped; each thread takes a part of them."""
@@ -270,6 +280,15 @@ def _nchw(images: Any) -> Tensor:
     """Images of one size, seen as channels_last NCHW. Shares DALI's memory, which lives as long as the tensor."""
     stacked = torch.stack(images) if isinstance(images, list) else from_dlpack(images.as_tensor())
     return stacked.permute(0, 3, 1, 2)
+
+
+def _sound(spec: BatchSpec) -> EncodedBatch:
+    """A sound image in place of the only one, as large as what is cut out of it needs."""
+    height, width = (spec.anchors[0] + spec.shapes[0]).tolist()
+    file = io.BytesIO()
+    Image.new("RGB", (width, height)).save(file, "JPEG" if max(height, width) < 65500 else "PNG")
+    data = np.frombuffer(file.getbuffer(), np.uint8)
+    return EncodedBatch(spec, data, np.array([0]), np.array([len(data)]), {})
 
 
 def _reason(error: Exception) -> str:

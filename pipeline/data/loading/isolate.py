@@ -162,7 +162,9 @@ class Isolation:
                 if not self._wait_for_answer(connection, DECODE_S):
                     outcome.death = f"no end after {DECODE_S:.0f} s"
                     return outcome
-                outcome.refused |= connection.recv()
+                if isinstance(refused := connection.recv(), str):
+                    raise CannotTellError(refused)
+                outcome.refused |= refused
                 outcome.num_done += 1
         except (EOFError, OSError):
             outcome.death = child.describe_end()
@@ -184,7 +186,8 @@ def _decode(
     trials: Sequence[Trial],
     send: Callable[[Any], None],
 ) -> None:
-    """The child's work: after each reading, send what went wrong, or None; after each decoding, what DALI refused."""
+    """The child's work: after each reading, send what went wrong, or None; after each decoding, what DALI refused or
+    what is wrong with the device."""
     index = load_index(path)
     for spec, avoided in trials:
         refused = dict[str, str]()
@@ -199,9 +202,13 @@ def _decode(
                 send(str(e))
                 return
             send(None)
-            list(pipeline.decode(iter([batch])))
-            if context.device.type == "cuda":
-                torch.cuda.synchronize(context.device)
+            try:
+                list(pipeline.decode(iter([batch])))
+                if context.device.type == "cuda":
+                    torch.cuda.synchronize(context.device)
+            except RuntimeError as e:  # of the device: it says nothing of the images
+                send(str(e))
+                return
             rows = {index.full_path(row): row for row in spec.rows.tolist()}
             send({rows[image]: reason for image, reason in refused.items()})
 

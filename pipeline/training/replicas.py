@@ -1,0 +1,74 @@
+"""Whether all ranks still hold the same weights, as DDP means them to.
+
+Each rank makes every update itself, from the same averaged gradients. A bit that flips in a card's or a host's memory,
+or a collective that went wrong, shows nowhere else: the averaged gradients hide it, and rank 0's weights are what is
+evaluated and saved. So ranks compare checksums, also before each checkpoint: what is saved is what all agree on.
+"""
+
+import socket
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline.runs.spec import WorkerContext
+from pipeline.training.state import TrainState
+
+PARTS = ("weights", "optimizer state", "averaged weights")
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
+
+
+class ReplicasDifferError(RuntimeError):
+    """The ranks' weights are no longer the same; the text says whose differ, and where that rank runs."""
+
+
+@torch.no_grad()
+def compare_replicas(state: TrainState, ctx: WorkerContext) -> None:
+    """Compare what ranks have learned; called by all alike. Waits for the device.
+
+    BatchNorm's statistics are each rank's own until an evaluation, and are left out.
+
+    Raises:
+        ReplicasDifferError: on all ranks.
+    """
+    if ctx.world_size == 1:
+        return
+    own = torch.stack([checksum(tensors, ctx.device) for tensors in _parts(state)])
+    gathered = [torch.empty_like(own) for _ in range(ctx.world_size)]
+    dist.all_gather(gathered, own)
+    checksums = [tuple(of_rank.tolist()) for of_rank in gathered]
+    if len(set(checksums)) > 1:
+        hosts = [""] * ctx.world_size
+        dist.all_gather_object(hosts, socket.gethostname())
+        raise ReplicasDifferError(_describe(checksums, hosts, state.step))
+
+
+def checksum(tensors: Iterator[Tensor], device: torch.device) -> Tensor:
+    """The sum of all elements' bits, each element's taken for an integer: a scalar int64 on the device."""
+    sums = [t.view(BITS[t.element_size()]).sum(dtype=torch.int64) for t in tensors]
+    return torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.int64, device=device)
+
+
+def _parts(state: TrainState) -> tuple[Iterator[Tensor], ...]:
+    """The tensors of each of PARTS."""
+    of_optimizer = (t for values in state.optimizer.state.values() for t in values.values() if isinstance(t, Tensor))
+    averaged = state.ema.parameters() if state.ema is not None else iter(())
+    return state.model.parameters(), (t for t in of_optimizer if t.ndim > 0), averaged
+
+
+def _describe(checksums: list[tuple[int, ...]], hosts: list[str], step: int) -> str:
+    """Who differs: all that are not of the largest group, or all, where another one is as large."""
+    (largest, number), *others = Counter(checksums).most_common()
+    is_tie = others[0][1] == number
+    odd = [f"{rank} (on {hosts[rank]})" for rank, own in enumerate(checksums) if is_tie or own != largest]
+    parts = " and ".join(
+        part for part, sums in zip(PARTS, zip(*checksums, strict=True), strict=True) if len({*sums}) > 1
+    )
+    who = f"worker{'s' * (len(odd) > 1)} {', '.join(odd)}"
+    what = f"{who} differ in their {parts}" if is_tie else f"{who}: other {parts} than the other {number} have"
+    return (
+        f"after step {step} {what}; nothing of it is saved. A device, a memory or the network is at fault, or workers "
+        "of unlike hardware round differently: train.check_replicas=0 does not compare them"
+    )

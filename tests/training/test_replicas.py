@@ -1,0 +1,125 @@
+"""Ranks whose weights drift apart are found, named, and nothing of it is saved."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from commands import differences
+from ranks import FAST, context, final_state, run_ranks
+
+from pipeline.config.loading import load
+from pipeline.runs.spec import RunSpec
+from pipeline.storage import Storage
+from pipeline.training import loop
+from pipeline.training.loop import fit
+from pipeline.training.replicas import ReplicasDifferError, compare_replicas
+from pipeline.training.state import TrainState
+
+SETTINGS = [
+    *("train.steps=9", "train.global_batch=8", "data.image_size=16", "data.val_resize=16"),
+    "checkpoint.every=3",
+    "train.log_every=100",
+    "train.eval_every=100",
+    "train.precision=fp32",
+]
+
+
+def make_spec(index: Path, folder: Path, *settings: str) -> RunSpec:
+    cfg = load(None, [f"data.train={index}", f"data.val={index}", *FAST, *SETTINGS, f"run.storage={folder}", *settings])
+    folder.mkdir()
+    return RunSpec(cfg, Storage(folder), str(index), str(index))
+
+
+def flip_bit(tensor: torch.Tensor) -> None:
+    """The lowest one of an element."""
+    tensor.detach().view(torch.int32).flatten()[-1:] ^= 1
+
+
+def compared(rank: int, world_size: int, spec: RunSpec, faults: dict[str, list[int]]) -> dict[str, str]:
+    """What is said of each fault: a bit of a part of the state that is flipped on some ranks."""
+    state = TrainState.create(spec.cfg, 10, torch.device("cpu"))
+    for p in state.model.parameters():
+        p.grad = torch.ones_like(p)
+    state.optimizer.step()
+    assert state.ema is not None
+    momentum = state.optimizer.state[state.model.fc.weight]["momentum_buffer"]
+    parts = {"weights": state.model.fc.weight, "optimizer state": momentum, "averaged weights": state.ema.fc.weight}
+    state.model.get_buffer("bn1.running_mean").add_(rank)  # each rank's own
+    compare_replicas(state, context(rank, world_size))
+    said = {}
+    for part, ranks in faults.items():
+        if rank in ranks:
+            flip_bit(parts[part])
+        with pytest.raises(ReplicasDifferError) as e:
+            compare_replicas(state, context(rank, world_size))
+        said[part] = str(e.value)
+        if rank in ranks:
+            flip_bit(parts[part])
+        compare_replicas(state, context(rank, world_size))
+    return said
+
+
+def test_who_differs_in_what_is_named_on_all_ranks(digits_index: Callable[[str], Path], tmp_path: Path) -> None:
+    spec = make_spec(digits_index("few"), tmp_path / "run")
+    said = run_ranks(compared, 3, spec, {"weights": [1], "optimizer state": [0, 1], "averaged weights": [2]})
+    assert said[0] == said[1] == said[2]
+    one, two, averaged = said[0].values()
+    assert one.startswith("after step 0 worker 1 (on ")
+    assert "): other weights than the other 2 have; nothing of it is saved" in one
+    assert two.startswith("after step 0 worker 2 (on "), "most have the flipped bit"
+    assert "worker 2 (on " in averaged
+    assert "other averaged weights than" in averaged
+
+
+def test_two_are_named_both(digits_index: Callable[[str], Path], tmp_path: Path) -> None:
+    (said, _) = run_ranks(compared, 2, make_spec(digits_index("few"), tmp_path / "run"), {"weights": [0]})
+    assert said["weights"].startswith("after step 0 workers 0 (on ")
+    assert ") differ in their weights; nothing" in said["weights"]
+
+
+def train(rank: int, world_size: int, whole: RunSpec, disturbed: RunSpec, every: int, step: int) -> list[str]:
+    """What is said of a bit that flips on rank 1 in this step; then it goes on."""
+    fit(whole, context(rank, world_size))
+    own_step = vars(loop)["train_step"]
+
+    def flips(state: TrainState, *args: Any, **kwargs: Any) -> Any:
+        loss = own_step(state, *args, **kwargs)
+        if rank == 1 and state.step == step:
+            flip_bit(state.model.fc.weight)
+        return loss
+
+    cfg = dataclasses.replace(disturbed.cfg, train=dataclasses.replace(disturbed.cfg.train, check_replicas=every))
+    vars(loop)["train_step"] = flips
+    with pytest.raises(ReplicasDifferError) as e:
+        fit(dataclasses.replace(disturbed, cfg=cfg), context(rank, world_size))
+    vars(loop)["train_step"] = own_step
+    names = disturbed.checkpoints.names()
+    dist.barrier()
+    fit(disturbed, context(rank, world_size))
+    return [str(e.value), *sorted(names)]
+
+
+@pytest.mark.parametrize(("every", "step", "seen_after"), [(1000, 4, 6), (2, 7, 8)])
+def test_a_training_goes_on_from_where_all_agreed(
+    digits_index: Callable[[str], Path], tmp_path: Path, every: int, step: int, seen_after: int
+) -> None:
+    """Found before the next checkpoint at the latest, which is not written; the end is that of a sound training."""
+    whole, disturbed = (make_spec(digits_index("few"), tmp_path / name) for name in ("whole", "disturbed"))
+    for said, *names in run_ranks(train, 2, whole, disturbed, every, step):
+        assert said.startswith(f"after step {seen_after} workers 0 (on ")
+        assert names == [f"step_{n:08d}" for n in range(3, seen_after, 3)]
+    assert differences(final_state(whole), final_state(disturbed)) == []
+
+
+def test_nothing_is_compared_where_that_is_not_wanted(
+    digits_index: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = list[int]()
+    monkeypatch.setattr(loop, "compare_replicas", lambda state, ctx: calls.append(state.step))
+    for name, every in (("never", 0), ("some", 2)):
+        fit(make_spec(digits_index("few"), tmp_path / name, f"train.check_replicas={every}"), context())
+    assert calls == [2, 3, 4, 6, 8, 9]
