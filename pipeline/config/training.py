@@ -107,9 +107,7 @@ class TrainConfig(Section):
     eval_every: int = setting(1, "number of epochs between two evaluations", "epochs", low=1)
     eval_batch: int = setting(128, "images of one forward pass of the evaluation, per worker", "images", low=1)
     check_replicas: int = setting(
-        1000,
-        "number of steps between comparisons of all workers' weights, also before each checkpoint; 0: none",
-        "steps",
+        1000, "steps between comparisons of all workers' weights, also before each checkpoint; 0: none", "steps", low=0
     )
     profile: tuple[int, int] | None = setting(
         None, "record a trace of these steps, from and to, for ui.perfetto.dev; null: none", "steps", low=1
