@@ -126,7 +126,7 @@ class Soak:
     def __init__(self, folder: Path, num_steps: int, num_kills: int, outage_s: float, seed: int):
         self._folder, self._num_steps, self._num_kills, self._outage_s = folder, num_steps, num_kills, outage_s
         self._random = random.Random(seed)
-        self.samples, self.kills = Samples(), 0
+        self.samples, self.kills, self.step = Samples(), 0, 0
         self.parts: dict[str, tuple[float, float]] = {}  # when they began and ended
         self._until_kill = num_steps // 4 // (num_kills or 300)  # where none are killed, the pace of checkpoints
         self._every = max(1, self._until_kill // NUM_CHECKPOINTS)
@@ -169,27 +169,24 @@ class Soak:
         began = time.monotonic()
         sampled, next_kill, half, rose = began, self._until_kill, began, began
         with self._log.open(encoding="utf-8", errors="replace") as log:
-            step = 0
-            while process.poll() is None and step < self._num_steps:
+            while process.poll() is None and self.step < self._num_steps:
                 time.sleep(POLL_S)
                 now = time.monotonic()
                 for line in log:
                     if found := re.match(r"step (\d+)/", line):
-                        step, rose = int(found[1]), now
+                        self.step, rose = int(found[1]), now
                 if now - rose > STALLED_S:
-                    raise TimeoutError(f"no step for {STALLED_S:.0f} s after {step}")
+                    raise TimeoutError(f"no step for {STALLED_S:.0f} s after {self.step}")
                 if now - half > self._outage_s:
                     half, proxy.mode = now, "down" if proxy.mode == "up" else "up"
-                if self.kills < self._num_kills and step >= next_kill and self._kill(tree):
-                    next_kill = step + self._until_kill
-                    if self.kills == 1:
+                if self.kills < self._num_kills and self.step >= next_kill and self._kill(tree):
+                    next_kill = self.step + self._until_kill
+                    if self.kills in (1, self._num_kills):  # a part begins
                         began = now
-                    if self.kills == self._num_kills:
-                        self.parts["killed"], began = (began, now), now
                 elif now - sampled > SAMPLE_S:
                     sampled = now
                     self.samples.add({**self._processes(tree), **self._folders()})
-        self.parts["left alone"] = began, time.monotonic()
+                self.parts["killed" if 0 < self.kills < self._num_kills else "left alone"] = began, now
         proxy.mode = "up"
         process.wait(END_S)
 
@@ -259,10 +256,13 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="where all figures go, as JSON")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="soak-", dir="/tmp"))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     began = time.monotonic()
     try:
         soak = Soak(folder, args.steps, args.kills, args.outage, args.seed)
         code = soak.run()
+    except KeyboardInterrupt:  # what has been measured by now is told
+        code = -signal.SIGINT
     finally:
         if not args.keep:
             shutil.rmtree(folder, ignore_errors=True)  # a last process may still be writing
@@ -270,7 +270,7 @@ def main() -> int:
     for part, (start, end) in soak.parts.items():
         grown += growths(soak.samples, part, start, end, soak.kills if part == "killed" else 0)
     minutes = (time.monotonic() - began) / 60
-    print(f"{args.steps:,} steps and {soak.kills} kills in {minutes:.0f} minutes; exit code {code}")
+    print(f"{soak.step:,} steps and {soak.kills} kills in {minutes:.0f} minutes; exit code {code}")
     for g in grown:
         unit = UNITS[g.name.rpartition(": ")[2]]
         columns = f"{g.first:10.1f} {g.last:10.1f} {g.highest:10.1f} {unit:3}"
