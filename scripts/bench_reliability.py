@@ -4,7 +4,7 @@
     python scripts/bench_reliability.py mlflow     [--rounds N] [--json]
 
 checkpoint: ResNet-152 for 1,000 classes with momentum and EMA, saved by turns as the pipeline does (the loop waits
-for a copy in memory) and by a plain torch.save + fsync to the same disk.
+for a copy in memory) and by a plain torch.save + fsync to the same disk; and its checksums, by which workers compare.
 mlflow: a small training that logs at every step, whose MLflow server is by turns up, away, failing and slow (10 s a
 call): the median time of a step in each.
 """
@@ -29,6 +29,7 @@ from pipeline.runs.async_checkpointer import AsyncCheckpointer
 from pipeline.runs.spec import RunSpec, WorkerContext
 from pipeline.storage import Storage
 from pipeline.training.loop import fit
+from pipeline.training.replicas import checksums
 from pipeline.training.state import TrainState
 
 ROOT = Path(__file__).parent.parent
@@ -45,7 +46,7 @@ def checkpoint(folder: Path, num_threads: int, rounds: int) -> dict[str, Any]:
     checkpointer = AsyncCheckpointer(
         Storage(folder), cfg, check=lambda: None, written=lambda _, seconds: wrote.append(seconds), warn=print
     )
-    held, plain = list[float](), list[float]()
+    held, plain, compared = list[float](), list[float](), list[float]()
     for state.step in range(rounds + 1):
         began = time.perf_counter()
         checkpointer.save(state.step, state.finite_state_dict, lambda: META, now=True)
@@ -58,6 +59,9 @@ def checkpoint(folder: Path, num_threads: int, rounds: int) -> dict[str, Any]:
             f.flush()
             os.fsync(f.fileno())
         plain.append(time.perf_counter() - began)
+        began = time.perf_counter()
+        checksums(state, CPU)
+        compared.append(time.perf_counter() - began)
     checkpointer.finish(60)
     ratios = [a / b for a, b in zip(held[1:], plain[1:], strict=True)]
     return {
@@ -65,6 +69,7 @@ def checkpoint(folder: Path, num_threads: int, rounds: int) -> dict[str, Any]:
         "blocking_s": statistics.median(held[1:]),
         "held_first_s": held[0],  # it also makes the buffers
         "torch_save_fsync_s": statistics.median(plain[1:]),
+        "replicas_compared_s": statistics.median(compared[1:]),
         "written_beside_s": statistics.median(wrote[1:]),
         "ratio": statistics.median(ratios),
         "ratio_quartiles": statistics.quantiles(ratios, n=4)[::2],

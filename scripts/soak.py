@@ -7,8 +7,8 @@ ResNet's. MLflow's server is away half of the time. In the first quarter of the 
 time the driver, else one of the workers); in the rest nothing is, so that workers grow old. Of each kind of process its
 memory (unique set size), threads and descriptors are measured every few seconds, and of the folders their bytes. The
 first and the last third of each part are held beside each other, without a warm-up; workers do not grow old enough for
-that in the first part. Exit code 1 where one has grown by more than noise, or the training has not ended well. Ctrl-C or
-SIGTERM ends it early, and what has been measured by then is told.
+that in the first part. Exit code 1 where one has grown by more than noise, or the training has not ended well.
+Ctrl-C or SIGTERM ends it early, and what has been measured by then is told.
 """
 
 import argparse

@@ -7,7 +7,6 @@ evaluated and saved. So ranks compare checksums, also before each checkpoint: wh
 
 import socket
 from collections import Counter
-from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -24,7 +23,6 @@ class ReplicasDifferError(RuntimeError):
     """The ranks' weights are no longer the same; the text says whose differ, and where that rank runs."""
 
 
-@torch.no_grad()
 def compare_replicas(state: TrainState, ctx: WorkerContext) -> None:
     """Compare what ranks have learned; called by all alike. Waits for the device.
 
@@ -35,36 +33,37 @@ def compare_replicas(state: TrainState, ctx: WorkerContext) -> None:
     """
     if ctx.world_size == 1:
         return
-    own = torch.stack([checksum(tensors, ctx.device) for tensors in _parts(state)])
+    own = checksums(state, ctx.device)
     gathered = [torch.empty_like(own) for _ in range(ctx.world_size)]
     dist.all_gather(gathered, own)
-    checksums = [tuple(of_rank.tolist()) for of_rank in gathered]
-    if len(set(checksums)) > 1:
+    of_all_ranks = [tuple(of_rank.tolist()) for of_rank in gathered]
+    if len(set(of_all_ranks)) > 1:
         hosts = [""] * ctx.world_size
         dist.all_gather_object(hosts, socket.gethostname())
-        raise ReplicasDifferError(_describe(checksums, hosts, state.step))
+        raise ReplicasDifferError(_describe(of_all_ranks, hosts, state.step))
 
 
-def checksum(tensors: Iterator[Tensor], device: torch.device) -> Tensor:
-    """The sum of all elements' bits, each element's taken for an integer: a scalar int64 on the device."""
-    sums = [t.view(BITS[t.element_size()]).sum(dtype=torch.int64) for t in tensors]
-    return torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.int64, device=device)
+@torch.no_grad()
+def checksums(state: TrainState, device: torch.device) -> Tensor:
+    """(3,) int64 on the device: of each of PARTS the sum of all elements' bits, each taken for an integer."""
+    of_optimizer = [t for values in state.optimizer.state.values() for t in values.values() if isinstance(t, Tensor)]
+    parts = (
+        list(state.model.parameters()),
+        [t for t in of_optimizer if t.ndim > 0],
+        [] if state.ema is None else list(state.ema.parameters()),
+    )
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    sums = [[t.view(BITS[t.element_size()]).sum(dtype=torch.int64) for t in tensors] for tensors in parts]
+    return torch.stack([torch.stack([zero, *of_part]).sum() for of_part in sums])
 
 
-def _parts(state: TrainState) -> tuple[Iterator[Tensor], ...]:
-    """The tensors of each of PARTS."""
-    of_optimizer = (t for values in state.optimizer.state.values() for t in values.values() if isinstance(t, Tensor))
-    averaged = state.ema.parameters() if state.ema is not None else iter(())
-    return state.model.parameters(), (t for t in of_optimizer if t.ndim > 0), averaged
-
-
-def _describe(checksums: list[tuple[int, ...]], hosts: list[str], step: int) -> str:
+def _describe(of_all_ranks: list[tuple[int, ...]], hosts: list[str], step: int) -> str:
     """Who differs: all that are not of the largest group, or all, where another one is as large."""
-    (largest, number), *others = Counter(checksums).most_common()
+    (largest, number), *others = Counter(of_all_ranks).most_common()
     is_tie = others[0][1] == number
-    odd = [f"{rank} (on {hosts[rank]})" for rank, own in enumerate(checksums) if is_tie or own != largest]
+    odd = [f"{rank} (on {hosts[rank]})" for rank, own in enumerate(of_all_ranks) if is_tie or own != largest]
     parts = " and ".join(
-        part for part, sums in zip(PARTS, zip(*checksums, strict=True), strict=True) if len({*sums}) > 1
+        part for part, sums in zip(PARTS, zip(*of_all_ranks, strict=True), strict=True) if len({*sums}) > 1
     )
     who = f"worker{'s' * (len(odd) > 1)} {', '.join(odd)}"
     what = f"{who} differ in their {parts}" if is_tie else f"{who}: other {parts} than the other {number} have"
