@@ -81,38 +81,42 @@ def test_two_are_named_both(digits_index: Callable[[str], Path], tmp_path: Path)
     assert ") differ in their weights; nothing" in said["weights"]
 
 
-def train(rank: int, world_size: int, whole: RunSpec, disturbed: RunSpec, every: int, step: int) -> list[str]:
-    """What is said of a bit that flips on rank 1 in this step; then it goes on."""
+# Every how many steps ranks compare, the step in which a bit flips on rank 1, and the one after which that is seen.
+FLIPS = [(1000, 4, 6), (2, 7, 8)]
+
+
+def train(rank: int, world_size: int, whole: RunSpec, *disturbed: RunSpec) -> list[tuple[str, list[str]]]:
+    """A sound training, and others in which a bit flips and which then go on: what is said of it, and is saved then."""
     fit(whole, context(rank, world_size))
-    own_step = vars(loop)["train_step"]
+    own_step, found = vars(loop)["train_step"], []
+    for spec, (every, step, _) in zip(disturbed, FLIPS, strict=True):
 
-    def flips(state: TrainState, *args: Any, **kwargs: Any) -> Any:
-        loss = own_step(state, *args, **kwargs)
-        if rank == 1 and state.step == step:
-            flip_bit(state.model.fc.weight)
-        return loss
+        def flips(state: TrainState, *args: Any, step: int = step, **kwargs: Any) -> Any:
+            loss = own_step(state, *args, **kwargs)
+            if rank == 1 and state.step == step:
+                flip_bit(state.model.fc.weight)
+            return loss
 
-    cfg = dataclasses.replace(disturbed.cfg, train=dataclasses.replace(disturbed.cfg.train, check_replicas=every))
-    vars(loop)["train_step"] = flips
-    with pytest.raises(ReplicasDifferError) as e:
-        fit(dataclasses.replace(disturbed, cfg=cfg), context(rank, world_size))
-    vars(loop)["train_step"] = own_step
-    names = disturbed.checkpoints.names()
-    dist.barrier()
-    fit(disturbed, context(rank, world_size))
-    return [str(e.value), *sorted(names)]
+        cfg = dataclasses.replace(spec.cfg, train=dataclasses.replace(spec.cfg.train, check_replicas=every))
+        vars(loop)["train_step"] = flips
+        with pytest.raises(ReplicasDifferError) as e:
+            fit(dataclasses.replace(spec, cfg=cfg), context(rank, world_size))
+        vars(loop)["train_step"] = own_step
+        found.append((str(e.value), sorted(spec.checkpoints.names())))
+        dist.barrier()
+        fit(spec, context(rank, world_size))
+    return found
 
 
-@pytest.mark.parametrize(("every", "step", "seen_after"), [(1000, 4, 6), (2, 7, 8)])
-def test_a_training_goes_on_from_where_all_agreed(
-    digits_index: Callable[[str], Path], tmp_path: Path, every: int, step: int, seen_after: int
-) -> None:
+def test_a_training_goes_on_from_where_all_agreed(digits_index: Callable[[str], Path], tmp_path: Path) -> None:
     """Found before the next checkpoint at the latest, which is not written; the end is that of a sound training."""
-    whole, disturbed = (make_spec(digits_index("few"), tmp_path / name) for name in ("whole", "disturbed"))
-    for said, *names in run_ranks(train, 2, whole, disturbed, every, step):
-        assert said.startswith(f"after step {seen_after} workers 0 (on ")
-        assert names == [f"step_{n:08d}" for n in range(3, seen_after, 3)]
-    assert differences(final_state(whole), final_state(disturbed)) == []
+    whole, *disturbed = (make_spec(digits_index("few"), tmp_path / name) for name in ("whole", "first", "second"))
+    for of_rank in run_ranks(train, 2, whole, *disturbed):
+        for (said, names), (_, _, seen_after) in zip(of_rank, FLIPS, strict=True):
+            assert said.startswith(f"after step {seen_after} workers 0 (on ")
+            assert names == [f"step_{n:08d}" for n in range(3, seen_after, 3)]
+    for spec in disturbed:
+        assert differences(final_state(whole), final_state(spec)) == []
 
 
 def test_nothing_is_compared_where_that_is_not_wanted(
@@ -121,5 +125,6 @@ def test_nothing_is_compared_where_that_is_not_wanted(
     calls = list[int]()
     monkeypatch.setattr(loop, "compare_replicas", lambda state, ctx: calls.append(state.step))
     for name, every in (("never", 0), ("some", 2)):
-        fit(make_spec(digits_index("few"), tmp_path / name, f"train.check_replicas={every}"), context())
-    assert calls == [2, 3, 4, 6, 8, 9]
+        short = ["train.steps=4", f"train.check_replicas={every}"]
+        fit(make_spec(digits_index("few"), tmp_path / name, *short), context())
+    assert calls == [2, 3, 4], "also before the checkpoint after step 3"
