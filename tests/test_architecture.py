@@ -23,7 +23,8 @@ ROOMS = {
     "tracking.report": "charts page",
     "tracking.": "mlflow_run backlog mlflow_logger uploads find sync",
     "training": """precision schedule optim state step microbatch evaluation ddp control watchdog sample_log profiler
-        replicas crashing_images losses broken_images recorder setup loop open_run inference checkpoint_report""",
+        replicas stragglers crashing_images losses broken_images attempt recorder setup loop open_run inference
+        checkpoint_report""",
     "cluster": """oom supervisor ray_start ray_cluster connection affinity channel worker prometheus trainer controller
         driver""",
     "cluster.doctor": "node_checks check_results examine",

@@ -100,9 +100,10 @@ class DeterministicSampler:
             return permute(order, self.num_samples, self.seed, epoch)
         return permute_blocks(order, self.num_samples, self.seed, epoch, self.block, self.window)
 
-    def largest_share(self, world_size: int) -> int:
-        """The most images that a rank gets in a step."""
-        return -(-(self.global_batch // self.unit) // world_size) * self.unit
+    def shares(self, world_size: int) -> list[int]:
+        """How many images each rank gets in a step."""
+        parts = (self.positions(0, rank, world_size) for rank in range(world_size))
+        return [stop - start for _, start, stop in parts]
 
 
 def permute(

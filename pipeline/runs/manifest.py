@@ -85,10 +85,7 @@ class RunManifest:
             "pipeline.attempts": self.attempts,
             f"pipeline.attempt_{self.attempts}": f"from step {first_step}, {workers} workers",
             "pipeline.failures": self.failures,
-            **{
-                f"pipeline.failure_{self.failures - i}": failure.text[:500]
-                for i, failure in enumerate(reversed(failures))
-            },
+            **{f"pipeline.failure_{self.failures - i}": failure.text for i, failure in enumerate(reversed(failures))},
         }
 
     def recovery(self, failures: Sequence[Failure], first_step: int, workers: int) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from pipeline.tracking.staging import Staging
 if TYPE_CHECKING:  # the driver uses this module, and does without torch
     from pipeline.tracking.report.page import Facts
 
+MAX_TAG = 500  # characters: what one looks at in MLflow's list of tags
 MAX_METRICS = 1000  # in one request, MLflow's limit
 CHECK_CLAIM_S = 5.0  # another driver takes longer to get to its first step, and to ask MLflow what it has
 FOLDER = "mlflow"  # of the run, on this machine
@@ -117,7 +118,7 @@ class MlflowLogger:
         self._put(Params({k: str(v) for k, v in values.items()}))
 
     def set_tags(self, values: dict[str, Any]) -> None:
-        self._put(Tags({k: str(v) for k, v in values.items()}))
+        self._put(Tags({k: str(v)[:MAX_TAG] for k, v in values.items()}))
 
     def log_metrics(self, step: int, values: dict[str, float]) -> None:
         self._put(Metrics(step, int(time.time() * 1000), values))

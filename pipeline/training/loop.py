@@ -1,6 +1,7 @@
 """The training loop of one rank. Knows neither Ray nor MLflow."""
 
 import math
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -65,9 +66,20 @@ def _fit(spec: RunSpec, ctx: WorkerContext, watchdog: Watchdog, stack: ExitStack
     begin(state, cfg, index, ctx, resumed, precision)
     ledger = make_ledger(ctx, manifest, resumed, entered)
     control = ControlBroadcast(ctx.world_size, cfg.cluster.timeout_s)
+    hosts = control.gather(socket.gethostname())
     broken_images = BrokenImages(ctx, control.gather)
     recorder = Recorder(
-        spec, ctx, index, manifest, broken_images, resumed, ledger, schedule.num_steps, precision.reason, watchdog.feed
+        spec,
+        ctx,
+        index,
+        manifest,
+        broken_images,
+        resumed,
+        ledger,
+        schedule.num_steps,
+        precision.reason,
+        hosts,
+        watchdog.feed,
     )
     stack.enter_context(recorder)  # from now on MLflow is told of any end
     train_loader, val_loader = make_loaders(spec, ctx, index, val_index, broken_images, state.step, watchdog.feed)
@@ -157,7 +169,7 @@ def _fit(spec: RunSpec, ctx: WorkerContext, watchdog: Watchdog, stack: ExitStack
             waits = evaluating or saving
             if cfg.train.check_replicas and (waits or due(cfg.train.check_replicas)):
                 with ledger.phase("communication wait"):
-                    compare_replicas(state, ctx)
+                    compare_replicas(state, ctx, hosts)
             if not (logging or waits):
                 continue
             intervals = losses.end_interval(state.step, broken_images.num_met, is_logged=logging, now=waits)

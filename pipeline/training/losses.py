@@ -1,4 +1,4 @@
-"""The losses of the steps between two logs, read without the device standing still for it."""
+"""What ranks tell each other of the steps between two logs, read without the device standing still for it."""
 
 from collections import deque
 from dataclasses import dataclass
@@ -8,7 +8,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.runs.spec import WorkerContext
-from pipeline.tracking.ledger import Reading, TimeLedger
+from pipeline.tracking.ledger import COMPUTE, Reading, TimeLedger, total
+
+PARTS = (COMPUTE, ("data wait",))  # phases that are a rank's own
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,8 @@ class Interval:
 
     step: the last of them. is_logged: whether a log is due at it. losses: of each step, the mean over its global batch.
     num_bad: broken images that ranks have met so far, the sum of their numbers. seconds: per phase, up to here.
+    computing, waiting: seconds of each rank, those for images apart, since the last log. They come an interval late; of
+    the first one, which warms up, there are none.
     """
 
     step: int
@@ -24,6 +28,8 @@ class Interval:
     losses: list[float]
     num_bad: int
     seconds: dict[str, float]
+    computing: list[float]
+    waiting: list[float]
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ class _Pending:
 
 
 class LossReader:
-    """Gathers the losses of all ranks.
+    """Gathers the losses of all ranks, and how long each rank took.
 
     Args:
         late: give an interval to the caller when the next one ends, so that a GPU has the steps in between to compute
@@ -46,6 +52,9 @@ class LossReader:
         self._ctx, self._ledger, self._late = ctx, ledger, late
         self._losses: list[Tensor] = []
         self._pending = deque[_Pending]()
+        self._counted: tuple[float, ...] | None = None  # this rank's seconds of `PARTS`, as of the last interval given
+        self._unsent: tuple[float, ...] = (0.0, 0.0)  # of them, what other ranks do not know
+        self._of_ranks = torch.zeros(2, ctx.world_size)  # since the last log that was given
 
     def add(self, loss: Tensor) -> None:
         """This rank's part of a step's loss, on the device."""
@@ -61,10 +70,16 @@ class LossReader:
         Returns:
             The intervals whose losses are there, in order.
         """
-        sums = torch.cat([torch.stack(self._losses), torch.full((1,), float(num_bad), device=self._ctx.device)])
+        device, world_size = self._ctx.device, self._ctx.world_size
+        spent = torch.zeros(2, world_size, device=device)
+        for part, seconds in enumerate(self._unsent):
+            spent[part, self._ctx.rank] = seconds
+        sums = torch.cat([torch.stack(self._losses), torch.full((1,), float(num_bad), device=device), spent.flatten()])
         self._losses.clear()
-        if self._ctx.world_size > 1:
-            dist.all_reduce(sums)
+        self._unsent = (0.0, 0.0)
+        if world_size > 1:
+            with self._ledger.phase("communication wait"):
+                dist.all_reduce(sums)
         if sums.is_cuda:
             sums = torch.empty_like(sums, device="cpu", pin_memory=True).copy_(sums, non_blocking=True)
         self._pending.append(_Pending(step, is_logged, sums, self._ledger.read_later()))
@@ -75,7 +90,16 @@ class LossReader:
         return [self._take() for _ in range(len(self._pending) - keep)]
 
     def _take(self) -> Interval:
-        pending = self._pending.popleft()
+        pending, world_size = self._pending.popleft(), self._ctx.world_size
         seconds = pending.reading.wait()  # the copy came before it in the device's stream
-        *losses, num_bad = pending.sums.tolist()
-        return Interval(pending.step, pending.is_logged, losses, int(num_bad), seconds)
+        counted = tuple(total(seconds, *names) for names in PARTS)
+        if self._counted is not None:
+            spent = zip(self._unsent, counted, self._counted, strict=True)
+            self._unsent = tuple(unsent + now - before for unsent, now, before in spent)
+        self._counted = counted
+        *losses, num_bad = pending.sums[: -2 * world_size].tolist()
+        self._of_ranks += pending.sums[-2 * world_size :].view(2, world_size)
+        computing, waiting = self._of_ranks.tolist()
+        if pending.is_logged:
+            self._of_ranks.zero_()
+        return Interval(pending.step, pending.is_logged, losses, int(num_bad), seconds, computing, waiting)

@@ -5,7 +5,7 @@ The loop calls a `Recorder` on every rank; only rank 0's does anything.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from itertools import pairwise
@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.loading import dump, flatten
+from pipeline.data.batch_spec import make_sampler
 from pipeline.data.index import Index
 from pipeline.data.loading.loader import EvalLoader
-from pipeline.events import AttemptStarted, CheckpointWritten, Evaluated, StepLogged
+from pipeline.events import CheckpointWritten, Evaluated, StepLogged
 from pipeline.failures import MLFLOW_END_S, MLFLOW_HANDOVER_S, UPLOAD_S, retry
 from pipeline.runs import retention
 from pipeline.runs.async_checkpointer import AsyncCheckpointer
@@ -27,10 +28,12 @@ from pipeline.tracking.ledger import TimeLedger, for_mlflow, goodput, images_per
 from pipeline.tracking.metrics import Predictions
 from pipeline.tracking.mlflow_logger import MlflowLogger
 from pipeline.tracking.uploads import Uploads
+from pipeline.training.attempt import Attempt
 from pipeline.training.broken_images import BrokenImages
 from pipeline.training.losses import Interval
 from pipeline.training.schedule import Schedule, lr_at
 from pipeline.training.state import TrainState
+from pipeline.training.stragglers import Stragglers
 from pipeline.versions import device_name
 
 
@@ -40,7 +43,7 @@ class Recorder(AbstractContextManager["Recorder"]):
     Args:
         index: of the training images. manifest: of the training, before this attempt. broken_images: of this attempt.
         resumed: the checkpoint that this attempt goes on from. heartbeat: called in long waits.
-        num_steps: of the whole training. precision_reason: why it is the one that cfg says.
+        num_steps: of the whole training. precision_reason: why it is the one that cfg says. hosts: of each rank.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class Recorder(AbstractContextManager["Recorder"]):
         ledger: TimeLedger,
         num_steps: int,
         precision_reason: str,
+        hosts: Sequence[str],
         heartbeat: Callable[[], None] = lambda: None,
     ):
         self._spec, self._ctx, self._ledger, self._num_steps, self._heartbeat = spec, ctx, ledger, num_steps, heartbeat
@@ -66,18 +70,19 @@ class Recorder(AbstractContextManager["Recorder"]):
         marks = (*ctx.marks, ("state", time.time()))
         self._startup = {name: ended - began for (_, began), (name, ended) in pairwise(marks)}
         if ctx.rank == 0:
-            self._manifest = manifest
-            self._begin(resumed, precision_reason)
+            own = resumed.meta if resumed and resumed.meta["training_id"] == manifest.training_id else {}
+            sampler = make_sampler(spec.cfg.data, len(index), spec.cfg.train.global_batch, spec.cfg.run.seed)
+            self._stragglers = Stragglers(hosts, sampler.shares(ctx.world_size), own.get("stragglers"))
+            self._begin(Attempt(spec, ctx, manifest, resumed), resumed, precision_reason)
 
-    def _begin(self, resumed: Checkpoint | None, precision_reason: str) -> None:
+    def _begin(self, attempt: Attempt, resumed: Checkpoint | None, precision_reason: str) -> None:
         cfg, ctx, run, timeout_s = self._spec.cfg, self._ctx, self._spec.run, self._spec.cfg.cluster.timeout_s
-        failures = ctx.failures or self._manifest.unended()
-        self._write_manifest(self._manifest.begin(len(failures), cfg.train.precision))
+        self._attempt = attempt
         retry(self._spec.checkpoints.make, ctx.warn, timeout_s)
         self._checkpointer = AsyncCheckpointer(
             self._spec.checkpoints,
             cfg,
-            check=lambda: self._manifest.check(self._spec.run, self._spec.claim),
+            check=attempt.check,
             keep=lambda: self._mlflow.save_backlog(),
             free=lambda: self._mlflow.staging.drop_oldest(),
             written=self._written,
@@ -85,42 +90,16 @@ class Recorder(AbstractContextManager["Recorder"]):
             warn=ctx.warn,
             newest=resumed,
         )
-        make = partial(MlflowLogger.of_run, cfg.mlflow, run, self._manifest.training_id, ctx.warn, self._spec.claim)
+        make = partial(MlflowLogger.of_run, cfg.mlflow, run, attempt.training_id, ctx.warn, self._spec.claim)
         self._mlflow = retry(make, ctx.warn, timeout_s)
         self._uploads = Uploads(self._mlflow, ctx.warn, min(UPLOAD_S, timeout_s))
-        retry(partial(self._mlflow.take_backlog, self._spec.attempt_name(self._manifest.attempts)), ctx.warn, timeout_s)
+        retry(partial(self._mlflow.take_backlog, self._spec.attempt_name(attempt.number)), ctx.warn, timeout_s)
         self._mlflow.start()
         self._mlflow.log_params(flatten(cfg))
-        attempt = self._manifest.attempts
-        self._mlflow.log_text(dump(cfg), f"config/attempt_{attempt}.yaml")
-        self._name_broken_images = partial(self._broken_images.log_names, self._mlflow.log_text, attempt)
-        tags = self._manifest.tags(failures, self._first_step, ctx.world_size)
-        self._mlflow.set_tags({**tags, "pipeline.data_fingerprint": self._data["fingerprint"]})
-        recovery = self._manifest.recovery(failures, self._first_step, ctx.world_size)
-        # The step of these is the attempt's number.
-        self._mlflow.log_metrics(attempt, {f"attempt/{name}": value for name, value in recovery.items()})
-        ctx.emit(
-            AttemptStarted(
-                attempt=attempt,
-                step=self._first_step,
-                num_steps=self._num_steps,
-                global_batch=cfg.train.global_batch,
-                resumed_from=str(resumed.place) if resumed else None,
-                world_size=ctx.world_size,
-                num_threads=ctx.num_threads,
-                device=ctx.device.type,
-                precision=cfg.train.precision,
-                precision_reason=precision_reason,
-                startup=self._startup,
-                failures=self._manifest.failures,
-                lost_steps=recovery.get("lost_steps"),
-                recovery_s=recovery.get("recovery_s"),
-            )
-        )
-
-    def _write_manifest(self, new: RunManifest) -> None:
-        replace = partial(self._manifest.replaced, new, self._spec.run, self._spec.claim)
-        self._manifest = retry(replace, self._ctx.warn, self._spec.cfg.cluster.timeout_s)
+        self._mlflow.log_text(dump(cfg), f"config/attempt_{attempt.number}.yaml")
+        self._name_broken_images = partial(self._broken_images.log_names, self._mlflow.log_text, attempt.number)
+        fingerprint = self._data["fingerprint"]
+        attempt.announce(self._mlflow, fingerprint, self._num_steps, self._startup, precision_reason)
 
     def report_progress(self, step: int) -> None:
         """Tell that `step` steps are done. From the first one on MLflow is talked to: its import takes seconds."""
@@ -145,11 +124,22 @@ class Recorder(AbstractContextManager["Recorder"]):
             "train/epoch": step / schedule.steps_per_epoch,
             **speeds(images, seconds, self._logged),
             "data/bad_images": len(self._broken_images),
+            **self._find_stragglers(interval),
         }
         self._logged_step, self._logged = step, seconds
         self._name_broken_images()
         self._mlflow.log_metrics(step, metrics | for_mlflow(seconds))
         self._ctx.emit(StepLogged(step, metrics | {"perf/goodput": goodput(seconds)}, summed_up(seconds)))
+
+    def _find_stragglers(self, interval: Interval) -> dict[str, float]:
+        """Tell of ranks that hold the others up; metrics."""
+        metrics, lines = self._stragglers.add(interval.computing, interval.waiting)
+        for line in lines:
+            self._ctx.warn(line)
+        if lines:
+            found = "; ".join(self._stragglers.found.values())
+            self._mlflow.set_tags({"pipeline.stragglers": found})
+        return metrics
 
     def log_evaluation(self, state: TrainState, predictions: Predictions) -> None:
         """Log the scores of the weights as they are, and write them into their checkpoint; the best get one anyway."""
@@ -183,7 +173,8 @@ class Recorder(AbstractContextManager["Recorder"]):
             "images_per_s": self._images_per_s(state.step, seconds),
             "device": device_name(self._ctx.device),
             "workers": self._ctx.world_size,
-            **self._manifest.facts(),
+            "stragglers": self._stragglers.found,
+            **self._attempt.facts(),
             "mlflow_run_id": self._mlflow.run_id,
             "time": time.time(),
             "seconds": seconds,
@@ -219,8 +210,8 @@ class Recorder(AbstractContextManager["Recorder"]):
             self._mlflow.abandon()
             return
         self._name_broken_images(is_last=True)
-        tag = f"pipeline.attempt_{self._manifest.attempts}.error"
-        self._mlflow.set_tags({tag: f"{type(error).__name__}: {error}"[:500]})
+        tag = f"pipeline.attempt_{self._attempt.number}.error"
+        self._mlflow.set_tags({tag: f"{type(error).__name__}: {error}"})
         try:
             self._checkpointer.finish(MLFLOW_HANDOVER_S[0])
         except (OSError, RuntimeError) as e:
@@ -248,8 +239,8 @@ class Recorder(AbstractContextManager["Recorder"]):
         with self._ledger.phase("checkpoint"):
             self._checkpointer.finish(cfg.cluster.timeout_s)
             self._heartbeat()
-            self._write_manifest(self._manifest.end())
-            top = retention.best_of(retention.own(self._spec.checkpoints, self._manifest.training_id))
+            self._attempt.end()
+            top = retention.best_of(retention.own(self._spec.checkpoints, self._attempt.training_id))
         newest = self._checkpointer.newest
         assert newest is not None, "an attempt ends with a checkpoint"
         chosen = {"last": newest, "best": top}.get(cfg.mlflow.checkpoints)
@@ -288,7 +279,7 @@ class Recorder(AbstractContextManager["Recorder"]):
             "ended": time.time(),
             "checkpoint": str(newest.place),
             "best_checkpoint": top and str(top.place),
-            **self._manifest.facts(),
+            **self._attempt.facts(),
             "mlflow_uri": self._mlflow.target.uri,
             "mlflow_experiment_id": self._mlflow.experiment_id,
             "mlflow_run_id": self._mlflow.run_id,

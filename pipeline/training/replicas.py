@@ -5,8 +5,8 @@ or a collective that went wrong, shows nowhere else: the averaged gradients hide
 evaluated and saved. So ranks compare checksums, also before each checkpoint: what is saved is what all agree on.
 """
 
-import socket
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -23,8 +23,8 @@ class ReplicasDifferError(RuntimeError):
     """The ranks' weights are no longer the same; the text says whose differ, and where that rank runs."""
 
 
-def compare_replicas(state: TrainState, ctx: WorkerContext) -> None:
-    """Compare what ranks have learned; called by all alike. Waits for the device.
+def compare_replicas(state: TrainState, ctx: WorkerContext, hosts: Sequence[str]) -> None:
+    """Compare what ranks have learned; called by all alike, with each rank's host. Waits for the device.
 
     BatchNorm's statistics are each rank's own until an evaluation, and are left out.
 
@@ -38,8 +38,6 @@ def compare_replicas(state: TrainState, ctx: WorkerContext) -> None:
     dist.all_gather(gathered, own)
     of_all_ranks = [tuple(of_rank.tolist()) for of_rank in gathered]
     if len(set(of_all_ranks)) > 1:
-        hosts = [""] * ctx.world_size
-        dist.all_gather_object(hosts, socket.gethostname())
         raise ReplicasDifferError(_describe(of_all_ranks, hosts, state.step))
 
 
@@ -57,7 +55,7 @@ def checksums(state: TrainState, device: torch.device) -> Tensor:
     return torch.stack([torch.stack([zero, *of_part]).sum() for of_part in sums])
 
 
-def _describe(of_all_ranks: list[tuple[int, ...]], hosts: list[str], step: int) -> str:
+def _describe(of_all_ranks: list[tuple[int, ...]], hosts: Sequence[str], step: int) -> str:
     """Who differs: all that are not of the largest group, or all, where another one is as large."""
     (largest, number), *others = Counter(of_all_ranks).most_common()
     is_tie = others[0][1] == number

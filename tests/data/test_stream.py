@@ -189,4 +189,4 @@ def test_pairs_stay_on_one_rank(world_size: int) -> None:
     parts = [stream.positions(1, rank, world_size)[1:] for rank in range(world_size)]
     assert (parts[0][0], parts[-1][1]) == (50, 100)
     assert all(start % 2 == 0 and stop % 2 == 0 for start, stop in parts)
-    assert max(stop - start for start, stop in parts) == stream.largest_share(world_size)
+    assert max(stop - start for start, stop in parts) == max(stream.shares(world_size))

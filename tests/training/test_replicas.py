@@ -28,6 +28,9 @@ SETTINGS = [
 ]
 
 
+HOSTS = ["a", "b", "c"]
+
+
 def make_spec(index: Path, folder: Path, *settings: str) -> RunSpec:
     cfg = load(None, [f"data.train={index}", f"data.val={index}", *FAST, *SETTINGS, f"run.storage={folder}", *settings])
     folder.mkdir()
@@ -49,17 +52,17 @@ def compared(rank: int, world_size: int, spec: RunSpec, faults: dict[str, list[i
     momentum = state.optimizer.state[state.model.fc.weight]["momentum_buffer"]
     parts = {"weights": state.model.fc.weight, "optimizer state": momentum, "averaged weights": state.ema.fc.weight}
     state.model.get_buffer("bn1.running_mean").add_(rank)  # each rank's own
-    compare_replicas(state, context(rank, world_size))
+    compare_replicas(state, context(rank, world_size), HOSTS)
     said = {}
     for part, ranks in faults.items():
         if rank in ranks:
             flip_bit(parts[part])
         with pytest.raises(ReplicasDifferError) as e:
-            compare_replicas(state, context(rank, world_size))
+            compare_replicas(state, context(rank, world_size), HOSTS)
         said[part] = str(e.value)
         if rank in ranks:
             flip_bit(parts[part])
-        compare_replicas(state, context(rank, world_size))
+        compare_replicas(state, context(rank, world_size), HOSTS)
     return said
 
 
@@ -102,6 +105,7 @@ def train(rank: int, world_size: int, whole: RunSpec, *disturbed: RunSpec) -> li
         with pytest.raises(ReplicasDifferError) as e:
             fit(dataclasses.replace(spec, cfg=cfg), context(rank, world_size))
         vars(loop)["train_step"] = own_step
+        dist.barrier()  # rank 0 has written what was under way
         found.append((str(e.value), sorted(spec.checkpoints.names())))
         dist.barrier()
         fit(spec, context(rank, world_size))
@@ -123,7 +127,7 @@ def test_nothing_is_compared_where_that_is_not_wanted(
     digits_index: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = list[int]()
-    monkeypatch.setattr(loop, "compare_replicas", lambda state, ctx: calls.append(state.step))
+    monkeypatch.setattr(loop, "compare_replicas", lambda state, ctx, hosts: calls.append(state.step))
     for name, every in (("never", 0), ("some", 2)):
         short = ["train.steps=4", f"train.check_replicas={every}"]
         fit(make_spec(digits_index("few"), tmp_path / name, *short), context())

@@ -162,7 +162,7 @@ class TrainLoader(Loader):
         sampler = make_sampler(cfg, len(index), global_batch, seed)
         self._per_epoch = steps_per_epoch(len(index), global_batch)  # refused here, and not by a process that reads
         specs = TrainSpecs(cfg, sampler, context.rank, context.world_size, tuple(drop_rates))
-        share = sampler.largest_share(context.world_size)
+        share = max(sampler.shares(context.world_size))
         self._num_joined = num_joined(share, context.device)
         max_batch = share * self._num_joined
         super().__init__(index, cfg, context, on_bad, warn, patience, max_batch, Joined(specs), draw_names(cfg))
