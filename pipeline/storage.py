@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
+import psutil
+
 from pipeline.errors import UserError
 from pipeline.machine import user_name
 
@@ -154,6 +156,7 @@ class Storage:
 
         system, path = self._opened
         to.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(to.parent, to.name)
         temporary = to.with_name(f".{to.name}.{os.getpid()}")
         # One request for each piece: by pyarrow's own size, 1 MiB, a ResNet-152's checkpoint takes 700, one by one.
         copy_files(f"{path}/{name}", str(temporary), system, LocalFileSystem(), chunk_size=PIECE_BYTES)
@@ -168,10 +171,12 @@ class Storage:
         if not info.is_file:
             raise FileNotFoundError(f"no file {self}")
         copy = self.parent.local_dir / self.name
-        status = copy.stat() if copy.exists() else None
-        written_s = info.mtime.timestamp() if info.mtime else 0.0
-        if status is None or status.st_size != info.size or status.st_mtime < written_s:
-            self.parent.download(self.name, copy)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with alone(copy.parent):  # the first of a machine's processes fetches it for all
+            status = copy.stat() if copy.exists() else None
+            written_s = info.mtime.timestamp() if info.mtime else 0.0
+            if status is None or status.st_size != info.size or status.st_mtime < written_s:
+                self.parent.download(self.name, copy)
         return copy
 
     def delete(self, name: str) -> None:
@@ -246,6 +251,20 @@ def alone(folder: Path, *, wait: bool = True) -> Iterator[bool]:
         yield is_alone
     finally:
         os.close(descriptor)
+
+
+def remove_leftovers(folder: Path, pattern: str) -> None:
+    """Delete files and folders that processes of this machine, which are dead, were writing in a folder.
+
+    Args:
+        pattern: of what they were to be called; until then it is .NAME.PID.
+    """
+    for path in folder.glob(f".{pattern}.*"):
+        if path.suffix[1:].isdecimal() and not psutil.pid_exists(int(path.suffix[1:])):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def fsync(path: Path) -> None:

@@ -3,6 +3,8 @@
 import dataclasses
 import os
 import shutil
+import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,32 @@ from pipeline.training.loop import fit
 if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each
     torch.set_num_threads(1)
 copy_instead_of_migrating()
+
+
+BEGAN = time.monotonic()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--within", type=float, metavar="SECONDS", help="begin no test later; each commit begins elsewhere"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --within, so that none of the tests is left out by each commit."""
+    if config.getoption("--within") is not None and items:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
+        first = items[int(commit, 16) % len(items)].path  # whole files: tests of one share what they have set up
+        start = next(i for i, item in enumerate(items) if item.path == first)
+        items[:] = items[start:] + items[:start]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    within = item.config.getoption("--within")
+    if within is not None and time.monotonic() > BEGAN + within:
+        pytest.skip(f"begins later than --within={within:g} s")
 
 
 @pytest.fixture(autouse=True)

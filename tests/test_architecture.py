@@ -17,7 +17,7 @@ ROOMS = {
     "data.loading": """cache groups read child fetch shared_memory reader_process bad_images readers augment graph
         dali to_device mix loader isolate""",
     "data.": "pack verify preview",
-    "runs": "claim spec manifest state_file checkpoint retention async_checkpointer resume lock listing",
+    "runs": "claim spec manifest state_file checkpoint retention host_copy async_checkpointer resume lock listing",
     "models": "resnet state_dict pretrained export",
     "tracking": "ledger metrics summary records outbox staging system_metrics mlflow_store pyfunc_model registry",
     "tracking.report": "charts page",
@@ -25,8 +25,8 @@ ROOMS = {
     "training": """precision schedule optim state step microbatch evaluation ddp control watchdog sample_log profiler
         replicas stragglers crashing_images losses broken_images attempt recorder setup loop open_run inference
         checkpoint_report""",
-    "cluster": """oom supervisor ray_start ray_cluster connection affinity channel worker prometheus trainer controller
-        driver""",
+    "cluster": """oom ending supervisor ray_start ray_cluster connection affinity channel worker prometheus trainer
+        controller driver""",
     "cluster.doctor": "node_checks check_results examine",
     "cluster.jobs": "submission client",
     "bench.planning": "assumptions failure_model cost_model plan view",
@@ -38,7 +38,7 @@ ORDER = [f"{room.strip('.')}.{name}".strip(".") for room, names in ROOMS.items()
 OWNERS = {
     "torch": {
         *("versions", "data.loading", "models", "training", "cluster", "bench"),
-        *("runs.spec", "runs.checkpoint", "runs.state_file", "runs.async_checkpointer"),
+        *("runs.spec", "runs.checkpoint", "runs.state_file", "runs.host_copy"),
         *("tracking.ledger", "tracking.pyfunc_model"),
     },
     "ray": {"cluster"},

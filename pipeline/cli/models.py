@@ -196,12 +196,14 @@ def register(
     """
     from pipeline.runs.spec import CHECKPOINTS
     from pipeline.tracking import mlflow_run
+    from pipeline.tracking.mlflow_store import moved_config
 
     checkpoint = checkpoint_of(run, storage, mlflow_uri)
     place, folder = checkpoint.place, checkpoint.place.parent.parent
     if place.parent.name != CHECKPOINTS:
         raise UserError(f"{place}: lies in no run's folder, which MLflow would be told; name a run")
-    cfg = replace(checkpoint.cfg.mlflow, log_model=True, register=name)  # which checks the name
+    tracked = moved_config(checkpoint.cfg.mlflow, checkpoint.cfg.run.storage, folder.parent)
+    cfg = replace(tracked, log_model=True, register=name)  # which checks the name
     target = mlflow_run.Target.of(cfg, folder, checkpoint.meta["training_id"], mlflow_uri)
     with redirect_stdout(sys.stderr):  # MLflow tells there where to look at the run
         version = mlflow_run.register(target, place.name, name)

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.cluster.connection import connected
+from pipeline.cluster.ending import tell_end
 from pipeline.cluster.supervisor import TrainRequest
 from pipeline.config.schema import Config
 from pipeline.errors import UserError, one_line
 from pipeline.events import Event, RunOpened, Warned
 from pipeline.failures import (
-    DRIVER_END_S,
-    MLFLOW_HANDOVER_S,
     ClusterLostError,
     Interrupted,
     TrainingFailedError,
@@ -62,38 +61,6 @@ class SupervisorConnection:
         self.emit(Warned(text))
 
 
-def tell_end(
-    spec: RunSpec, attempts: int, error: TrainingFailedError | Interrupted, warn: Callable[[str], None]
-) -> None:
-    """Write down how a training has ended, in run.json and MLflow, from outside it: its workers may be dead.
-
-    Args:
-        attempts: that the run had had before the command; what became of these is not this one's to tell.
-    """
-    try:
-        _tell_end(spec, attempts, error)
-    except (OSError, RuntimeError, UserError) as e:
-        warn(f"run.json and MLflow are not told: {e}")
-
-
-def _tell_end(spec: RunSpec, attempts: int, error: TrainingFailedError | Interrupted) -> None:
-    from pipeline.runs.manifest import RunManifest
-    from pipeline.tracking.mlflow_logger import MlflowLogger
-
-    manifest = RunManifest.read(spec.run, lambda _: None)
-    has_failed = isinstance(error, TrainingFailedError)
-    # Nothing has begun; or it was stopped between two attempts, of which the first has told of its own end.
-    if manifest is None or manifest.attempts <= attempts or not (has_failed or manifest.open):
-        return
-    failure = str(error)[:500] if has_failed else ""
-    manifest.replaced(manifest.end(failure), spec.run, spec.claim)
-    logger = MlflowLogger.of_run(spec.cfg.mlflow, spec.run, manifest.training_id, lambda _: None, spec.claim)
-    logger.take_backlog(spec.attempt_name(manifest.attempts))
-    if has_failed:
-        logger.set_tags({"pipeline.failure": failure})
-    logger.close("FAILED" if has_failed else "KILLED", *MLFLOW_HANDOVER_S)
-
-
 def train(supervisor: SupervisorConnection) -> dict[str, Any]:
     """Open the run and train it.
 
@@ -119,11 +86,7 @@ def train(supervisor: SupervisorConnection) -> dict[str, Any]:
             try:
                 return controller.run(marks)
             except (TrainingFailedError, Interrupted) as e:
-                # The storage may be away, or hang; a new driver would not help.
-                before = 0 if request.has_trained else spec.attempts
-                telling = threading.Thread(target=tell_end, args=(spec, before, e, supervisor.warn), daemon=True)
-                telling.start()
-                telling.join(DRIVER_END_S)
+                tell_end(spec, 0 if request.has_trained else spec.attempts, e, supervisor.warn)
                 raise
 
 

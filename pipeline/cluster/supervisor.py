@@ -35,6 +35,7 @@ from pipeline.events import (
     CrashingImageFound,
     Event,
     Note,
+    RunOpened,
     Stopping,
     Warned,
 )
@@ -112,15 +113,17 @@ def train(
         environment["OMP_WAIT_POLICY"] = "PASSIVE"
         emit(Note(BUSY))
     failures: tuple[Failure, ...] = ()
-    kills, has_trained, broken = OutOfMemoryKills(), False, set[str]()
+    kills, has_trained, broken, place = OutOfMemoryKills(), False, set[str](), ""
 
     def handle(event: Event) -> None:
-        nonlocal cfg, step, failures, has_trained
+        nonlocal cfg, step, failures, has_trained, place
         step = getattr(event, "step", step)
         match event:
             case AttemptFailed(text):
                 event = AttemptFailed(kills.explain(text))
                 budget.failed()  # the driver decides what comes of it
+            case RunOpened():
+                place = event.place
             case CheckpointWritten():
                 budget.saved(event.step)
             case BrokenImage():  # each rank and each attempt meets it
@@ -151,7 +154,12 @@ def train(
                 raise Interrupted
             content = kills.explain(content)
             if not driver_is_replaced(end, restarted or has_trained) or budget.failed():
-                raise TrainingFailedError(content)
+                error = TrainingFailedError(content)
+                if has_trained and end != "failed":  # which the driver has told
+                    from pipeline.cluster.ending import tell_of_lost_driver  # late: it imports MLflow's side
+
+                    tell_of_lost_driver(cfg, place, command, error, lambda text: emit(Warned(text)))
+                raise error
             restarted = True
             failures = (*failures, Failure(content, step, time.time()))
             emit(AttemptFailed(content))

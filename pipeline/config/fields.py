@@ -61,20 +61,33 @@ class Section:
 
 
 # scheme://NAME:SECRET@ with any SECRET, also with slashes, as AWS's have; but not host:port/x@y, nor [v6 address].
-# https://TOKEN@ too, though a mere user's name in other schemes. And queries: ?sig=, &account_key=, &X-Amz-Signature=.
-_CREDENTIALS = re.compile(
-    r"""^[a-z][a-z0-9+.-]*://[^/:@\[]*:(?!\d+/)[^@]+@
-    |^https?://[^/?\#@]+@
-    |^[a-z][a-z0-9+.-]*://[^?]*\?(.*&)?([^=&]*[-_])?
-        (sig|signature|sas|secret|password|credential|(account|access|secret|api|private)[-_]?key)([-_][^=&]*)?=[^&]
-    |^[a-z][a-z0-9+.-]*://[^?]*\?(.*&)?((access|auth|bearer|sas|x-amz-security|session)[-_]?)?token=[^&]""",
-    re.IGNORECASE | re.VERBOSE,
+# https://TOKEN@ too, though a mere user's name in other schemes.
+_LOGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/:@\[]*:(?!\d+/)[^@]+@|https?://[^/?#@]+@", re.IGNORECASE)
+# In a query: ?sig=, &account_key=, &X-Amz-Signature=, &SharedAccessSignature=; but not ?page_token=.
+_SECRETS = re.compile(
+    r"secret|passw(or)?d|signature|credential|authorization|(account|access|api|private)key|token$|^key$"
 )
+_SHORT_SECRETS = {"sig", "sas", "pwd", "pass", "auth", "bearer"}
+_OF_LISTS = {"page", "next", "continuation"}
+
+
+def _has_credentials(uri: str) -> bool:
+    scheme, _, rest = uri.partition("://")
+    if not rest or not re.fullmatch("[A-Za-z][A-Za-z0-9+.-]*", scheme):
+        return False
+    query = (part.partition("=") for part in rest.partition("?")[2].split("&"))
+    return _LOGIN.match(uri) is not None or any(value and _is_secret(name) for name, _, value in query)
+
+
+def _is_secret(name: str) -> bool:
+    """Whether a query's value of this name is one to keep."""
+    words = [word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)]
+    return not _OF_LISTS & {*words} and (bool(_SHORT_SECRETS & {*words}) or _SECRETS.search("".join(words)) is not None)
 
 
 def refuse_credentials(key: str, value: Any) -> None:
     """Raise UserError, without the value, where it is a URI with a password, a token or a signature in it."""
-    if isinstance(value, str) and _CREDENTIALS.match(value):
+    if isinstance(value, str) and _has_credentials(value):
         raise UserError(
             f"{key}: leave the login out of it, since settings are logged and stored; give it in the environment, as "
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD or MLFLOW_TRACKING_TOKEN, AWS_ACCESS_KEY_ID and "

@@ -6,21 +6,44 @@ one step there is one: its scores are added once they are known.
 """
 
 import errno
+import re
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from pipeline.config.schema import Config
 from pipeline.failures import backoff
 from pipeline.runs import checkpoint, retention
 from pipeline.runs.checkpoint import Checkpoint
+from pipeline.runs.host_copy import to_host
 from pipeline.storage import Storage
 
 QUIET_S = 10.0  # to wait for a checkpoint before that is told
+
+
+@dataclass
+class _Outage:
+    """The time in which nothing can be written, over all that is tried in it."""
+
+    num_tries: int = 0
+    num_given_way: int = 0  # to a newer one
+    problem: str = ""
+
+    def is_new(self, problem: str) -> bool:
+        """Take a try that failed; whether it was by something else than the one before. Names of files don't count."""
+        self.num_tries += 1
+        before, self.problem = self.problem, re.sub(r"step_\d+\S*", "", problem)
+        return self.problem != before
+
+    def end(self) -> str:
+        """What is worth telling at its end."""
+        tries, given_way = self.num_tries, self.num_given_way
+        self.num_tries, self.num_given_way, self.problem = 0, 0, ""
+        gave_way = f", for which {given_way} before it gave way" if given_way else ""
+        return f"{tries} tries that failed{gave_way}" if tries else ""
 
 
 class AsyncCheckpointer:
@@ -60,12 +83,14 @@ class AsyncCheckpointer:
         self._warn, self._free = warn, free
         self.newest = newest
         self._step = newest.step if newest and newest.place.parent.uri == folder.uri else None  # of the one saved last
+        self._first_step, self._written_steps = self._step or 0, set[int]()
         self._host: dict[str, Any] | None = None
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
         self._replaced = threading.Event()
         self._begun, self._timeout_s = 0.0, cfg.cluster.timeout_s
         self._problem: str | None = None  # what keeps the one being written from being done
+        self._outage = _Outage()
         self._is_postponed = self.is_scored_later = False
         self._unscored: dict[int, tuple[Checkpoint, dict[str, float]]] = {}  # by step: whose scores are not in it yet
         self.num_postponed = self.num_failed_tries = 0
@@ -166,15 +191,20 @@ class AsyncCheckpointer:
         if saved is None:
             return
         self.newest = saved
+        self._written_steps.add(saved.step)
         self._written(saved, time.monotonic() - began)
         for late in list(self._unscored.values()):
             self._score(*late)
         if self._unscored:  # one of them may be the best
             return
         try:
-            retention.prune(self._folder, self._cfg.checkpoint.keep, training, saved.step)
+            retention.prune(self._folder, self._cfg.checkpoint.keep, training, saved.step, self._is_damaged)
         except OSError as e:
             self._warn(f"old checkpoints in {self._folder} cannot be deleted: {e}")
+
+    def _is_damaged(self, step: int) -> bool:
+        """Whether it was there already, and was not gone on from."""
+        return step > self._first_step and step not in self._written_steps
 
     def _add_scores(self, step: int, scores: dict[str, float], after: Future[None] | None) -> None:
         if after is not None:
@@ -201,28 +231,28 @@ class AsyncCheckpointer:
         self, what: str, write: Callable[[], Checkpoint], make_room: Callable[[], str | None] = lambda: None
     ) -> Checkpoint | None:
         """What `write` makes, tried until the storage takes it; None where a newer checkpoint came first."""
-        tries = 0
         for pause in backoff():
             try:
                 self._keep()
                 saved = write()
             except OSError as e:
-                self.num_failed_tries, tries = self.num_failed_tries + 1, tries + 1
-                if self._problem != (problem := str(e)):  # the same again is told at its end
-                    self._warn(f"the {what} cannot be written to {self._folder}, trying again: {problem}")
-                self._problem = problem
+                self.num_failed_tries += 1
+                self._problem = str(e)
+                if self._outage.is_new(self._problem):  # the same again is told at its end
+                    self._warn(f"the {what} cannot be written to {self._folder}, trying again: {self._problem}")
                 freed = e.errno in (errno.ENOSPC, errno.EDQUOT) and self._frees(make_room, what)
                 if self._replaced.wait(0 if freed else pause):
-                    self._warn(f"the {what} gives way to a newer one, after {tries} tries")
+                    self._outage.num_given_way += 1
                     return None
             else:
                 self._problem = None
-                if tries:
-                    self._warn(f"the {what} is written, after {tries} tries that failed")
+                if told := self._outage.end():
+                    self._warn(f"the {what} is written, after {told}")
                 return saved
         raise AssertionError("the pauses never end")
 
     def _make_room(self, training: str) -> str | None:
+        self._check()  # nothing of a run that is another driver's is deleted
         in_use = {*self._unscored, *([self.newest.step] if self.newest else [])}
         oldest = retention.make_room(self._folder, training, in_use)
         return None if oldest is None else str(oldest.place)
@@ -237,29 +267,3 @@ class AsyncCheckpointer:
         if oldest is not None:
             self._warn(f"the disk is full: deleted {oldest} to make room for the {what}")
         return oldest is not None
-
-
-def to_host(value: Any, buffers: Any) -> Any:
-    """A nested state's copy in host memory, pinned where it comes from a GPU.
-
-    torch's own DefaultStager does the same; it took twice as long here (docs/reliability.md).
-
-    Args:
-        buffers: an earlier copy whose memory is used again, or None.
-    """
-    copied = _to_host(value, buffers)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return copied
-
-
-def _to_host(value: Any, buffers: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        if buffers is None or buffers.shape != value.shape:
-            buffers = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
-        return buffers.copy_(value.detach(), non_blocking=True)
-    if isinstance(value, dict):
-        return {k: _to_host(v, (buffers or {}).get(k)) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_to_host(v, b) for v, b in zip(value, buffers or [None] * len(value), strict=True)]
-    return value

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 
 from pipeline.failures import CheckpointError
 from pipeline.runs.checkpoint import CONFIG, FORMAT, META, STATE, Checkpoint, is_whole, name_of, names_in, read_meta
-from pipeline.storage import Storage, alone
+from pipeline.storage import Storage, alone, remove_leftovers
 
 
 def own(folder: Storage, training_id: str | None) -> list[Checkpoint]:
@@ -30,13 +30,16 @@ def best_of(checkpoints: Collection[Checkpoint]) -> Checkpoint | None:
     return max(scored, key=lambda item: item[:2])[2] if scored else None
 
 
-def prune(folder: Storage, keep: int, training_id: str | None, valid: int) -> None:
+def prune(
+    folder: Storage, keep: int, training_id: str | None, valid: int, is_damaged: Callable[[int], bool] = lambda _: False
+) -> None:
     """Delete all of a training's but the newest `keep` and the best, and what is left of deletions that broke off.
 
     Args:
         valid: step of one that is known to be valid, and stays.
+        is_damaged: whether that of a step is known to be, though its sizes do not tell.
     """
-    checkpoints = own(folder, training_id)
+    checkpoints = [checkpoint for checkpoint in own(folder, training_id) if not is_damaged(checkpoint.step)]
     kinds = {_kind(file) for file in (META, STATE, CONFIG)}
     for name in folder.names() if checkpoints else []:
         if "step_" <= name < checkpoints[-1].place.name and not kinds <= set(map(_kind, (folder / name).sizes())):
@@ -80,6 +83,8 @@ def _forget(folder: Storage, is_old: Callable[[str], bool]) -> None:
         for copy in folder.local_dir.glob("step_*") if is_alone else ():
             if is_old(copy.name):
                 shutil.rmtree(copy, ignore_errors=True)
+        if is_alone:  # of a rank 0 that was killed here, where the next one is on another machine
+            remove_leftovers(folder.local_dir, "step_*")
 
 
 def _kind(file: str) -> str:

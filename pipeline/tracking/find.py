@@ -20,7 +20,7 @@ from pipeline.runs.manifest import FILE, RunManifest
 from pipeline.runs.spec import CHECKPOINTS
 from pipeline.storage import Storage
 from pipeline.tracking import mlflow_run
-from pipeline.tracking.mlflow_store import tracking_uri
+from pipeline.tracking.mlflow_store import moved_config, tracking_uri
 
 MLFLOW_RUN_ID = re.compile(r"[0-9a-f]{32}")
 MAX_NAMED = 5  # runs
@@ -163,7 +163,8 @@ def config_to_resume(resume_from: Checkpoint, overrides: list[str]) -> Config:
             f"{resume_from.place} is not the newest checkpoint of its run, {newest.place.name} is; "
             "to branch off from it, give the branch a name: run.name=NAME"
         )
-    return dataclasses.replace(cfg, run=settings)
+    tracked = cfg.mlflow if "mlflow.uri" in given else moved_config(cfg.mlflow, cfg.run.storage, run.parent)
+    return dataclasses.replace(cfg, run=settings, mlflow=tracked)
 
 
 @contextmanager

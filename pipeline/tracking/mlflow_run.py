@@ -178,7 +178,7 @@ def _search(client: Any, experiment_id: str, training_id: str) -> str | None:
 
 
 def open_existing(target: Target) -> MlflowRun | None:
-    """A training's run, or None where the store has none; nothing is made.
+    """A training's run, to be read and written to, or None where the store has none; no run is made.
 
     Raises:
         Exception: MLflow raises whatever its transport raises.
@@ -188,7 +188,7 @@ def open_existing(target: Target) -> MlflowRun | None:
     client = open_client(target.uri)
     experiment = client.get_experiment_by_name(target.experiment)
     known = experiment is not None and _search(client, experiment.experiment_id, target.training_id) is not None
-    return MlflowRun(target) if known else None
+    return MlflowRun(target, follow=True) if known else None
 
 
 def find_run(uri: str, run_id: str) -> Storage | None:
@@ -241,7 +241,7 @@ def register(target: Target, checkpoint: str, name: str) -> int:
     from mlflow import MlflowException
 
     try:
-        run = MlflowRun(target)
+        run = MlflowRun(target, follow=True)
         if run.is_new:  # of a training that was logged elsewhere; nothing else would end it
             open_client(target.uri).set_terminated(run.id)
         version = run.log_model(checkpoint, name)

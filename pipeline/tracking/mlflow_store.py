@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.fields import refuse_credentials
+from pipeline.config.running import MlflowConfig
 from pipeline.config.schema import Config
 from pipeline.environment import SQLITE
 from pipeline.errors import UserError
@@ -53,6 +54,23 @@ def with_absolute_uri(cfg: Config) -> Config:
     """A configuration for processes that work in other directories."""
     uri = cfg.mlflow.uri and absolute(cfg.mlflow.uri)
     return dataclasses.replace(cfg, mlflow=dataclasses.replace(cfg.mlflow, uri=uri))
+
+
+def moved_uri(uri: str, before: Storage, now: Storage) -> str:
+    """A store's address after the folder `before` was moved, or copied, to `now`.
+
+    It is another one where it is a SQLite store somewhere in there, unless the folder was moved without it.
+    """
+    file = Path(uri.removeprefix(SQLITE))
+    if not (before.local and now.local and uri.startswith(SQLITE) and file.is_relative_to(before.local)):
+        return uri
+    here = f"{SQLITE}{now.local / file.relative_to(before.local)}"
+    return here if is_missing(uri) or not is_missing(here) else uri
+
+
+def moved_config(cfg: MlflowConfig, before: str, now: Storage) -> MlflowConfig:
+    """The same for the configuration of a run, whose storage was `before`, a path or URI."""
+    return dataclasses.replace(cfg, uri=cfg.uri and moved_uri(absolute(cfg.uri), Storage(before), now))
 
 
 def open_client(uri: str) -> Any:

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+CHECKPOINTS = "step_*.*/"  # among what is staged
+
 
 class Staging:
     """Staged folders, each below a directory by a name of its own, which is what records say.
@@ -43,12 +45,16 @@ class Staging:
             raise
         return staged.name
 
+    def num_checkpoints(self) -> int:
+        """How many are staged."""
+        return len(list(self._folder.glob(CHECKPOINTS)))
+
     def drop_oldest(self) -> str | None:
-        """Delete the oldest checkpoint that is staged, for a disk that is full; what that ends, if any.
+        """Delete the oldest checkpoint that is staged, but for the one in use; what that ends, if any.
 
         One whose files are here alone if there is one; the checkpoint of another one can be deleted next.
         """
-        waiting = [staged for staged in self._folder.glob("step_*.*/") if staged.name != self.in_use]
+        waiting = [staged for staged in self._folder.glob(CHECKPOINTS) if staged.name != self.in_use]
         if not waiting:
             return None
         oldest = min(waiting, key=lambda staged: (any(f.stat().st_nlink > 1 for f in staged.iterdir()), staged.suffix))

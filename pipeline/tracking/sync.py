@@ -12,7 +12,7 @@ from pipeline.storage import Storage
 from pipeline.tracking import backlog, outbox
 from pipeline.tracking.mlflow_logger import FOLDER, TARGET, MlflowLogger
 from pipeline.tracking.mlflow_run import Target
-from pipeline.tracking.mlflow_store import is_missing, store_beside
+from pipeline.tracking.mlflow_store import moved_uri
 
 
 def sync(run: Storage, warn: Callable[[str], None], timeout_s: float = 10.0) -> tuple[Target, str | None, int]:
@@ -58,9 +58,5 @@ def _target(file: Path) -> Target | None:
 
 def _moved(target: Target, run: Storage) -> Target:
     """Where the run is logged now: its storage may have been moved, and a SQLite store with it."""
-    before = Storage(target.run).parent
-    if before.local and run.local and target.uri == store_beside(before):
-        here = store_beside(run.parent)
-        if is_missing(target.uri) or not is_missing(here):  # else the run was moved without the store
-            target = dataclasses.replace(target, uri=here)
-    return dataclasses.replace(target, run=run.uri)
+    uri = moved_uri(target.uri, Storage(target.run).parent, run.parent)
+    return dataclasses.replace(target, uri=uri, run=run.uri)

@@ -15,6 +15,8 @@ from pipeline.tracking.metrics import Predictions
 from pipeline.tracking.mlflow_logger import MlflowLogger
 from pipeline.tracking.report.page import Facts, find_mistakes
 
+MAX_WAITING = 8  # checkpoints of one run, for an MLflow that is away or slow
+
 
 class Uploads:
     """Hands folders to the logger, which takes them aside and sends them.
@@ -25,6 +27,7 @@ class Uploads:
 
     def __init__(self, logger: MlflowLogger, warn: Callable[[str], None], timeout_s: float):
         self._logger, self._warn, self._timeout_s = logger, warn, timeout_s
+        self._num_dropped = 0
 
     def folder(self, folder: Path) -> None:
         """A folder's files, below its name."""
@@ -37,6 +40,13 @@ class Uploads:
             self._logger.log_folder(saved.path, f"{CHECKPOINTS}/{saved.path.name}")
 
         self._hand_over(saved.place, log)
+        while self._logger.staging.num_checkpoints() > MAX_WAITING and (dropped := self._logger.staging.drop_oldest()):
+            self._num_dropped += 1
+            if self._num_dropped.bit_count() == 1:  # the 1st, 2nd, 4th, ...
+                self._warn(
+                    f"MLflow does not take checkpoints as fast as they come, and no more than {MAX_WAITING} wait: "
+                    f"{dropped} is left out, {self._num_dropped} of this attempt's so far"
+                )
 
     def report(
         self, cfg: Config, run: Storage, meta: dict[str, Any], predictions: Predictions, val_loader: EvalLoader

@@ -16,7 +16,7 @@ from pipeline.storage import Storage, make_folder
 from pipeline.tracking import backlog, mlflow_run, outbox, summary
 from pipeline.tracking.mlflow_logger import FOLDER
 from pipeline.tracking.mlflow_run import MlflowRun, Target
-from pipeline.tracking.mlflow_store import reason
+from pipeline.tracking.mlflow_store import moved_config, reason
 from pipeline.tracking.records import Metrics, Record
 from pipeline.tracking.report.charts import METRICS, History
 from pipeline.tracking.report.page import NUM_MISTAKES, Facts, find_mistakes, write_report
@@ -85,7 +85,8 @@ def _sound(place: str, reason: str) -> None:
 def _find_logged(checkpoint: Checkpoint, run: Storage, uri: str | None) -> tuple[MlflowRun | None, History, str]:
     """The MLflow run, its curves, and why there are none, if so."""
     try:
-        target = Target.of(checkpoint.cfg.mlflow, run, checkpoint.meta["training_id"], uri)
+        tracked = moved_config(checkpoint.cfg.mlflow, checkpoint.cfg.run.storage, run.parent)
+        target = Target.of(tracked, run, checkpoint.meta["training_id"], uri)
     except UserError as e:
         return None, {}, str(e)
     try:

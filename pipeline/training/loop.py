@@ -19,7 +19,7 @@ from pipeline.training.control import ControlBroadcast, ControlFlags
 from pipeline.training.ddp import wrap_model
 from pipeline.training.evaluation import StoppedError, evaluate, sync_buffers
 from pipeline.training.losses import Interval, LossReader
-from pipeline.training.microbatch import AutoMicrobatch, OomSplitter
+from pipeline.training.microbatch import AutoMicrobatch, OomSplitter, may_try_out
 from pipeline.training.profiler import Profiler
 from pipeline.training.recorder import Recorder
 from pipeline.training.replicas import compare_replicas
@@ -84,9 +84,7 @@ def _fit(spec: RunSpec, ctx: WorkerContext, watchdog: Watchdog, stack: ExitStack
     stack.enter_context(recorder)  # from now on MLflow is told of any end
     train_loader, val_loader = make_loaders(spec, ctx, index, val_index, broken_images, state.step, watchdog.feed)
     net = wrap_model(state.model, cfg, ctx.world_size, ctx.device, ledger)
-    # A rank that tries a size out alone would wait for the others' statistics of BatchNorm.
-    try_out = ctx.device.type == "cuda" and not (cfg.model.sync_bn and ctx.world_size > 1)
-    auto_microbatch = AutoMicrobatch(cfg.train, try_out, ctx.warn)
+    auto_microbatch = AutoMicrobatch(cfg.train, may_try_out(cfg, ctx.device, ctx.world_size), ctx.warn)
     oom_splitter = OomSplitter(ctx.warn)
 
     def due(every: int) -> bool:

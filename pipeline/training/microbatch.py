@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pipeline.config.schema import Config
 from pipeline.config.training import TrainConfig
 from pipeline.data.loading.loader import Batch
 from pipeline.errors import UserError
@@ -21,11 +22,18 @@ from pipeline.training.state import TrainState
 from pipeline.training.step import accumulate
 
 
+def may_try_out(cfg: Config, device: torch.device, world_size: int) -> bool:
+    """Whether a rank may try sizes out: on a CPU the system would rather end a process than let its memory run short;
+    and with synchronised BatchNorm a rank that does it alone would wait for the others' statistics.
+    """
+    return device.type == "cuda" and not (cfg.model.sync_bn and world_size > 1)
+
+
 class AutoMicrobatch:
     """The size of a rank's micro-batches.
 
     Args:
-        try_out: whether memory can run short; on a CPU the system would rather end the process.
+        try_out: see `may_try_out`.
         warn: told where a size does not fit.
     """
 

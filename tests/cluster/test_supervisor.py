@@ -13,16 +13,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
+import mlflow
 import psutil
 import pytest
 
 from pipeline import machine
-from pipeline.cluster import connection, controller, driver, oom, ray_start, supervisor
+from pipeline.cluster import connection, controller, driver, ending, oom, ray_start, supervisor
 from pipeline.config.loading import load
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
-from pipeline.events import AttemptFailed, AttemptStarted, BrokenImage, Event
-from pipeline.failures import ClusterLostError, FailureBudget, TrainingFailedError
+from pipeline.events import AttemptFailed, AttemptStarted, BrokenImage, Event, RunOpened
+from pipeline.failures import ClusterLostError, FailureBudget, Interrupted, TrainingFailedError
+from pipeline.runs.claim import Claim
+from pipeline.runs.manifest import RunManifest
+from pipeline.storage import Storage
 from pipeline.training import open_run
 
 
@@ -267,26 +271,57 @@ def test_a_broken_image_is_named_once_whoever_meets_it(monkeypatch: pytest.Monke
     assert [event.path for event in events if isinstance(event, BrokenImage)] == ["a.jpg", "b.jpg"]
 
 
-def test_a_failure_that_mlflow_cannot_be_told_of_stays_that_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [TrainingFailedError("one failure too many"), Interrupted("a signal")])
+def test_a_failure_that_mlflow_cannot_be_told_of_stays_that_failure(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the run's storage away, too; else a new driver would start, again and again."""
 
     class Failing(FakeController):
         def run(self, *_: object) -> None:
-            raise TrainingFailedError("one failure too many")
+            raise error
 
     def away(*_: object) -> None:
         raise OSError("the storage is away")
 
     here = SimpleNamespace(run=SimpleNamespace(name="x"), attempts=0)
     monkeypatch.setattr(driver, "connected", lambda *_: nullcontext())
-    monkeypatch.setattr(driver, "_tell_end", away)
+    monkeypatch.setattr(ending, "_tell_end", away)
     monkeypatch.setattr(controller, "TrainController", Failing)
     monkeypatch.setattr(open_run, "open_run", lambda *_, **__: nullcontext(here))
     told = list[str]()
     one = other_end(load(None, ["data.train=/", "data.val=/"]), told, trained=False)
-    with pytest.raises(TrainingFailedError, match="one failure too many"):
+    with pytest.raises(type(error), match=str(error)):
         driver.train(one)
     assert told == ["run.json and MLflow are not told: the storage is away"]
+
+
+@pytest.mark.parametrize("is_other_command", [False, True])
+def test_the_last_of_too_many_lost_drivers_leaves_no_run_open(
+    is_other_command: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """MLflow would show it as running for ever; but where another command has begun, it is that one's."""
+    run = Storage(tmp_path / "runs/x")
+    run.make()
+
+    def loses(request: supervisor.TrainRequest, _: object, note: Callable[[Event], None], __: object) -> object:
+        note(RunOpened("x", str(run)))
+        Claim.take(run, "other" if is_other_command else request.command)
+        RunManifest(attempts=1, open=True).write(run)
+        note(AttemptStarted(1, 0, 9, 4, None, 1, 1, "cpu", "fp32", "", {}, 0))
+        return "lost", "the driver was killed"
+
+    monkeypatch.setattr(supervisor, "_run_driver", loses)
+    cfg = load(None, ["data.train=x", "data.val=x", "cluster.max_failures=0", f"run.storage={tmp_path}/runs"])
+    with pytest.raises(TrainingFailedError, match="the driver was killed"):
+        supervisor.train(cfg, "x", None, lambda _: None)
+    left = RunManifest.read(run, pytest.fail)
+    assert left is not None
+    assert (left.open, left.failure) == ((True, "") if is_other_command else (False, "the driver was killed"))
+    if not is_other_command:
+        client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+        (one,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
+        assert (one.info.status, one.data.tags["pipeline.failure"]) == ("FAILED", "the driver was killed")
 
 
 def test_a_mistyped_path_is_told_before_ray_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

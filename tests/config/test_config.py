@@ -188,6 +188,16 @@ def test_every_config_file_loads(path: Path) -> None:
         "https://host/a.tar?token=hush",
         "https://host/a.tar?session_token=hush",
         "https://host/a.tar?X-Amz-Security-Token=hush",
+        "https://host/a.tar?private_token=hush",
+        "https://host/a.tar?x=1&SharedAccessSignature=hush",
+        "s3://bucket/runs?secretAccessKey=hush",
+        "https://host/a.tar?Authorization=Bearer%20hush",
+        "postgresql://db/mlflow?user=me&pwd=hush",
+        "postgresql://db/mlflow?user=me&passwd=hush",
+        "https://host/a.tar?key=hush",
+        "https://host/a.tar?apikey=hush",
+        "https://host/a.tar?access_key=hush",
+        "https://host/a.tar?SAS=hush",
     ],
 )
 def test_a_secret_in_a_uri_is_refused_and_not_told(uri: str) -> None:
@@ -205,7 +215,8 @@ def test_a_secret_in_a_uri_is_refused_and_not_told(uri: str) -> None:
         *("/data/a?sig=b", "/data/x@y:z@", "s3://bucket/runs?region=eu-west-1&endpoint_override=127.0.0.1:9000"),
         *("http://host:5000/x@y", "http://[::1]:5000", "hdfs://user@name/runs", "postgresql://me@db/mlflow"),
         *("s3://bucket/runs?region=", "s3://bucket/signature?scheme=http", "gs://bucket/secret=3/runs"),
-        *("https://host/list?page_token=3", "https://host/list?next-token=1"),
+        *("https://host/list?page_token=3", "https://host/list?next-token=1", "https://host/a?tokenizer=b&design=c"),
+        *("https://host/list?continuationToken=3", "s3://bucket/runs?kms_key_id=alias", "https://host/a?monkey=b"),
     ],
 )
 def test_other_uris_are_not_taken_for_secrets(uri: str) -> None:

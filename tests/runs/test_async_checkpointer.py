@@ -18,8 +18,10 @@ import torch
 from pipeline.config.loading import load
 from pipeline.config.schema import Config
 from pipeline.runs import checkpoint, retention
-from pipeline.runs.async_checkpointer import AsyncCheckpointer, to_host
+from pipeline.runs.async_checkpointer import AsyncCheckpointer
 from pipeline.runs.checkpoint import Checkpoint
+from pipeline.runs.claim import SupersededError
+from pipeline.runs.host_copy import to_host
 from pipeline.storage import Storage
 from pipeline.training.state import TrainState
 
@@ -39,13 +41,20 @@ def state(cfg: Config) -> TrainState:
 class Watched:
     """A saver and what it says."""
 
-    def __init__(self, folder: Path, cfg: Config):
+    def __init__(
+        self,
+        folder: Path,
+        cfg: Config,
+        newest: Checkpoint | None = None,
+        check: Callable[[], None] = lambda: None,
+    ):
         self.written: list[Checkpoint] = []
         self.reports: list[str] = []
         self.checkpointer = AsyncCheckpointer(
             Storage(folder),
             cfg,
-            check=lambda: None,
+            check=check,
+            newest=newest,
             written=lambda saved, seconds: self.written.append(saved),
             warn=self.reports.append,
         )
@@ -139,7 +148,7 @@ def test_a_full_disk_is_told_and_tried_again(small_disk: Path, cfg: Config, stat
     watched.save(state, 3)  # a newer one takes its place, and does not wait for it
     filler.unlink()
     watched.checkpointer.finish(30)
-    assert any("step 2 gives way to a newer one" in report for report in watched.reports)
+    assert watched.reports[-1].endswith("for which 1 before it gave way")
     assert [saved.step for saved in watched.written] == [3]
     assert watched.checkpointer.num_failed_tries >= 1
     assert sorted(p.name for p in small_disk.iterdir()) == ["step_00000001", "step_00000003"]
@@ -180,6 +189,71 @@ def test_a_failure_that_lasts_is_told_once_and_at_its_end(
         f"the checkpoint of step 1 cannot be written to {watched.checkpointer._folder}, trying again",
         "the checkpoint of step 1 is written, after 5 tries that failed",
     ]
+
+
+def test_an_outage_over_many_checkpoints_is_two_lines(
+    tmp_path: Path, cfg: Config, state: TrainState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the text of the error has the name of each."""
+    real, is_full, tries = checkpoint.save, [True], list[int]()
+
+    def full(folder: Storage, state: dict[str, Any], *args: Any) -> Checkpoint:
+        tries.append(state["step"])
+        if is_full[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"/runs/.step_{state['step']:08d}.77/state.pt")
+        return real(folder, state, *args)
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    watched = Watched(tmp_path, cfg)
+    for step in range(1, 10):
+        is_full[0] = step < 9
+        watched.save(state, step)
+        wait_for(lambda: step in tries)  # noqa: B023
+    watched.checkpointer.finish(30)
+    assert [saved.step for saved in watched.written] == [9]
+    first, last = watched.reports
+    assert "checkpoint of step 1 cannot be written" in first
+    assert re.fullmatch(
+        r"the checkpoint of step 9 is written, after \d+ tries .*, for which 8 before it gave way", last
+    )
+
+
+def test_a_flipped_bit_takes_no_place(tmp_path: Path, cfg: Config, state: TrainState) -> None:
+    """Sizes do not tell of it, but that it was not gone on from: so many valid ones stay as are to."""
+    watched = Watched(tmp_path, dataclasses.replace(cfg, checkpoint=dataclasses.replace(cfg.checkpoint, keep=4)))
+    for step in (2, 4, 6, 8):
+        watched.save(state, step)
+    watched.checkpointer.finish(30)
+    for saved in watched.written[2:]:
+        content = bytearray(saved.file(checkpoint.STATE).read_bytes())
+        content[len(content) // 2] ^= 1
+        saved.file(checkpoint.STATE).write_bytes(content)
+    newest = checkpoint.newest_valid(Storage(tmp_path), lambda _: None)
+    assert newest is not None
+    watched = Watched(tmp_path, cfg, newest)
+    for step in (5, 7):
+        watched.save(state, step)
+    watched.checkpointer.finish(30)
+    assert sorted(p.name[-1] for p in tmp_path.iterdir()) == ["5", "6", "7", "8"]
+
+
+def test_a_driver_that_was_superseded_makes_no_room(
+    small_disk: Path, cfg: Config, state: TrainState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its checkpoints are the other one's now, and the disk may be full because of that one."""
+    watched = Watched(small_disk, dataclasses.replace(cfg, checkpoint=dataclasses.replace(cfg.checkpoint, keep=3)))
+    for step in (1, 2):
+        watched.save(state, step)
+    watched.checkpointer.finish(60)
+
+    def superseded() -> None:
+        raise SupersededError("another driver")
+
+    late = Watched(small_disk, cfg, check=superseded)
+    late.save(state, 3)
+    with pytest.raises(SupersededError):
+        late.checkpointer.finish(30)
+    assert sorted(p.name for p in small_disk.iterdir()) == ["step_00000001", "step_00000002"]
 
 
 def test_giving_up_is_told_with_the_reason(

@@ -237,3 +237,24 @@ def test_a_run_that_was_copied_does_not_log_to_the_originals_mlflow_run(settings
     (storage / "run").rename(storage / "moved")
     with open_run.open_run(settings("run.name=moved"), print), open_run.open_run(settings("run.name=copy"), print):
         pass
+
+
+def test_a_named_store_of_mlflow_is_found_again(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From another directory than the first command's, and after it was moved with the storage."""
+    monkeypatch.chdir(tmp_path)
+    with open_run.open_run(
+        settings("run.name=other", "mlflow.uri=sqlite:///runs/own.db", "run.stop_at_step=1"), print
+    ) as spec:
+        fit(spec, context())
+    monkeypatch.chdir("/")
+    found = checkpoint.newest_valid(spec.checkpoints, pytest.fail)
+    assert found is not None
+    assert find.config_to_resume(found, []).mlflow.uri == f"sqlite:///{tmp_path}/runs/own.db"
+    assert (tmp_path / "runs/own.db").exists()
+    shutil.move(tmp_path / "runs", tmp_path / "moved")
+    found = checkpoint.newest_valid(Storage(tmp_path / "moved/other/checkpoints"), pytest.fail)
+    assert found is not None
+    assert find.config_to_resume(found, []).mlflow.uri == f"sqlite:///{tmp_path}/moved/own.db"
+    assert find.config_to_resume(found, ["mlflow.uri=sqlite:////x.db"]).mlflow.uri == "sqlite:////x.db"

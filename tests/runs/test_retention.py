@@ -103,3 +103,20 @@ def test_room_is_not_made_by_what_frees_none(
     assert gone is not None
     assert (gone.step, steps(tmp_path)) == (2, [1, 3])
     assert retention.make_room(Storage(tmp_path), "t", ()) is None
+
+
+def test_an_upload_that_broke_off_is_deleted() -> None:
+    """By a process that was killed: in an object store files have names of their own, and meta.json comes last."""
+    folder = Storage("memory://uploads")
+    for step in (1, 2, 3):
+        meta = {"training_id": "t", "fingerprint": "f", "classes": ["a"], "metrics": {}}
+        checkpoint.save(folder, {"step": step}, CFG, meta)
+    names = (folder / "step_00000001").names()
+    for broken, kept in (("step_00000000", "state-"), ("step_00000004", "state-")):
+        for name in names:
+            if name.startswith(kept):
+                (folder / broken).write_bytes(name, b"some of it")
+    retention.prune(folder, 3, "t", 3)
+    assert folder.names() == [f"step_0000000{step}" for step in (1, 2, 3, 4)], "the newest may be in the making"
+    folder.remove()
+    shutil.rmtree(folder.local_dir)

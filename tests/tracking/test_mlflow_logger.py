@@ -22,6 +22,7 @@ import pytest
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from s3 import s3_storage
 
+from pipeline.runs.checkpoint import Checkpoint
 from pipeline.storage import Storage
 from pipeline.tracking import mlflow_logger
 from pipeline.tracking.mlflow_logger import MlflowLogger
@@ -29,6 +30,7 @@ from pipeline.tracking.mlflow_run import ATTEMPT, MlflowRun, Target, find_run
 from pipeline.tracking.mlflow_store import tracking_uri
 from pipeline.tracking.outbox import Outbox
 from pipeline.tracking.records import End, Metrics, Record, Start, Text
+from pipeline.tracking.uploads import Uploads
 
 
 def metric(step: int, value: float = 0.0, name: str = "loss") -> Metrics:
@@ -347,6 +349,29 @@ def test_the_oldest_folder_gives_way_on_a_full_disk_and_blocks_nothing(tmp_path:
     assert one.close("FINISHED", 60) == 0
     logged = mlflow.MlflowClient(uri).list_artifacts(str(one.run_id), "checkpoints")
     assert [Path(one.path).name for one in logged] == ["profile"]
+
+
+def test_no_more_than_some_checkpoints_wait_for_an_mlflow_that_is_away(tmp_path: Path) -> None:
+    """With mlflow.checkpoints=all their hard links would hold each one that the run has deleted, to the end."""
+    one, warned = logger("http://127.0.0.1:9", tmp_path / "run"), list[str]()
+    uploads = Uploads(one, warned.append, 1.0)
+    for step in range(1, 51):
+        folder = tmp_path / f"step_{step:08d}"
+        folder.mkdir()
+        for name in ("state.pt", "meta.json"):
+            (folder / name).write_text(name)
+        uploads.checkpoint(Checkpoint(Storage(folder), folder, {"step": step}))
+        if step > 2:
+            shutil.rmtree(tmp_path / f"step_{step - 2:08d}")
+    waiting = sorted(path.stem for path in (tmp_path / "run/mlflow").glob("step_*/"))
+    one.outbox.close()
+    assert waiting == [f"step_{step:08d}" for step in range(43, 51)], "the newest 8"
+    assert [line.rpartition(", ")[2] for line in warned] == [
+        f"{n} of this attempt's so far" for n in (1, 2, 4, 8, 16, 32)
+    ]
+    assert warned[0].startswith(
+        "MLflow does not take checkpoints as fast as they come, and no more than 8 wait: the upl"
+    )
 
 
 @pytest.mark.parametrize("back", ["with its outbox", "as a new machine"])

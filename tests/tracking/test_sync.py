@@ -1,6 +1,7 @@
 """`pipeline sync`: what waits for MLflow goes to the store of its run, wherever both are now."""
 
 import dataclasses
+import multiprocessing
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,14 +10,15 @@ import mlflow
 import pytest
 from s3 import s3_storage
 
+from pipeline.config.running import MlflowConfig
 from pipeline.errors import UserError
 from pipeline.runs.claim import Claim
 from pipeline.runs.manifest import RunManifest
 from pipeline.storage import Storage
 from pipeline.tracking.backlog import FOLDER, Backlog
 from pipeline.tracking.mlflow_logger import MlflowLogger
-from pipeline.tracking.mlflow_run import MlflowRun, Target
-from pipeline.tracking.mlflow_store import store_beside, tracking_uri
+from pipeline.tracking.mlflow_run import MlflowRun, Target, open_existing
+from pipeline.tracking.mlflow_store import moved_config, store_beside, tracking_uri
 from pipeline.tracking.outbox import Outbox
 from pipeline.tracking.records import Record
 from pipeline.tracking.sync import _moved, sync
@@ -147,6 +149,55 @@ def test_a_run_that_was_moved_alone_is_logged_where_it_was(tmp_path: Path) -> No
     (tmp_path / "old").mkdir()
     (tmp_path / "old/mlflow.db").touch()
     assert _moved(one, new / "run").uri == store_beside(old)
+
+
+@pytest.mark.parametrize("inside", ["mlflow.db", "stores/all.db"])
+def test_the_address_of_a_store_moves_with_the_storage_that_it_lies_in(tmp_path: Path, inside: str) -> None:
+    old, new = Storage(tmp_path / "old"), Storage(tmp_path / "new")
+    cfg = MlflowConfig(uri=f"sqlite:///{old}/{inside}")
+    moved = f"sqlite:///{new}/{inside}"
+    assert moved_config(cfg, old.uri, new).uri == moved, "the old one is gone"
+    for folder in (old, new):
+        (Path(folder.uri) / inside).parent.mkdir(parents=True)
+    (Path(old.uri) / inside).touch()
+    assert moved_config(cfg, old.uri, new).uri == cfg.uri, "the run alone was moved"
+    (Path(new.uri) / inside).touch()
+    assert moved_config(cfg, old.uri, new).uri == moved, "it was copied with its store"
+    for other in (None, f"sqlite:///{tmp_path}/other.db", "http://host:5000", f"sqlite:///{old}er/x.db"):
+        assert moved_config(MlflowConfig(uri=other), old.uri, new).uri == other
+    assert moved_config(cfg, "s3://bucket/runs", new).uri == cfg.uri
+
+
+def log_from(run: Path, checkpoint: Path) -> None:
+    """A checkpoint among the artifacts of a run, whose store is beside its folder."""
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.pt").write_text("weights")
+    one = MlflowLogger(Target(store_beside(Storage(run.parent)), "pipeline", str(run), "id"), run / "mlflow", print)
+    one.log_folder(checkpoint, "checkpoints/step_1")
+    assert one.close("FINISHED", 60) == 0
+
+
+def write_into(storage: Path) -> None:
+    """A report, as `pipeline report` logs it, and what `pipeline register` makes of a run of another store."""
+    target = Target(store_beside(Storage(storage)), "pipeline", str(storage / "run"), "id")
+    run = open_existing(target)
+    assert run is not None
+    (storage / "report.html").write_text("report")
+    run.log_report([storage / "report.html"])
+
+
+def test_what_is_logged_after_a_move_goes_to_where_the_storage_is_now(tmp_path: Path) -> None:
+    """Each in a process of its own: MLflow remembers where a run's artifacts are."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    for function, args in ((log_from, (old / "run", tmp_path / "step_1")), (write_into, (new,))):
+        child = multiprocessing.get_context("spawn").Process(target=function, args=args)
+        child.start()
+        child.join(120)
+        assert child.exitcode == 0
+        if function is log_from:
+            old.rename(new)
+    assert not old.exists()
+    assert {path.name for path in (new / "mlartifacts").rglob("*.*")} == {"state.pt", "report.html"}
 
 
 def test_a_training_that_begins_meanwhile_sends_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

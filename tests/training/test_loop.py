@@ -1,9 +1,12 @@
 """Whole trainings through `fit`, without Ray: resuming is exact, failures are told, MLflow gets each step once."""
 
 import dataclasses
+import itertools
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlflow
@@ -17,11 +20,11 @@ from odd_images import as_text, damaged_jpeg, encode, write_odd_folder
 from PIL import Image
 from ranks import FAST, context, final_state, run_ranks
 
-from pipeline.cluster import driver
+from pipeline.cluster import ending
 from pipeline.config.loading import load
 from pipeline.errors import UserError
 from pipeline.events import AttemptStarted, BrokenImage, Event, StepLogged, Warned
-from pipeline.failures import Interrupted, NonFiniteError, TrainingFailedError
+from pipeline.failures import MLFLOW_END_S, MLFLOW_HANDOVER_S, Interrupted, NonFiniteError, TrainingFailedError
 from pipeline.models import pretrained
 from pipeline.runs import checkpoint, listing, lock
 from pipeline.runs.claim import Claim, SupersededError
@@ -29,6 +32,7 @@ from pipeline.runs.manifest import RunManifest
 from pipeline.runs.spec import RunSpec
 from pipeline.storage import Storage
 from pipeline.tracking.metrics import Predictions
+from pipeline.tracking.mlflow_logger import MlflowLogger
 from pipeline.training import loop, open_run, step
 from pipeline.training.evaluation import evaluate
 from pipeline.training.loop import NonFiniteLossError, fit
@@ -301,9 +305,9 @@ def test_mlflow_is_told_of_a_run_that_ends_between_attempts(
     spec: Callable[..., RunSpec], error: TrainingFailedError | Interrupted, is_open: bool, status: list[str]
 ) -> None:
     run = spec("run").run
-    driver.tell_end(spec("run"), 0, error, pytest.fail)
+    ending.tell_end(spec("run"), 0, error, pytest.fail)
     RunManifest().write(run)
-    driver.tell_end(spec("run"), 0, error, pytest.fail)  # no attempt has begun: there is nothing to end
+    ending.tell_end(spec("run"), 0, error, pytest.fail)  # no attempt has begun: there is nothing to end
     assert "mlflow.db" not in run.parent.names()
     fit(spec("run", "run.stop_at_step=2"), context())
     now = RunManifest.read(run, pytest.fail)
@@ -314,9 +318,9 @@ def test_mlflow_is_told_of_a_run_that_ends_between_attempts(
         (experiment,) = [one for one in client.search_experiments() if one.name == "pipeline"]
         (there,) = client.search_runs([experiment.experiment_id])
         client.update_run(there.info.run_id, status="RUNNING")
-    driver.tell_end(spec("run"), 1, error, pytest.fail)  # the attempt is an earlier command's
+    ending.tell_end(spec("run"), 1, error, pytest.fail)  # the attempt is an earlier command's
     assert RunManifest.read(run, pytest.fail) == dataclasses.replace(now, open=is_open, place=str(run))
-    driver.tell_end(spec("run"), 0, error, pytest.fail)
+    ending.tell_end(spec("run"), 0, error, pytest.fail)
     assert mlflow_status(spec("run")) == status
     ended = RunManifest.read(run, pytest.fail)
     assert ended is not None
@@ -350,6 +354,40 @@ def test_a_node_that_sees_the_run_late_begins_no_new_training(
     (start,) = [event for event in events if isinstance(event, AttemptStarted)]
     assert (start.attempt, start.step) == (2, 4)
     assert "mount the same run.storage" in next(event.text for event in events if isinstance(event, Warned))
+
+
+def test_a_run_that_a_node_never_sees_is_a_failure(
+    spec: Callable[..., RunSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = spec("run").run
+    RunManifest().write(run)
+    one = dataclasses.replace(spec("run", "run.stop_at_step=2", "cluster.timeout_s=20"), claim=Claim.take(run))
+    fit(one, context())
+    before = (tmp_path / "run/run.json").read_bytes()
+    (tmp_path / "run/checkpoints").rename(tmp_path / "away")
+    clock = itertools.count(0.0, 5.0)
+    monkeypatch.setattr("pipeline.failures.time", SimpleNamespace(sleep=lambda _: None, monotonic=lambda: next(clock)))
+    with pytest.raises(OSError, match=r"mount the same run\.storage"):
+        fit(dataclasses.replace(one, saved_step=2), context())
+    assert (tmp_path / "run/run.json").read_bytes() == before
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+@pytest.mark.parametrize(("why", "limited"), [("resize", True), ("interrupted", False)])
+def test_a_node_that_is_drained_waits_for_mlflow_for_a_limited_time(
+    spec: Callable[..., RunSpec], why: Any, limited: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also for one that answers, but has a long backlog to take: the next attempt sends the rest."""
+    closed, close = list[tuple[Any, ...]](), MlflowLogger.close
+
+    def watched(self: MlflowLogger, *args: Any) -> int:
+        closed.append(args[:3])
+        return close(self, *args)
+
+    monkeypatch.setattr(MlflowLogger, "close", watched)
+    assert fit(spec("run"), dataclasses.replace(context(), stop_reason=lambda: why))["status"] == why
+    assert closed == [("KILLED", *(MLFLOW_HANDOVER_S if limited else (MLFLOW_END_S, math.inf)))]
+    assert math.isfinite(MLFLOW_HANDOVER_S[1])
 
 
 def test_a_finished_run_trains_no_more(spec: Callable[..., RunSpec]) -> None:

@@ -27,7 +27,7 @@ from pipeline.storage import Storage
 from pipeline.tracking.metrics import Predictions
 from pipeline.training.evaluation import evaluate
 from pipeline.training.loop import fit
-from pipeline.training.microbatch import AutoMicrobatch, OomSplitter
+from pipeline.training.microbatch import AutoMicrobatch, OomSplitter, may_try_out
 from pipeline.training.state import TrainState
 from pipeline.training.step import train_step
 
@@ -183,3 +183,13 @@ def test_trainings_and_commands_evaluate_in_parts(
         assert told.err.count(line) == 1, told.err
         result = json.loads(told.out)
         assert result.get("top1", trained["top1"]) == trained["top1"]
+
+
+def test_a_rank_with_synchronised_batch_norm_tries_nothing_out_alone() -> None:
+    """It would wait for the others' statistics until cluster.timeout_s."""
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    alone, together = (config(f"model.sync_bn={word}") for word in ("false", "true"))
+    assert may_try_out(alone, gpu, 2)
+    assert may_try_out(together, gpu, 1)
+    assert not may_try_out(together, gpu, 2)
+    assert not may_try_out(alone, cpu, 2)
