@@ -36,9 +36,10 @@ COPY pipeline pipeline
 RUN pip install --no-cache-dir --no-deps --no-index --no-build-isolation --prefix /project .
 
 FROM packages
-# KubeRay's probes call wget. No file may give its caller another user's rights, and all but /tmp is root's.
+# KubeRay's probes call wget. With a C compiler (and Python's headers, which the base has) Triton builds what launches the
+# kernels of a compiled network. No file may give its caller another user's rights, and all but /tmp is root's.
 RUN apt-get update && \
-    apt-get install --yes --no-install-recommends ca-certificates wget && \
+    apt-get install --yes --no-install-recommends ca-certificates gcc libc6-dev wget && \
     rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/* && \
     groupadd --gid 1000 pipeline && \
     useradd --uid 1000 --gid 1000 --home-dir /tmp --no-create-home --shell /usr/sbin/nologin pipeline && \

@@ -22,7 +22,7 @@ class AttemptStarted:
 
     attempt: its number in the run. step: it goes on from there. num_steps: of the whole training. device: "cpu" or
     "cuda". startup: seconds of each part of its start. failures: of the run so far. lost_steps, recovery_s: steps to do
-    again, and seconds since the failure before it, if there was one.
+    again, and seconds since the failure before it, if there was one. compilation: see `CompileDecision`.
     """
 
     attempt: int
@@ -39,6 +39,7 @@ class AttemptStarted:
     failures: int
     lost_steps: int | None = None
     recovery_s: float | None = None
+    compilation: str = ""
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ READ_SOURCE_S = 60.0  # images, outside of a training
 LOCK_S = 60.0  # a process that has the run; one that is about to end is waited for as long as a storage
 STOP_WAIT_S = 10.0  # images, by rank 0, which then saves, once all are to stop
 STOP_WAIT_OTHERS_S = 150.0  # the same, by the others, whose end would end rank 0's saving
+COMPILE_S = 600.0  # more for a step that compiles the network
 MLFLOW_END_S = 30.0  # MLflow at a training's end; what is left waits on disk
 MLFLOW_HANDOVER_S = 5.0, 60.0  # the same, where a new attempt is to go on; and in all, also where it answers
 MLFLOW_CALL_S = 600.0  # a single call at the end, such as a large file's upload, that neither ends nor fails

@@ -7,9 +7,11 @@ a package for on this machine. Everything that goes wrong is an OSError.
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import os
 import shutil
+import socket
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -134,7 +136,7 @@ class Storage:
     def write_bytes(self, name: str, content: bytes) -> None:
         """Make or replace a file: it is whole, or as it was before."""
         if self.local:
-            temporary = self.local / f".{name}.{os.getpid()}"
+            temporary = self.local / temporary_name(name)
             temporary.write_bytes(content)
             fsync(temporary)
             temporary.replace(self.local / name)
@@ -156,8 +158,8 @@ class Storage:
 
         system, path = self._opened
         to.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(to.parent, to.name)
-        temporary = to.with_name(f".{to.name}.{os.getpid()}")
+        remove_leftovers(to.parent, glob.escape(to.name))
+        temporary = to.with_name(temporary_name(to.name))
         # One request for each piece: by pyarrow's own size, 1 MiB, a ResNet-152's checkpoint takes 700, one by one.
         copy_files(f"{path}/{name}", str(temporary), system, LocalFileSystem(), chunk_size=PIECE_BYTES)
         temporary.replace(to)
@@ -173,10 +175,11 @@ class Storage:
         copy = self.parent.local_dir / self.name
         copy.parent.mkdir(parents=True, exist_ok=True)
         with alone(copy.parent):  # the first of a machine's processes fetches it for all
+            written_ns = int(info.mtime.timestamp() * 1e9) if info.mtime else 0
             status = copy.stat() if copy.exists() else None
-            written_s = info.mtime.timestamp() if info.mtime else 0.0
-            if status is None or status.st_size != info.size or status.st_mtime < written_s:
+            if status is None or (status.st_size, status.st_mtime_ns) != (info.size, written_ns):
                 self.parent.download(self.name, copy)
+                os.utime(copy, ns=(written_ns, written_ns))  # so that no clock but the store's counts
         return copy
 
     def delete(self, name: str) -> None:
@@ -253,13 +256,18 @@ def alone(folder: Path, *, wait: bool = True) -> Iterator[bool]:
         os.close(descriptor)
 
 
+def temporary_name(name: str) -> str:
+    """Of a file or folder that this process is writing, and which is to be called `name`."""
+    return f".{name}.{socket.gethostname()}.{os.getpid()}"
+
+
 def remove_leftovers(folder: Path, pattern: str) -> None:
-    """Delete files and folders that processes of this machine, which are dead, were writing in a folder.
+    """Delete what processes of this machine, which are dead, were writing in a folder, perhaps one that all share.
 
     Args:
-        pattern: of what they were to be called; until then it is .NAME.PID.
+        pattern: of names.
     """
-    for path in folder.glob(f".{pattern}.*"):
+    for path in folder.glob(f".{pattern}.{glob.escape(socket.gethostname())}.*"):
         if path.suffix[1:].isdecimal() and not psutil.pid_exists(int(path.suffix[1:])):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)

@@ -22,8 +22,8 @@ ROOMS = {
     "tracking": "ledger metrics summary records outbox staging system_metrics mlflow_store pyfunc_model registry",
     "tracking.report": "charts page",
     "tracking.": "mlflow_run backlog mlflow_logger uploads find sync",
-    "training": """precision schedule optim state step microbatch evaluation ddp control watchdog sample_log profiler
-        replicas stragglers crashing_images losses broken_images attempt recorder setup loop open_run inference
+    "training": """precision compilation schedule optim state step microbatch evaluation ddp control watchdog sample_log
+        profiler replicas stragglers crashing_images losses broken_images attempt recorder setup loop open_run inference
         checkpoint_report""",
     "cluster": """oom ending supervisor ray_start ray_cluster connection affinity channel worker prometheus trainer
         controller driver""",

@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from web import web_server
 from pipeline.config.loading import load
 from pipeline.failures import CheckpointError, retry
 from pipeline.runs import checkpoint, retention
-from pipeline.storage import Storage, alone, fsync, remove_leftovers
+from pipeline.storage import Storage, alone, fsync, remove_leftovers, temporary_name
 from pipeline.training.state import TrainState
 
 TREE = {"a b/%20#?&é.txt": b"odd", "a b/c/empty": b"", "x.tar": bytes(range(256)) * 100}
@@ -291,33 +292,52 @@ def dead_process() -> int:
     return process.pid
 
 
+def left_by(name: str, process: int, host: str = "") -> str:
+    return f".{name}.{host or socket.gethostname()}.{process}"
+
+
 def test_what_dead_processes_were_writing_goes(tmp_path: Path) -> None:
     """724 MB of a ResNet-152's checkpoint for each kill, on a machine that the writer does not come back to."""
     dead = dead_process()
-    for name in (f".a.pt.{dead}", f".a.pt.{os.getpid()}", f".b.pt.{dead}", ".a.pt.part", "a.pt"):
+    files = [left_by("a.pt", dead), left_by("a.pt", os.getpid()), left_by("b.pt", dead), ".a.pt.part", "a.pt"]
+    files.append(left_by("a.pt", dead, "another-host"))  # which may have the same folder
+    for name in files:
         (tmp_path / name).write_bytes(b"x")
-    (tmp_path / f".step_00000003.{dead}").mkdir()
-    (tmp_path / f".step_00000003.{dead}" / "state.pt").write_bytes(b"x")
+    (tmp_path / left_by("step_00000003", dead)).mkdir()
+    (tmp_path / left_by("step_00000003", dead) / "state.pt").write_bytes(b"x")
     remove_leftovers(tmp_path, "a.pt")
     remove_leftovers(tmp_path, "step_*")
-    left = {".a.pt.part", f".a.pt.{os.getpid()}", f".b.pt.{dead}", "a.pt"}
-    assert {path.name for path in tmp_path.iterdir()} == left
+    assert {path.name for path in tmp_path.iterdir()} == {*files[1:]}
+    assert temporary_name("a.pt") == files[1]
 
 
 @pytest.mark.parametrize("folder", ["s3"], indirect=True)
 def test_no_leftovers_gather_on_a_machine_that_rank_0_has_left(
     folder: Storage, save: Callable[[int], Storage], tmp_path: Path
 ) -> None:
-    dead = dead_process()
-    (folder.local_dir / f".step_00000003.{dead}").mkdir(parents=True)
-    (folder.local_dir / f".step_00000004.{os.getpid()}").mkdir()
+    dead, alive = dead_process(), left_by("step_00000004", os.getpid())
+    (folder.local_dir / left_by("step_00000003", dead)).mkdir(parents=True)
+    (folder.local_dir / alive).mkdir()
     retention.forget_copies(folder)
-    assert [path.name for path in folder.local_dir.iterdir()] == [f".step_00000004.{os.getpid()}"]
+    assert [path.name for path in folder.local_dir.iterdir()] == [alive]
     folder.write_bytes("train.arrow", b"index")
-    (tmp_path / f".train.arrow.{dead}").write_bytes(b"half of it")
+    (tmp_path / left_by("train.arrow", dead)).write_bytes(b"half of it")
     folder.download("train.arrow", tmp_path / "train.arrow")
     assert {path.name for path in tmp_path.glob("*.arrow*")} == {"train.arrow"}
     assert not list(tmp_path.glob(".train.arrow.*"))
+
+
+@pytest.mark.parametrize("folder", ["s3"], indirect=True)
+def test_a_copy_is_as_old_as_the_original(folder: Storage) -> None:
+    """A machine's clock that is behind the store's would have each of its processes fetch it again, and again."""
+    folder.write_bytes("train.arrow", b"index")
+    copy = (folder / "train.arrow").fetch()
+    before = copy.stat().st_ino
+    assert (folder / "train.arrow").fetch().stat().st_ino == before
+    assert copy.stat().st_mtime < time.time() + 5
+    time.sleep(1.1)  # S3's times are whole seconds
+    folder.write_bytes("train.arrow", b"other")
+    assert (folder / "train.arrow").fetch().read_bytes() == b"other"
 
 
 @pytest.mark.parametrize("folder", ["s3"], indirect=True)

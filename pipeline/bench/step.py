@@ -29,7 +29,7 @@ from pipeline.runs.spec import WorkerContext
 from pipeline.text import between, columns, figure
 from pipeline.tracking.ledger import COMPUTE, TimeLedger, total
 from pipeline.training import open_run
-from pipeline.training.ddp import compiled
+from pipeline.training.compilation import SHORT_STEPS, compiled, decide, missing_tool
 from pipeline.training.loop import fit
 from pipeline.training.state import TrainState
 from pipeline.training.step import AUTOCAST, train_step, unmarked
@@ -51,7 +51,9 @@ class BareStep:
         self.batch = batch_per_worker(cfg)
         self._train = replace(cfg.train, global_batch=self.batch)
         self._state = TrainState.create(cfg, NUM_CLASSES, context.device)
-        self._net = self._state.model if cfg.model.compile == "none" else compiled(self._state.model, cfg.model.compile)
+        missing = [missing_tool(context.device)]
+        mode = decide(cfg, context.device, missing=missing, num_steps=SHORT_STEPS).mode
+        self._net = self._state.model if mode == "none" else compiled(self._state.model, mode)
         size = cfg.data.image_size
         images = torch.randint(0, 256, (self.batch, 3, size, size), dtype=torch.uint8, device=context.device)
         labels = torch.randint(0, NUM_CLASSES, (self.batch,), device=context.device)

@@ -134,7 +134,7 @@ class TrainingView(_View):
         self.print(
             f"attempt {event.attempt}: step {event.step} of {self._num_steps}, {where}; "
             f"{event.world_size} workers x {event.num_threads} threads on {event.device} "
-            f"in {event.precision} ({event.precision_reason}), ready {ready}"
+            f"in {event.precision} ({event.precision_reason}), {event.compilation}, ready {ready}"
         )
         self.print("  " + ", ".join(f"{name} {s:.1f} s" for name, s in event.startup.items()))
         if self._bar and self._task is None:

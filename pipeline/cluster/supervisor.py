@@ -141,6 +141,11 @@ def train(
                 cfg = dataclasses.replace(cfg, cluster=cluster)
         emit(event)
 
+    def tell(error: TrainingFailedError | Interrupted) -> None:
+        from pipeline.cluster.ending import tell_for_driver  # late: it takes a second
+
+        tell_for_driver(cfg, place, command, error, lambda text: emit(Warned(text)))
+
     with _signals() as received:
         restarted, command = False, uuid.uuid4().hex
         while True:
@@ -151,14 +156,14 @@ def train(
             if end == "user error":
                 raise UserError(content)
             if end == "interrupted":
+                if restarted and has_trained:  # a driver that ends before it opens the run tells nobody
+                    tell(Interrupted())
                 raise Interrupted
             content = kills.explain(content)
             if not driver_is_replaced(end, restarted or has_trained) or budget.failed():
                 error = TrainingFailedError(content)
                 if has_trained and end != "failed":  # which the driver has told
-                    from pipeline.cluster.ending import tell_of_lost_driver  # late: it imports MLflow's side
-
-                    tell_of_lost_driver(cfg, place, command, error, lambda text: emit(Warned(text)))
+                    tell(error)
                 raise error
             restarted = True
             failures = (*failures, Failure(content, step, time.time()))

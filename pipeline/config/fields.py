@@ -65,10 +65,10 @@ class Section:
 _LOGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/:@\[]*:(?!\d+/)[^@]+@|https?://[^/?#@]+@", re.IGNORECASE)
 # In a query: ?sig=, &account_key=, &X-Amz-Signature=, &SharedAccessSignature=; but not ?page_token=.
 _SECRETS = re.compile(
-    r"secret|passw(or)?d|signature|credential|authorization|(account|access|api|private)key|token$|^key$"
+    "secret|passw(or)?d|signature|credential|authorization|(account|access|api|private)key|^key$"
+    "|(?<!page)(?<!next)(?<!continuation)token$"
 )
 _SHORT_SECRETS = {"sig", "sas", "pwd", "pass", "auth", "bearer"}
-_OF_LISTS = {"page", "next", "continuation"}
 
 
 def _has_credentials(uri: str) -> bool:
@@ -82,7 +82,7 @@ def _has_credentials(uri: str) -> bool:
 def _is_secret(name: str) -> bool:
     """Whether a query's value of this name is one to keep."""
     words = [word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)]
-    return not _OF_LISTS & {*words} and (bool(_SHORT_SECRETS & {*words}) or _SECRETS.search("".join(words)) is not None)
+    return bool(_SHORT_SECRETS & {*words}) or _SECRETS.search("".join(words)) is not None
 
 
 def refuse_credentials(key: str, value: Any) -> None:

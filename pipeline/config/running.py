@@ -59,9 +59,7 @@ class MlflowConfig(Section):
 
 @dataclass(frozen=True)
 class ClusterConfig(Section):
-    workers: Any = setting(  # noqa: RUF009  the kind OmegaConf has for a number or a list
-        1, "processes that train together, one a GPU; [min,max]: as many as there is room for"
-    )
+    workers: Any = setting(1, "processes that train together, one a GPU; [min,max]: as many as there is room for")
     device: Literal["auto", "cpu", "gpu"] = setting("auto", "auto: a GPU for each worker where the cluster has them")
     cpus_per_worker: int | None = setting(
         None, "cores of a worker; null: those there are at the start, shared out evenly", "cores", low=1

@@ -5,6 +5,7 @@ from typing import Literal
 
 from pipeline.config.fields import Section, refuse_credentials, setting
 
+CompileMode = Literal["auto", "none", "default", "reduce-overhead", "max-autotune"]
 Precision = Literal["bf16", "fp16", "fp32"]  # what can be computed in
 
 
@@ -33,8 +34,10 @@ class ModelConfig(Section):
     freeze: Literal["none", "stem", "layer1", "layer2", "layer3", "layer4"] = setting(
         "none", "fine-tuning: this part and all before it stay as they are, their BatchNorm statistics too"
     )
-    compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = setting(
-        "none", "torch.compile's mode for training; reduce-overhead uses CUDA graphs; evaluation is not compiled"
+    compile: CompileMode = setting(
+        "auto",
+        "torch.compile's mode for training; auto: default on GPUs, in trainings of 500 steps or more, where each node "
+        "has a C compiler, else none; reduce-overhead uses CUDA graphs; evaluation is not compiled",
     )
 
     def __post_init__(self) -> None:

@@ -84,6 +84,7 @@ class AsyncCheckpointer:
         self.newest = newest
         self._step = newest.step if newest and newest.place.parent.uri == folder.uri else None  # of the one saved last
         self._first_step, self._written_steps = self._step or 0, set[int]()
+        self._damaged = frozenset[int](newest.meta.get("damaged", ()) if newest and self._step else ())
         self._host: dict[str, Any] | None = None
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
@@ -202,9 +203,22 @@ class AsyncCheckpointer:
         except OSError as e:
             self._warn(f"old checkpoints in {self._folder} cannot be deleted: {e}")
 
+    @property
+    def damaged(self) -> list[int]:
+        """Steps of checkpoints that are known to be, for the meta.json of the next one: sizes do not tell."""
+        return sorted(self._damaged)
+
     def _is_damaged(self, step: int) -> bool:
-        """Whether it was there already, and was not gone on from."""
-        return step > self._first_step and step not in self._written_steps
+        """Whether it is known to be, or was there already and was not gone on from."""
+        if step in self._written_steps:
+            self._damaged -= {step}
+        elif step > self._first_step:
+            self._damaged |= {step}
+        return step in self._damaged
+
+    def best(self, training_id: str) -> Checkpoint | None:
+        """Of a training's, the one with the highest top-1."""
+        return retention.best_of(retention.own(self._folder, training_id, self._is_damaged))
 
     def _add_scores(self, step: int, scores: dict[str, float], after: Future[None] | None) -> None:
         if after is not None:
@@ -254,7 +268,7 @@ class AsyncCheckpointer:
     def _make_room(self, training: str) -> str | None:
         self._check()  # nothing of a run that is another driver's is deleted
         in_use = {*self._unscored, *([self.newest.step] if self.newest else [])}
-        oldest = retention.make_room(self._folder, training, in_use)
+        oldest = retention.make_room(self._folder, training, in_use, self._is_damaged)
         return None if oldest is None else str(oldest.place)
 
     def _frees(self, make_room: Callable[[], str | None], what: str) -> bool:
@@ -262,7 +276,7 @@ class AsyncCheckpointer:
         try:
             oldest = make_room()
         except OSError as e:
-            self._warn(f"the checkpoints in {self._folder} cannot be read: {e}")
+            self._warn(f"no room can be made in {self._folder}: {e}")
             return False
         if oldest is not None:
             self._warn(f"the disk is full: deleted {oldest} to make room for the {what}")

@@ -14,7 +14,6 @@ Which one to resume from is found by reading the storage, not by anyone's record
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -28,7 +27,7 @@ from pipeline.config import loading
 from pipeline.config.schema import Config
 from pipeline.failures import READ_CHECKPOINT_S, CheckpointError, IncompleteError, retry
 from pipeline.runs.state_file import write_state
-from pipeline.storage import Storage, alone, fsync
+from pipeline.storage import Storage, alone, fsync, temporary_name
 from pipeline.versions import software
 
 FORMAT = 2
@@ -118,7 +117,7 @@ def save(
         OSError: it could not be written; what is left of it has no meta.json.
     """
     name = name_of(state["step"])
-    place, staging = folder / name, folder.local_dir / f".{name}.{os.getpid()}"
+    place, staging = folder / name, folder.local_dir / temporary_name(name)
     if not folder.local:  # a local folder that has vanished, as with its mount, must not be made anew
         folder.local_dir.mkdir(parents=True, exist_ok=True)
     try:

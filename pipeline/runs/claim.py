@@ -59,10 +59,6 @@ class Claim:
         names = _names(run / FOLDER)
         return cls(run, max(names)) if names else None
 
-    def is_of(self, command: str) -> bool:
-        """Whether it is that of a driver of this command."""
-        return self.name.split("-")[1] == command
-
     def check(self) -> None:
         """Make sure that this is still the last claim; to be called before anything of the run is written.
 

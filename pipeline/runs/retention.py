@@ -11,8 +11,14 @@ from pipeline.runs.checkpoint import CONFIG, FORMAT, META, STATE, Checkpoint, is
 from pipeline.storage import Storage, alone, remove_leftovers
 
 
-def own(folder: Storage, training_id: str | None) -> list[Checkpoint]:
-    """A training's checkpoints (None: anyone's), oldest first, which are sound as far as meta.json and sizes tell."""
+def own(
+    folder: Storage, training_id: str | None, is_damaged: Callable[[int], bool] = lambda _: False
+) -> list[Checkpoint]:
+    """A training's checkpoints (None: anyone's), oldest first, which are sound as far as meta.json and sizes tell.
+
+    Args:
+        is_damaged: whether that of a step is known to be, though its sizes do not tell.
+    """
     checkpoints = []
     for name in names_in(folder):
         try:
@@ -21,7 +27,8 @@ def own(folder: Storage, training_id: str | None) -> list[Checkpoint]:
             continue
         if meta["format"] == FORMAT and is_whole(meta, sizes) and training_id in (None, meta["training_id"]):
             checkpoints.append(Checkpoint(folder / name, folder.local_dir / name, meta))
-    return sorted(checkpoints, key=lambda checkpoint: checkpoint.step)
+    sound = [checkpoint for checkpoint in checkpoints if not is_damaged(checkpoint.step)]
+    return sorted(sound, key=lambda checkpoint: checkpoint.step)
 
 
 def best_of(checkpoints: Collection[Checkpoint]) -> Checkpoint | None:
@@ -36,10 +43,9 @@ def prune(
     """Delete all of a training's but the newest `keep` and the best, and what is left of deletions that broke off.
 
     Args:
-        valid: step of one that is known to be valid, and stays.
-        is_damaged: whether that of a step is known to be, though its sizes do not tell.
+        valid: step of one that is known to be valid, and stays. is_damaged: see `own`.
     """
-    checkpoints = [checkpoint for checkpoint in own(folder, training_id) if not is_damaged(checkpoint.step)]
+    checkpoints = own(folder, training_id, is_damaged)
     kinds = {_kind(file) for file in (META, STATE, CONFIG)}
     for name in folder.names() if checkpoints else []:
         if "step_" <= name < checkpoints[-1].place.name and not kinds <= set(map(_kind, (folder / name).sizes())):
@@ -51,15 +57,23 @@ def prune(
     _forget(folder, lambda name: name != name_of(valid))  # that may be uploaded to MLflow, or be resumed from
 
 
-def make_room(folder: Storage, training_id: str | None, in_use: Collection[int]) -> Checkpoint | None:
+def make_room(
+    folder: Storage,
+    training_id: str | None,
+    in_use: Collection[int],
+    is_damaged: Callable[[int], bool] = lambda _: False,
+) -> Checkpoint | None:
     """Delete the oldest checkpoint of a training, on a disk that is full; never the newest, the best or one in use.
 
     One that waits for MLflow has a second link, so that to delete it would free nothing.
 
+    Args:
+        is_damaged: see `own`.
+
     Returns:
         What was deleted, if anything.
     """
-    for oldest in _old(own(folder, training_id), 1, in_use) if folder.local else []:
+    for oldest in _old(own(folder, training_id, is_damaged), 1, in_use) if folder.local else []:
         if oldest.file(STATE).stat().st_nlink == 1:
             oldest.place.remove()
             return None if oldest.place.names() else oldest  # it may be another user's

@@ -163,7 +163,7 @@ def config_to_resume(resume_from: Checkpoint, overrides: list[str]) -> Config:
             f"{resume_from.place} is not the newest checkpoint of its run, {newest.place.name} is; "
             "to branch off from it, give the branch a name: run.name=NAME"
         )
-    tracked = cfg.mlflow if "mlflow.uri" in given else moved_config(cfg.mlflow, cfg.run.storage, run.parent)
+    tracked = cfg.mlflow if "mlflow.uri" in given else moved_config(cfg.mlflow, resume_from.cfg.run.storage, run.parent)
     return dataclasses.replace(cfg, run=settings, mlflow=tracked)
 
 

@@ -72,14 +72,14 @@ class TimeLedger:
         finally:
             self.start_phase(outer)
 
-    def steps(self, batches: Iterator[T], *, compiling: bool = False) -> Iterator[T]:
+    def steps(self, batches: Iterator[T], compiles: Callable[[T], bool] = lambda _: False) -> Iterator[T]:
         """`batches`, with the time that each is waited for as "data wait", and the first one's left where it was.
 
         Args:
-            compiling: the first step compiles the network, and is counted as that.
+            compiles: whether a batch's step compiles the network; it is counted as that.
         """
-        self._compiling = compiling
         for batch in batches:
+            self._compiling = compiles(batch)
             self.start_phase("forward")
             yield batch
             self._compiling = False

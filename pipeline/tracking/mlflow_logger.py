@@ -245,7 +245,7 @@ class MlflowLogger:
         while waiting and not self._abandoned.is_set():
             batch = first_batch(waiting, MAX_METRICS)
             first = batch[0][0]
-            self.staging.in_use = first.staged if isinstance(first, Staged) else None
+            self.staging.use(first.staged if isinstance(first, Staged) else None)
             self._check_claim()
             try:
                 self._run.send([record for record, _ in batch])
@@ -257,7 +257,7 @@ class MlflowLogger:
                 self._warn(f"MLflow refused a record of kind {type(first).__name__.lower()}, dropped: {reason(e)}")
                 if isinstance(first, Staged):
                     shutil.rmtree(self._folder / first.staged, ignore_errors=True)
-            self.staging.in_use = None
+            self.staging.use(None)
             self._answered = time.monotonic()
             self.outbox.mark_sent(batch[-1][1])
             self._failing = False

@@ -177,8 +177,11 @@ def _search(client: Any, experiment_id: str, training_id: str) -> str | None:
     return str(runs[0].info.run_id) if runs else None
 
 
-def open_existing(target: Target) -> MlflowRun | None:
-    """A training's run, to be read and written to, or None where the store has none; no run is made.
+def open_existing(target: Target, *, follow: bool = False) -> MlflowRun | None:
+    """A training's run, or None where the store has none; nothing is made.
+
+    Args:
+        follow: see `MlflowRun`; for who writes to it.
 
     Raises:
         Exception: MLflow raises whatever its transport raises.
@@ -188,7 +191,7 @@ def open_existing(target: Target) -> MlflowRun | None:
     client = open_client(target.uri)
     experiment = client.get_experiment_by_name(target.experiment)
     known = experiment is not None and _search(client, experiment.experiment_id, target.training_id) is not None
-    return MlflowRun(target, follow=True) if known else None
+    return MlflowRun(target, follow=follow) if known else None
 
 
 def find_run(uri: str, run_id: str) -> Storage | None:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -10,15 +11,17 @@ CHECKPOINTS = "step_*.*/"  # among what is staged
 
 
 class Staging:
-    """Staged folders, each below a directory by a name of its own, which is what records say.
-
-    Attributes:
-        in_use: the one that is being uploaded.
-    """
+    """Staged folders, each below a directory by a name of its own, which is what records say."""
 
     def __init__(self, folder: Path):
         self._folder = folder
-        self.in_use: str | None = None
+        self._in_use: str | None = None
+        self._lock = threading.Lock()
+
+    def use(self, name: str | None) -> None:
+        """Keep the one of this name, which is being uploaded; and none from before."""
+        with self._lock:
+            self._in_use = name
 
     def link(self, source: Path) -> str:
         """Stage a folder's files as they are now; return the new folder's name.
@@ -54,12 +57,13 @@ class Staging:
 
         One whose files are here alone if there is one; the checkpoint of another one can be deleted next.
         """
-        waiting = [staged for staged in self._folder.glob(CHECKPOINTS) if staged.name != self.in_use]
-        if not waiting:
-            return None
-        oldest = min(waiting, key=lambda staged: (any(f.stat().st_nlink > 1 for f in staged.iterdir()), staged.suffix))
-        hidden = oldest.with_name(f".{oldest.name}")  # what is half deleted is not sent
-        oldest.rename(hidden)
+        with self._lock:
+            waiting = [staged for staged in self._folder.glob(CHECKPOINTS) if staged.name != self._in_use]
+            if not waiting:
+                return None
+            oldest = min(waiting, key=lambda staged: (_is_linked(staged), staged.suffix))
+            hidden = oldest.with_name(f".{oldest.name}")  # what is half deleted is not sent
+            oldest.rename(hidden)
         shutil.rmtree(hidden, ignore_errors=True)
         return f"the upload of {oldest.stem} to MLflow"
 
@@ -68,6 +72,11 @@ class Staging:
         for path in self._folder.glob("*.*/"):
             if path.suffix[1:].isdecimal() and path.name not in waiting:
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_linked(staged: Path) -> bool:
+    """Whether a checkpoint's files are elsewhere, too."""
+    return any(file.stat().st_nlink > 1 for file in staged.iterdir())
 
 
 def _link(source: str, target: str) -> None:

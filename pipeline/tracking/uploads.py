@@ -40,6 +40,10 @@ class Uploads:
             self._logger.log_folder(saved.path, f"{CHECKPOINTS}/{saved.path.name}")
 
         self._hand_over(saved.place, log)
+        self._hand_over(saved.place, self._drop_oldest)
+
+    def _drop_oldest(self) -> None:
+        """So that no more than `MAX_WAITING` wait."""
         while self._logger.staging.num_checkpoints() > MAX_WAITING and (dropped := self._logger.staging.drop_oldest()):
             self._num_dropped += 1
             if self._num_dropped.bit_count() == 1:  # the 1st, 2nd, 4th, ...

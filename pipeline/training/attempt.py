@@ -56,12 +56,14 @@ class Attempt:
         num_steps: int,
         startup: Mapping[str, float],
         precision_reason: str,
+        compilation: str,
     ) -> None:
         """Tell that it has begun.
 
         Args:
             fingerprint: of the training images. num_steps: of the whole training. startup: seconds of each of its
-                start's parts. precision_reason: why it is the one that the configuration says.
+                start's parts. precision_reason: why it is the one that the configuration says. compilation: see
+                `CompileDecision`.
         """
         ctx, cfg, resumed = self._ctx, self._spec.cfg, self._resumed
         first_step = resumed.step if resumed else 0
@@ -82,6 +84,7 @@ class Attempt:
                 device=ctx.device.type,
                 precision=cfg.train.precision,
                 precision_reason=precision_reason,
+                compilation=compilation,
                 startup=dict(startup),
                 failures=self._manifest.failures,
                 lost_steps=recovery.get("lost_steps"),

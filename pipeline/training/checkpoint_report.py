@@ -15,7 +15,7 @@ from pipeline.runs.checkpoint import Checkpoint
 from pipeline.storage import Storage, make_folder
 from pipeline.tracking import backlog, mlflow_run, outbox, summary
 from pipeline.tracking.mlflow_logger import FOLDER
-from pipeline.tracking.mlflow_run import MlflowRun, Target
+from pipeline.tracking.mlflow_run import Target
 from pipeline.tracking.mlflow_store import moved_config, reason
 from pipeline.tracking.records import Metrics, Record
 from pipeline.tracking.report.charts import METRICS, History
@@ -62,7 +62,7 @@ def make_report(
     if seconds := summary.read_seconds(run, meta["training_id"], checkpoint.step):
         meta = {**meta, "seconds": seconds, "counted": "over the whole training"}
     facts = Facts(run.name, data or cfg.data.val, meta, cfg, predictions, mistakes)
-    logged_run, logged, away = _find_logged(checkpoint, run, mlflow_uri)
+    target, logged, away = _find_logged(checkpoint, run, mlflow_uri)
     history = _with_waiting(logged, waiting)
     note = _note(away, history, run, cfg.train.log_every)
     try:
@@ -70,9 +70,11 @@ def make_report(
     except OSError as e:
         raise UserError(f"--out {out}: {e.strerror or e}; name another folder") from None
     not_logged = _why_not_logged(checkpoint, data) or away
-    if logged_run is not None and not not_logged:
+    if target is not None and not not_logged:
         try:
-            logged_run.log_report([out / name for name in files])
+            to = mlflow_run.open_existing(target, follow=True)
+            assert to is not None, "it was there a moment ago"
+            to.log_report([out / name for name in files])
         except Exception as e:  # MLflow raises whatever its transport raises
             not_logged = f"MLflow does not take it: {reason(e)}"
     return CheckpointReport(files, facts, note, not_logged)
@@ -82,8 +84,8 @@ def _sound(place: str, reason: str) -> None:
     raise AssertionError(f"{place} was decoded a moment ago: {reason}")
 
 
-def _find_logged(checkpoint: Checkpoint, run: Storage, uri: str | None) -> tuple[MlflowRun | None, History, str]:
-    """The MLflow run, its curves, and why there are none, if so."""
+def _find_logged(checkpoint: Checkpoint, run: Storage, uri: str | None) -> tuple[Target | None, History, str]:
+    """Where the MLflow run is, its curves, and why there are none, if so."""
     try:
         tracked = moved_config(checkpoint.cfg.mlflow, checkpoint.cfg.run.storage, run.parent)
         target = Target.of(tracked, run, checkpoint.meta["training_id"], uri)
@@ -93,7 +95,7 @@ def _find_logged(checkpoint: Checkpoint, run: Storage, uri: str | None) -> tuple
         logged_run = mlflow_run.open_existing(target)
         if logged_run is None:
             return None, {}, f"MLflow at {target.uri} does not know this training; --mlflow-uri names another store"
-        return logged_run, logged_run.history(), ""
+        return target, logged_run.history(), ""
     except Exception as e:  # as above; the report goes without
         return None, {}, f"MLflow at {target.uri} does not answer: {reason(e)}"
 

@@ -1,10 +1,7 @@
 """The network as an attempt trains it: exchanging gradients with other ranks, compiled. `state.model` is inside it."""
 
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -12,22 +9,19 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.config.schema import Config
-from pipeline.errors import UserError
 from pipeline.tracking.ledger import TimeLedger
+from pipeline.training.compilation import compiled, num_shapes
 from pipeline.training.step import autocast
 
 
 def wrap_model(model: nn.Module, cfg: Config, world_size: int, device: torch.device, ledger: TimeLedger) -> nn.Module:
-    """The model in DDP, where there are several ranks, and compiled, as configured.
-
-    Raises:
-        UserError: no compiler on this node.
-    """
+    """The model in DDP, where there are several ranks, and compiled, as was decided."""
+    assert cfg.model.compile != "auto", "not decided yet, see `pipeline.training.compilation`"
     net = model
     if world_size > 1:
         net = _distributed(model, cfg, world_size, device)
         _watch_communication(model, ledger)
-    return net if cfg.model.compile == "none" else compiled(net, cfg.model.compile)
+    return net if cfg.model.compile == "none" else compiled(net, cfg.model.compile, num_shapes(cfg))
 
 
 def _distributed(model: nn.Module, cfg: Config, world_size: int, device: torch.device) -> nn.Module:
@@ -75,23 +69,3 @@ def _watch_communication(model: nn.Module, ledger: TimeLedger) -> None:
 
     last = next(p for p in model.parameters() if p.requires_grad)  # the first layer's
     last.register_post_accumulate_grad_hook(there)  # type: ignore[no-untyped-call]
-
-
-def compiled(net: nn.Module, mode: str) -> nn.Module:
-    """The network in `mode` of torch.compile. `state.model` stays as it is: evaluation would take a compilation more.
-
-    Raises:
-        UserError: no compiler on this node.
-    """
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        raise UserError(
-            f"model.compile={mode}: needs a C++ compiler on every node, and {compiler} is not here; "
-            "install it, or set model.compile=none"
-        )
-    # torch 2.14 takes kernels of another kind of CPU from its cache; they write past the ends of their buffers.
-    torch.compiler.config.cache_key_tag = f"{torch.backends.cpu.get_cpu_capability()} {torch.cpu.get_capabilities()}"
-    if not isinstance(net, DistributedDataParallel):
-        return cast(nn.Module, torch.compile(net, mode=mode))
-    net.module = torch.compile(net.module, mode=mode)  # torch cuts it where buckets end
-    return net

@@ -5,16 +5,19 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from pipeline.config.schema import Config
 from pipeline.data.batch_spec import make_sampler
+from pipeline.data.loading.loader import Batch
 from pipeline.events import AttemptEnded
-from pipeline.failures import NonFiniteError, StoppedWaitingError
+from pipeline.failures import COMPILE_S, NonFiniteError, StoppedWaitingError
 from pipeline.runs.spec import RunSpec, WorkerContext
 from pipeline.training.broken_images import BrokenImages
+from pipeline.training.compilation import decide, missing_tool
 from pipeline.training.control import ControlBroadcast, ControlFlags
 from pipeline.training.ddp import wrap_model
 from pipeline.training.evaluation import StoppedError, evaluate, sync_buffers
@@ -66,7 +69,11 @@ def _fit(spec: RunSpec, ctx: WorkerContext, watchdog: Watchdog, stack: ExitStack
     begin(state, cfg, index, ctx, resumed, precision)
     ledger = make_ledger(ctx, manifest, resumed, entered)
     control = ControlBroadcast(ctx.world_size, cfg.cluster.timeout_s)
-    hosts = control.gather(socket.gethostname())
+    hosts, missing = zip(*control.gather((socket.gethostname(), missing_tool(ctx.device))), strict=True)
+    began_with = resumed.cfg.model.compile if resumed else None
+    compilation = decide(cfg, ctx.device, missing=missing, num_steps=schedule.num_steps, kept=began_with)
+    cfg = compilation.applied_to(cfg)
+    spec = replace(spec, cfg=cfg)
     broken_images = BrokenImages(ctx, control.gather)
     recorder = Recorder(
         spec,
@@ -78,6 +85,7 @@ def _fit(spec: RunSpec, ctx: WorkerContext, watchdog: Watchdog, stack: ExitStack
         ledger,
         schedule.num_steps,
         precision.reason,
+        str(compilation),
         hosts,
         watchdog.feed,
     )
@@ -89,6 +97,16 @@ def _fit(spec: RunSpec, ctx: WorkerContext, watchdog: Watchdog, stack: ExitStack
 
     def due(every: int) -> bool:
         return state.step % every == 0 or state.step == schedule.num_steps
+
+    shapes = set[torch.Size]()
+
+    def compiles(batch: Batch) -> bool:
+        """Whether the step compiles the network for a shape that comes first, which may take minutes."""
+        if cfg.model.compile == "none" or batch.images.shape in shapes:
+            return False
+        shapes.add(batch.images.shape)
+        watchdog.feed(COMPILE_S)
+        return True
 
     def evaluated() -> bool:
         """Evaluate the weights as they are; False where all are to stop, which they look for between chunks."""
@@ -141,7 +159,7 @@ def _fit(spec: RunSpec, ctx: WorkerContext, watchdog: Watchdog, stack: ExitStack
         unscored = resumed is not None and state.step > 0 and not resumed.meta["metrics"]
         owes_evaluation = unscored and due(eval_every) and not evaluated()
         batches = train_loader.from_step(state.step, state.step if owes_evaluation else stop_step)
-        for batch in ledger.steps(batches, compiling=cfg.model.compile != "none"):
+        for batch in ledger.steps(batches, compiles):
             lr = lr_at(state.step, cfg.optim, schedule)
             micro_batch = auto_microbatch.size(state, net, batch)
             loss = train_step(

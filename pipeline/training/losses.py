@@ -19,8 +19,8 @@ class Interval:
 
     step: the last of them. is_logged: whether a log is due at it. losses: of each step, the mean over its global batch.
     num_bad: broken images that ranks have met so far, the sum of their numbers. seconds: per phase, up to here.
-    computing, waiting: seconds of each rank, those for images apart, since the last log. They come an interval late; of
-    the first one, which warms up, there are none.
+    computing, waiting: seconds of each rank, those for images apart, between logs; they come one interval late, on
+    GPUs two. Of the first interval, which warms up, there are none.
     """
 
     step: int
@@ -73,7 +73,7 @@ class LossReader:
         device, world_size = self._ctx.device, self._ctx.world_size
         spent = torch.zeros(2, world_size, device=device)
         for part, seconds in enumerate(self._unsent):
-            spent[part, self._ctx.rank] = seconds
+            spent[part, self._ctx.rank].fill_(seconds)  # to set an item would copy, and wait for the device
         sums = torch.cat([torch.stack(self._losses), torch.full((1,), float(num_bad), device=device), spent.flatten()])
         self._losses.clear()
         self._unsent = (0.0, 0.0)

@@ -43,7 +43,8 @@ class Recorder(AbstractContextManager["Recorder"]):
     Args:
         index: of the training images. manifest: of the training, before this attempt. broken_images: of this attempt.
         resumed: the checkpoint that this attempt goes on from. heartbeat: called in long waits.
-        num_steps: of the whole training. precision_reason: why it is the one that cfg says. hosts: of each rank.
+        num_steps: of the whole training. precision_reason: why it is the one that cfg says. compilation: see
+            `CompileDecision`. hosts: of each rank.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Recorder(AbstractContextManager["Recorder"]):
         ledger: TimeLedger,
         num_steps: int,
         precision_reason: str,
+        compilation: str,
         hosts: Sequence[str],
         heartbeat: Callable[[], None] = lambda: None,
     ):
@@ -73,9 +75,9 @@ class Recorder(AbstractContextManager["Recorder"]):
             own = resumed.meta if resumed and resumed.meta["training_id"] == manifest.training_id else {}
             sampler = make_sampler(spec.cfg.data, len(index), spec.cfg.train.global_batch, spec.cfg.run.seed)
             self._stragglers = Stragglers(hosts, sampler.shares(ctx.world_size), own.get("stragglers"))
-            self._begin(Attempt(spec, ctx, manifest, resumed), resumed, precision_reason)
+            self._begin(Attempt(spec, ctx, manifest, resumed), resumed, precision_reason, compilation)
 
-    def _begin(self, attempt: Attempt, resumed: Checkpoint | None, precision_reason: str) -> None:
+    def _begin(self, attempt: Attempt, resumed: Checkpoint | None, precision_reason: str, compilation: str) -> None:
         cfg, ctx, run, timeout_s = self._spec.cfg, self._ctx, self._spec.run, self._spec.cfg.cluster.timeout_s
         self._attempt = attempt
         retry(self._spec.checkpoints.make, ctx.warn, timeout_s)
@@ -99,7 +101,7 @@ class Recorder(AbstractContextManager["Recorder"]):
         self._mlflow.log_text(dump(cfg), f"config/attempt_{attempt.number}.yaml")
         self._name_broken_images = partial(self._broken_images.log_names, self._mlflow.log_text, attempt.number)
         fingerprint = self._data["fingerprint"]
-        attempt.announce(self._mlflow, fingerprint, self._num_steps, self._startup, precision_reason)
+        attempt.announce(self._mlflow, fingerprint, self._num_steps, self._startup, precision_reason, compilation)
 
     def report_progress(self, step: int) -> None:
         """Tell that `step` steps are done. From the first one on MLflow is talked to: its import takes seconds."""
@@ -133,12 +135,11 @@ class Recorder(AbstractContextManager["Recorder"]):
 
     def _find_stragglers(self, interval: Interval) -> dict[str, float]:
         """Tell of ranks that hold the others up; metrics."""
-        metrics, lines = self._stragglers.add(interval.computing, interval.waiting)
-        for line in lines:
+        metrics, line = self._stragglers.add(interval.step, interval.computing, interval.waiting)
+        if line:
             self._ctx.warn(line)
-        if lines:
-            found = "; ".join(self._stragglers.found.values())
-            self._mlflow.set_tags({"pipeline.stragglers": found})
+            found = [f"{name}: {how}" for name, how in self._stragglers.found.items()]
+            self._mlflow.set_tags({"pipeline.stragglers": "; ".join(reversed(found))})
         return metrics
 
     def log_evaluation(self, state: TrainState, predictions: Predictions) -> None:
@@ -173,7 +174,8 @@ class Recorder(AbstractContextManager["Recorder"]):
             "images_per_s": self._images_per_s(state.step, seconds),
             "device": device_name(self._ctx.device),
             "workers": self._ctx.world_size,
-            "stragglers": self._stragglers.found,
+            "stragglers": dict(self._stragglers.found),
+            "damaged": self._checkpointer.damaged,
             **self._attempt.facts(),
             "mlflow_run_id": self._mlflow.run_id,
             "time": time.time(),
@@ -240,7 +242,7 @@ class Recorder(AbstractContextManager["Recorder"]):
             self._checkpointer.finish(cfg.cluster.timeout_s)
             self._heartbeat()
             self._attempt.end()
-            top = retention.best_of(retention.own(self._spec.checkpoints, self._attempt.training_id))
+            top = self._checkpointer.best(self._attempt.training_id)
         newest = self._checkpointer.newest
         assert newest is not None, "an attempt ends with a checkpoint"
         chosen = {"last": newest, "best": top}.get(cfg.mlflow.checkpoints)

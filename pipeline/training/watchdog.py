@@ -16,8 +16,9 @@ class Watchdog:
     def __init__(self, timeout_s: float):
         self._timeout_s = timeout_s + GRACE_S
 
-    def feed(self) -> None:
-        faulthandler.dump_traceback_later(self._timeout_s, exit=True, file=STDERR)
+    def feed(self, more_s: float = 0.0) -> None:
+        """Wait again, and so much longer for what is known to take long."""
+        faulthandler.dump_traceback_later(self._timeout_s + more_s, exit=True, file=STDERR)
 
     def stop(self) -> None:
         faulthandler.cancel_dump_traceback_later()

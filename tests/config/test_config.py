@@ -198,6 +198,8 @@ def test_every_config_file_loads(path: Path) -> None:
         "https://host/a.tar?apikey=hush",
         "https://host/a.tar?access_key=hush",
         "https://host/a.tar?SAS=hush",
+        "https://host/a.tar?next_api_key=hush",
+        "https://host/a.tar?page_password=hush",
     ],
 )
 def test_a_secret_in_a_uri_is_refused_and_not_told(uri: str) -> None:
@@ -216,7 +218,12 @@ def test_a_secret_in_a_uri_is_refused_and_not_told(uri: str) -> None:
         *("http://host:5000/x@y", "http://[::1]:5000", "hdfs://user@name/runs", "postgresql://me@db/mlflow"),
         *("s3://bucket/runs?region=", "s3://bucket/signature?scheme=http", "gs://bucket/secret=3/runs"),
         *("https://host/list?page_token=3", "https://host/list?next-token=1", "https://host/a?tokenizer=b&design=c"),
-        *("https://host/list?continuationToken=3", "s3://bucket/runs?kms_key_id=alias", "https://host/a?monkey=b"),
+        *(
+            "https://host/list?continuationToken=3",
+            "https://host/list?nexttoken=3",
+            "s3://bucket/runs?kms_key_id=alias",
+            "https://host/a?monkey=b",
+        ),
     ],
 )
 def test_other_uris_are_not_taken_for_secrets(uri: str) -> None:

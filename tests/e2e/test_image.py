@@ -25,7 +25,7 @@ NEEDED_BYTES = 40 * 2**30
 USER = 1000
 CA = "etc/ssl/certs/ca-certificates.crt"
 # What may not be in it: names of commands, and of files and folders.
-COMPILER = re.compile(r"(.*-)?(gcc|cc|g\+\+|c\+\+|clang(\+\+)?|nvcc)(-[\d.]+)?")
+COMPILER = re.compile(r"(.*-)?(g\+\+|c\+\+|clang(\+\+)?|nvcc)(-[\d.]+)?")  # but for C's
 LEFTOVERS = {".git", ".bash_history", ".python_history", ".cache", ".venv", "pip.conf"}
 WRITABLE = {"tmp", "dev/shm"}  # a container has a /dev of its own
 
@@ -106,7 +106,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
         cleanup.callback(shutil.rmtree, folder)
         # As python:3.11-slim-bookworm, but Debian's Python.
         base = folder / "base"
-        call("debootstrap", "--variant=minbase", "--include=python3-venv,ca-certificates", "bookworm", base)
+        call("debootstrap", "--variant=minbase", "--include=python3-venv,python3-dev,ca-certificates", "bookworm", base)
         shutil.copy(f"/{CA}", base / CA)
         container = call(*buildah, "from", "scratch")
         cleanup.callback(call, *buildah, "rm", "--all")
@@ -150,6 +150,38 @@ def test_its_files(image: Image) -> None:
     assert found == []
     for empty in ("tmp", "root/.cache", "var/lib/apt/lists", "var/cache/apt", "var/log"):
         assert not [p for p in (image.root / empty).rglob("*") if p.is_file()], empty
+
+
+# What Triton does for each kernel, with an extension of Python of its own making.
+EXTENSION = """
+import importlib.util, pathlib, tempfile
+from triton.runtime.build import _build
+from pipeline.training.compilation import missing_tool
+import torch
+assert not missing_tool(torch.device("cuda")), missing_tool(torch.device("cuda"))
+code = r'''
+#include <Python.h>
+static PyObject *answer(PyObject *self, PyObject *args) { return PyLong_FromLong(42); }
+static PyMethodDef methods[] = {{"answer", answer, METH_NOARGS, ""}, {NULL, NULL, 0, NULL}};
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "ext", NULL, -1, methods};
+PyMODINIT_FUNC PyInit_ext(void) { return PyModule_Create(&module); }
+'''
+folder = tempfile.mkdtemp()
+source = pathlib.Path(folder, "ext.c")
+source.write_text(code)
+spec = importlib.util.spec_from_file_location("ext", _build("ext", str(source), folder, [], [], [], []))
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+print(module.answer())
+"""
+
+
+def test_kernels_can_be_compiled_in_it(image: Image) -> None:
+    (image.root / "app/extension.py").write_text(EXTENSION)
+    try:
+        assert image.run("python extension.py").strip().endswith("42")
+    finally:
+        (image.root / "app/extension.py").unlink()
 
 
 def test_nothing_of_the_machine_that_built_it_is_left(image: Image) -> None:

@@ -27,9 +27,11 @@ from pipeline.models.resnet import ResNet, drop_rates
 from pipeline.runs.spec import RunSpec
 from pipeline.storage import Storage
 from pipeline.tracking.ledger import TimeLedger
-from pipeline.training.ddp import compiled, wrap_model
+from pipeline.training.compilation import compiled
+from pipeline.training.ddp import wrap_model
 from pipeline.training.evaluation import log_probabilities
 from pipeline.training.loop import fit
+from pipeline.training.losses import LossReader
 from pipeline.training.microbatch import AutoMicrobatch, OomSplitter
 from pipeline.training.state import TrainState
 from pipeline.training.step import train_step
@@ -173,7 +175,8 @@ def _synchronized_step(rank: int, world_size: int, batch: tuple[Tensor, Tensor],
     device = torch.device("cuda:0")
     torch.backends.cudnn.allow_tf32 = False  # see full_fp32; this process ends here
     settings = ["data.image_size=32", "model.depth=18", "train.global_batch=32", "train.precision=fp32"]
-    cfg = load(None, ["data.train=x", "data.val=x", *settings, f"model.sync_bn={str(sync_bn).lower()}"])
+    settings += [f"model.sync_bn={str(sync_bn).lower()}", "model.compile=none"]
+    cfg = load(None, ["data.train=x", "data.val=x", *settings])
     state = TrainState.create(cfg, 10, device)
     net = wrap_model(state.model, cfg, world_size, device, TimeLedger("start-up", device))
     images, labels = (tensor.chunk(world_size)[rank].to(device) for tensor in batch)
@@ -264,8 +267,10 @@ def test_a_step_and_its_batch_wait_for_nothing(digits_index: Callable[[str], Pat
         drop_rates=drop_rates(cfg.model),
     )
     state = TrainState.create(cfg, 10, device)
+    losses = LossReader(dataclasses.replace(context(), device=device), TimeLedger("forward", device), late=True)
     with closing(loader):
         for step, batch in enumerate(loader.from_step(0, 6)):
-            train_step(state, state.model, batch, cfg.train, lr=0.1, world_size=1)
+            losses.add(train_step(state, state.model, batch, cfg.train, lr=0.1, world_size=1))
+            losses.end_interval(state.step, 0, is_logged=True, now=False)
             torch.cuda.set_sync_debug_mode("error" if step >= 2 else "default")  # first ones may look at what is there
         torch.cuda.set_sync_debug_mode("default")

@@ -61,7 +61,9 @@ class Watched:
 
     def save(self, state: TrainState, step: int) -> None:
         state.step = step
-        self.checkpointer.save(state.step, state.finite_state_dict, lambda: META, now=True)
+        self.checkpointer.save(
+            state.step, state.finite_state_dict, lambda: {**META, "damaged": self.checkpointer.damaged}, now=True
+        )
 
 
 @pytest.fixture
@@ -195,18 +197,17 @@ def test_an_outage_over_many_checkpoints_is_two_lines(
     tmp_path: Path, cfg: Config, state: TrainState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Though the text of the error has the name of each."""
-    real, is_full, tries = checkpoint.save, [True], list[int]()
+    real, tries = checkpoint.save, list[int]()
 
     def full(folder: Storage, state: dict[str, Any], *args: Any) -> Checkpoint:
         tries.append(state["step"])
-        if is_full[0]:
+        if state["step"] < 9:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"/runs/.step_{state['step']:08d}.77/state.pt")
         return real(folder, state, *args)
 
     monkeypatch.setattr(checkpoint, "save", full)
     watched = Watched(tmp_path, cfg)
     for step in range(1, 10):
-        is_full[0] = step < 9
         watched.save(state, step)
         wait_for(lambda: step in tries)  # noqa: B023
     watched.checkpointer.finish(30)
@@ -228,13 +229,16 @@ def test_a_flipped_bit_takes_no_place(tmp_path: Path, cfg: Config, state: TrainS
         content = bytearray(saved.file(checkpoint.STATE).read_bytes())
         content[len(content) // 2] ^= 1
         saved.file(checkpoint.STATE).write_bytes(content)
-    newest = checkpoint.newest_valid(Storage(tmp_path), lambda _: None)
-    assert newest is not None
-    watched = Watched(tmp_path, cfg, newest)
-    for step in (5, 7):
-        watched.save(state, step)
-    watched.checkpointer.finish(30)
-    assert sorted(p.name[-1] for p in tmp_path.iterdir()) == ["5", "6", "7", "8"]
+    for steps, left in (((5, 7), [5, 6, 7, 8]), ((9, 11), [6, 8, 9, 11])):  # two attempts: the second is told of 6
+        newest = checkpoint.newest_valid(Storage(tmp_path), lambda _: None)
+        watched = Watched(tmp_path, cfg, newest)
+        for step in steps:
+            watched.save(state, step)
+        watched.checkpointer.finish(30)
+        assert sorted(int(path.name.removeprefix("step_")) for path in tmp_path.iterdir()) == left
+        best = watched.checkpointer.best("t")
+        assert best is None, "of those that tell scores"
+        assert watched.checkpointer.damaged == [6, 8]
 
 
 def test_a_driver_that_was_superseded_makes_no_room(

@@ -257,4 +257,6 @@ def test_a_named_store_of_mlflow_is_found_again(
     found = checkpoint.newest_valid(Storage(tmp_path / "moved/other/checkpoints"), pytest.fail)
     assert found is not None
     assert find.config_to_resume(found, []).mlflow.uri == f"sqlite:///{tmp_path}/moved/own.db"
+    override = f"run.storage={tmp_path}/moved"
+    assert find.config_to_resume(found, [override]).mlflow.uri == f"sqlite:///{tmp_path}/moved/own.db"
     assert find.config_to_resume(found, ["mlflow.uri=sqlite:////x.db"]).mlflow.uri == "sqlite:////x.db"

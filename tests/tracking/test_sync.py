@@ -178,9 +178,9 @@ def log_from(run: Path, checkpoint: Path) -> None:
 
 
 def write_into(storage: Path) -> None:
-    """A report, as `pipeline report` logs it, and what `pipeline register` makes of a run of another store."""
+    """A report, as `pipeline report` logs it."""
     target = Target(store_beside(Storage(storage)), "pipeline", str(storage / "run"), "id")
-    run = open_existing(target)
+    run = open_existing(target, follow=True)
     assert run is not None
     (storage / "report.html").write_text("report")
     run.log_report([storage / "report.html"])

@@ -90,7 +90,7 @@ def test_a_compiled_network_trains_alike(spec: Callable[..., RunSpec], world_siz
 
 COMPILED_STEP = """
 import torch
-from pipeline.training.ddp import compiled
+from pipeline.training.compilation import compiled
 net = torch.nn.Sequential(torch.nn.Conv2d(3, 12, 3), torch.nn.BatchNorm2d(12), torch.nn.ReLU())
 compiled(net, "default")(torch.randn(2, 3, 8, 8)).sum().backward()
 print(torch._dynamo.utils.counters["inductor"]["fxgraph_cache_hit"])
@@ -115,7 +115,7 @@ def test_compiling_without_a_compiler_is_refused(spec: Callable[..., RunSpec], m
     monkeypatch.setenv("CXX", "no-such-compiler")
     one = spec("run", "model.compile=default")
     wanted = (
-        r"model.compile=default: needs a C\+\+ compiler on every node, and no-such-compiler is not here; install it"
+        r"model.compile=default: needs a C\+\+ compiler \(no-such-compiler\), which is not on every node; install it"
     )
     with pytest.raises(UserError, match=wanted):
         fit(one, context())

@@ -1,0 +1,147 @@
+"""Which trainings are compiled, and that each shape of batches is compiled once, for itself."""
+
+import faulthandler
+import itertools
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import FAST, context
+from torch import nn
+
+from pipeline.config.loading import load
+from pipeline.config.schema import Config
+from pipeline.data.indexing.build import build_index
+from pipeline.errors import UserError
+from pipeline.events import AttemptStarted, Event
+from pipeline.failures import COMPILE_S
+from pipeline.models import resnet
+from pipeline.runs import checkpoint
+from pipeline.runs.spec import RunSpec
+from pipeline.storage import Storage
+from pipeline.training.compilation import decide, missing_tool, num_shapes
+from pipeline.training.loop import fit
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def config(*overrides: str) -> Config:
+    return load(None, ["data.train=x", "data.val=x", "train.precision=bf16", *overrides])
+
+
+LACK = "for half as much speed again, install gcc on each node"
+
+
+@pytest.mark.parametrize(
+    ("device", "overrides", "missing", "num_steps", "kept", "told"),
+    [
+        (GPU, [], ["", ""], 500, None, "compiled (a GPU)"),
+        (GPU, [], ["", ""], 499, None, "eager (499 steps are too few for it to pay)"),
+        (CPU, [], ["", ""], 10**6, None, "eager (on a CPU)"),
+        (GPU, ["model.sync_bn=true"], [""], 500, None, "eager (model.sync_bn is not compiled)"),
+        (GPU, [], ["", "gcc"], 500, "auto", f"eager ({LACK}; train.precision=fp16 may be quicker)"),
+        (GPU, ["train.precision=fp32"], ["gcc"], 500, None, f"eager ({LACK})"),
+        (GPU, [], ["", ""], 9, "default", "compiled (as the run began)"),
+        (GPU, [], ["", ""], 500, "none", "eager (as the run began)"),
+        (GPU, ["model.compile=none"], ["x"], 500, "default", "eager (as configured)"),
+        (CPU, ["model.compile=reduce-overhead"], [""], 9, None, "compiled (as configured)"),
+    ],
+)
+def test_what_auto_becomes(
+    device: torch.device, overrides: list[str], missing: list[str], num_steps: int, kept: Any, told: str
+) -> None:
+    decision = decide(config(*overrides), device, missing=missing, num_steps=num_steps, kept=kept)
+    assert str(decision) == told
+    assert decision.applied_to(config(*overrides)).model.compile == decision.mode != "auto"
+
+
+def test_a_machine_that_cannot_compile_what_is_to_be_is_refused() -> None:
+    """Also where a run began compiled: its sums would be others."""
+    for cfg, kept in ((config("model.compile=max-autotune"), None), (config(), "max-autotune")):
+        with pytest.raises(UserError, match=r"model\.compile=max-autotune: needs gcc, which is not on every node"):
+            decide(cfg, GPU, missing=["", "gcc"], num_steps=9, kept=kept)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("key", ["activation_checkpointing", "sync_bn"])
+def test_what_is_not_compiled_is_refused_with_a_mode(key: str) -> None:
+    with pytest.raises(UserError, match=rf"model\.{key}=true: cannot be combined with model\.compile=default"):
+        config(f"model.{key}=true", "model.compile=default")
+
+
+def test_what_a_machine_lacks_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A GPU's kernels are launched by an extension in C, which needs Python's headers, too."""
+    for variable in ("CC", "CXX"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert missing_tool(GPU) == "a C compiler (gcc or clang)"
+    assert missing_tool(CPU) == "a C++ compiler (g++ or clang++)"
+    for name in ("clang", "mine"):
+        (tmp_path / name).touch(mode=0o755)
+    assert missing_tool(GPU) == f"Python's headers ({tmp_path}/Python.h)"
+    (tmp_path / "Python.h").touch()
+    assert missing_tool(GPU) == ""
+    assert missing_tool(CPU) == "a C++ compiler (g++ or clang++)"
+    monkeypatch.setenv("CXX", "mine")
+    assert missing_tool(CPU) == ""
+
+
+def test_each_shape_is_compiled_once_and_for_itself(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five sizes of images, and parts of 3 and 2 of the share of 5: more than torch compiles by itself."""
+    shapes, fed = list[tuple[int, ...]](), list[float]()
+
+    def counting(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        (images,) = {tuple(t.shape) for t in inputs if t.dtype == torch.uint8}
+        shapes.append(images)
+        return graph.forward
+
+    class Tiny(resnet.ResNet):
+        def __init__(self, cfg: Any, num_classes: int):
+            super().__init__(cfg, num_classes)
+            self.conv1, self.bn1 = resnet.Conv2d(3, 4, 7, stride=4, bias=False), nn.BatchNorm2d(4)
+            self.layer1, self.layer2, self.layer3, self.layer4 = (nn.Sequential() for _ in range(4))
+            self.fc = nn.Linear(4, num_classes)
+
+    real, dump_later = torch.compile, faulthandler.dump_traceback_later
+
+    def compile_by_it(net: Any, *, mode: str, dynamic: bool) -> Any:
+        return real(net, backend=counting, dynamic=dynamic)
+
+    def dumped_later(timeout: float, **kwargs: Any) -> None:
+        fed.append(timeout)
+        dump_later(timeout, **kwargs)
+
+    monkeypatch.setattr(resnet, "ResNet", Tiny)
+    monkeypatch.setattr(torch, "compile", compile_by_it)
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", dumped_later)
+    torch._dynamo.reset()
+    for label, number in (("0", 3), ("1", 2)):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for image in sorted((digits / "val" / label).iterdir())[:number]:
+            shutil.copy(image, tmp_path / "images" / label)
+    build_index(tmp_path / "images")[0].save(index := tmp_path / "five.arrow")
+    settings = [
+        *("train.global_batch=5", "train.micro_batch=3", "train.epochs=5", "train.steps=null", "train.eval_every=100"),
+        *("data.start_size=32", "data.image_size=96", "data.val_resize=96", "data.grow_epochs=[0,4]"),
+        *("checkpoint.every=1000", "train.precision=fp32", "model.compile=default", "train.log_every=1000"),
+        *("cluster.timeout_s=100", "optim.lr=0.001", "train.ema_decay=null"),
+    ]
+    cfg = load(None, [*FAST, *settings, f"data.train={index}", f"data.val={index}", f"run.storage={tmp_path}"])
+    (tmp_path / "run").mkdir()
+    spec = RunSpec(cfg, Storage(tmp_path / "run"), str(index), str(index))
+    events = list[Event]()
+    fit(spec, context(events=events))
+    sizes = range(32, 97, 16)
+    assert num_shapes(cfg) == 2 * len(sizes) == 10
+    assert shapes == [(n, 3, size, size) for size, n in itertools.product(sizes, (3, 2))]
+    assert sum(timeout > COMPILE_S for timeout in fed) == len(sizes), "the watchdog waits longer for each"
+    (start,) = [event for event in events if isinstance(event, AttemptStarted)]
+    assert start.compilation == "compiled (as configured)"
+    saved = checkpoint.newest_valid(spec.checkpoints, pytest.fail)
+    assert saved is not None
+    assert saved.cfg.model.compile == "default"
