@@ -5,25 +5,17 @@ a package for on this machine. Everything that goes wrong is an OSError.
 """
 
 import contextlib
-import errno
-import fcntl
 import glob
 import hashlib
 import os
 import shutil
-import socket
-import stat
-import tempfile
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
-import psutil
-
-from pipeline.errors import UserError
-from pipeline.machine import user_name
+from pipeline.local_files import alone, fsync, remove_leftovers, scratch_folder, temporary_name
 
 PIECE_BYTES = 32 * 2**20
 
@@ -175,11 +167,11 @@ class Storage:
         copy = self.parent.local_dir / self.name
         copy.parent.mkdir(parents=True, exist_ok=True)
         with alone(copy.parent):  # the first of a machine's processes fetches it for all
-            written_ns = int(info.mtime.timestamp() * 1e9) if info.mtime else 0
+            written = int(info.mtime.timestamp()) if info.mtime else 0  # some file systems have whole seconds
             status = copy.stat() if copy.exists() else None
-            if status is None or (status.st_size, status.st_mtime_ns) != (info.size, written_ns):
+            if status is None or (status.st_size, int(status.st_mtime)) != (info.size, written):
                 self.parent.download(self.name, copy)
-                os.utime(copy, ns=(written_ns, written_ns))  # so that no clock but the store's counts
+                os.utime(copy, (written, written))  # so that no clock but the store's counts
         return copy
 
     def delete(self, name: str) -> None:
@@ -218,82 +210,3 @@ class Storage:
                 return PyFileSystem(FSSpecHandler(system)), path
             raise
         return system, path
-
-
-def scratch_folder() -> Path:
-    """Where this machine keeps what it may lose: this user's alone, as it names the server that gets its records.
-
-    Raises:
-        PermissionError: another user has made it, where all may write.
-    """
-    folder = Path(tempfile.gettempdir(), f"pipeline-{user_name()}")
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(mode=0o700, parents=True)
-    status = folder.lstat()
-    if status.st_uid != os.geteuid() or not stat.S_ISDIR(status.st_mode):
-        text = f"{folder} is not a folder of this user's; have it removed, or set TMPDIR to one of your own"
-        raise PermissionError(errno.EPERM, text)
-    if stat.S_IMODE(status.st_mode) & 0o077:
-        folder.chmod(0o700)
-    return folder
-
-
-@contextlib.contextmanager
-def alone(folder: Path, *, wait: bool = True) -> Iterator[bool]:
-    """One process or thread of this machine at a time, by a lock on a folder; without where there are no locks.
-
-    Yields:
-        Whether it is so; never False where it may wait.
-    """
-    descriptor, is_alone = os.open(folder, os.O_RDONLY), True
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError as e:
-            is_alone = e.errno != errno.EWOULDBLOCK
-        yield is_alone
-    finally:
-        os.close(descriptor)
-
-
-def temporary_name(name: str) -> str:
-    """Of a file or folder that this process is writing, and which is to be called `name`."""
-    return f".{name}.{socket.gethostname()}.{os.getpid()}"
-
-
-def remove_leftovers(folder: Path, pattern: str) -> None:
-    """Delete what processes of this machine, which are dead, were writing in a folder, perhaps one that all share.
-
-    Args:
-        pattern: of names.
-    """
-    for path in folder.glob(f".{pattern}.{glob.escape(socket.gethostname())}.*"):
-        if path.suffix[1:].isdecimal() and not psutil.pid_exists(int(path.suffix[1:])):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
-
-
-def fsync(path: Path) -> None:
-    """Have the disk hold a file's content, or a directory's entries, as far as its file system does that."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as e:
-        if not (path.is_dir() and e.errno in (errno.EINVAL, errno.ENOTSUP)):  # some of FUSE and SMB sync files alone
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def make_folder(out: Path) -> None:
-    """Make the folder for a result, before anything is measured.
-
-    Raises:
-        UserError: it cannot be made.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"--out {out}: {e.strerror or e}; name another directory") from None

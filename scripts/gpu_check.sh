@@ -32,7 +32,7 @@ python scripts/make_photos.py "$photos"
 for depth in 50 152; do
     config=configs/imagenet/resnet152.yaml
     data=("model.depth=$depth" "data.train=$photos" "data.val=$photos" cluster.workers=1 train.global_batch=256)
-    keep "step_$depth" pipeline bench step "$config" "${data[@]}" model.compile=none --steps 20 --out "$out/step_$depth" \
+    keep "step_$depth" pipeline bench step "$config" "${data[@]}" --steps 20 --out "$out/step_$depth" \
         --try model.compile=default --try model.compile=reduce-overhead --try train.precision=fp16
     for decoding in data.hw_decoder_load=0.65 data.hw_decoder_load=0 data.hw_decoder_load=0.9 data.decode_on_gpu=false; do
         name="train_${depth}_${decoding//[=.]/_}"

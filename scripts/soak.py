@@ -62,7 +62,9 @@ NUM_CHECKPOINTS = 2  # between two kills: a budget of failures begins anew with 
 EACH_NTH_IS_DRIVER = 10
 UNITS = {"memory": "MB", "threads": "", "descriptors": "", "number": "", "disk": "MB"}
 TEMPORARY = "temporary files"
-MB_PER_KILL = 0.2  # of Ray's logs there: 0.05 of a worker, 1 of a driver, each tenth time
+OUTBOX = "run's folder"
+# Ray's logs, 0.05 of a worker, 1 of a driver, each tenth time; and what an attempt logs that never reaches MLflow.
+MB_PER_KILL = {f"{TEMPORARY}: disk": 0.2, f"{OUTBOX}: disk": 0.02}
 # What is noise: of its size at first, and at least so much.
 NOISE = {"memory": (0.05, 4.0), "threads": (0, 2), "descriptors": (0, 4), "number": (0, 2), "disk": (0.1, 1.0)}
 ROLES = {  # by what a command line holds, the first that does
@@ -112,9 +114,9 @@ def growths(samples: Samples, part: str, began: float, ended: float, kills: int 
         of_part = [v for t, v in values if began <= t <= ended]
         first = [v for t, v in values if began <= t <= began + third]
         last = [v for t, v in values if ended - third <= t <= ended]
-        if first and last:
-            logs = MB_PER_KILL * kills if name == f"{TEMPORARY}: disk" else 0.0
-            yield Growth(part, name, statistics.median(first), statistics.median(last), max(of_part), logs)
+        if first and last and not (kills and name.startswith("worker: ")):  # where they are killed they stay young
+            allowed = MB_PER_KILL.get(name, 0.0) * kills
+            yield Growth(part, name, statistics.median(first), statistics.median(last), max(of_part), allowed)
 
 
 class Soak:
@@ -222,7 +224,7 @@ class Soak:
 
     def _folders(self) -> dict[str, float]:
         runs, tmp = self._folder / "runs", self._folder / "tmp"
-        places = {"run's checkpoints": runs / "soak/checkpoints", "run's folder": runs, TEMPORARY: tmp}
+        places = {"run's checkpoints": runs / "soak/checkpoints", OUTBOX: runs, TEMPORARY: tmp}
         return {f"{name}: disk": _bytes(place) / 1e6 for name, place in places.items()}
 
 

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "pipeline"
 # Rooms and, within them, modules; each may import what stands above it.
 ROOMS = {
-    "": "__init__ machine clock errors text events environment failures http_storage storage versions",
+    "": "__init__ machine clock errors text events environment failures local_files http_storage storage versions",
     "config": "fields data training running schema reference loading",
     "data": "stream augment_params index batch_spec",
     "data.indexing": "rows find shards parquet scan build",

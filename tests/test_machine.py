@@ -125,7 +125,7 @@ def test_a_memory_limit_of_the_kernel_s_counts(cgroup: Path) -> None:
 def test_a_user_without_an_entry_has_a_number() -> None:
     if os.getuid() != 0:
         pytest.skip("needs root to run as another user")
-    code = "import os; from pipeline.storage import scratch_folder; os.setuid(12345); print(scratch_folder().name)"
+    code = "import os; from pipeline.local_files import scratch_folder; os.setuid(12345); print(scratch_folder().name)"
     clean = {name: value for name, value in os.environ.items() if name not in ("LOGNAME", "USER", "LNAME", "USERNAME")}
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=clean)
     assert told.stdout.strip() == "pipeline-12345"

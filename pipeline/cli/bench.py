@@ -12,7 +12,7 @@ from cyclopts import Parameter, Token
 
 from pipeline.cli.common import DONE, FAILED, Config, Count, Json, Outcome, Overrides, load, warn, whole
 from pipeline.errors import UserError
-from pipeline.storage import make_folder
+from pipeline.local_files import make_folder
 
 Result = dict[str, Any]
 

@@ -7,6 +7,7 @@ from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.failures import DRIVER_END_S, MLFLOW_HANDOVER_S, Interrupted, TrainingFailedError
 from pipeline.runs.claim import Claim
+from pipeline.runs.manifest import RunManifest
 from pipeline.runs.spec import RunSpec
 from pipeline.storage import Storage
 
@@ -31,6 +32,9 @@ def tell_for_driver(cfg: Config, place: str, command: str, error: End, warn: Cal
 
     def tell() -> None:
         run = Storage(place)
+        left = RunManifest.read(run, lambda _: None)
+        if left is None or not left.open:  # it was told
+            return
         # From now on workers of the driver that is lost, which may live on, write nothing more.
         claim = Claim.take(run, command, reclaims=True)
         _tell_end(RunSpec(cfg, run, "", "", claim=claim), 0, error)
@@ -58,7 +62,6 @@ def _try_to_tell(tell: Callable[[], None], warn: Callable[[str], None]) -> None:
 
 
 def _tell_end(spec: RunSpec, attempts: int, error: End) -> None:
-    from pipeline.runs.manifest import RunManifest
     from pipeline.tracking.mlflow_logger import MAX_TAG, MlflowLogger
 
     manifest = RunManifest.read(spec.run, lambda _: None)
@@ -72,4 +75,4 @@ def _tell_end(spec: RunSpec, attempts: int, error: End) -> None:
     logger.take_backlog(spec.attempt_name(manifest.attempts))
     if has_failed:
         logger.set_tags({"pipeline.failure": failure})
-    logger.close("FAILED" if has_failed else "KILLED", *MLFLOW_HANDOVER_S)
+    logger.close("FAILED" if has_failed else "KILLED", MLFLOW_HANDOVER_S[0], DRIVER_END_S / 2)

@@ -43,8 +43,8 @@ class Config:
         train.require(smallest > 1 or size > 32, "global_batch", fix)
         self._require_equal_passes()
         fix = f"cannot be combined with model.compile={self.model.compile}; set it to false, or model.compile=none"
-        for name in ("activation_checkpointing", "sync_bn"):
-            self.model.require(not getattr(self.model, name) or self.model.compile in ("auto", "none"), name, fix)
+        holds = not self.model.activation_checkpointing or self.model.compile in ("auto", "none")
+        self.model.require(holds, "activation_checkpointing", fix)
         fits = train.steps is not None or self.optim.warmup_epochs <= train.epochs
         self.optim.require(fits, "warmup_epochs", f"must be at most train.epochs={train.epochs}")
 

@@ -35,8 +35,8 @@ class ModelConfig(Section):
         "none", "fine-tuning: this part and all before it stay as they are, their BatchNorm statistics too"
     )
     compile: CompileMode = setting(
-        "auto",
-        "torch.compile's mode for training; auto: default on GPUs, in trainings of 500 steps or more, where each node "
+        "none",
+        "torch.compile's mode for training; auto: default on GPUs, in trainings of 5000 steps or more, where each node "
         "has a C compiler, else none; reduce-overhead uses CUDA graphs; evaluation is not compiled",
     )
 

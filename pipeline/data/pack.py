@@ -25,7 +25,7 @@ from pipeline.data.indexing.rows import DECODABLE
 from pipeline.data.loading.read import Reader
 from pipeline.data.stream import permute
 from pipeline.errors import UserError
-from pipeline.storage import fsync
+from pipeline.local_files import fsync
 
 CHUNK = 256  # images in memory, twice
 READ_THREADS = 8

@@ -83,8 +83,11 @@ class AsyncCheckpointer:
         self._warn, self._free = warn, free
         self.newest = newest
         self._step = newest.step if newest and newest.place.parent.uri == folder.uri else None  # of the one saved last
-        self._first_step, self._written_steps = self._step or 0, set[int]()
-        self._damaged = frozenset[int](newest.meta.get("damaged", ()) if newest and self._step else ())
+        # What is newer than what is gone on from was skipped for its damage.
+        first_step, carried = self._step or 0, newest.meta.get("damaged", ()) if newest and self._step else ()
+        steps = {int(name.removeprefix("step_")) for name in checkpoint.names_in(folder)}
+        self._damaged = frozenset(step for step in steps if step > first_step or step in carried)
+        self._written_steps = frozenset[int]()
         self._host: dict[str, Any] | None = None
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
@@ -192,7 +195,7 @@ class AsyncCheckpointer:
         if saved is None:
             return
         self.newest = saved
-        self._written_steps.add(saved.step)
+        self._written_steps |= {saved.step}
         self._written(saved, time.monotonic() - began)
         for late in list(self._unscored.values()):
             self._score(*late)
@@ -206,15 +209,10 @@ class AsyncCheckpointer:
     @property
     def damaged(self) -> list[int]:
         """Steps of checkpoints that are known to be, for the meta.json of the next one: sizes do not tell."""
-        return sorted(self._damaged)
+        return sorted(self._damaged - self._written_steps)
 
     def _is_damaged(self, step: int) -> bool:
-        """Whether it is known to be, or was there already and was not gone on from."""
-        if step in self._written_steps:
-            self._damaged -= {step}
-        elif step > self._first_step:
-            self._damaged |= {step}
-        return step in self._damaged
+        return step in self._damaged - self._written_steps
 
     def best(self, training_id: str) -> Checkpoint | None:
         """Of a training's, the one with the highest top-1."""

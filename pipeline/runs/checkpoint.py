@@ -26,8 +26,9 @@ from typing import Any
 from pipeline.config import loading
 from pipeline.config.schema import Config
 from pipeline.failures import READ_CHECKPOINT_S, CheckpointError, IncompleteError, retry
+from pipeline.local_files import alone, fsync, temporary_name
 from pipeline.runs.state_file import write_state
-from pipeline.storage import Storage, alone, fsync, temporary_name
+from pipeline.storage import Storage
 from pipeline.versions import software
 
 FORMAT = 2

@@ -7,8 +7,9 @@ import shutil
 from collections.abc import Callable, Collection
 
 from pipeline.failures import CheckpointError
+from pipeline.local_files import alone, remove_leftovers
 from pipeline.runs.checkpoint import CONFIG, FORMAT, META, STATE, Checkpoint, is_whole, name_of, names_in, read_meta
-from pipeline.storage import Storage, alone, remove_leftovers
+from pipeline.storage import Storage
 
 
 def own(

@@ -13,7 +13,8 @@ from pipeline.config.running import MlflowConfig
 from pipeline.config.schema import Config
 from pipeline.environment import SQLITE
 from pipeline.errors import UserError
-from pipeline.storage import Storage, alone
+from pipeline.local_files import alone
+from pipeline.storage import Storage
 
 ARTIFACTS = "mlartifacts"  # a folder beside a SQLite store
 PLACES = (  # where such a store has paths of artifacts: table, column

@@ -40,7 +40,10 @@ class Uploads:
             self._logger.log_folder(saved.path, f"{CHECKPOINTS}/{saved.path.name}")
 
         self._hand_over(saved.place, log)
-        self._hand_over(saved.place, self._drop_oldest)
+        try:
+            self._drop_oldest()
+        except OSError as e:
+            self._warn(f"checkpoints that wait for MLflow cannot be deleted: {e}")
 
     def _drop_oldest(self) -> None:
         """So that no more than `MAX_WAITING` wait."""

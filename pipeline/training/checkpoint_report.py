@@ -11,8 +11,9 @@ from pathlib import Path
 
 from pipeline.data.loading.loader import EvalLoader, LoaderContext
 from pipeline.errors import UserError
+from pipeline.local_files import make_folder
 from pipeline.runs.checkpoint import Checkpoint
-from pipeline.storage import Storage, make_folder
+from pipeline.storage import Storage
 from pipeline.tracking import backlog, mlflow_run, outbox, summary
 from pipeline.tracking.mlflow_logger import FOLDER
 from pipeline.tracking.mlflow_run import Target

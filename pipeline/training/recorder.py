@@ -80,8 +80,10 @@ class Recorder(AbstractContextManager["Recorder"]):
     def _begin(self, attempt: Attempt, resumed: Checkpoint | None, precision_reason: str, compilation: str) -> None:
         cfg, ctx, run, timeout_s = self._spec.cfg, self._ctx, self._spec.run, self._spec.cfg.cluster.timeout_s
         self._attempt = attempt
+        self._mlflow: MlflowLogger  # what writes checkpoints needs it, once it does
         retry(self._spec.checkpoints.make, ctx.warn, timeout_s)
-        self._checkpointer = AsyncCheckpointer(
+        make = partial(
+            AsyncCheckpointer,
             self._spec.checkpoints,
             cfg,
             check=attempt.check,
@@ -92,8 +94,9 @@ class Recorder(AbstractContextManager["Recorder"]):
             warn=ctx.warn,
             newest=resumed,
         )
-        make = partial(MlflowLogger.of_run, cfg.mlflow, run, attempt.training_id, ctx.warn, self._spec.claim)
-        self._mlflow = retry(make, ctx.warn, timeout_s)
+        self._checkpointer = retry(make, ctx.warn, timeout_s)
+        log_to = partial(MlflowLogger.of_run, cfg.mlflow, run, attempt.training_id, ctx.warn, self._spec.claim)
+        self._mlflow = retry(log_to, ctx.warn, timeout_s)
         self._uploads = Uploads(self._mlflow, ctx.warn, min(UPLOAD_S, timeout_s))
         retry(partial(self._mlflow.take_backlog, self._spec.attempt_name(attempt.number)), ctx.warn, timeout_s)
         self._mlflow.start()

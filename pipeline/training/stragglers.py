@@ -47,25 +47,26 @@ class Stragglers:
         own = [c + w for c, w in zip(computing, waiting, strict=True)]
         if len(own) == 1 or not all(own):  # nothing is measured yet
             return {}, ""
-        ratios = [s / allowed / median_low(own) for s, allowed in zip(own, self._allowed, strict=True)]
+        median, median_computing, median_waiting = map(median_low, (own, computing, waiting))
+        ratios = [s / allowed / median for s, allowed in zip(own, self._allowed, strict=True)]
         told = dict[int, str]()
-        for rank, ratio in enumerate(ratios):
-            is_slow = ratio > SLOW
+        for rank in sorted(range(len(own)), key=ratios.__getitem__):  # so that of many the slowest is kept
+            is_slow = ratios[rank] > SLOW
             self._slow[rank] += is_slow
             self._in_a_row[rank] = self._in_a_row[rank] + 1 if is_slow else 0
             self._slow_s[rank] = self._slow_s[rank] + own[rank] if is_slow else 0.0
             is_long = self._in_a_row[rank] >= NUM_LOGS and self._slow_s[rank] >= MIN_S
             if is_long and self._slow[rank] >= 2 * self._told[rank]:
                 self._told[rank] = self._slow[rank]
-                by_images = waiting[rank] - median_low(waiting) > computing[rank] - median_low(computing)
-                told[rank] = f"{ratio:.2f} times the median's time, {'for its images' if by_images else 'to compute'}"
-        for rank, how in told.items():
-            self.found.pop(self._names[rank], None)
-            self.found[self._names[rank]] = f"{how}, by step {step}"
+                by_images = waiting[rank] - median_waiting > computing[rank] - median_computing
+                how = "for its images" if by_images else "to compute"
+                told[rank] = f"{ratios[rank]:.2f} times the median's time, {how}"
+                self.found.pop(self._names[rank], None)
+                self.found[self._names[rank]] = f"{told[rank]}, by step {step}"
         self.found = dict(list(self.found.items())[-MAX_KEPT:])
         slowest = max(range(len(own)), key=ratios.__getitem__)
         metrics = {"perf/slowest_worker": float(slowest), "perf/slowest_worker_ratio": ratios[slowest]}
-        return metrics, self._line(sorted(told, key=ratios.__getitem__, reverse=True), told)
+        return metrics, self._line(list(reversed(told)), told)
 
     def _line(self, ranks: Sequence[int], told: Mapping[int, str]) -> str:
         if not ranks:

@@ -14,7 +14,7 @@ from pipeline.cli import app
 from pipeline.config.loading import load
 from pipeline.data.loading.loader import LoaderContext
 from pipeline.errors import UserError
-from pipeline.storage import make_folder
+from pipeline.local_files import make_folder
 
 SMALL = ["model.depth=18", "train.global_batch=16", "cluster.workers=2"]
 PLACE = LoaderContext(0, 1, torch.device("cpu"), 1)

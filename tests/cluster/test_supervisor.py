@@ -22,7 +22,7 @@ from pipeline.cluster import connection, controller, driver, ending, oom, ray_st
 from pipeline.config.loading import load
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
-from pipeline.events import AttemptFailed, AttemptStarted, BrokenImage, Event, RunOpened
+from pipeline.events import AttemptFailed, AttemptStarted, BrokenImage, Event, RunOpened, Warned
 from pipeline.failures import ClusterLostError, FailureBudget, Interrupted, TrainingFailedError
 from pipeline.runs.claim import Claim
 from pipeline.runs.manifest import RunManifest
@@ -297,31 +297,55 @@ def test_a_failure_that_mlflow_cannot_be_told_of_stays_that_failure(
 
 
 @pytest.mark.parametrize("is_other_command", [False, True])
-def test_the_last_of_too_many_lost_drivers_leaves_no_run_open(
-    is_other_command: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(("max_failures", "status"), [(0, "FAILED"), (1, "KILLED")])
+def test_a_lost_driver_leaves_no_run_open(
+    is_other_command: bool, max_failures: int, status: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """MLflow would show it as running for ever; but where another command has begun, it is that one's."""
-    run = Storage(tmp_path / "runs/x")
+    """MLflow would show it as running for ever; but where another command has begun, it is that one's.
+
+    There may be no next driver, or one that hears of Ctrl-C before it has opened the run.
+    """
+    run, ends = Storage(tmp_path / "runs/x"), iter([("lost", "the driver was killed"), ("interrupted", None)])
     run.make()
 
-    def loses(request: supervisor.TrainRequest, _: object, note: Callable[[Event], None], __: object) -> object:
-        note(RunOpened("x", str(run)))
-        Claim.take(run, "other" if is_other_command else request.command)
-        RunManifest(attempts=1, open=True).write(run)
-        note(AttemptStarted(1, 0, 9, 4, None, 1, 1, "cpu", "fp32", "", {}, 0))
-        return "lost", "the driver was killed"
+    def ended(request: supervisor.TrainRequest, _: object, note: Callable[[Event], None], __: object) -> object:
+        if not request.restarted:
+            note(RunOpened("x", str(run)))
+            Claim.take(run, request.command)
+            RunManifest(attempts=1, open=True).write(run)
+            note(AttemptStarted(1, 0, 9, 4, None, 1, 1, "cpu", "fp32", "", {}, 0))
+        if is_other_command:
+            Claim.take(run, "other")
+        return next(ends)
 
-    monkeypatch.setattr(supervisor, "_run_driver", loses)
-    cfg = load(None, ["data.train=x", "data.val=x", "cluster.max_failures=0", f"run.storage={tmp_path}/runs"])
-    with pytest.raises(TrainingFailedError, match="the driver was killed"):
-        supervisor.train(cfg, "x", None, lambda _: None)
+    monkeypatch.setattr(supervisor, "_run_driver", ended)
+    monkeypatch.setattr(supervisor, "_wait", lambda *_: None)
+    settings = [f"cluster.max_failures={max_failures}", f"run.storage={tmp_path}/runs"]
+    events = list[Event]()
+    with pytest.raises(TrainingFailedError if status == "FAILED" else Interrupted):
+        supervisor.train(load(None, ["data.train=x", "data.val=x", *settings]), "x", None, events.append)
     left = RunManifest.read(run, pytest.fail)
     assert left is not None
-    assert (left.open, left.failure) == ((True, "") if is_other_command else (False, "the driver was killed"))
-    if not is_other_command:
-        client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
-        (one,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
-        assert (one.info.status, one.data.tags["pipeline.failure"]) == ("FAILED", "the driver was killed")
+    assert left.open == is_other_command
+    assert left.failure == ("the driver was killed" if status == "FAILED" and not is_other_command else "")
+    told = [event.text for event in events if isinstance(event, Warned)]
+    if is_other_command:
+        assert told == [f"run.json and MLflow are not told: another command has begun to train {run}; this one ends"]
+        return
+    assert told == []
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    (one,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    assert one.info.status == status
+    assert one.data.tags.get("pipeline.failure") == ("the driver was killed" if status == "FAILED" else None)
+
+
+def test_a_storage_that_hangs_does_not_keep_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ending, "DRIVER_END_S", 0.2)
+    release, told = threading.Event(), list[str]()
+    monkeypatch.setattr(RunManifest, "read", lambda *_: release.wait(60) and None)
+    ending.tell_for_driver(load(None, ["data.train=x", "data.val=x"]), "/x", "y", Interrupted(), told.append)
+    release.set()
+    assert told == ["run.json and MLflow are not told: that takes longer than 0.2 s"]
 
 
 def test_a_mistyped_path_is_told_before_ray_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

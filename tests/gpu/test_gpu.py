@@ -175,7 +175,7 @@ def _synchronized_step(rank: int, world_size: int, batch: tuple[Tensor, Tensor],
     device = torch.device("cuda:0")
     torch.backends.cudnn.allow_tf32 = False  # see full_fp32; this process ends here
     settings = ["data.image_size=32", "model.depth=18", "train.global_batch=32", "train.precision=fp32"]
-    settings += [f"model.sync_bn={str(sync_bn).lower()}", "model.compile=none"]
+    settings += [f"model.sync_bn={str(sync_bn).lower()}"]
     cfg = load(None, ["data.train=x", "data.val=x", *settings])
     state = TrainState.create(cfg, 10, device)
     net = wrap_model(state.model, cfg, world_size, device, TimeLedger("start-up", device))

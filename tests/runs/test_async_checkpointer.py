@@ -49,6 +49,7 @@ class Watched:
         check: Callable[[], None] = lambda: None,
     ):
         self.written: list[Checkpoint] = []
+        self.scores: dict[str, float] = {}
         self.reports: list[str] = []
         self.checkpointer = AsyncCheckpointer(
             Storage(folder),
@@ -61,9 +62,10 @@ class Watched:
 
     def save(self, state: TrainState, step: int) -> None:
         state.step = step
-        self.checkpointer.save(
-            state.step, state.finite_state_dict, lambda: {**META, "damaged": self.checkpointer.damaged}, now=True
-        )
+        self.checkpointer.save(state.step, state.finite_state_dict, self._meta, now=True)
+
+    def _meta(self) -> dict[str, Any]:
+        return {**META, "metrics": self.scores, "damaged": self.checkpointer.damaged}
 
 
 @pytest.fixture
@@ -223,22 +225,23 @@ def test_a_flipped_bit_takes_no_place(tmp_path: Path, cfg: Config, state: TrainS
     """Sizes do not tell of it, but that it was not gone on from: so many valid ones stay as are to."""
     watched = Watched(tmp_path, dataclasses.replace(cfg, checkpoint=dataclasses.replace(cfg.checkpoint, keep=4)))
     for step in (2, 4, 6, 8):
+        watched.scores = {"top1": step / 10}
         watched.save(state, step)
     watched.checkpointer.finish(30)
     for saved in watched.written[2:]:
         content = bytearray(saved.file(checkpoint.STATE).read_bytes())
         content[len(content) // 2] ^= 1
         saved.file(checkpoint.STATE).write_bytes(content)
-    for steps, left in (((5, 7), [5, 6, 7, 8]), ((9, 11), [6, 8, 9, 11])):  # two attempts: the second is told of 6
-        newest = checkpoint.newest_valid(Storage(tmp_path), lambda _: None)
-        watched = Watched(tmp_path, cfg, newest)
+    for steps, left in (((5, 7), [4, 5, 6, 7, 8]), ((9, 11), [4, 6, 8, 9, 11])):  # two attempts; 4 is the best
+        watched = Watched(tmp_path, cfg, checkpoint.newest_valid(Storage(tmp_path), lambda _: None))
+        assert watched.checkpointer.damaged == [6, 8], "before the first one is written"
         for step in steps:
             watched.save(state, step)
         watched.checkpointer.finish(30)
         assert sorted(int(path.name.removeprefix("step_")) for path in tmp_path.iterdir()) == left
         best = watched.checkpointer.best("t")
-        assert best is None, "of those that tell scores"
-        assert watched.checkpointer.damaged == [6, 8]
+        assert best is not None
+        assert best.step == 4
 
 
 def test_a_driver_that_was_superseded_makes_no_room(

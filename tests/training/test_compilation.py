@@ -3,7 +3,7 @@
 import faulthandler
 import itertools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +29,25 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 def config(*overrides: str) -> Config:
-    return load(None, ["data.train=x", "data.val=x", "train.precision=bf16", *overrides])
+    return load(None, ["data.train=x", "data.val=x", "train.precision=bf16", "model.compile=auto", *overrides])
 
 
+EAGER = "eager (model.activation_checkpointing is not compiled)"
 LACK = "for half as much speed again, install gcc on each node"
 
 
 @pytest.mark.parametrize(
     ("device", "overrides", "missing", "num_steps", "kept", "told"),
     [
-        (GPU, [], ["", ""], 500, None, "compiled (a GPU)"),
-        (GPU, [], ["", ""], 499, None, "eager (499 steps are too few for it to pay)"),
+        (GPU, [], ["", ""], 5000, None, "compiled (a GPU)"),
+        (GPU, [], ["", ""], 4999, None, "eager (4999 steps are too few for it to pay)"),
         (CPU, [], ["", ""], 10**6, None, "eager (on a CPU)"),
         (GPU, ["model.sync_bn=true"], [""], 500, None, "eager (model.sync_bn is not compiled)"),
-        (GPU, [], ["", "gcc"], 500, "auto", f"eager ({LACK}; train.precision=fp16 may be quicker)"),
-        (GPU, ["train.precision=fp32"], ["gcc"], 500, None, f"eager ({LACK})"),
+        (GPU, [], ["", "gcc"], 5000, "auto", f"eager ({LACK}; train.precision=fp16 may be quicker)"),
+        (GPU, ["train.precision=fp32"], ["gcc"], 5000, None, f"eager ({LACK})"),
         (GPU, [], ["", ""], 9, "default", "compiled (as the run began)"),
         (GPU, [], ["", ""], 500, "none", "eager (as the run began)"),
+        (GPU, ["model.activation_checkpointing=true"], [""], 9, "default", EAGER),
         (GPU, ["model.compile=none"], ["x"], 500, "default", "eager (as configured)"),
         (CPU, ["model.compile=reduce-overhead"], [""], 9, None, "compiled (as configured)"),
     ],
@@ -65,10 +67,14 @@ def test_a_machine_that_cannot_compile_what_is_to_be_is_refused() -> None:
             decide(cfg, GPU, missing=["", "gcc"], num_steps=9, kept=kept)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("key", ["activation_checkpointing", "sync_bn"])
-def test_what_is_not_compiled_is_refused_with_a_mode(key: str) -> None:
-    with pytest.raises(UserError, match=rf"model\.{key}=true: cannot be combined with model\.compile=default"):
-        config(f"model.{key}=true", "model.compile=default")
+def test_what_was_never_tried_is_refused() -> None:
+    with pytest.raises(
+        UserError, match=r"model\.activation_checkpointing=true: cannot be combined with model\.compile"
+    ):
+        config("model.activation_checkpointing=true", "model.compile=default")
+    cfg = config("model.sync_bn=true", "model.compile=default")  # a checkpoint of an earlier version may have that
+    with pytest.raises(UserError, match=r"model\.sync_bn=true: was never tried with model\.compile=default; set"):
+        decide(cfg, GPU, missing=[""], num_steps=9)
 
 
 def test_what_a_machine_lacks_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -78,17 +84,29 @@ def test_what_a_machine_lacks_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": str(tmp_path)})
     monkeypatch.setenv("PATH", str(tmp_path))
     assert missing_tool(GPU) == "a C compiler (gcc or clang)"
-    assert missing_tool(CPU) == "a C++ compiler (g++ or clang++)"
+    assert missing_tool(CPU) == "a C++ compiler (g++)"
     for name in ("clang", "mine"):
         (tmp_path / name).touch(mode=0o755)
     assert missing_tool(GPU) == f"Python's headers ({tmp_path}/Python.h)"
     (tmp_path / "Python.h").touch()
     assert missing_tool(GPU) == ""
-    assert missing_tool(CPU) == "a C++ compiler (g++ or clang++)"
+    assert missing_tool(CPU) == "a C++ compiler (g++)"
     monkeypatch.setenv("CXX", "mine")
     assert missing_tool(CPU) == ""
 
 
+@pytest.fixture
+def dynamo() -> Iterator[None]:
+    """As it was before and after."""
+    config = torch._dynamo.config
+    before = config.recompile_limit, config.fail_on_recompile_limit_hit
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+    config.recompile_limit, config.fail_on_recompile_limit_hit = before
+
+
+@pytest.mark.usefixtures("dynamo")
 def test_each_shape_is_compiled_once_and_for_itself(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,7 +137,6 @@ def test_each_shape_is_compiled_once_and_for_itself(
     monkeypatch.setattr(resnet, "ResNet", Tiny)
     monkeypatch.setattr(torch, "compile", compile_by_it)
     monkeypatch.setattr(faulthandler, "dump_traceback_later", dumped_later)
-    torch._dynamo.reset()
     for label, number in (("0", 3), ("1", 2)):
         (tmp_path / "images" / label).mkdir(parents=True)
         for image in sorted((digits / "val" / label).iterdir())[:number]:
@@ -137,7 +154,7 @@ def test_each_shape_is_compiled_once_and_for_itself(
     events = list[Event]()
     fit(spec, context(events=events))
     sizes = range(32, 97, 16)
-    assert num_shapes(cfg) == 2 * len(sizes) == 10
+    assert num_shapes(cfg) >= len(shapes) > 8
     assert shapes == [(n, 3, size, size) for size, n in itertools.product(sizes, (3, 2))]
     assert sum(timeout > COMPILE_S for timeout in fed) == len(sizes), "the watchdog waits longer for each"
     (start,) = [event for event in events if isinstance(event, AttemptStarted)]

@@ -81,13 +81,13 @@ def test_one_that_stays_slow_is_told_ever_more_rarely() -> None:
 
 def test_a_slow_half_of_a_cluster_is_one_line() -> None:
     stragglers = Stragglers([f"node-{rank}" for rank in range(100)], [8] * 100, {"worker 1 on gone": "2.00 times"})
-    own = [1.0] * 60 + [1.2 + rank / 100 for rank in range(40)]
+    own = [1.2 + rank / 100 for rank in range(39, -1, -1)] + [1.0] * 60  # the slowest first
     (line,) = feed(stragglers, own, [0] * 100, NUM_LOGS)
-    assert "slowest: worker 99 on node-99 takes 1.59 times" in line
+    assert "slowest: worker 0 on node-0 takes 1.59 times" in line
     assert "; and 37 others are slow; look" in line
     assert line.count("takes") == 3
     assert len(stragglers.found) == 20, "the newest"
-    assert list(stragglers.found)[-1] == "worker 99 on node-99"
+    assert list(stragglers.found)[-1] == "worker 0 on node-0"
 
 
 def test_nothing_is_said_of_one_worker_or_before_anything_is_measured() -> None:

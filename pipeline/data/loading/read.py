@@ -21,7 +21,8 @@ from pipeline.data.index import Index
 from pipeline.data.loading.cache import CHUNK_BYTES, DiskCache
 from pipeline.data.loading.groups import OFFSET_BYTES, LruCache, read_group, row_group_ends
 from pipeline.failures import READ_SOURCE_S, DamagedError, backoff, says_of_one_file
-from pipeline.storage import Storage, scratch_folder
+from pipeline.local_files import scratch_folder
+from pipeline.storage import Storage
 
 T = TypeVar("T")
 
