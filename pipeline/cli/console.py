@@ -131,10 +131,11 @@ class TrainingView(_View):
         ready = f"after {time.monotonic() - self._began:.1f} s"
         if event.lost_steps is not None:
             ready = f"{event.recovery_s:.0f} s after the failure, {event.lost_steps} steps to do again"
+        compiled = event.compilation and f"{event.compilation}, "
         self.print(
             f"attempt {event.attempt}: step {event.step} of {self._num_steps}, {where}; "
             f"{event.world_size} workers x {event.num_threads} threads on {event.device} "
-            f"in {event.precision} ({event.precision_reason}), {event.compilation}, ready {ready}"
+            f"in {event.precision} ({event.precision_reason}), {compiled}ready {ready}"
         )
         self.print("  " + ", ".join(f"{name} {s:.1f} s" for name, s in event.startup.items()))
         if self._bar and self._task is None:

@@ -85,7 +85,8 @@ class AsyncCheckpointer:
         self._step = newest.step if newest and newest.place.parent.uri == folder.uri else None  # of the one saved last
         # What is newer than what is gone on from was skipped for its damage.
         first_step, carried = self._step or 0, newest.meta.get("damaged", ()) if newest and self._step else ()
-        steps = {int(name.removeprefix("step_")) for name in checkpoint.names_in(folder)}
+        numbers = (name.removeprefix("step_") for name in checkpoint.names_in(folder))
+        steps = (int(number) for number in numbers if number.isdecimal())
         self._damaged = frozenset(step for step in steps if step > first_step or step in carried)
         self._written_steps = frozenset[int]()
         self._host: dict[str, Any] | None = None

@@ -183,10 +183,11 @@ def test_copies_of_an_image_are_in_one_batch_and_on_other_ranks() -> None:
     assert ranks[0] == ranks[1] == ranks[2]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_pairs_stay_on_one_rank(world_size: int) -> None:
+@pytest.mark.parametrize("shares", [[50], [24, 26], [16, 16, 18], [12, 12, 12, 14]])
+def test_pairs_stay_on_one_rank(shares: list[int]) -> None:
+    world_size = len(shares)
     stream = DeterministicSampler(num_samples=1437, global_batch=50, seed=0, unit=2)
     parts = [stream.positions(1, rank, world_size)[1:] for rank in range(world_size)]
     assert (parts[0][0], parts[-1][1]) == (50, 100)
     assert all(start % 2 == 0 and stop % 2 == 0 for start, stop in parts)
-    assert max(stop - start for start, stop in parts) == max(stream.shares(world_size))
+    assert [stop - start for start, stop in parts] == stream.shares(world_size) == shares

@@ -48,7 +48,7 @@ LACK = "for half as much speed again, install gcc on each node"
         (GPU, [], ["", ""], 9, "default", "compiled (as the run began)"),
         (GPU, [], ["", ""], 500, "none", "eager (as the run began)"),
         (GPU, ["model.activation_checkpointing=true"], [""], 9, "default", EAGER),
-        (GPU, ["model.compile=none"], ["x"], 500, "default", "eager (as configured)"),
+        (GPU, ["model.compile=none"], ["x"], 500, "default", ""),
         (CPU, ["model.compile=reduce-overhead"], [""], 9, None, "compiled (as configured)"),
     ],
 )
