@@ -54,7 +54,7 @@ class LossReader:
         self._pending = deque[_Pending]()
         self._counted: tuple[float, ...] | None = None  # this rank's seconds of `PARTS`, as of the last interval given
         self._unsent: tuple[float, ...] = (0.0, 0.0)  # of them, what other ranks do not know
-        self._of_ranks = torch.zeros(2, ctx.world_size)  # since the last log that was given
+        self._of_ranks = [0.0] * (2 * ctx.world_size)  # since the last log that was given
 
     def add(self, loss: Tensor) -> None:
         """This rank's part of a step's loss, on the device."""
@@ -97,9 +97,10 @@ class LossReader:
             spent = zip(self._unsent, counted, self._counted, strict=True)
             self._unsent = tuple(unsent + now - before for unsent, now, before in spent)
         self._counted = counted
-        *losses, num_bad = pending.sums[: -2 * world_size].tolist()
-        self._of_ranks += pending.sums[-2 * world_size :].view(2, world_size)
-        computing, waiting = self._of_ranks.tolist()
-        if pending.is_logged:
-            self._of_ranks.zero_()
+        values = pending.sums.tolist()
+        num_steps = len(values) - 1 - 2 * world_size
+        losses, num_bad, spent_by = values[:num_steps], values[num_steps], values[num_steps + 1 :]
+        of_ranks = [known + new for known, new in zip(self._of_ranks, spent_by, strict=True)]
+        self._of_ranks = [0.0] * len(of_ranks) if pending.is_logged else of_ranks
+        computing, waiting = of_ranks[:world_size], of_ranks[world_size:]
         return Interval(pending.step, pending.is_logged, losses, int(num_bad), seconds, computing, waiting)

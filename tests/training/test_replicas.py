@@ -118,7 +118,9 @@ def test_a_training_goes_on_from_where_all_agreed(digits_index: Callable[[str], 
     for of_rank in run_ranks(train, 2, whole, *disturbed):
         for (said, names), (_, _, seen_after) in zip(of_rank, FLIPS, strict=True):
             assert said.startswith(f"after step {seen_after} workers 0 (on ")
-            assert names == [f"step_{n:08d}" for n in range(3, seen_after, 3)]
+            # One that comes while another is written is postponed.
+            assert "step_00000003" in names
+            assert set(names) <= {f"step_{n:08d}" for n in range(1, seen_after)}
     for spec in disturbed:
         assert differences(final_state(whole), final_state(spec)) == []
 

@@ -173,6 +173,7 @@ class Isolation:
     def _wait_for_answer(self, connection: Connection, seconds: float) -> bool:
         """Whether it does within so long."""
         deadline = time.monotonic() + seconds
+        self.heartbeat()  # also where a child is quick
         while not (answers := connection.poll(POLL_S)) and time.monotonic() < deadline:
             self.heartbeat()
         return answers
