@@ -11,7 +11,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and the user's own process d
 
 T = TypeVar("T")
 COMPUTE = ("forward", "backward", "optimizer")  # a training's useful work
-STEP = (*COMPUTE, "data wait", "communication wait", "logging")  # what is counted for images/s
+STEP = ("compile", *COMPUTE, "data wait", "communication wait", "logging")  # what is counted for images/s
 # Of all that the ledger knows, in the order in which people read it.
 PHASES = (
     *("start-up", "compile", "data wait", "compute", "communication wait"),

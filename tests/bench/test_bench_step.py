@@ -154,7 +154,7 @@ def test_scale_as_a_command(digits: Path, tmp_path: Path, capsys: pytest.Capture
     one, two = result["workers"]["1"], result["workers"]["2"]
     assert one["efficiency"] == 1
     assert 0.1 < two["efficiency"] < 1.5
-    assert one["communication_s_per_step"] == 0 < two["communication_s_per_step"]
+    assert one["communication_s_per_step"] < 1e-5 < two["communication_s_per_step"]  # to find nobody takes 1e-6
     assert result["allreduce_gb_s"] > 0.01
     assert set(result["startup"]) >= {"driver", "Ray and imports", "processes", "state"}
     plan = ["plan", str(ROOT / "configs/digits.yaml"), "--gpus", "8", "--gpu", "A100", "--json"]

@@ -16,7 +16,7 @@ from pipeline.config.loading import load
 from pipeline.config.schema import Config
 from pipeline.data.indexing.build import build_index
 from pipeline.errors import UserError
-from pipeline.events import AttemptStarted, Event
+from pipeline.events import AttemptStarted, Event, StepLogged
 from pipeline.failures import COMPILE_S
 from pipeline.models import resnet
 from pipeline.runs import checkpoint
@@ -145,7 +145,7 @@ def test_each_shape_is_compiled_once_and_for_itself(
     settings = [
         *("train.global_batch=5", "train.micro_batch=3", "train.epochs=5", "train.steps=null", "train.eval_every=100"),
         *("data.start_size=32", "data.image_size=96", "data.val_resize=96", "data.grow_epochs=[0,4]"),
-        *("checkpoint.every=1000", "train.precision=fp32", "model.compile=default", "train.log_every=1000"),
+        *("checkpoint.every=1000", "train.precision=fp32", "model.compile=default", "train.log_every=1"),
         *("cluster.timeout_s=100", "optim.lr=0.001", "train.ema_decay=null"),
     ]
     cfg = load(None, [*FAST, *settings, f"data.train={index}", f"data.val={index}", f"run.storage={tmp_path}"])
@@ -159,6 +159,8 @@ def test_each_shape_is_compiled_once_and_for_itself(
     assert sum(timeout > COMPILE_S for timeout in fed) == len(sizes), "the watchdog waits longer for each"
     (start,) = [event for event in events if isinstance(event, AttemptStarted)]
     assert start.compilation == "compiled (as configured)"
+    speeds = [event.metrics["perf/images_per_s"] for event in events if isinstance(event, StepLogged)]
+    assert len(speeds) == len(sizes), "also of steps that do nothing but compile"
     saved = checkpoint.newest_valid(spec.checkpoints, pytest.fail)
     assert saved is not None
     assert saved.cfg.model.compile == "default"

@@ -84,7 +84,7 @@ def test_a_compiled_network_trains_alike(spec: Callable[..., RunSpec], world_siz
     assert compiled[0] == pytest.approx(eager[0], rel=0.01)
     assert compiled[1]["top1"] == pytest.approx(eager[1]["top1"], abs=0.05)
     assert "compile" not in eager[1]["seconds"]
-    assert compiled[1]["seconds"]["compile"] > 2
+    assert compiled[1]["seconds"]["compile"] > 0
     assert compiled[1]["seconds"]["forward"] < 10 * eager[1]["seconds"]["forward"]
 
 
