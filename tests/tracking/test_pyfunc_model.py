@@ -3,12 +3,13 @@
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -266,6 +267,29 @@ def test_a_training_registers_its_model_once(
     info = client.get_run(run_id).info
     assert info.status == "FINISHED"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_of_a_copied_storage_is_registered_in_the_copy(trained: dict[str, Any], tmp_path: Path) -> None:
+    """MLflow's store there has the old paths of its artifacts. By a process of its own, as MLflow remembers them."""
+    run, copy = Path(trained["run_dir"]), tmp_path / "copy"
+    shutil.copytree(run.parent, copy)
+
+    def files(storage: Path) -> set[str]:
+        return {str(path.relative_to(storage)) for path in (storage / "mlartifacts").rglob("*")}
+
+    before = files(run.parent)
+    assert before, "or this shows nothing"
+    older = copy / run.name / "checkpoints" / "step_00000040"
+    command = [str(BIN / "pipeline"), "register", str(older), "copied", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["model"] == "models:/copied/1"
+    assert files(run.parent) == before
+    assert files(copy) >= before
+    with closing(sqlite3.connect(copy / "mlflow.db")) as store:
+        places = [place for (place,) in store.execute("SELECT artifact_location FROM logged_models")]
+    assert places
+    assert all(place.startswith(f"{copy}/mlartifacts/") for place in places), places
 
 
 def test_what_cannot_be_registered_gets_one_line(run: Run, trained: dict[str, Any], tmp_path: Path) -> None:
