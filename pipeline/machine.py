@@ -19,6 +19,11 @@ PROC = Path("/proc")
 UNLIMITED_BYTES = 2**60  # version 1 has no word for it: what is above is none
 
 
+def has_unused_gpus(dev: Path = Path("/dev")) -> bool:
+    """Whether files of NVIDIA's GPUs are here, for one that has found none and was not told to."""
+    return "CUDA_VISIBLE_DEVICES" not in os.environ and any(dev.glob("nvidia[0-9]*"))
+
+
 def cpu_count(proc: Path = PROC) -> int:
     """How many cores this process can keep busy: of those that it may run on, as many as its quota pays for.
 

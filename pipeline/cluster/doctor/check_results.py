@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.cluster.doctor import node_checks
 from pipeline.cluster.ray_cluster import Answer, Node
 
 MAX_NAMED = 5
@@ -14,8 +13,6 @@ NCCL_SHM_BYTES = GIB  # what NVIDIA's guide gives a container, for GPUs that tal
 MIN_TMP_BYTES = 2 * 10**9
 MAX_DISK_USE = 0.95  # above it Ray refuses work
 MAX_SKEW_S = 1.0
-GRADIENT_BYTES = 60_192_808 * 4  # of ResNet-152 with 1,000 classes, in fp32
-MAX_GRADIENTS_S = 0.25  # on GPUs, whose backward pass is to hide it
 
 
 @dataclass(frozen=True)
@@ -109,24 +106,6 @@ def check_each(
     return Check(name, not failed, f"{subject}: {text}" if subject else text, fix)
 
 
-def check_all_reduce(seconds: float, num_workers: int, kind: str) -> Check:
-    """What the network is worth. Bus bandwidth: what each link carries, 2 (n - 1) / n times the algorithm's."""
-    algorithm = node_checks.ALL_REDUCE_BYTES / seconds / 1e9
-    bus = algorithm * 2 * (num_workers - 1) / num_workers
-    gradients_s = GRADIENT_BYTES / algorithm / 1e9
-    figures = {"seconds": seconds, "algorithm_gb_per_s": algorithm, "bus_gb_per_s": bus, "gradients_s": gradients_s}
-    text = (
-        f"{num_workers} {kind} workers, {node_checks.ALL_REDUCE_BYTES // 2**20} MiB in {seconds:.4f} s: "
-        f"algorithm {algorithm:.2f} GB/s, bus {bus:.2f} GB/s (times 2({num_workers}-1)/{num_workers}); "
-        f"ResNet-152's {GRADIENT_BYTES / 1e6:.0f} MB of gradients take {gradients_s:.2f} s"
-    )
-    fix = (
-        f"more than {MAX_GRADIENTS_S} s a step is hard to hide behind a backward pass: let NCCL use the fast network "
-        "(NCCL_SOCKET_IFNAME, NCCL_IB_HCA; NCCL_DEBUG=INFO says which it took), or give each GPU more images a step"
-    )
-    return Check("all-reduce", kind != "nccl" or gradients_s <= MAX_GRADIENTS_S, text, fix, figures)
-
-
 def name_some(names: Iterable[str]) -> str:
     listed = list(names)
     more = f" and {len(listed) - MAX_NAMED} more" if len(listed) > MAX_NAMED else ""
@@ -137,11 +116,15 @@ def _errors(answers: Mapping[str, Answer]) -> dict[str, object]:
     return {node: answer.value for node, answer in answers.items() if isinstance(answer.value, BaseException)}
 
 
+def first_line(error: object) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def _by_reason(failed: Mapping[str, object]) -> str:
     """Nodes by reason."""
     nodes = defaultdict[str, list[str]](list)
     for name, error in failed.items():
-        nodes[(str(error).strip() or type(error).__name__).splitlines()[0]].append(name)
+        nodes[first_line(error)].append(name)
     return name_some(f"{reason} on {name_some(names)}" for reason, names in nodes.items())
 
 

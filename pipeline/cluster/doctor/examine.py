@@ -1,6 +1,7 @@
 """`pipeline doctor`: whether a cluster can train a configuration, and what to fix where it cannot.
 
-`node_checks` has what the nodes try, `check_results` makes a line of what each has found.
+`node_checks` has what the nodes try and `node_hardware` what they have; `check_results`, `check_gpus` and
+`check_network` make lines of it.
 """
 
 import threading
@@ -10,8 +11,10 @@ from functools import partial
 from typing import Any
 
 from pipeline.cluster import ray_cluster
-from pipeline.cluster.doctor import check_results, node_checks
+from pipeline.cluster.doctor import check_gpus, check_network, check_results, node_checks, node_hardware
 from pipeline.cluster.doctor.check_results import Check
+from pipeline.cluster.doctor.node_checks import AllReduce
+from pipeline.cluster.doctor.node_hardware import Gpus, Links
 from pipeline.cluster.ray_cluster import Answer, Node
 from pipeline.config.fields import show
 from pipeline.config.schema import Config
@@ -26,6 +29,7 @@ NETWORK_FIX = (
     "let the nodes' pods reach each other on all ports (NetworkPolicy, firewall), and name the interface that joins "
     "them: GLOO_SOCKET_IFNAME, and NCCL_SOCKET_IFNAME on GPUs"
 )
+RDMA_NEEDS = "; RDMA needs libibverbs, its device and unlimited memlock (ulimit -l; for pods k8s/overlays/rdma)"
 NOT_GIVEN = "not-given"  # data.train and data.val where no configuration is given
 
 
@@ -49,6 +53,7 @@ def examine(cfg: Config) -> list[Check]:
             return checks
         checks += [
             check_results.check_versions(facts, versions()),
+            *_look_at_gpus(nodes, cfg),
             check_results.check_shm(nodes, facts),
             check_results.check_tmp(facts),
             check_results.check_clocks(_measure_clocks(nodes)),
@@ -77,6 +82,29 @@ def check_workers(cfg: Config) -> Check:
 
 def _ask(nodes: Mapping[str, Node], function: Callable[..., Any], *args: Any) -> dict[str, Answer]:
     return ray_cluster.on_each_node(nodes, function, *args, timeout_s=TIMEOUT_S)
+
+
+def _look_at_gpus(nodes: Mapping[str, Node], cfg: Config) -> list[Check]:
+    """Of the nodes that can have workers and have GPUs: by Ray, or by their files, which Ray counts only with NVML."""
+    if cfg.cluster.device == "cpu":
+        return []
+    by_ray = {name for name, node in nodes.items() if node.resources.get("GPU")}
+    there = {name: node for name, node in nodes.items() if name in by_ray or node.resources.get("CPU", 0) >= 1}
+    answers = _ask(there, node_hardware.gpus)
+    gpus = {name: _gpus_of(answers.get(name)) for name in there}
+    gpus = {name: found for name, found in gpus.items() if name in by_ray or found.has_devices}
+    if not gpus:
+        return []
+    uses_unit = cfg.data.decode_on_gpu and cfg.data.hw_decoder_load > 0
+    unit = check_gpus.check_jpeg_unit(gpus) if uses_unit else None
+    return [check_gpus.check_drivers(gpus), *([unit] if unit else [])]
+
+
+def _gpus_of(answer: Answer | None) -> Gpus:
+    if answer and isinstance(answer.value, Gpus):
+        return answer.value
+    trouble = check_results.first_line(answer.value) if answer else "no answer in time"
+    return Gpus(has_devices=False, trouble=trouble)
 
 
 def _measure_clocks(nodes: Mapping[str, Node]) -> dict[str, tuple[float, float]]:
@@ -140,12 +168,17 @@ def _try_network(nodes: Mapping[str, Node], cfg: Config) -> list[Check]:
     """
     backend, names = _workers(nodes, cfg)
     if len(names) < 2:
-        return [Check("all-reduce", True, "one worker has no other to talk to")]
-    return [_try_all_reduce(nodes, kind, names) for kind in dict.fromkeys((backend, "gloo"))]
+        return [Check("all-reduce", True, "not measured: one node's workers do without a network")]
+    answers = _ask({name: nodes[name] for name in names}, node_hardware.links)
+    links = {name: answer.value for name, answer in answers.items() if isinstance(answer.value, Links)}
+    rdma = check_network.check_rdma(links, names) if backend == "nccl" else None
+    reduced = [_try_all_reduce(nodes, kind, names, links) for kind in dict.fromkeys((backend, "gloo"))]
+    return [*([rdma] if rdma else []), *reduced]
 
 
-def _try_all_reduce(nodes: Mapping[str, Node], backend: str, names: list[str]) -> Check:
-    judge = partial(check_results.check_each, "all-reduce", f"over {backend}", good="", fix=NETWORK_FIX)
+def _try_all_reduce(nodes: Mapping[str, Node], backend: str, names: list[str], links: Mapping[str, Links]) -> Check:
+    fix = NETWORK_FIX + (RDMA_NEEDS if backend == "nccl" and any(found.rdma for found in links.values()) else "")
+    judge = partial(check_results.check_each, "all-reduce", f"over {backend}", good="", fix=fix)
     first = {names[0]: nodes[names[0]]}
     ports = _ask(first, node_checks.free_port)
     if not (ports and isinstance(ports[names[0]].value, int)):
@@ -153,10 +186,10 @@ def _try_all_reduce(nodes: Mapping[str, Node], backend: str, names: list[str]) -
     address = f"tcp://{nodes[names[0]].address}:{ports[names[0]].value}"
     calls = [(nodes[n].id, (backend, address, rank, len(names), NETWORK_TIMEOUT_S)) for rank, n in enumerate(names)]
     timeout_s, num_gpus = TIMEOUT_S + NETWORK_TIMEOUT_S, int(backend == "nccl")
-    answers = ray_cluster.on_nodes(node_checks.all_reduce, calls, timeout_s=timeout_s, num_gpus=num_gpus)
-    seconds = [answer.value for answer in answers if answer and isinstance(answer.value, float)]
-    if len(seconds) == len(names):
-        return check_results.check_all_reduce(max(seconds), len(names), backend)
+    answers = ray_cluster.on_nodes(node_checks.measure_all_reduce, calls, timeout_s=timeout_s, num_gpus=num_gpus)
+    results = [answer.value for answer in answers if answer and isinstance(answer.value, AllReduce)]
+    if len(results) == len(names):
+        return check_network.check_all_reduce(results, names, backend, links)
     workers = [f"{name} (rank {rank})" for rank, name in enumerate(names)]
     return judge(workers, {worker: answer for worker, answer in zip(workers, answers, strict=True) if answer})
 

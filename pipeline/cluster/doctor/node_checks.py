@@ -1,6 +1,7 @@
 """What `pipeline doctor` has each node try; what goes wrong is raised. Heavy imports are late: nodes wait for them."""
 
 import os
+import re
 import shutil
 import socket
 import statistics
@@ -11,7 +12,7 @@ from collections.abc import Mapping
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
@@ -128,3 +129,25 @@ def all_reduce(backend: str, address: str, rank: int, num_workers: int, timeout_
         return statistics.median(seconds[1:])  # the first one connects
     finally:
         dist.destroy_process_group()
+
+
+class AllReduce(NamedTuple):
+    """How long it took; network: what NCCL says it uses, such as IB or Socket, empty where it says nothing."""
+
+    seconds: float
+    network: str
+
+
+def measure_all_reduce(backend: str, address: str, rank: int, num_workers: int, timeout_s: float) -> AllReduce:
+    """`all_reduce`, and by which network. NCCL leaves RDMA for TCP without an error, and only its log says so."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "nccl.log")
+        os.environ.update(NCCL_DEBUG="INFO", NCCL_DEBUG_SUBSYS="INIT", NCCL_DEBUG_FILE=str(log))
+        seconds = all_reduce(backend, address, rank, num_workers, timeout_s)
+        return AllReduce(seconds, network_of(log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""))
+
+
+def network_of(log: str) -> str:
+    """What a log of NCCL's says it took for one communicator; the last one's, if there are several."""
+    found = re.findall(r"NCCL INFO Using network (.+)$", log, re.MULTILINE)
+    return found[-1].strip() if found else ""
