@@ -135,9 +135,14 @@ def test_kuberay_accepts(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_pods_are_restricted(variant: str) -> None:
+    rdma = variant == "overlays/rdma"  # the one exception: its workers add IPC_LOCK, which only "privileged" admits
     [namespace] = of_kind(rendered(variant), "Namespace")
-    assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
+    levels = [
+        namespace["metadata"]["labels"][f"pod-security.kubernetes.io/{mode}"] for mode in ("warn", "audit", "enforce")
+    ]
+    assert levels == ["restricted", "restricted", "privileged" if rdma else "restricted"]
     for _, template in pods(rendered(variant)):
+        added = {"add": ["IPC_LOCK"]} if rdma and component(template) == "ray-worker" else {}
         spec = template["spec"]
         security = spec["securityContext"]
         assert security["runAsNonRoot"] is True
@@ -151,9 +156,32 @@ def test_pods_are_restricted(variant: str) -> None:
             context = one["securityContext"]
             assert context["allowPrivilegeEscalation"] is False
             assert context["readOnlyRootFilesystem"] is True
-            assert context["capabilities"] == {"drop": ["ALL"]}
+            assert context["capabilities"] == {"drop": ["ALL"]} | added
             assert "/tmp" in {mount["mountPath"] for mount in one["volumeMounts"]}
             assert not any("hostPort" in port for port in one.get("ports", []))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_server_is_never_there_twice(variant: str) -> None:
+    """A Deployment starts the next pod while the deleted one still ends, and both would write to one volume."""
+    assert not of_kind(rendered(variant), "Deployment")
+    assert all(one["spec"]["replicas"] == 1 for one in of_kind(rendered(variant), "StatefulSet"))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_compiled_kernels_are_kept_where_they_can_be_written(variant: str) -> None:
+    """On the volume that outlives the pod, where there is one."""
+    num_kept = 0
+    for _, template in pods(rendered(variant)):
+        for one in containers(template):
+            kept = [env["value"] for env in one.get("env", []) if env["name"] == "TORCHINDUCTOR_CACHE_DIR"]
+            num_kept += len(kept)
+            mounts = {mount["mountPath"]: mount for mount in one["volumeMounts"]}
+            for folder in kept:
+                mount = mounts[str(Path(folder).parent)]
+                assert not mount.get("readOnly", False)
+                assert mount["name"] == ("cache" if variant == "overlays/s3" else "storage")
+    assert num_kept == (0 if variant == "overlays/cpu-demo" else 2), "of the head and the workers"
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -186,6 +214,7 @@ def test_pods_end_in_peace(variant: str) -> None:
                 assert (timeout, words) == ("timeout", ["bash", "scripts/pre_stop.sh"])
                 assert (ROOT / words[1]).exists()
                 before = int(seconds)
+                assert drain <= 15, "a deleted job's head would keep its room, for which the next one waits"
             assert before + drain < pod["terminationGracePeriodSeconds"]
 
 

@@ -11,6 +11,7 @@ from manifests import VARIANTS, Object, component, containers, of_kind, pods, re
 
 # What the pods connect to, from their commands and variables; None: an address outside of the cluster.
 KUBERAY = ({"kubernetes.io/metadata.name": "default"}, {"app.kubernetes.io/name": "kuberay-operator"})
+KUSTOMIZED = ({"kubernetes.io/metadata.name": "default"}, {"app.kubernetes.io/component": "kuberay-operator"})
 DNS = ({"kubernetes.io/metadata.name": "kube-system"}, {"k8s-app": "kube-dns"})
 PROMETHEUS = ({"kubernetes.io/metadata.name": "monitoring", "pipeline/metrics": "allowed"}, {"app": "prometheus"})
 STRANGER = ({"kubernetes.io/metadata.name": "default"}, {"app": "other"})
@@ -26,7 +27,7 @@ OPEN: list[tuple[Any, Any, int]] = [
     ("ray-head", "mlflow", 5000),
     ("ray-worker", "mlflow", 5000),
     ("submitter", "ray-head", 8265),
-    (KUBERAY, "ray-head", 8265),
+    *((operator, "ray-head", 8265) for operator in (KUBERAY, KUSTOMIZED)),
     (PROMETHEUS, "ray-head", 8080),
     (PROMETHEUS, "ray-worker", 8080),
     ("mlflow", "postgres", 5432),

@@ -72,7 +72,7 @@ def test_what_a_pod_refers_to_is_there(variant: str) -> None:
         wanted = wanted.get("matchLabels", wanted)
         assert any(wanted.items() <= template["metadata"]["labels"].items() for _, template in pods(objects))
     assert {one["metadata"]["name"] for one in of_kind(objects, "PodDisruptionBudget")} == {
-        name for kind, name in names if kind in ("Deployment", "StatefulSet")
+        name for kind, name in names if kind == "StatefulSet"
     }
 
 
