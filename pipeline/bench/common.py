@@ -1,6 +1,7 @@
 """What all benchmarks share: what is trained, turns, medians and quartiles, the machine, and plots."""
 
 import platform
+import resource
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -87,6 +88,13 @@ def compare(per_s: Mapping[str, list[float]], to: str) -> dict[str, dict[str, An
 
 def describe_machine() -> dict[str, Any]:
     return {"cpu": cpu_model(), "cores": cpu_count(), "python": platform.python_version()}
+
+
+def peak_memory(device: torch.device) -> float:
+    """Bytes: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 
 def describe(cfg: Config) -> dict[str, Any]:

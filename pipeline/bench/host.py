@@ -107,7 +107,7 @@ def _batches(index: Index, cfg: Config, batch: int) -> Iterator[Iterator[Any]]:
     draws = draw_names(cfg.data)
     sampler = make_sampler(cfg.data, len(index), batch, cfg.run.seed)
     bad_images = BadImages(index, MAX_BAD, lambda *_: None)
-    num_held = DaliPipeline.num_held(cfg.data)
+    num_held = DaliPipeline.num_held(cfg.data, torch.device("cuda"))
     options = {"num_threads": 1, "device_id": None, "prefetch_queue_depth": cfg.data.prefetch}
     graph = Graph[EncodedBatch](
         partial(_pretended_graph, num_inputs=5 + len(draws), batch_size=batch, **options),

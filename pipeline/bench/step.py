@@ -1,13 +1,11 @@
-"""`pipeline bench step|train`: how fast one worker trains here, beside what it could, and what holds it back.
+"""`pipeline bench step`: how fast the bare step is here, which part of the device's peak that is, and what would help.
 
 A shared machine's speed changes within minutes. So what is compared takes turns, round by round, in one process, and
 what counts is the ratio within a round.
 """
 
 import re
-import resource
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,20 +15,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.bench.common import batch_per_worker, compare, config_to_measure, describe, take_turns, title
+from pipeline.bench.common import batch_per_worker, compare, describe, peak_memory, take_turns, title
 from pipeline.bench.planning.assumptions import CARDS
 from pipeline.bench.planning.cost_model import count_network
+from pipeline.bench.verdict import format_shares, step_verdict
 from pipeline.config.schema import Config
 from pipeline.data.indexing.build import Progress
 from pipeline.data.loading.loader import Batch, LoaderContext
 from pipeline.errors import UserError
-from pipeline.events import BrokenImage, Event, StepLogged, Warned
-from pipeline.runs.spec import WorkerContext
 from pipeline.text import between, columns, figure
 from pipeline.tracking.ledger import COMPUTE, TimeLedger, total
-from pipeline.training import open_run
-from pipeline.training.compilation import SHORT_STEPS, compiled, decide, missing_tool
-from pipeline.training.loop import fit
+from pipeline.training.backends import set_backends
+from pipeline.training.compilation import SHORT_STEPS, compiled, decide, missing_tool, num_shapes
+from pipeline.training.microbatch import AutoMicrobatch, may_try_out
+from pipeline.training.precision import settle
 from pipeline.training.state import TrainState
 from pipeline.training.step import AUTOCAST, train_step, unmarked
 from pipeline.versions import device_name
@@ -38,28 +36,38 @@ from pipeline.versions import device_name
 NUM_CLASSES = 1000
 MARKS = 6  # of the ledger, in a step
 GEMM = 2048  # rows and columns of the product that shows a CPU's peak
-NOISE = 0.03  # a gain below this is none
-FEW = 5  # rounds
-CONFIGURED, PIPELINE, CEILING = "as configured", "pipeline", "ceiling"
+CONFIGURED = "as configured"
 
 
 class BareStep:
-    """Our training step over one batch that lies on the device: no data, no logging, one worker."""
+    """Our training step over one batch that lies on the device: no data, no logging, one worker.
+
+    In parts, where the device's memory is short, as a training does it.
+
+    Args:
+        cfg: see `settled`.
+    """
 
     def __init__(self, cfg: Config, context: LoaderContext):
-        self._cfg, self._context = cfg, context
+        set_backends(cfg.train, context.device)
+        self.cfg, self._context = cfg, context
         self.batch = batch_per_worker(cfg)
         self._train = replace(cfg.train, global_batch=self.batch)
         self._state = TrainState.create(cfg, NUM_CLASSES, context.device)
-        missing = [missing_tool(context.device)]
-        mode = decide(cfg, context.device, missing=missing, num_steps=SHORT_STEPS).mode
-        self._net = self._state.model if mode == "none" else compiled(self._state.model, mode)
+        model, mode = self._state.model, cfg.model.compile
+        self._net = model if mode == "none" else compiled(model, mode, num_shapes(cfg))
         size = cfg.data.image_size
         images = torch.randint(0, 256, (self.batch, 3, size, size), dtype=torch.uint8, device=context.device)
         labels = torch.randint(0, NUM_CLASSES, (self.batch,), device=context.device)
         images = images.contiguous(memory_format=torch.channels_last)
         self._batch = Batch(images, labels, np.arange(self.batch))
-        self.first_step_s = self._time_steps(1)  # with whatever is compiled or looked up first
+        began = time.perf_counter()
+        fitting = AutoMicrobatch(self._train, may_try_out(cfg, context.device, 1), warn, mode)
+        micro_batch = fitting.size(self._state, self._net, self._batch)
+        self.is_split = micro_batch < min(cfg.train.micro_batch or self.batch, self.batch)
+        self._train = replace(self._train, micro_batch=micro_batch)
+        self._time_steps(1)
+        self.first_step_s = time.perf_counter() - began  # with whatever is compiled or looked up first
 
     def measure(self, num_steps: int) -> float:
         """Images/s over so many steps."""
@@ -67,9 +75,10 @@ class BareStep:
 
     def _time_steps(self, num_steps: int, mark: Callable[[str], object] = unmarked) -> float:
         torch.set_num_threads(self._context.num_threads)
+        set_backends(self._train, self._context.device)  # variants take turns
         began = time.perf_counter()
         for _ in range(num_steps):
-            lr = self._cfg.optim.lr
+            lr = self.cfg.optim.lr
             loss = train_step(self._state, self._net, self._batch, self._train, lr=lr, world_size=1, mark=mark)
         loss.item()
         return time.perf_counter() - began
@@ -81,6 +90,12 @@ class BareStep:
         ledger.start_phase("outside")
         seconds = ledger.seconds()
         return {part: seconds[part] / total(seconds, *COMPUTE) for part in COMPUTE}
+
+
+def settled(cfg: Config, device: torch.device) -> Config:
+    """With what "auto" becomes in a training that is long enough to be compiled."""
+    cfg = settle(cfg, device)
+    return decide(cfg, device, missing=[missing_tool(device)], num_steps=SHORT_STEPS).applied_to(cfg)
 
 
 def have_same_step(a: Config, b: Config) -> bool:
@@ -99,10 +114,16 @@ def bench_step(
         num_steps: timed in a turn.
     """
     steps = dict[str, BareStep]()
-    peak_memory = 0.0
+    peak_bytes = 0.0
     for name, cfg in variants.items():
-        steps[name] = BareStep(cfg, context)
-        peak_memory = peak_memory or _peak_memory(context.device)  # of the first one alone
+        try:
+            steps[name] = BareStep(cfg, context)
+        except Exception as e:  # of torch's compiler anything; what does not fit and may not be split
+            if name == CONFIGURED:
+                raise
+            warn(f"{name} is left out: {(str(e).strip().splitlines() or [type(e).__name__])[0]}")
+            continue
+        peak_bytes = peak_bytes or peak_memory(context.device)  # of the first one alone
         progress(len(steps), len(variants), f"{name}: first step {steps[name].first_step_s:.1f} s")
     measurements = {name: partial(step.measure, num_steps) for name, step in steps.items()}
     per_s = take_turns(measurements, num_rounds, progress, float)
@@ -111,7 +132,7 @@ def bench_step(
     rate = float(np.median(per_s[CONFIGURED]))
     peak, origin = _peak_flops(context.device, cfg.train.precision)
     result = {
-        **_describe(cfg, context, configured.batch, num_rounds, num_steps),
+        **describe_worker(cfg, context, configured.batch, num_rounds, num_steps),
         "rows": compare(per_s, CONFIGURED),
         "first_step_s": {name: step.first_step_s for name, step in steps.items()},
         "parts": configured.share_of_parts(max(2, num_steps)),
@@ -120,98 +141,11 @@ def bench_step(
         "peak_tflops": peak and peak / 1e12,
         "peak_origin": origin,
         "mfu": peak and 6 * macs * rate / peak,
-        "peak_memory_gb": peak_memory / 1e9,
+        "peak_memory_gb": peak_bytes / 1e9,
         "ledger_share": MARKS * _seconds_per_mark(context.device) / (configured.batch / rate),
     }
-    return result | {"verdict": step_verdict(result)}
-
-
-def bench_train(
-    cfg: Config, context: LoaderContext, num_rounds: int, num_steps: int, progress: Progress
-) -> dict[str, Any]:
-    """Images/s through `fit` (index, DALI, MLflow on SQLite) beside those on synthetic data, one worker, by turns.
-
-    Evaluation and checkpoints are left out, and so is Ray. The loader goes on for `data.prefetch` batches while the
-    other is measured, so a round should be a multiple of that.
-
-    Args:
-        num_steps: timed in a turn.
-    """
-    per_s: dict[str, list[float]] = {PIPELINE: [], CEILING: []}
-    wait_shares = list[float]()  # of the time, spent waiting for data
-    ceiling: BareStep | None = None
-    round_began, waited_before = 0.0, 0.0
-
-    def warn(text: str) -> None:
-        print(text, file=sys.stderr)
-
-    def emit(event: Event) -> None:
-        nonlocal round_began, waited_before, ceiling
-        if isinstance(event, Warned | BrokenImage):
-            warn(event.text)
-        if not isinstance(event, StepLogged):
-            return
-        seconds, waited = time.perf_counter() - round_began, event.seconds["data wait"]
-        if ceiling is None:  # the first round is for warming up
-            ceiling = BareStep(cfg, context)
-            ceiling.measure(num_steps)
-        else:
-            per_s[PIPELINE].append(num_steps * batch / seconds)
-            per_s[CEILING].append(ceiling.measure(num_steps))
-            wait_shares.append((waited - waited_before) / seconds)
-            speeds = ", ".join(f"{name} {rates[-1]:.1f}" for name, rates in per_s.items())
-            progress(len(wait_shares), num_rounds, f"images/s: {speeds}")
-        round_began, waited_before = time.perf_counter(), waited
-
-    batch = batch_per_worker(cfg)
-    with tempfile.TemporaryDirectory() as storage:
-        uri, all_steps = f"sqlite:///{storage}/mlflow.db", (num_rounds + 1) * num_steps
-        cluster = replace(cfg.cluster, workers=1)
-        cfg = config_to_measure(cfg, cluster, "bench", storage, uri, batch=batch, steps=all_steps, every=num_steps)
-        with open_run.open_run(cfg, warn) as spec:
-            fit(spec, WorkerContext(0, 1, context.device, context.num_threads, emit))
-    result = {
-        **_describe(cfg, context, batch, num_rounds, num_steps),
-        "rows": compare(per_s, CEILING),
-        "shares": {"data wait": float(np.median(wait_shares))},
-        "peak_memory_gb": _peak_memory(context.device) / 1e9,
-    }
-    return result | {"verdict": train_verdict(result)}
-
-
-def step_verdict(result: dict[str, Any]) -> str:
-    """What bounds a step, and which of the variants helps most."""
     tried = {name: row for name, row in result["rows"].items() if name != CONFIGURED}
-    gains = {name: row["ratio"] for name, row in tried.items() if row["ratio_quartiles"][0] > 1 + NOISE}
-    mfu = result["mfu"]
-    if mfu is None:
-        text = "the device's peak is not known, so neither is what bounds a step"
-    elif mfu >= 0.5:
-        text = f"arithmetic bounds a step: it attains {mfu:.0%} of the peak"
-    else:
-        text = (
-            f"memory bounds a step, and what lies between the convolutions: it attains {mfu:.0%} of the peak "
-            f"({result['peak_origin']})"
-        )
-    if result["rounds"] < FEW:
-        return f"{text}; fewer than {FEW} rounds do not say which of the settings tried helps"
-    if not gains:
-        return f"{text}; none of the settings tried helps"
-    best = max(gains, key=lambda name: float(gains[name]))
-    return f"{text}; {best} helps most: {gains[best]:.2f} times"
-
-
-def train_verdict(result: dict[str, Any]) -> str:
-    """How near to the ceiling, and what keeps it from there."""
-    row = result["rows"][PIPELINE]
-    text = f"{row['ratio']:.3f} of the ceiling (quartiles {between(row['ratio_quartiles'], '.3f')})"
-    wait = result["shares"]["data wait"]
-    if wait > NOISE:
-        return (
-            f"{text}; data bounds training: {wait:.0%} of it is waiting for images; raise data.decode_threads or "
-            "data.prefetch, or give the worker more cores; `pipeline bench loader` says how fast the loader can be"
-        )
-    return f"{text}; computing bounds training; `pipeline bench step --try KEY=VALUE` says what makes that faster"
+    return result | {"verdict": step_verdict(tried, result["mfu"], origin, num_rounds)}
 
 
 def format_result(result: dict[str, Any]) -> list[str]:
@@ -232,6 +166,8 @@ def format_result(result: dict[str, Any]) -> list[str]:
             f"{result['tflops']:.3f} TFLOP/s, {mfu} ({result['peak_origin']}); the ledger takes "
             f"{result['ledger_share']:.4%} of a step"
         )
+    if "bound" in result:
+        lines.append(format_shares(result))
     return [*lines, f"peak memory {result['peak_memory_gb']:.2f} GB", result["verdict"]]
 
 
@@ -247,7 +183,13 @@ def context_here(num_threads: int | None) -> LoaderContext:
     return replace(context, num_threads=num_threads or context.num_threads)
 
 
-def _describe(cfg: Config, context: LoaderContext, batch: int, num_rounds: int, num_steps: int) -> dict[str, Any]:
+def warn(text: str) -> None:
+    """For people."""
+    print(text, file=sys.stderr)
+
+
+def describe_worker(cfg: Config, context: LoaderContext, batch: int, num_rounds: int, num_steps: int) -> dict[str, Any]:
+    """What was measured, and where."""
     place = {"batch": batch, "device": device_name(context.device), "threads": context.num_threads}
     return {**describe(cfg), **place, "rounds": num_rounds, "steps_per_round": num_steps}
 
@@ -267,13 +209,6 @@ def _peak_flops(device: torch.device, precision: str) -> tuple[float | None, str
         a @ a
         seconds.append(time.perf_counter() - began)
     return 2 * GEMM**3 / min(seconds), f"a product of {GEMM}x{GEMM} matrices here"
-
-
-def _peak_memory(device: torch.device) -> float:
-    """Bytes: of the GPU, or of this process."""
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 
 def _seconds_per_mark(device: torch.device) -> float:

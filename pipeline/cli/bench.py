@@ -87,12 +87,12 @@ def step(
         tries: A setting to compare with, by turns, such as model.compile=default; may be given again.
     """
     from pipeline.bench import step
-    from pipeline.training.precision import emulation, hardware_of, settle
+    from pipeline.training.precision import emulation, hardware_of
 
     context = step.context_here(threads)
-    variants = {step.CONFIGURED: settle(load(config, overrides), context.device)}
+    variants = {step.CONFIGURED: step.settled(load(config, overrides), context.device)}
     for override in tries or []:
-        variants[override] = settle(load(config, [*overrides, override]), context.device)
+        variants[override] = step.settled(load(config, [*overrides, override]), context.device)
         if step.have_same_step(variants[override], variants[step.CONFIGURED]):
             fix = "try another of model., train. or optim."
             raise UserError(f"--try {override}: changes nothing of the bare step; {fix}")
@@ -119,10 +119,10 @@ def train(
         config: A YAML file.
     """
     from pipeline.bench import step
-    from pipeline.training.precision import settle
+    from pipeline.bench.train import bench_train
 
     context = step.context_here(threads)
-    measure = partial(step.bench_train, settle(load(config, overrides), context.device), context, rounds, steps)
+    measure = partial(bench_train, step.settled(load(config, overrides), context.device), context, rounds, steps)
     return _bench(out, "train", measure, step.format_result, _plot("rows"))
 
 

@@ -10,11 +10,15 @@ import torch
 from commands import ROOT
 
 from pipeline.bench import common, scaling, step
+from pipeline.bench.verdict import step_verdict
 from pipeline.cli import app
 from pipeline.config.loading import load
+from pipeline.config.schema import Config
 from pipeline.data.loading.loader import LoaderContext
 from pipeline.errors import UserError
 from pipeline.local_files import make_folder
+from pipeline.training.microbatch import AutoMicrobatch
+from pipeline.training.state import TrainState
 
 SMALL = ["model.depth=18", "train.global_batch=16", "cluster.workers=2"]
 PLACE = LoaderContext(0, 1, torch.device("cpu"), 1)
@@ -22,8 +26,9 @@ PLACE = LoaderContext(0, 1, torch.device("cpu"), 1)
 
 def judged(mfu: float | None, ratios: dict[str, float], rounds: int = 5) -> str:
     per_s = {step.CONFIGURED: [10.0, 20.0]} | {name: [10 * r, 20 * r] for name, r in ratios.items()}
-    compared = common.compare(per_s, step.CONFIGURED)
-    return step.step_verdict({"rows": compared, "mfu": mfu, "peak_origin": "measured", "rounds": rounds})
+    tried = common.compare(per_s, step.CONFIGURED)
+    del tried[step.CONFIGURED]
+    return step_verdict(tried, mfu, "measured", rounds)
 
 
 def test_the_steps_verdict_names_the_bound_and_the_best_setting() -> None:
@@ -34,14 +39,6 @@ def test_the_steps_verdict_names_the_bound_and_the_best_setting() -> None:
     )
     assert "the device's peak is not known" in judged(None, {})
     assert judged(0.6, {"a=1": 1.2}, rounds=4).endswith("do not say which of the settings tried helps")
-
-
-@pytest.mark.parametrize(("wait", "words"), [(0.0, "computing bounds"), (0.2, "data bounds training: 20% of it")])
-def test_the_trainings_verdict_names_the_bound(wait: float, words: str) -> None:
-    compared = common.compare({step.PIPELINE: [8.0, 18.0], step.CEILING: [10.0, 20.0]}, step.CEILING)
-    text = step.train_verdict({"rows": compared, "shares": {"data wait": wait}})
-    assert text.startswith("0.850 of the ceiling (quartiles 0.825 to 0.875)")
-    assert words in text
 
 
 def of_workers(efficiency: float, **longer: float) -> dict[str, Any]:
@@ -62,7 +59,7 @@ def test_the_scalings_verdict_names_what_grows_most() -> None:
 
 
 def test_a_step_is_timed_for_the_share_of_one_worker() -> None:
-    cfg = load(ROOT / "configs/digits.yaml", [*SMALL, "train.precision=fp32"])
+    cfg = step.settled(load(ROOT / "configs/digits.yaml", [*SMALL, "train.precision=fp32"]), PLACE.device)
     progress = list[str]()
     result = step.bench_step({step.CONFIGURED: cfg}, PLACE, 3, 2, lambda done, total, text: progress.append(text))
     assert result["batch"] == 8
@@ -74,6 +71,41 @@ def test_a_step_is_timed_for_the_share_of_one_worker() -> None:
         6 * result["macs_per_image"] * result["rows"][step.CONFIGURED]["images_per_s"] / 1e12, rel=1e-3
     )
     assert len(progress) == 4
+
+
+def test_a_setting_that_cannot_be_tried_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def create(cfg: Config, *args: Any) -> TrainState:
+        if cfg.optim.name == "adamw":
+            raise RuntimeError("no room\nfor two moments")
+        return real(cfg, *args)
+
+    real = TrainState.create
+    monkeypatch.setattr(TrainState, "create", create)
+    names = {step.CONFIGURED: "sgd", "optim.name=adamw": "adamw", "optim.nesterov=false": "sgd"}
+    cfgs = {
+        name: load(ROOT / "configs/digits.yaml", [*SMALL, "train.precision=fp32", f"optim.name={kind}"])
+        for name, kind in names.items()
+    }
+    variants = {name: step.settled(cfg, PLACE.device) for name, cfg in cfgs.items()}
+    result = step.bench_step(variants, PLACE, 1, 1, lambda *_: None)
+    assert set(result["rows"]) == {step.CONFIGURED, "optim.nesterov=false"}
+    assert "optim.name=adamw is left out: no room\n" in capsys.readouterr().err
+
+
+def test_a_step_that_does_not_fit_is_measured_in_parts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a training computes it, instead of an end by a lack of memory."""
+    monkeypatch.setattr(step, "may_try_out", lambda *_: True)
+    monkeypatch.setattr(AutoMicrobatch, "_fits", lambda self, state, net, batch, size: size <= 3)
+    small = ["model.depth=18", "train.precision=fp32", "train.global_batch=8"]
+    cfgs = [load(ROOT / "configs/digits.yaml", [*small, f"train.micro_batch={size}"]) for size in (3, 8)]
+    whole, parts = (step.BareStep(step.settled(cfg, PLACE.device), PLACE) for cfg in cfgs)
+    assert (whole.is_split, parts.is_split) == (False, True)
+    assert "2 instead of 4 images at a time" in capsys.readouterr().err
+    assert parts.measure(1) > 0
 
 
 def test_settings_that_leave_the_step_alone_are_not_tried(capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,8 +166,13 @@ def test_step_and_train_as_commands(digits: Path, tmp_path: Path, capsys: pytest
     of_step = run(capsys, "step", *where, "--steps", "1", "--try", "optim.nesterov=false")
     assert set(of_step["rows"]) == {step.CONFIGURED, "optim.nesterov=false"}
     train = run(capsys, "train", *where, "--steps", "3")
-    assert train["rows"][step.PIPELINE]["ratio"] > 0.2
-    assert 0 <= train["shares"]["data wait"] < 1
+    assert train["rows"]["pipeline"]["ratio"] > 0.2
+    assert 0 <= train["data_wait_share"] < 1
+    assert train["communication_share"] < 0.01
+    assert (train["host_late_share"], train["memory_share"], train["is_split"]) == (None, None, False)
+    assert train["bound"] in ("data", "compute")
+    assert train["verdict"].startswith(f"{train['ratio']:.3f} of the ceiling (quartiles ")
+    assert f"waiting for images {train['data_wait_share']:.1%}, for other" in step.format_result(train)[-3]
     assert {p.name for p in tmp_path.iterdir()} == {"step.json", "step.png", "train.json", "train.png"}
     assert json.loads((tmp_path / "train.json").read_text()) == train
     for result in (of_step, train):

@@ -1,6 +1,7 @@
 """`pipeline bench loader --host`: it measures what it says, on any machine."""
 
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -28,5 +29,5 @@ def test_work_beside_takes_from_the_small_works_speed() -> None:
         while not stop.is_set():  # type: ignore[attr-defined]
             sum(range(1000))
 
-    alone, beside = host._small_work(0.5), host._small_work(0.5, hold)
-    assert beside < 0.8 * alone
+    pairs = [(host._small_work(0.3), host._small_work(0.3, hold)) for _ in range(7)]  # others may slow down some
+    assert median(beside / alone for alone, beside in pairs) < 0.8

@@ -254,6 +254,8 @@ def test_two_workers_are_predicted_from_one() -> None:
     assert checked["workers"][2]["predicted"] == pytest.approx(1 / 1.2)
     assert checked["workers"][2]["measured"] == 0.8
     assert checked["workers"][2]["compute_ratio"] == 1.05
+    a, origins = assume("H100", ["overlap=0", "latency_us=0", "rdma=0", "tcp_gb_s=0.1"])
+    assert plan.check_efficiency(MEASURED, a, origins) == checked, "the link was measured, whatever carries it"
     a, origins = assume("H100", ["overlap=0", "latency_us=0", "network_gb_s=0.5"])
     assert plan.check_efficiency(MEASURED, a, origins)["workers"][2]["predicted"] == pytest.approx(1 / 1.4)
 
@@ -320,6 +322,8 @@ def test_the_answer_for_programs(
         (["--assume", "gpu_mtbf_h=inf"], "must be a number, at least 1e-06 and at most 1e+09"),
         (["--assume", "gpu_mtbf_h=1e308"], "at most 1e+09"),
         (["--assume", "gpus_per_node=2.5"], "must be a whole number"),
+        (["--assume", "rdma=0.5"], "must be a whole number"),
+        (["--assume", "rdma=2"], "at least 0 and at most 1"),
         (["--gpus", "2000"], "--gpus 2000: train.global_batch=1024 gives some of them nothing; ask for at most 1024"),
         (["--images", "100"], "a global batch of 1024 is more than the 100 images; lower train.global_batch"),
         (["--batch-per-gpu", "3", "data.mixup=1"], "--batch-per-gpu 3: must be even"),

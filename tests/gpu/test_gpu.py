@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from odd_images import damaged_jpeg, encode, picture
-from ranks import context, no_bad_image, run_ranks
+from ranks import context, final_state, no_bad_image, run_ranks
 from torch import Tensor
 
 from pipeline.cluster.affinity import near
@@ -196,11 +196,19 @@ def test_two_workers_with_synchronized_batch_norm_step_as_one() -> None:
     assert not torch.allclose(others[0]["bn1.running_var"], whole["bn1.running_var"], rtol=1e-3)
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(
-    digits_index: Callable[[str], Path], tmp_path: Path, precision: str
+    digits_index: Callable[[str], Path],
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    precision: str,
+    deterministic: bool,
 ) -> None:
-    """The same images in the same order, and it has learnt; the sums of a GPU's atomic additions may differ."""
+    """The same images in the same order, and it has learnt; the sums of a GPU's atomic additions may differ, unless
+    it is to be deterministic: then all is the same to the last bit.
+    """
+    request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
     train, val = str(digits_index("train")), str(digits_index("val"))
     common = [
         f"data.train={train}",
@@ -211,24 +219,28 @@ def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(
     ]
     common += ["data.crop_scale=[0.7,1.0]", "data.flip=0", "model.depth=18", "optim.lr=0.02", "optim.warmup_epochs=0.5"]
     common += ["train.global_batch=64", "train.epochs=6", "train.log_every=5", f"train.precision={precision}"]
+    common += [f"train.deterministic={deterministic}"]
     common += ["mlflow.log_model=false", "mlflow.report=false", "mlflow.checkpoints=none"]
 
-    def trained(name: str, *overrides: str) -> tuple[dict[str, Any], list[list[int]]]:
-        """The summary, and the rows of the index by step."""
+    def trained(name: str, *overrides: str) -> tuple[dict[str, Any], list[list[int]], dict[str, Tensor]]:
+        """The summary, the rows of the index by step, and the weights."""
         (tmp_path / name).mkdir(exist_ok=True)
         cfg = load(None, [*common, f"run.storage={tmp_path}", *overrides])
         ctx = dataclasses.replace(context(), device=torch.device("cuda:0"), num_threads=2)
-        summary = fit(RunSpec(cfg, Storage(tmp_path / name), train, val), ctx)
+        spec = RunSpec(cfg, Storage(tmp_path / name), train, val)
+        summary = fit(spec, ctx)
         lines = (tmp_path / name / "samples" / "rank_0.jsonl").read_text().splitlines()
-        return summary, [json.loads(line)["rows"] for line in lines]
+        return summary, [json.loads(line)["rows"] for line in lines], final_state(spec)["model"]
 
-    whole, order = trained("whole")
+    whole, order, weights = trained("whole")
     assert trained("parts", "run.stop_at_step=50")[0]["step"] == 50
-    parts, order_of_parts = trained("parts")
+    parts, order_of_parts, weights_of_parts = trained("parts")
     assert order_of_parts == order
     assert whole["step"] == parts["step"] == 6 * 22
     assert min(whole["top1"], parts["top1"]) > 0.95
-    assert parts["loss"] == pytest.approx(whole["loss"], rel=0.1)
+    assert parts["loss"] == pytest.approx(whole["loss"], rel=0 if deterministic else 0.1, abs=0)
+    if deterministic:
+        assert all(torch.equal(weights_of_parts[name], value) for name, value in weights.items())
 
 
 def test_an_evaluation_is_computed_in_parts_that_fit() -> None:

@@ -73,6 +73,10 @@ class Assumptions:
     grad_bytes: float = _num(4, "counted", "B", "of a gradient on the wire, as cluster.gradients has it")
     bucket_mb: float = _num(25, "counted", "MB", "of gradients in a bucket: cluster.bucket_mb")
     link_share: float = _num(0.7, "assumed", "", "of a link's data sheet that an all-reduce attains", high=1)
+    rdma: float = _num(1, "assumed", "", "1: RDMA between nodes; 0: TCP, which NCCL takes without it", low=0, high=1)
+    tcp_gb_s: float = _num(
+        4, "published", "GB/s", "of a node, at most, over TCP: 4 to 6 of 100 Gbit/s (NVIDIA/nccl, issue 450)"
+    )
     latency_us: float = _num(10, "assumed", "us", "of one hop of an all-reduce", low=0)
     overlap: float = _num(
         1, "assumed", "", "of the backward pass, that an all-reduce can hide behind; 0: none", low=0, high=1
@@ -120,7 +124,7 @@ def _parse(word: str, name: str, text: str) -> float:
     low, high = NAMES[name]["low"], NAMES[name]["high"]
     if not (low <= value <= high):
         raise UserError(f"--assume {word}: must be a number, at least {low:g} and at most {high:g}")
-    if name == "gpus_per_node" and value != int(value):
+    if name in ("gpus_per_node", "rdma") and value != int(value):
         raise UserError(f"--assume {word}: must be a whole number")
     return value
 

@@ -6,7 +6,7 @@ docs/performance.md says how far to trust it.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import NormalDist
 from typing import Any
 
@@ -113,12 +113,21 @@ def expected_max(num_ranks: int) -> float:
     return NormalDist().inv_cdf((num_ranks - 0.375) / (num_ranks + 0.25))
 
 
+def between_nodes_gb_s(a: Assumptions) -> float:
+    """What an all-reduce attains of a node's links.
+
+    Over TCP, NCCL has one interface of a pod and one socket a channel: more or faster links do not help.
+    """
+    attained = a.network_gb_s * a.link_share
+    return attained if a.rdma else min(attained, a.tcp_gb_s)
+
+
 def all_reduce_s(num_ranks: int, num_bytes: float, a: Assumptions) -> float:
     """A ring inside each node and one between them; each sends 2 (n - 1) / n of the bytes."""
     inside = min(num_ranks, int(a.gpus_per_node))
     nodes = -(-num_ranks // int(a.gpus_per_node))
     seconds = 2 * (inside - 1) / inside * num_bytes / (a.link_gb_s * a.link_share * 1e9)
-    seconds += 2 * (nodes - 1) / nodes * num_bytes / (a.network_gb_s * a.link_share * 1e9)
+    seconds += 2 * (nodes - 1) / nodes * num_bytes / (between_nodes_gb_s(a) * 1e9)
     hops = 2 * (inside - 1) + 2 * math.ceil(math.log2(nodes))
     return seconds + num_buckets(num_bytes, a) * hops * a.latency_us * 1e-6
 
@@ -199,6 +208,18 @@ def predict(scenario: Scenario, gpus: int) -> Row:
         cost=hours * gpus * a.price_per_gpu_hour,
         bound=max(parts, key=lambda name: parts[name]) if slowest == "work" else slowest,
     )
+
+
+def compare_transports(scenario: Scenario, row: Row) -> dict[str, dict[str, float]] | None:
+    """The row's step by RDMA and over TCP, and what of it waits for the network; None on one node, which needs none."""
+    a = scenario.assumed
+    if row.gpus <= a.gpus_per_node:
+        return None
+    rows = {
+        name: predict(replace(scenario, assumed=replace(a, rdma=rdma)), row.gpus)
+        for name, rdma in (("rdma", 1), ("tcp", 0))
+    }
+    return {name: {"network_s": r.parts["network"], "step_s": r.step_s} for name, r in rows.items()}
 
 
 def num_steps(scenario: Scenario, gpus: int) -> int:

@@ -19,6 +19,7 @@ from pipeline.bench.planning.cost_model import (
     best_every,
     card_rate,
     compare_intervals,
+    compare_transports,
     count_network,
     expected_max,
     exposed_s,
@@ -28,6 +29,7 @@ from pipeline.bench.planning.cost_model import (
     split_batch,
 )
 from pipeline.config.schema import Config
+from pipeline.config.training import GRAPH_MODES
 from pipeline.data.index import load_index
 from pipeline.data.indexing.find import is_index
 from pipeline.errors import UserError
@@ -35,7 +37,6 @@ from pipeline.storage import Storage
 from pipeline.training import precision
 
 IMAGENET = 1_281_167
-GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile that launch a step's kernels at once
 BEFORE_BF16 = {"V100": (7, 0), "T4": (7, 5)}  # the cards before compute capability 8.0, where bf16 begins
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
 WARNING = (
@@ -74,13 +75,13 @@ def plan(
     model = count_network(cfg.model, cfg.data.image_size)
     index = _index_here(cfg.data.train)
     known = {"bucket_mb": float(cfg.cluster.bucket_mb)}
-    if cfg.cluster.gradients == "bf16":
+    if cfg.cluster.gradients != "fp32":
         known["grad_bytes"] = 2
     if index is not None:
         known["image_kb"] = float(index.sizes.mean()) / 1e3
     counted = {name: value for name, value in known.items() if origins[name] != "given"}
     a, origins = replace(a, **counted), origins | dict.fromkeys(counted, "counted")
-    if origins["launch_us"] != "given" and cfg.model.compile in GRAPHS:
+    if origins["launch_us"] != "given" and cfg.model.compile in GRAPH_MODES:
         a = replace(a, launch_us=a.launch_us / 5)
     images = num_images or (len(index) if index is not None else IMAGENET)
     scenario = Scenario(cfg, a, model, images, batch_per_gpu, rate)
@@ -115,6 +116,7 @@ def plan(
             "origin": "given" if rate else "modelled",
         },
         "rows": [_to_json(row if n == gpus else predict(scenario, n)) for n in sizes],
+        "between_nodes": compare_transports(scenario, row),
         "changes": try_changes(scenario, row),
         "checkpoints": compare_intervals(scenario, row),
         "measured": check_efficiency(_read(measured), a, origins) if measured else None,
@@ -161,6 +163,8 @@ def try_changes(scenario: Scenario, row: Row) -> list[dict[str, Any]]:
         "half the jitter between ranks (jitter)": {"jitter": a.jitter / 2},
         "restarts in half the time (restart_s)": {"restart_s": a.restart_s / 2},
     }
+    if not a.rdma:
+        assumptions["RDMA between nodes (rdma=1), as k8s/overlays/rdma has it"] = {"rdma": 1}
     tried = {text: replace(scenario, assumed=replace(a, **values)) for text, values in assumptions.items()}
     checkpoint = replace(cfg.checkpoint, every=best)
     tried[f"checkpoint.every={best}"] = replace(scenario, cfg=replace(cfg, checkpoint=checkpoint))
@@ -181,9 +185,9 @@ def try_changes(scenario: Scenario, row: Row) -> list[dict[str, Any]]:
 def predicted_efficiency(compute_s: float, parameters: int, workers: int, a: Assumptions) -> float:
     """Scaling efficiency of workers that each compute `compute_s` a step when alone.
 
-    `a.network_gb_s` is each worker's share of what joins them, as it is attained.
+    `a.network_gb_s` is each worker's share of what joins them, as it is attained by whatever carries it.
     """
-    flat = replace(a, gpus_per_node=1, link_share=1)
+    flat = replace(a, gpus_per_node=1, link_share=1, rdma=1)
     num_bytes = parameters * a.grad_bytes
     wait_s = exposed_s(all_reduce_s(workers, num_bytes, flat), num_buckets(num_bytes, a), compute_s * 2 / 3, a)
     return compute_s / (compute_s * (1 + a.jitter * expected_max(workers)) + wait_s)

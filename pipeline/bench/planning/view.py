@@ -62,6 +62,7 @@ def _step(result: dict[str, Any]) -> list[str]:
         f"On {size} a step takes {chosen['step_s'] * 1e3:.1f} ms: {parts}. Beside it, and hidden if "
         f"shorter: reading {chosen['read_s'] * 1e3:.1f}, decoding {chosen['decode_s'] * 1e3:.1f}."
     )
+    lines += _between_nodes(result)
     best = result["changes"][0] if result["changes"] else None
     if best and best["saves"] >= 0.05:
         lines += _wrap(f"Helps most: {best['change']}; {_hours(best['hours'])} hours, {best['saves']:.0%} fewer.")
@@ -72,6 +73,24 @@ def _step(result: dict[str, Any]) -> list[str]:
     if poor:
         lines += _wrap(f"From {poor[0]:,} GPUs on, twice as many bring less than 1.5 times the speed.")
     return lines
+
+
+def _between_nodes(result: dict[str, Any]) -> list[str]:
+    """What RDMA is worth: a run without it looks like any other that is slow."""
+    if not (transports := result["between_nodes"]):
+        return []
+    wait, step = (
+        {name: f"{times[key] * 1e3:.1f} ms" for name, times in transports.items()} for key in ("network_s", "step_s")
+    )
+    if result["assumptions"]["rdma"]["value"]:
+        return _wrap(
+            f"By RDMA between nodes, steps wait {wait['rdma']} for the network. Without it NCCL takes TCP and says "
+            f"nothing: they would wait {wait['tcp']}, and take {step['tcp']} (estimated; --assume rdma=0)."
+        )
+    return _wrap(
+        f"Over TCP between nodes, steps wait {wait['tcp']} for the network. By RDMA they would wait {wait['rdma']}, "
+        f"and take {step['rdma']} (estimated)."
+    )
 
 
 def _checkpoints(checkpoints: dict[str, Any]) -> list[str]:
