@@ -32,6 +32,7 @@ from pipeline.data.loading.augment import augment
 from pipeline.data.loading.bad_images import BadDataError, BadImages
 from pipeline.data.loading.fetch import MEAN_COLOUR, EncodedBatch
 from pipeline.data.loading.graph import Graph, Source
+from pipeline.data.loading.held import MAX_BEHIND, HeldWhileRead
 from pipeline.data.loading.readers import ReaderError
 
 T = TypeVar("T")
@@ -110,12 +111,13 @@ class DaliPipeline:
         self._decode_graph = partial(_gpu_graph, **augmenting) if on_gpu else partial(decode_graph, **options)
         self._augment_graph = partial(_augment_graph, **augmenting) if draws else None
         self._stream: Callable[[], Any] = partial(torch.cuda.current_stream, device) if on_gpu else lambda: None
+        self._mark: Callable[[], Any] = (lambda: self._stream().record_event()) if on_gpu else lambda: None
         self._idle: Graph[EncodedBatch] | None = None  # to be used again: building one takes up to seconds
 
     @staticmethod
-    def num_held(cfg: DataConfig) -> int:
+    def num_held(cfg: DataConfig, device: torch.device) -> int:
         """How many batches it reads from when it takes another one."""
-        return cfg.prefetch + 1
+        return cfg.prefetch + (MAX_BEHIND if device.type == "cuda" else 0)
 
     def decode(self, batches: Iterator[EncodedBatch]) -> Iterator[tuple[BatchSpec, Tensor]]:
         """Each batch with its (B, 3, size, size) uint8 pixels, channels_last, on the device.
@@ -139,8 +141,7 @@ class DaliPipeline:
         """Each batch with what the graph makes of it: DALI's list of images, or a list of tensors."""
         graph, self._idle = self._idle or self._new_graph(self._max_batch), None
         graph.begin(batches)
-        previous: EncodedBatch | None = None
-        lost = deque[EncodedBatch]()
+        held, lost, current = HeldWhileRead(self._mark), deque[EncodedBatch](), list[EncodedBatch]()
         try:
             while True:
                 try:
@@ -159,15 +160,14 @@ class DaliPipeline:
                         yield lost[0].spec, self._salvage(lost[0])
                         lost.popleft().release()
                     continue
-                if previous is not None:  # one batch late: a GPU may not have read the newest to its end
-                    previous.release()
-                previous = batch
+                current.append(batch)
                 yield batch.spec, images
+                held.add(current.pop(), images)  # by now all is launched that reads these images
         except Exception:
             graph.close()
             raise
         finally:
-            self._retire(graph, [*lost, *([previous] if previous else [])])
+            self._retire(graph, [*held.batches, *current, *lost])
 
     def _retire(self, graph: "Graph[EncodedBatch]", held: list[EncodedBatch]) -> None:
         """Keep a graph for the next stream; the batches that are held are read no more."""
@@ -194,8 +194,7 @@ class DaliPipeline:
             RuntimeError: a sound image cannot be decoded either, for a lack of memory or a fault of the device.
         """
         spec = batch.spec
-        images = self._try(batch)
-        if isinstance(images, list):
+        if isinstance(images := self._try(batch), list):
             return images
         if len(spec) > 1:
             half, end = len(spec) // 2, len(spec)
@@ -204,8 +203,7 @@ class DaliPipeline:
         if isinstance(trouble := self._try(_sound(spec)), str):
             path = self._bad_images.path(row)
             raise RuntimeError(f"{path}: neither this nor a sound image of its size can be decoded: {trouble}")
-        images = self._try(batch)  # a GPU's memory may have been full for a moment
-        if isinstance(images, list):
+        if isinstance(images := self._try(batch), list):  # a GPU's memory may have been full for a moment
             return images
         self._bad_images.count(row, images)
         colour = torch.tensor(MEAN_COLOUR, dtype=torch.uint8, device=self._device)
@@ -217,7 +215,10 @@ class DaliPipeline:
         graph.begin(iter([batch]))
         try:
             _, images = graph.run(self._stream())
-            return [from_dlpack(image).clone() for image in images]
+            copies = [from_dlpack(image).clone() for image in images]
+            if self._device.type == "cuda":  # the graph's memory goes with it
+                torch.cuda.synchronize(self._device)
+            return copies
         except RuntimeError as e:  # it holds the dead graph, and ends here
             return _reason(e)
         finally:

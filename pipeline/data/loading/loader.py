@@ -107,7 +107,7 @@ class Loader:
         self.index, self.max_batch, self._make_spec = index, max_batch, make_spec
         bad_images = BadImages(index, cfg.max_bad_fraction, on_bad)
         # Rank 0 reads the least ahead: where images stop to come it is the first to wait, and can save the step before.
-        num_held = DaliPipeline.num_held(cfg) + (context.rank > 0)
+        num_held = DaliPipeline.num_held(cfg, context.device) + (context.rank > 0)
         self._readers = Readers(index, cfg, make_spec, num_held, bad_images, warn, context.retry_timeout_s, patience)
         self.pipeline = DaliPipeline(cfg, max_batch, context.num_threads, context.device, bad_images, draws)
 
