@@ -63,7 +63,9 @@ class DataConfig(Section):
         None, "threads that decode, per worker; null: its share of the node's cores, on a GPU all but two", low=1
     )
     decode_on_gpu: bool = setting(True, "decode on the GPU that trains; false: on CPU cores, and only augment there")
-    hw_decoder_load: float = setting(0.65, "share of the images for a GPU's own JPEG decoder, if any", low=0, high=1)
+    hw_decoder_load: float = setting(
+        1.0, "whether a GPU's own JPEG decoder, if any, takes the images that it can decode: 1 or 0"
+    )
     read_processes: int = setting(1, "processes that read files ahead, per worker", low=1, high=64)
     read_threads: int = setting(4, "threads of each of them", low=1, high=256)
     prefetch: int = setting(2, "batches decoded ahead of the one in use", "batches", low=1, high=64)
@@ -96,6 +98,9 @@ class DataConfig(Section):
             low, high = self.crop_short
             holds = self.image_size <= low <= high
             self.require(holds, "crop_short", f"must be [low,high] with image_size={self.image_size} <= low <= high")
+        # Its pixels differ from CUDA's in the last bit, and between 0 and 1 an image's place in the batch decides.
+        fix = "must be 0 or 1: a share in between would have pixels depend on the number of workers"
+        self.require(self.hw_decoder_load in (0, 1), "hw_decoder_load", fix)
         grows = self.start_size is None or self.start_size <= self.image_size
         self.require(grows, "start_size", f"must be at most image_size={self.image_size}")
 

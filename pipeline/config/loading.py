@@ -18,6 +18,7 @@ from yaml import YAMLError
 from pipeline.config import reference
 from pipeline.config.fields import refuse_credentials, show
 from pipeline.config.schema import Config
+from pipeline.config.training import GRAPH_MODES
 from pipeline.errors import UserError
 from pipeline.failures import says_of_one_file
 
@@ -32,7 +33,22 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: an unreadable file, or a wrong key, type or value.
     """
-    content = {} if path is None else _read_yaml(Path(path))
+    return _merge({} if path is None else _read_yaml(Path(path)), overrides)
+
+
+def load_saved(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """A checkpoint's, which an earlier version may have written; arguments and errors as of `load`."""
+    content = _read_yaml(path)
+    data = content.get("data") or {}
+    if 0 < data.get("hw_decoder_load", 1) < 1:  # 0.65 was the default
+        data["hw_decoder_load"] = 1.0
+    model = content.get("model") or {}
+    if model.get("compile") in GRAPH_MODES and (content.get("train") or {}).get("micro_batch"):
+        model["compile"] = "default"  # the pair was allowed, and gradients came out wrong
+    return _merge(content, overrides)
+
+
+def _merge(content: dict[Any, Any], overrides: Sequence[str]) -> Config:
     settings = list(_leaves({k: v for k, v in content.items() if v is not None}))  # "train:" alone says nothing
     settings += map(parse_override, overrides)
     merged = OmegaConf.structured(Config)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pipeline.config.data import DataConfig
 from pipeline.config.fields import show
 from pipeline.config.running import CheckpointConfig, ClusterConfig, MlflowConfig, RunConfig
-from pipeline.config.training import ModelConfig, OptimConfig, TrainConfig
+from pipeline.config.training import GRAPH_MODES, ModelConfig, OptimConfig, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,14 @@ class Config:
         train.require(smallest > 1 or size > 32, "global_batch", fix)
         self._require_equal_passes()
         fix = f"cannot be combined with model.compile={self.model.compile}; set it to false, or model.compile=none"
-        holds = not self.model.activation_checkpointing or self.model.compile in ("auto", "none")
-        self.model.require(holds, "activation_checkpointing", fix)
+        is_compiled = self.model.compile not in ("auto", "none")
+        self.model.require(not (self.model.activation_checkpointing and is_compiled), "activation_checkpointing", fix)
+        train.require(not (train.deterministic and is_compiled), "deterministic", fix)
+        # A graph's memory is written to again by its next run, and gradients that are added up lie in it.
+        at_once = all(self._num_passes(n) == 1 for n in self._shares(workers) | self._shares(self.cluster.min_workers))
+        fix = f"adds gradients up, which CUDA graphs (model.compile={self.model.compile}) get wrong"
+        fix += "; leave it out, or set model.compile=default"
+        train.require(at_once or self.model.compile not in GRAPH_MODES, "micro_batch", fix)
         fits = train.steps is not None or self.optim.warmup_epochs <= train.epochs
         self.optim.require(fits, "warmup_epochs", f"must be at most train.epochs={train.epochs}")
 

@@ -6,6 +6,7 @@ from typing import Literal
 from pipeline.config.fields import Section, refuse_credentials, setting
 
 CompileMode = Literal["auto", "none", "default", "reduce-overhead", "max-autotune"]
+GRAPH_MODES = ("reduce-overhead", "max-autotune")  # that use CUDA graphs
 Precision = Literal["bf16", "fp16", "fp32"]  # what can be computed in
 
 
@@ -35,9 +36,9 @@ class ModelConfig(Section):
         "none", "fine-tuning: this part and all before it stay as they are, their BatchNorm statistics too"
     )
     compile: CompileMode = setting(
-        "none",
+        "auto",
         "torch.compile's mode for training; auto: default on GPUs, in trainings of 5000 steps or more, where each node "
-        "has a C compiler, else none; reduce-overhead uses CUDA graphs; evaluation is not compiled",
+        "has a C compiler and it succeeds, else none; reduce-overhead uses CUDA graphs; evaluation is not compiled",
     )
 
     def __post_init__(self) -> None:
@@ -94,6 +95,12 @@ class TrainConfig(Section):
     )
     precision: Literal["auto", Precision] = setting(
         "auto", "auto: bf16, or fp16 on older GPUs, where all workers compute it in hardware, else fp32"
+    )
+    tf32: bool = setting(
+        True, "on GPUs fp32 computes products of 10 bits (TF32), from compute capability 8.0 on; false: of all 23"
+    )
+    deterministic: bool = setting(
+        False, "on GPUs the same bits each time, also after a resume: slower kernels, and none that are compiled"
     )
     loss: Literal["cross_entropy", "bce"] = setting(
         "cross_entropy", "bce: binary cross-entropy of each class on its own, averaged over the classes"

@@ -68,7 +68,7 @@ class Attempt:
         ctx, cfg, resumed = self._ctx, self._spec.cfg, self._resumed
         first_step = resumed.step if resumed else 0
         tags = self._manifest.tags(self._failures, first_step, ctx.world_size)
-        mlflow.set_tags({**tags, "pipeline.data_fingerprint": fingerprint})
+        mlflow.set_tags({**tags, "pipeline.data_fingerprint": fingerprint, "pipeline.compilation": compilation})
         recovery = self._manifest.recovery(self._failures, first_step, ctx.world_size)
         # The step of these is the attempt's number.
         mlflow.log_metrics(self.number, {f"attempt/{name}": value for name, value in recovery.items()})

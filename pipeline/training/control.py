@@ -23,12 +23,16 @@ class ControlBroadcast:
 
     Args:
         timeout_s: how long a silent rank is waited for.
+        patience_s: how much longer in `gather_late`.
     """
 
-    def __init__(self, world_size: int, timeout_s: float):
+    def __init__(self, world_size: int, timeout_s: float, patience_s: float = 0.0):
         self._alone = world_size == 1
-        self._group: Any = None if self._alone else dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        self._group, self._late_group = self._make_group(timeout_s), self._make_group(timeout_s + patience_s)
         self._sent: tuple[torch.Tensor, Any] | None = None
+
+    def _make_group(self, timeout_s: float) -> Any:
+        return None if self._alone else dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
     def exchange(self, flags: ControlFlags) -> ControlFlags:
         """Give this step's word (rank 0's counts) and take the one that holds now."""
@@ -41,10 +45,17 @@ class ControlBroadcast:
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, by rank; called by all alike. Waits for no device, and takes none of its memory."""
+        return self._gather(value, self._group)
+
+    def gather_late(self, value: Any) -> list[Any]:
+        """The same, where some ranks may come much later than others, as they have compiled the network."""
+        return self._gather(value, self._late_group)
+
+    def _gather(self, value: Any, group: Any) -> list[Any]:
         if self._alone:
             return [value]
-        values: list[Any] = [None] * dist.get_world_size(self._group)
-        dist.all_gather_object(values, value, group=self._group)
+        values: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(values, value, group=group)
         return values
 
     def finish(self) -> ControlFlags:

@@ -1,15 +1,13 @@
 """The network as an attempt trains it: exchanging gradients with other ranks, compiled. `state.model` is inside it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook, fp16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.config.schema import Config
 from pipeline.tracking.ledger import TimeLedger
+from pipeline.training.backends import kernels_by_shape
 from pipeline.training.compilation import compiled, num_shapes
 from pipeline.training.step import autocast
 
@@ -36,29 +34,19 @@ def _distributed(model: nn.Module, cfg: Config, world_size: int, device: torch.d
     net = DistributedDataParallel(
         model, forward_sync_buffers=False, gradient_as_bucket_view=True, bucket_cap_mb=cfg.cluster.bucket_mb
     )
-    if cfg.cluster.gradients == "bf16":
-        net.register_comm_hook(None, bf16_compress_hook)
+    if hook := {"bf16": bf16_compress_hook, "fp16": fp16_compress_hook}.get(cfg.cluster.gradients):
+        net.register_comm_hook(None, hook)
     model.eval()
     share = -(-cfg.train.global_batch // world_size)
     num_images, size = min(share, cfg.train.micro_batch or share) if device.type == "cpu" else 1, cfg.data.image_size
     images = torch.zeros(num_images, 3, size, size, dtype=torch.uint8, device=device)
-    with _without_search():
+    with kernels_by_shape():
         with autocast(cfg.train.precision, device):
             logits = net(images.contiguous(memory_format=torch.channels_last))
         logits.sum().backward()
     model.zero_grad(set_to_none=True)
     model.train()
     return net
-
-
-@contextmanager
-def _without_search() -> Iterator[None]:
-    """Have cuDNN not try out kernels for a shape that does not come again."""
-    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
 
 
 def _watch_communication(model: nn.Module, ledger: TimeLedger) -> None:

@@ -2,7 +2,8 @@
 
 Each chunk of samples is evaluated whole by one rank, whatever the number of ranks, and what the model says of
 each sample goes into the sample's own row of a table. One all-reduce adds zeros to the rows, and every figure is
-computed from the whole table, so neither rounding nor order depends on who computed what.
+computed from the whole table, so neither rounding nor order depends on who computed what. Nor does it depend on which
+kernels were the quickest when cuDNN tried them: it chooses by shapes.
 """
 
 import math
@@ -18,6 +19,7 @@ from pipeline.data.loading.loader import EvalLoader
 from pipeline.data.loading.to_device import to_device
 from pipeline.failures import NonFiniteError
 from pipeline.tracking.metrics import TOP, Predictions
+from pipeline.training.backends import kernels_by_shape
 from pipeline.training.microbatch import OomSplitter
 from pipeline.training.step import autocast
 
@@ -27,6 +29,7 @@ class StoppedError(Exception):
 
 
 @torch.inference_mode()
+@kernels_by_shape()
 def evaluate(
     model: nn.Module,
     loader: EvalLoader,

@@ -20,6 +20,7 @@ from pipeline.failures import NonFiniteError
 from pipeline.models import pretrained
 from pipeline.storage import Storage
 from pipeline.tracking.metrics import Predictions
+from pipeline.training.backends import kernels_by_shape, set_backends
 from pipeline.training.crashing_images import known_crashing_images
 from pipeline.training.evaluation import evaluate, log_probabilities
 from pipeline.training.microbatch import OomSplitter
@@ -53,6 +54,7 @@ def evaluate_checkpoint(
     torch.set_num_threads(here.num_threads)
     model, cfg, classes = pretrained.load_model(place, overrides)
     cfg = settle(cfg, here.device)
+    set_backends(cfg.train, here.device)
     if text := emulation(cfg.train.precision, [hardware_of(here.device)], fix):
         warn(f"warning: {text}")
     found, report = open_index(data or cfg.data.val)
@@ -113,6 +115,7 @@ def predict(place: Storage, images: Sequence[Path], top: int, warn: Callable[[st
         raise UserError(f"--top {top}: must be from 1 to the model's {len(classes)} classes")
     # Others' images: broken ones are told one by one, however many they are.
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, max_bad_fraction=1.0))
+    set_backends(cfg.train, here.device)
     model, in_parts = model.to(here.device), OomSplitter(warn)
     precision = cfg.train.precision if cfg.train.precision in hardware_of(here.device).native else "fp32"
 
@@ -129,6 +132,7 @@ def predict(place: Storage, images: Sequence[Path], top: int, warn: Callable[[st
 
 
 @torch.inference_mode()
+@kernels_by_shape()
 def _predict(
     probabilities: Callable[[Tensor], Tensor],
     cfg: Config,

@@ -5,19 +5,19 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from pipeline.config.schema import Config
 from pipeline.data.batch_spec import make_sampler
-from pipeline.data.loading.loader import Batch
 from pipeline.events import AttemptEnded
 from pipeline.failures import COMPILE_S, NonFiniteError, StoppedWaitingError
 from pipeline.runs.spec import RunSpec, WorkerContext
+from pipeline.training.backends import set_backends
 from pipeline.training.broken_images import BrokenImages
-from pipeline.training.compilation import decide, missing_tool
+from pipeline.training.compilation import Compiler, decide, missing_tool
 from pipeline.training.control import ControlBroadcast, ControlFlags
 from pipeline.training.ddp import wrap_model
 from pipeline.training.evaluation import StoppedError, evaluate, sync_buffers
@@ -54,9 +54,7 @@ def fit(spec: RunSpec, ctx: WorkerContext) -> dict[str, Any]:
 def _fit(spec: RunSpec, ctx: WorkerContext, watchdog: Watchdog, stack: ExitStack) -> dict[str, Any]:
     entered = time.time()
     torch.set_num_threads(ctx.num_threads)
-    if ctx.device.type == "cuda":
-        torch.cuda.set_device(ctx.device)
-        torch.backends.cudnn.benchmark = True  # shapes stay the same
+    set_backends(spec.cfg.train, ctx.device)
     spec, manifest, resumed, precision = choose_checkpoint(spec, ctx)
     watchdog.feed()
     cfg = spec.cfg
@@ -68,12 +66,14 @@ def _fit(spec: RunSpec, ctx: WorkerContext, watchdog: Watchdog, stack: ExitStack
     state = TrainState.create(cfg, len(index.classes), ctx.device)
     begin(state, cfg, index, ctx, resumed, precision)
     ledger = make_ledger(ctx, manifest, resumed, entered)
-    control = ControlBroadcast(ctx.world_size, cfg.cluster.timeout_s)
-    hosts, missing = zip(*control.gather((socket.gethostname(), missing_tool(ctx.device))), strict=True)
-    began_with = resumed.cfg.model.compile if resumed else None
+    patience_s = 0.0 if cfg.model.compile == "none" else COMPILE_S
+    control = ControlBroadcast(ctx.world_size, cfg.cluster.timeout_s, patience_s)
+    host, lack = socket.gethostname(), missing_tool(ctx.device)
+    hosts, missing = zip(*control.gather((host, lack and f"{lack} on {host}")), strict=True)
+    began_with = resumed.meta.get("compile", resumed.cfg.model.compile) if resumed else None
     compilation = decide(cfg, ctx.device, missing=missing, num_steps=schedule.num_steps, kept=began_with)
+    is_auto, mode = cfg.model.compile == "auto", compilation.mode
     cfg = compilation.applied_to(cfg)
-    spec = replace(spec, cfg=cfg)
     broken_images = BrokenImages(ctx, control.gather)
     recorder = Recorder(
         spec,
@@ -85,28 +85,22 @@ def _fit(spec: RunSpec, ctx: WorkerContext, watchdog: Watchdog, stack: ExitStack
         ledger,
         schedule.num_steps,
         precision.reason,
-        str(compilation),
+        compilation,
         hosts,
         watchdog.feed,
     )
     stack.enter_context(recorder)  # from now on MLflow is told of any end
     train_loader, val_loader = make_loaders(spec, ctx, index, val_index, broken_images, state.step, watchdog.feed)
     net = wrap_model(state.model, cfg, ctx.world_size, ctx.device, ledger)
-    auto_microbatch = AutoMicrobatch(cfg.train, may_try_out(cfg, ctx.device, ctx.world_size), ctx.warn)
+    may_try = may_try_out(cfg, ctx.device, ctx.world_size)
+    auto_microbatch = AutoMicrobatch(cfg.train, may_try or mode != "none", ctx.warn, mode)
+    compile_first = partial(auto_microbatch.size, state, net)
+    has_worked = began_with == mode
+    compiler = Compiler(mode, is_auto, has_worked, compile_first, control.gather_late, watchdog.feed, ctx)
     oom_splitter = OomSplitter(ctx.warn)
 
     def due(every: int) -> bool:
         return state.step % every == 0 or state.step == schedule.num_steps
-
-    shapes = set[torch.Size]()
-
-    def compiles(batch: Batch) -> bool:
-        """Whether the step compiles the network for a shape that comes first, which may take minutes."""
-        if cfg.model.compile == "none" or batch.images.shape in shapes:
-            return False
-        shapes.add(batch.images.shape)
-        watchdog.feed(COMPILE_S)
-        return True
 
     def evaluated() -> bool:
         """Evaluate the weights as they are; False where all are to stop, which they look for between chunks."""
@@ -159,8 +153,10 @@ def _fit(spec: RunSpec, ctx: WorkerContext, watchdog: Watchdog, stack: ExitStack
         unscored = resumed is not None and state.step > 0 and not resumed.meta["metrics"]
         owes_evaluation = unscored and due(eval_every) and not evaluated()
         batches = train_loader.from_step(state.step, state.step if owes_evaluation else stop_step)
-        for batch in ledger.steps(batches, compiles):
+        for batch in ledger.steps(batches, compiler.is_new):
             lr = lr_at(state.step, cfg.optim, schedule)
+            if ledger.compiling and not compiler.compile_for(batch):
+                auto_microbatch = AutoMicrobatch(cfg.train, may_try, ctx.warn)  # uncompiled it takes more memory
             micro_batch = auto_microbatch.size(state, net, batch)
             loss = train_step(
                 state,

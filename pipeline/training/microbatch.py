@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.config.schema import Config
-from pipeline.config.training import TrainConfig
+from pipeline.config.training import GRAPH_MODES, CompileMode, TrainConfig
 from pipeline.data.loading.loader import Batch
 from pipeline.errors import UserError
 from pipeline.training.state import TrainState
@@ -35,17 +35,18 @@ class AutoMicrobatch:
     Args:
         try_out: see `may_try_out`.
         warn: told where a size does not fit.
+        mode: of torch.compile, which compiles parts of each size for themselves: so all of a batch are tried out.
     """
 
-    def __init__(self, cfg: TrainConfig, try_out: bool, warn: Callable[[str], None]):
-        self._cfg, self._try_out, self._warn = cfg, try_out, warn
+    def __init__(self, cfg: TrainConfig, try_out: bool, warn: Callable[[str], None], mode: CompileMode = "none"):
+        self._cfg, self._try_out, self._warn, self._mode = cfg, try_out, warn, mode
         self._fitting: dict[torch.Size, int] = {}
 
     def size(self, state: TrainState, net: nn.Module, batch: Batch) -> int:
         """Images of the batch to compute at a time.
 
         Raises:
-            UserError: a single image does not fit.
+            UserError: a single image does not fit, or all do not and must.
         """
         size = min(self._cfg.micro_batch or len(batch.labels), len(batch.labels))
         if not self._try_out:
@@ -57,15 +58,20 @@ class AutoMicrobatch:
                     raise _too_large(
                         f"data.image_size={shape[-1]}", "lower it, or set model.activation_checkpointing=true"
                     )
+                if self._mode in GRAPH_MODES:
+                    raise UserError(
+                        f"model.compile={self._mode}: a worker's {size} images do not fit into the GPU's memory at "
+                        "once, and CUDA graphs get gradients wrong that add up; set model.compile=default"
+                    )
                 size = _half(size, self._warn, "the global batch stays, and this step is computed anew")
             self._fitting[shape] = size
         return self._fitting[shape]
 
     def _fits(self, state: TrainState, net: nn.Module, batch: Batch, size: int) -> bool:
-        """Compute two micro-batches as in a step, and forget them."""
+        """Compute micro-batches as in a step, and forget them."""
         parameters, buffers = list(state.model.parameters()), list(state.model.buffers())
         before = [buffer.clone() for buffer in buffers]
-        some = batch.part(0, 2 * size)
+        some = batch if self._mode != "none" else batch.part(0, 2 * size)
         try:
             # What the optimizer takes at its first step, at most.
             ballast = [] if state.optimizer.state else [torch.empty_like(p) for p in parameters for _ in range(2)]

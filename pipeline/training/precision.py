@@ -48,6 +48,11 @@ class Hardware:
     reason: str
     slowdown: dict[Precision, str] = field(default_factory=dict)
 
+    @property
+    def has_tf32(self) -> bool:
+        """It came with bf16."""
+        return self.device == "GPU" and "bf16" in self.native
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -104,20 +109,23 @@ def _allowed(vectors: str, environ: Mapping[str, str]) -> set[str]:
     return {"", *allowed}
 
 
-def decide(setting: str, workers: Sequence[Hardware], kept: str | None = None) -> Decision:
+def decide(setting: str, workers: Sequence[Hardware], kept: str | None = None, *, tf32: bool = False) -> Decision:
     """What a training computes in: the same on every rank, from the same arguments.
 
     Args:
         setting: train.precision; "auto": what the training began with, and in a new one what all workers have.
         workers: by rank.
         kept: what the training began with, where it is not new.
+        tf32: train.tf32, which is told where fp32 is not what it says.
     """
     if setting == "auto" and kept in (None, "auto"):
         best = best_of(workers)
         rank = next(i for i, hardware in enumerate(workers) if hardware.native[0] == best)
         return Decision(best, workers[rank].reason if rank == 0 else f"worker {rank}: {workers[rank].reason}")
     precision = _checked(kept if setting == "auto" else setting)
-    reason = "as the run began" if precision == kept else "as configured"
+    reason = "as before" if precision == kept else "as configured"
+    if precision == "fp32" and tf32 and any(hardware.has_tf32 for hardware in workers):
+        reason += "; products in TF32, of 10 bits: train.tf32=false for all 23"
     return Decision(precision, reason, emulation(precision, workers))
 
 

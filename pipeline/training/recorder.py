@@ -30,6 +30,7 @@ from pipeline.tracking.mlflow_logger import MlflowLogger
 from pipeline.tracking.uploads import Uploads
 from pipeline.training.attempt import Attempt
 from pipeline.training.broken_images import BrokenImages
+from pipeline.training.compilation import CompileDecision
 from pipeline.training.losses import Interval
 from pipeline.training.schedule import Schedule, lr_at
 from pipeline.training.state import TrainState
@@ -43,8 +44,7 @@ class Recorder(AbstractContextManager["Recorder"]):
     Args:
         index: of the training images. manifest: of the training, before this attempt. broken_images: of this attempt.
         resumed: the checkpoint that this attempt goes on from. heartbeat: called in long waits.
-        num_steps: of the whole training. precision_reason: why it is the one that cfg says. compilation: see
-            `CompileDecision`. hosts: of each rank.
+        num_steps: of the whole training. precision_reason: why it is the one that cfg says. hosts: of each rank.
     """
 
     def __init__(
@@ -58,13 +58,13 @@ class Recorder(AbstractContextManager["Recorder"]):
         ledger: TimeLedger,
         num_steps: int,
         precision_reason: str,
-        compilation: str,
+        compilation: CompileDecision,
         hosts: Sequence[str],
         heartbeat: Callable[[], None] = lambda: None,
     ):
         self._spec, self._ctx, self._ledger, self._num_steps, self._heartbeat = spec, ctx, ledger, num_steps, heartbeat
         self._data = {"fingerprint": index.fingerprint, "classes": index.classes}
-        self._broken_images = broken_images
+        self._broken_images, self._compilation = broken_images, compilation
         self._scores = dict(resumed.meta["metrics"]) if resumed else {}
         self._predictions: Predictions | None = None  # of this attempt's last evaluation
         self._first_step = self._logged_step = resumed.step if resumed else 0
@@ -75,9 +75,9 @@ class Recorder(AbstractContextManager["Recorder"]):
             own = resumed.meta if resumed and resumed.meta["training_id"] == manifest.training_id else {}
             sampler = make_sampler(spec.cfg.data, len(index), spec.cfg.train.global_batch, spec.cfg.run.seed)
             self._stragglers = Stragglers(hosts, sampler.shares(ctx.world_size), own.get("stragglers"))
-            self._begin(Attempt(spec, ctx, manifest, resumed), resumed, precision_reason, compilation)
+            self._begin(Attempt(spec, ctx, manifest, resumed), resumed, precision_reason)
 
-    def _begin(self, attempt: Attempt, resumed: Checkpoint | None, precision_reason: str, compilation: str) -> None:
+    def _begin(self, attempt: Attempt, resumed: Checkpoint | None, precision_reason: str) -> None:
         cfg, ctx, run, timeout_s = self._spec.cfg, self._ctx, self._spec.run, self._spec.cfg.cluster.timeout_s
         self._attempt = attempt
         self._mlflow: MlflowLogger  # what writes checkpoints needs it, once it does
@@ -104,6 +104,7 @@ class Recorder(AbstractContextManager["Recorder"]):
         self._mlflow.log_text(dump(cfg), f"config/attempt_{attempt.number}.yaml")
         self._name_broken_images = partial(self._broken_images.log_names, self._mlflow.log_text, attempt.number)
         fingerprint = self._data["fingerprint"]
+        compilation = str(self._compilation)
         attempt.announce(self._mlflow, fingerprint, self._num_steps, self._startup, precision_reason, compilation)
 
     def report_progress(self, step: int) -> None:
@@ -177,6 +178,7 @@ class Recorder(AbstractContextManager["Recorder"]):
             "images_per_s": self._images_per_s(state.step, seconds),
             "device": device_name(self._ctx.device),
             "workers": self._ctx.world_size,
+            "compile": self._compilation.kept,
             "stragglers": dict(self._stragglers.found),
             "damaged": self._checkpointer.damaged,
             **self._attempt.facts(),

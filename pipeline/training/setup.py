@@ -55,7 +55,8 @@ def choose_checkpoint(spec: RunSpec, ctx: WorkerContext) -> tuple[RunSpec, RunMa
     if saved is not None:
         retention.forget_copies(saved.place.parent, saved.place.name)
     kept = all_ranks[0][1] if saved is None else saved.cfg.train.precision
-    precision = decide(spec.cfg.train.precision, [hardware for _, _, hardware in all_ranks], kept)
+    workers = [hardware for _, _, hardware in all_ranks]
+    precision = decide(spec.cfg.train.precision, workers, kept, tf32=spec.cfg.train.tf32)
     return replace(spec, cfg=with_precision(spec.cfg, precision.precision)), manifest, saved, precision
 
 

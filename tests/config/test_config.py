@@ -8,7 +8,7 @@ from commands import ROOT
 
 from pipeline.cli import app
 from pipeline.config.fields import refuse_credentials
-from pipeline.config.loading import dump, load
+from pipeline.config.loading import dump, load, load_saved
 from pipeline.errors import UserError
 
 CONFIGS = ROOT / "configs"
@@ -117,6 +117,30 @@ def test_a_batch_holds_whole_pairs_and_all_copies() -> None:
         with pytest.raises(UserError, match=message):
             load(None, [*DATA, *wrong])
     load(None, [*DATA, "data.repeated_aug=4", "data.mixup=0.2", "data.cutmix=1", "cluster.workers=3"])
+
+
+def test_gradients_of_cuda_graphs_are_not_added_up() -> None:
+    """Their memory is written to again by the next run."""
+    graphs = ["model.compile=reduce-overhead", "train.global_batch=24"]
+    with pytest.raises(UserError, match=r"train\.micro_batch=8: adds gradients up, .* set model\.compile=default"):
+        load(None, [*DATA, *graphs, "cluster.workers=[1,3]", "train.micro_batch=8"])
+    load(None, [*DATA, *graphs, "cluster.workers=3", "train.micro_batch=8"])
+    load(None, [*DATA, "train.global_batch=24", "train.micro_batch=8", "model.compile=default"])
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    """What was a default then is none now; who writes it today is told."""
+    file = tmp_path / "config.yaml"
+    file.write_text(dump(load(None, DATA)).replace("hw_decoder_load: 1.0", "hw_decoder_load: 0.65"))
+    assert load_saved(file) == load(None, DATA)
+    halves = load(None, [*DATA, "train.micro_batch=8", "model.compile=default"])
+    graphs = tmp_path / "graphs.yaml"
+    graphs.write_text(dump(halves).replace("compile: default", "compile: reduce-overhead"))
+    assert load_saved(graphs) == halves
+    with pytest.raises(UserError, match=r"data\.hw_decoder_load=0\.65: must be 0 or 1"):
+        load(file)
+    with pytest.raises(UserError, match=r"data\.hw_decoder_load=0\.5: must be 0 or 1"):
+        load_saved(file, ["data.hw_decoder_load=0.5"])
 
 
 def test_a_single_small_image_in_a_forward_pass_is_refused() -> None:

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.cli import app
 from pipeline.config.loading import load
 from pipeline.config.schema import Config
-from pipeline.config.training import ModelConfig
+from pipeline.config.training import CompileMode, ModelConfig
 from pipeline.data.index import load_index
 from pipeline.data.loading.loader import Batch, EvalLoader, LoaderContext
 from pipeline.errors import UserError
@@ -96,6 +96,22 @@ def test_a_single_image_that_does_not_fit_gets_one_line() -> None:
         UserError, match=r"data.image_size=64: a single image does not fit .* model.activation_checkpointing=true"
     ):
         micro_batches.size(state, Short(state.model, 0), batch(0, 2, 64))
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_cuda_graphs_are_not_split(mode: CompileMode) -> None:
+    """A graph's next run writes over the gradients that the first one left. Without graphs all parts are tried out."""
+    state, cfg = TrainState.create(config(), 10, torch.device("cpu")), config().train
+    net, said = Short(state.model, 4), list[str]()
+    micro_batches = AutoMicrobatch(cfg, True, said.append, mode)
+    if mode == "default":
+        assert micro_batches.size(state, net, batch(0, 12)) == 3
+        assert net.sizes == [12, 6, 3, 3, 3, 3]
+    else:
+        with pytest.raises(
+            UserError, match=r"model\.compile=reduce-overhead: a worker's 12 images do not fit .*=default"
+        ):
+            micro_batches.size(state, net, batch(0, 12))
 
 
 def rank_step(rank: int, world_size: int, room: int) -> Any:

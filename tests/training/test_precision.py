@@ -98,8 +98,8 @@ def test_workers_compute_in_what_all_of_them_have(workers: list[Hardware], wante
 @pytest.mark.parametrize(
     ("asked", "kept", "wanted", "reason"),
     [
-        ("auto", "bf16", "bf16", "as the run began"),
-        ("bf16", "bf16", "bf16", "as the run began"),
+        ("auto", "bf16", "bf16", "as before"),
+        ("bf16", "bf16", "bf16", "as before"),
         ("fp32", "bf16", "fp32", "as configured"),
         ("bf16", None, "bf16", "as configured"),
         ("auto", "auto", "fp32", NONE),
@@ -211,13 +211,13 @@ def test_a_resume_keeps_its_precision_and_warns_once_where_it_is_emulated(
     trained(spec())
     machine(ON_AVX2)
     name, reason, (warning,) = trained(spec("train.steps=3"))
-    assert (name, reason) == ("bf16", "as the run began")
+    assert (name, reason) == ("bf16", "as before")
     assert warning == emulation("bf16", [ON_AVX2])
     assert saved(spec()) == "bf16"
     assert trained(spec("train.steps=4", "train.precision=fp32")) == ("fp32", "as configured", [])
     assert saved(spec()) == "fp32"
     machine(ON_ZEN4)
-    assert trained(spec("train.steps=5")) == ("fp32", "as the run began", [])
+    assert trained(spec("train.steps=5")) == ("fp32", "as before", [])
 
 
 def test_a_checkpoint_of_before_keeps_the_bf16_that_it_says(
@@ -231,7 +231,7 @@ def test_a_checkpoint_of_before_keeps_the_bf16_that_it_says(
     old.run.write_bytes("run.json", content.replace(b', "precision": "bf16"', b""))
     assert content != old.run.read_bytes("run.json")
     machine(ON_AVX2)
-    assert trained(spec("train.steps=3"))[:2] == ("bf16", "as the run began")
+    assert trained(spec("train.steps=3"))[:2] == ("bf16", "as before")
 
 
 def test_an_attempt_that_left_no_checkpoint_has_decided_all_the_same(
@@ -244,7 +244,7 @@ def test_an_attempt_that_left_no_checkpoint_has_decided_all_the_same(
     for name in one.checkpoints.names():
         (one.checkpoints / name).remove()
     machine(ON_AVX2)
-    assert trained(one)[:2] == ("bf16", "as the run began")
+    assert trained(one)[:2] == ("bf16", "as before")
 
 
 def of_ranks(
