@@ -37,9 +37,12 @@ RUN pip install --no-cache-dir --no-deps --no-index --no-build-isolation --prefi
 
 FROM packages
 # KubeRay's probes call wget. With a C compiler (and Python's headers, which the base has) Triton builds what launches the
-# kernels of a compiled network. No file may give its caller another user's rights, and all but /tmp is root's.
+# kernels of a compiled network. NCCL opens libibverbs and a card's driver (ibverbs-providers) as it starts; where they are
+# missing it takes TCP between nodes, in silence. No file may give its caller another user's rights, and all but /tmp is
+# root's.
 RUN apt-get update && \
-    apt-get install --yes --no-install-recommends ca-certificates gcc libc6-dev wget && \
+    apt-get install --yes --no-install-recommends \
+        ca-certificates gcc ibverbs-providers libc6-dev libibverbs1 wget && \
     rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/* && \
     groupadd --gid 1000 pipeline && \
     useradd --uid 1000 --gid 1000 --home-dir /tmp --no-create-home --shell /usr/sbin/nologin pipeline && \
@@ -50,8 +53,9 @@ WORKDIR /app
 COPY scripts/make_digits.py scripts/mlflow_server.sh scripts/pre_stop.sh scripts/
 COPY configs configs
 # The root file system may be read-only; what is written goes to /tmp. Ray would kill a job 3 s after it was asked to
-# stop, before it has saved a checkpoint; the head's own environment says otherwise.
-ENV HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
+# stop, before it has saved a checkpoint; the head's own environment says otherwise. Of the driver NVIDIA's runtime brings
+# compute and utility by itself; nvJPEG, which DALI decodes with, finds the card's JPEG unit through video (libnvcuvid).
+ENV HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 NVIDIA_DRIVER_CAPABILITIES=compute,utility,video \
     RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0 RAY_JOB_STOP_WAIT_TIME_S=600
 ARG VERSION=0.2.0
 ARG REVISION=unknown

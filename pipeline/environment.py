@@ -8,7 +8,7 @@ import pwd
 import secrets
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -34,6 +34,7 @@ FILES = (
     *("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "GOOGLE_APPLICATION_CREDENTIALS", "RAY_AUTH_TOKEN_PATH"),
     *("CURL_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR", "MLFLOW_TRACKING_SERVER_CERT_PATH"),
 )
+KERNELS = "TORCHINDUCTOR_CACHE_DIR"
 SQLITE = "sqlite:///"
 TEMPORARY = ("/tmp", "/var/tmp", "/dev/shm")
 # Ray's longest socket, below RAY_TMPDIR; a process's number has at most seven digits.
@@ -53,6 +54,23 @@ def restart_interpreter() -> None:
         variables = dict(os.environ)
         list(_python(variables))
         os.execve(sys.executable, [sys.executable, *sys.argv], variables)
+
+
+def leave_out_unusable_kernels(variables: MutableMapping[str, str]) -> str:
+    """Leave out a folder for compiled kernels that cannot be used; torch makes it, and fails, also where none are.
+
+    Returns:
+        What is worth telling; "" where nothing is.
+    """
+    if not (given := variables.get(KERNELS)):
+        return ""
+    folder = variables[KERNELS] = str(Path(given).absolute())
+    with suppress(OSError):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    if _usable(folder):
+        return ""
+    del variables[KERNELS]
+    return f"{KERNELS}={given} is no folder that can be written to; compiled kernels are kept in the temporary one"
 
 
 def driver_environment(given: Mapping[str, str], *, starts_ray: bool = True) -> tuple[dict[str, str], list[str]]:
@@ -194,7 +212,10 @@ def _private(variables: Mapping[str, str]) -> str:
 
 
 def _usable(folder: str) -> bool:
-    return Path(folder).is_absolute() and Path(folder).is_dir() and os.access(folder, os.W_OK | os.X_OK)
+    try:
+        return Path(folder).is_absolute() and Path(folder).is_dir() and os.access(folder, os.W_OK | os.X_OK)
+    except OSError:  # a parent that may not be searched, a name that is too long, a mount that fails
+        return False
 
 
 def _short(folder: str) -> bool:

@@ -63,6 +63,10 @@ class NonFiniteError(FatalError):
     """What the network computes became NaN or infinite; the text says where."""
 
 
+class NoGpuError(RuntimeError):
+    """torch cannot use the GPU that a worker was given."""
+
+
 class CheckpointError(RuntimeError):
     """A checkpoint that must not be loaded; the text says which and why."""
 

@@ -10,7 +10,6 @@ command_of() { # nothing of a process that has ended, also if its parent has not
 
 waiting=()
 for process in /proc/[0-9]*; do
-    # Each once: a second signal would end it without a checkpoint.
     if [[ $(command_of "$process") == */pipeline\ train\ * ]] && kill -TERM "${process#/proc/}"; then
         waiting+=("$process")
     fi

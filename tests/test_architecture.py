@@ -15,22 +15,22 @@ ROOMS = {
     "data": "stream augment_params index batch_spec",
     "data.indexing": "rows find shards parquet scan build",
     "data.loading": """cache groups read child fetch shared_memory reader_process bad_images readers augment graph
-        dali to_device mix loader isolate""",
+        held dali to_device mix loader isolate""",
     "data.": "pack verify preview",
     "runs": "claim spec manifest state_file checkpoint retention host_copy async_checkpointer resume lock listing",
     "models": "resnet state_dict pretrained export",
     "tracking": "ledger metrics summary records outbox staging system_metrics mlflow_store pyfunc_model registry",
     "tracking.report": "charts page",
     "tracking.": "mlflow_run backlog mlflow_logger uploads find sync",
-    "training": """precision compilation schedule optim state step microbatch evaluation ddp control watchdog sample_log
-        profiler replicas stragglers crashing_images losses broken_images attempt recorder setup loop open_run inference
-        checkpoint_report""",
+    "training": """precision backends compilation schedule optim state step microbatch evaluation ddp control watchdog
+        sample_log profiler replicas stragglers crashing_images losses broken_images attempt recorder setup loop
+        open_run inference checkpoint_report""",
     "cluster": """oom ending supervisor ray_start ray_cluster connection affinity channel worker prometheus trainer
         controller driver""",
-    "cluster.doctor": "node_checks check_results examine",
+    "cluster.doctor": "node_checks node_hardware check_results check_gpus check_network examine",
     "cluster.jobs": "submission client",
     "bench.planning": "assumptions failure_model cost_model plan view",
-    "bench": "common loader_baselines loader_process loader host step scaling",
+    "bench": "common loader_baselines loader_process loader host verdict step train scaling",
     "cli": "console common train data models cluster bench app",
 }
 ORDER = [f"{room.strip('.')}.{name}".strip(".") for room, names in ROOMS.items() for name in names.split()]
@@ -44,6 +44,7 @@ OWNERS = {
     "ray": {"cluster"},
     "mlflow": {"tracking"},
     "nvidia": {"data.loading", "bench.host"},
+    "pynvml": {"cluster.doctor"},
     "omegaconf": {"config.loading"},
     "pyarrow": {"storage", "http_storage", "data.index", "data.indexing", "data.loading"},
     "rich": {"cli.console", "text"},

@@ -11,6 +11,7 @@ import pytest
 from commands import PIPELINE, ROOT
 
 from pipeline import environment
+from pipeline.cli import app
 from pipeline.environment import driver_environment
 from pipeline.errors import UserError
 
@@ -232,10 +233,30 @@ def test_workers_that_lost_nccl_do_not_go_on(given: str | None, expected: str) -
     code = (
         "import os; from ray.train.torch import config; from pipeline.cluster.trainer import _prepare; "
         "config._set_torch_distributed_env_vars = lambda: None; "
-        "_prepare('127.0.0.1', 1); "
+        "_prepare('127.0.0.1', 1, 'gloo', 1); "
         "config.dist.init_process_group = lambda **_: print(os.environ['TORCH_NCCL_ASYNC_ERROR_HANDLING']); "
         "config._setup_torch_process_group('nccl', 0, 1, 'env://', 9)"
     )
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env={**environ, **pair}, text=True, capture_output=True, check=False)
     assert done.stdout.split() == [expected], done.stderr
+
+
+@pytest.mark.parametrize("kind", ["file", "below a file", "too long", "missing", "relative"])
+def test_a_folder_for_kernels_that_cannot_be_used_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    """torch would fail with it, "[Errno 17] File exists", in each attempt, also where nothing is compiled."""
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    folders = {"file": "file", "below a file": "file/kernels", "too long": "x" * 300, "missing": "new/kernels"}
+    given = "kernels" if kind == "relative" else str(tmp_path / folders[kind])
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", given)
+    assert app.main(["config", str(ROOT / "configs/digits.yaml")]) == 0
+    told = capsys.readouterr().err
+    if kind in ("missing", "relative"):
+        assert told == ""
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / given)
+    else:
+        assert told.startswith(f"warning: TORCHINDUCTOR_CACHE_DIR={given} is no folder that can be written to; ")
+        assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ

@@ -214,9 +214,9 @@ def test_the_ranks_of_a_node_fetch_a_checkpoint_once_and_leave_no_older_ones(
     shutil.rmtree(places[0].parent.local_dir)
     monkeypatch.setattr(Storage, "download", counted)
     for place in places:
-        with ThreadPoolExecutor(4) as ranks:
-            found = list(ranks.map(lambda _: checkpoint.load(place, use_copy=True), range(4)))  # noqa: B023
-        assert [one.state()["step"] for one in found] == [found[0].step] * 4
+        with ThreadPoolExecutor(8) as ranks:
+            found = list(ranks.map(lambda _: checkpoint.load(place, use_copy=True), range(8)))  # noqa: B023
+        assert [one.state()["step"] for one in found] == [found[0].step] * 8
         retention.forget_copies(found[0].place.parent, found[0].place.name)
     with alone(places[0].parent.local_dir):  # another process fetches one
         retention.forget_copies(places[0].parent)

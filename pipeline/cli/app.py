@@ -5,6 +5,7 @@ from pipeline import clock  # noqa: F401  first, since it takes the time
 # isort: split
 import inspect
 import json
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -87,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         environment.restart_interpreter()
     words = sys.argv[1:] if argv is None else argv
+    if text := environment.leave_out_unusable_kernels(os.environ):
+        warn(f"warning: {text}")
     try:
         return _run(words, as_json="--json" in words)
     finally:

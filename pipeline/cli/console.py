@@ -111,7 +111,7 @@ class TrainingView(_View):
                     self.print(f"step {step}: saved {place}")
             case Stopping(signal):
                 how = "saving a checkpoint at the next step" if self._num_steps else "ending, as no step is done"
-                self.print(f"{signal}: {how}; Ctrl-C or a second signal stops at once")
+                self.print(f"{signal}: {how}{'; a second Ctrl-C stops at once' if signal == 'SIGINT' else ''}")
             case Resizing(text):
                 self.print(f"{text}: saving a checkpoint, then going on with the workers there are")
             case AttemptFailed(text):

@@ -1,7 +1,7 @@
 """Which cores a worker's threads may use: those of its own arithmetic, of the loader, and of the collectives."""
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +15,9 @@ def pin_threads(
 ) -> list[int]:
     """Keep this thread, and those that it starts from now on, on cores that suit the worker.
 
-    numa: on those next to its GPU; a CPU worker stays where it is. cores: on `num_threads` of its own, which other
-    processes of the machine should leave alone; it stays where it is if the node has not so many for all its workers.
+    numa: on those next to its GPU; a CPU worker stays where it is. cores: on `num_threads` of its own, next to its GPU
+    as far as there are, which other processes of the machine should leave alone; it stays where it is if the node has
+    not so many for all its workers.
 
     Returns:
         The cores that it may use.
@@ -26,10 +27,22 @@ def pin_threads(
     if how == "numa" and device.type == "cuda":
         chosen = near(torch.cuda.get_device_properties(device)) & set(allowed)
     elif how == "cores" and local_size * num_threads <= len(allowed):
-        chosen = allowed[local_rank * num_threads :][:num_threads]
+        # Ray shows each worker the GPUs of all workers of its node.
+        gpus = range(torch.cuda.device_count()) if device.type == "cuda" else range(0)
+        nearby = [near(torch.cuda.get_device_properties(i)) for i in gpus] or [set()] * local_size
+        chosen = share_out(allowed, nearby, num_threads)[local_rank if device.index is None else device.index]
     if chosen:
         os.sched_setaffinity(0, chosen)
     return sorted(os.sched_getaffinity(0))
+
+
+def share_out(cores: Sequence[int], nearby: Sequence[Collection[int]], number: int) -> list[list[int]]:
+    """So many cores for each of several workers, in their order those nearby first, as long as there are any."""
+    free, shares = list(cores), list[list[int]]()
+    for some in nearby:
+        shares.append(sorted(free, key=lambda core: core not in some)[:number])
+        free = [core for core in free if core not in shares[-1]]
+    return shares
 
 
 def near(gpu: Any) -> set[int]:

@@ -23,6 +23,7 @@ import ray
 import ray.train
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
+from pipeline import machine
 from pipeline.cluster import ray_cluster
 from pipeline.cluster.channel import EventChannel
 from pipeline.cluster.connection import how_it_ended, last_line
@@ -44,6 +45,7 @@ from pipeline.events import (
 from pipeline.failures import (
     FailureBudget,
     Interrupted,
+    NoGpuError,
     StoppedWaitingError,
     TrainingFailedError,
     attempt_is_repeated,
@@ -53,6 +55,10 @@ from pipeline.runs.spec import Failure, Marks, RunSpec
 POLL_S = 0.5
 CLUSTER_POLL_S = 2.0
 FINISH_S = 5.0  # for what the workers of an attempt had still to say; a host that is cut off says nothing
+UNUSED_GPUS = (
+    "this machine has GPUs, but Ray finds none: training on the CPU; `pipeline doctor` says why; if it is meant, set "
+    "cluster.device=cpu"
+)
 WAITING_S = 60.0  # without room for workers, before it is told what they wait for
 
 
@@ -108,6 +114,8 @@ class TrainController:
             ray.exceptions.RayError: the cluster is lost.
             Interrupted: it was to stop while no attempt ran.
         """
+        if not self._worker_resources["GPU"] and self._settings.device == "auto" and machine.has_unused_gpus():
+            self._send(Warned(UNUSED_GPUS))
         with closing(self._channel):
             return self._run_attempts(marks)
 
@@ -216,7 +224,7 @@ class TrainController:
 
     def _note_failure(self, error: "ray.train.TrainingFailedError") -> None:
         cause = getattr(error, "controller_failure", None)
-        if isinstance(cause, ImportError) and not self._has_trained:  # else it may be that of one new node
+        if isinstance(cause, (ImportError, NoGpuError)) and not self._has_trained:  # else it may be one new node's
             raise TrainingFailedError(f"a worker cannot start: {last_line(cause)}")
         failures = getattr(error, "worker_failures", {})
         dead = {rank: e for rank, e in failures.items() if _has_died(e)}

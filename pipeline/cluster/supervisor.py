@@ -83,7 +83,7 @@ def train(
 ) -> dict[str, Any]:
     """Run a training and wait for its end.
 
-    SIGINT, SIGTERM or SIGHUP once: checkpoint, then return a summary with status "interrupted".
+    SIGINT, SIGTERM or SIGHUP: checkpoint, then return a summary with status "interrupted".
 
     Args:
         label: what a run without a name is called, before the time.
@@ -97,7 +97,7 @@ def train(
     Raises:
         UserError: the data, the cluster or a checkpoint does not fit the configuration.
         TrainingFailedError: it failed more often than cluster.max_failures allows, or for good.
-        Interrupted: a second signal came, or a first one while no attempt ran.
+        Interrupted: a second Ctrl-C came at a terminal, or a signal while no attempt ran.
     """
     name = cfg.run.name or f"{label}-{time.strftime('%Y%m%d-%H%M%S')}"
     cfg = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, name=name))
@@ -267,9 +267,17 @@ def _blocked(signals: Iterable[signal.Signals]) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def _at_terminal() -> bool:
+    """Whether somebody sits there; a closed descriptor is none."""
+    return any(map(os.isatty, (0, 1, 2)))
+
+
 @contextmanager
 def _signals() -> Iterator[list[str]]:
-    """Collects the name of a first signal to end, for the main loop to act on; a second one raises Interrupted.
+    """Collects the names of signals to end, for the main loop to act on the first; a second Ctrl-C raises Interrupted.
+
+    Whoever sends others may send them again, and means the same: where a RayJob is deleted, KubeRay stops the job and
+    then the pod, within seconds.
 
     An ignored SIGHUP, as `nohup` has it, stays ignored. Not so SIGINT, which shells have their background jobs ignore:
     who sends that to one means it.
@@ -277,7 +285,7 @@ def _signals() -> Iterator[list[str]]:
     received: list[str] = []
 
     def handle(number: int, frame: Any) -> None:
-        if received:
+        if number == signal.SIGINT and signal.SIGINT.name in received and _at_terminal():
             raise Interrupted
         received.append(signal.Signals(number).name)
 
@@ -286,5 +294,6 @@ def _signals() -> Iterator[list[str]]:
     try:
         yield received
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, handler in previous.items():  # what comes once more, while this process ends, means the same
+            is_said = received and (number != signal.SIGINT or not _at_terminal())
+            signal.signal(number, signal.SIG_IGN if is_said else handler)

@@ -8,6 +8,7 @@ that it has for that, but which are not part of its public interface.
 
 import asyncio
 import os
+import socket
 import threading
 import time
 from dataclasses import asdict, dataclass
@@ -27,10 +28,16 @@ from ray.train.v2._internal.execution.worker_group.placement_group_handle import
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.placement_group import PlacementGroup
 
+from pipeline.failures import NoGpuError
+
 POLL_S = 5.0  # a worker that has ended is seen at once; this is for Ray's own troubles
 ENDING_POLL_S = 1.0  # once one has ended, since Ray may not have known it the first time
 SETTLE_S = 0.1  # from the end of a worker's training, or of its process, until Ray knows
 LEAVE_S = 5.0  # for a group that has failed to take its leave, before it is killed: a frozen one never does
+# Ranks that connect to each other at once: one that dies before the first collective is then noticed at once, too.
+MAX_MESH = 64
+# What torch says of a driver that is too old or missing, and of a torch for CPUs.
+NO_DRIVER = ("driver on your system is too old", "Found no NVIDIA driver", "not compiled with CUDA")
 # Ray Data is not used. Placement groups end with the driver, which made them: they need no cleaner.
 UNUSED = (DatasetsCallback, PlacementGroupCleanerCallback)
 
@@ -72,7 +79,8 @@ class _TorchBackend(Backend):  # type: ignore[misc]
     def on_start(self, worker_group: BaseWorkerGroup, backend_config: TorchConfig) -> None:
         ranks = range(len(worker_group))
         address, port = worker_group.execute_single(0, get_address_and_port)
-        worker_group.execute(_prepare, address, port)  # one that imports torch slowly is not to keep the others waiting
+        # One that imports torch slowly is not to keep the others waiting.
+        worker_group.execute(_prepare, address, port, backend_config.backend, len(ranks))
         group = {"world_size": len(ranks), **backend_config.to_dict()}
         ray.get([worker_group.execute_single_async(i, _join_group, world_rank=i, **group) for i in ranks])
 
@@ -81,13 +89,31 @@ class _TorchBackend(Backend):  # type: ignore[misc]
         ray.wait(leaving, num_returns=len(leaving), timeout=LEAVE_S)
 
 
-def _prepare(address: str, port: int) -> None:
-    """On a worker: import torch, and set what it reads."""
+def _prepare(address: str, port: int, backend: str, world_size: int) -> None:
+    """On a worker: import torch, and set what it reads.
+
+    Raises:
+        NoGpuError: it is to use a GPU, and never can. RuntimeError: it cannot now.
+    """
+    import torch
     from ray.train.torch.config import _set_torch_distributed_env_vars
 
+    if backend == "nccl":
+        try:
+            torch.cuda.init()  # type: ignore[no-untyped-call]
+        except Exception as e:
+            reason = str(e).strip().partition(". ")[0]
+            # Another attempt may find a card that has come up late, but no other driver.
+            kind = NoGpuError if any(words in reason for words in NO_DRIVER) else RuntimeError
+            raise kind(
+                f"torch {torch.__version__} cannot use the GPU of {socket.gethostname()} ({reason}); `pipeline doctor` "
+                "says what to install, or set cluster.device=cpu"
+            ) from None
     os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
     # torch's own default; Ray's is 1, by which an aborted communicator may let a rank go on with what is not summed.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")
+    if world_size > MAX_MESH:  # else each rank connects to all others at once, though a collective needs few of them
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     _set_torch_distributed_env_vars()
 
 

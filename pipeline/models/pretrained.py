@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline.config.loading import load
+from pipeline.config.loading import load_saved
 from pipeline.config.schema import Config
 from pipeline.config.training import ModelConfig
 from pipeline.errors import UserError
@@ -39,7 +39,7 @@ def load_model(place: Storage, overrides: Sequence[str] = ()) -> tuple[ResNet, C
         CheckpointError: the checkpoint is damaged. UserError: overrides that make another network.
     """
     source = checkpoint.load(place, use_copy=True)
-    cfg, classes = load(source.file(checkpoint.CONFIG), overrides), tuple(source.meta["classes"])
+    cfg, classes = load_saved(source.file(checkpoint.CONFIG), overrides), tuple(source.meta["classes"])
     model = ResNet(cfg.model, len(classes)).to(memory_format=torch.channels_last)
     saved = source.state()
     try:

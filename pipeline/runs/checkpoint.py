@@ -59,7 +59,7 @@ class Checkpoint:
     @cached_property
     def cfg(self) -> Config:
         """What it was trained with. Read once: that takes half a second."""
-        return loading.load(self.file(CONFIG))
+        return loading.load_saved(self.file(CONFIG))
 
     def file(self, name: str) -> Path:
         """STATE or CONFIG; a folder that was copied from an object store has it by its name there."""

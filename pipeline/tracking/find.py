@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.fields import refuse_credentials
-from pipeline.config.loading import load
+from pipeline.config.loading import load_saved
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.failures import CheckpointError
@@ -152,7 +152,7 @@ def config_to_resume(resume_from: Checkpoint, overrides: list[str]) -> Config:
     """
     run = resume_from.place.parent.parent
     # One change that was allowed is no leave for the next one.
-    cfg = load(resume_from.file(checkpoint.CONFIG), ["data.allow_changed=false", *overrides])
+    cfg = load_saved(resume_from.file(checkpoint.CONFIG), ["data.allow_changed=false", *overrides])
     here: dict[str, Any] = {"storage": run.parent.uri, "name": run.name, "stop_at_step": None}
     given = {override.partition("=")[0] for override in overrides}
     settings = dataclasses.replace(cfg.run, **{k: v for k, v in here.items() if f"run.{k}" not in given})

@@ -52,13 +52,15 @@ class TimeLedger:
         self._now = _event if device is not None and device.type == "cuda" else time.perf_counter
         self._marks: deque[tuple[str, Any]] = deque([(phase, self._now())])  # what is not counted yet
         self._readings = deque[Reading]()  # that the device has not come to
-        self._compiling = False
+        self.compiling = False  # the step that is under way compiles the network
         self.listener: Callable[[str], None] | None = None  # told of each phase that begins
 
     def start_phase(self, name: str) -> str:
         """Count the time from now on to `name`; return what was counted until now. It costs a microsecond or less."""
         previous = self._marks[-1][0]
-        self._marks.append(("compile" if self._compiling and name in COMPUTE else name, self._now()))
+        self._marks.append(
+            ("compile" if self.compiling and name in (*COMPUTE, "communication wait") else name, self._now())
+        )
         if self.listener is not None and name != previous:
             self.listener(name)
         return previous
@@ -79,10 +81,10 @@ class TimeLedger:
             compiles: whether a batch's step compiles the network; it is counted as that.
         """
         for batch in batches:
-            self._compiling = compiles(batch)
+            self.compiling = compiles(batch)
             self.start_phase("forward")
             yield batch
-            self._compiling = False
+            self.compiling = False
             self.start_phase("data wait")
             self.count_ended()
 

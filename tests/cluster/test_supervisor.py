@@ -146,6 +146,7 @@ def test_a_log_that_somebody_removed_is_missed_by_nobody(tmp_path: Path) -> None
 def test_an_ignored_hang_up_stays_ignored_and_other_signals_are_heard() -> None:
     """`nohup pipeline train ... &` in a script, whose background jobs ignore SIGINT, and the terminal is closed."""
     before = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGHUP, signal.SIGINT)}
+    before[signal.SIGTERM] = signal.getsignal(signal.SIGTERM)
     try:
         with supervisor._signals() as received:
             os.kill(os.getpid(), signal.SIGHUP)
@@ -155,6 +156,28 @@ def test_an_ignored_hang_up_stays_ignored_and_other_signals_are_heard() -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("at_terminal", [False, True])
+def test_only_a_second_ctrl_c_at_a_terminal_stops_at_once(monkeypatch: pytest.MonkeyPatch, at_terminal: bool) -> None:
+    monkeypatch.setattr(supervisor, "_at_terminal", lambda: at_terminal)
+    before = {s: signal.getsignal(s) for s in supervisor.ENDING_SIGNALS}
+    raised, after = False, before[signal.SIGTERM]
+    try:
+        try:
+            with supervisor._signals() as received:
+                for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
+                    os.kill(os.getpid(), number)
+                assert received == ["SIGTERM", "SIGHUP", "SIGTERM", "SIGINT"]
+                os.kill(os.getpid(), signal.SIGINT)
+        except Interrupted:
+            raised = True
+        after = signal.getsignal(signal.SIGTERM)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert raised == at_terminal
+    assert after is signal.SIG_IGN, "the next one does not kill what is about to end"
 
 
 class FakeController:

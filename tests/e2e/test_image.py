@@ -126,6 +126,7 @@ def test_its_configuration(image: Image) -> None:
     assert (about["User"], about["WorkingDir"]) == ("1000:1000", "/app")
     assert "Healthcheck" not in about
     assert {"HOME=/tmp", "PYTHONUNBUFFERED=1", "RAY_AUTH_MODE=token", "RAY_USAGE_STATS_ENABLED=0"} <= set(about["Env"])
+    assert "NVIDIA_DRIVER_CAPABILITIES=compute,utility,video" in about["Env"]
     labels = {name.removeprefix("org.opencontainers.image."): value for name, value in about["Labels"].items()}
     assert {"title", "description", "version", "licenses", "revision"} <= labels.keys()
     assert labels["version"] == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
@@ -182,6 +183,13 @@ def test_kernels_can_be_compiled_in_it(image: Image) -> None:
         assert image.run("python extension.py").strip().endswith("42")
     finally:
         (image.root / "app/extension.py").unlink()
+
+
+def test_nccl_can_open_what_rdma_needs(image: Image) -> None:
+    """By the names that NCCL gives to dlopen; libibverbs finds a card's driver by its file in libibverbs.d."""
+    names = ["libibverbs.so.1", "libmlx5.so.1"]
+    image.run(f"""python -c 'import ctypes; [ctypes.CDLL(name) for name in {json.dumps(names)}]'""")
+    assert image.run("ls /etc/libibverbs.d/mlx5.driver /usr/lib/*/libibverbs/libmlx5-*.so")
 
 
 def test_nothing_of_the_machine_that_built_it_is_left(image: Image) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 from commands import (
     PIPELINE,
@@ -110,8 +111,9 @@ def test_stopped_twice_and_resumed_is_bitwise_the_same(
     assert [step for step, _ in whole] == list(range(2, 61, 2))
 
 
-def test_a_second_signal_stops_at_once_and_leaves_no_process(command: Command, start: Start) -> None:
-    training = start(command("hasty", "train.steps=5000", "train.log_every=1000", "train.global_batch=512"))
+def test_a_second_ctrl_c_stops_at_once_and_leaves_no_process(command: Command, start: Start) -> None:
+    hasty = command("hasty", "train.steps=5000", "train.log_every=1000", "train.global_batch=512")
+    training = start(hasty, terminal=True)
     training.wait_for("attempt 1")
     started = descendants(training.process.pid)
     assert any("RayTrainWorker" in command_line(pid) for pid in started)
@@ -160,6 +162,32 @@ def test_a_command_that_is_killed_leaves_no_process(command: Command, start: Sta
     while left := [pid for pid in below if command_line(pid)]:
         assert time.monotonic() < deadline, [command_line(pid) for pid in left]
         time.sleep(0.2)
+
+
+@pytest.mark.parametrize("gap_s", [0.2, *(pytest.param(s, marks=pytest.mark.long) for s in (2, 9))])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
+def test_signals_mean_the_same_however_often_they_come(
+    command: Command, start: Start, storage: Path, number: signal.Signals, gap_s: float
+) -> None:
+    """Where a RayJob is deleted, KubeRay stops the Ray job, and then the pod, within seconds. No terminal here."""
+    name = f"again_{number.name}_{gap_s}"
+    training = start(command(name, "train.steps=5000", "train.log_every=1000", "train.global_batch=512"))
+    training.wait_for("attempt 1")
+    training.signal_group(signal.SIGTERM)
+    deadline = time.monotonic() + gap_s
+    while training.process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    while training.process.poll() is None:  # and again, until it has ended
+        training.signal_group(number)
+        time.sleep(gap_s)
+    assert training.finish() == 130, training.said
+    step = int(training.wait_for(r"interrupted at step (\d+) of 5000")[1])
+    assert f"step_{step:08d}" in Storage(storage / name / "checkpoints").names()
+    manifest = json.loads((storage / name / "run.json").read_text())
+    assert (manifest["open"], manifest["failures"]) == (False, 0)
+    client = mlflow.MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    (run,) = client.search_runs(["1"], f"run_name = '{name}'")
+    assert run.info.status == "KILLED"
 
 
 def test_a_stop_is_heard_while_images_do_not_come(

@@ -27,13 +27,25 @@ PIPELINE = str(BIN / "pipeline")
 
 
 class Training:
-    """A command in a process group of its own; its output is read as it comes."""
+    """A command in a process group of its own; its output is read as it comes.
 
-    def __init__(self, args: list[str], cwd: Path, env: dict[str, str] | None = None):
+    Args:
+        terminal: it has one to read from, at which somebody may press Ctrl-C.
+    """
+
+    def __init__(self, args: list[str], cwd: Path, env: dict[str, str] | None = None, *, terminal: bool = False):
         pipe = subprocess.PIPE
         environment = {**os.environ, **(env or {})}
+        self._terminal = list(os.openpty()) if terminal else []
         self.process = subprocess.Popen(
-            args, text=True, cwd=cwd, start_new_session=True, stdout=pipe, stderr=pipe, env=environment
+            args,
+            text=True,
+            cwd=cwd,
+            start_new_session=True,
+            stdin=self._terminal[1] if terminal else subprocess.DEVNULL,
+            stdout=pipe,
+            stderr=pipe,
+            env=environment,
         )
         self.out, self.err = list[str](), list[str]()
         streams = [(self.process.stdout, self.out), (self.process.stderr, self.err)]
@@ -86,6 +98,8 @@ class Training:
         for stream in (self.process.stdout, self.process.stderr):
             assert stream is not None
             stream.close()
+        for descriptor in self._terminal:
+            os.close(descriptor)
 
 
 Start = Callable[..., Training]
@@ -97,8 +111,8 @@ def trainings(cwd: Path) -> Iterator[Start]:
     """Starts trainings; what still runs of them at the end is killed."""
     started: list[Training] = []
 
-    def start(args: list[str], env: dict[str, str] | None = None) -> Training:
-        started.append(Training(args, cwd, env))
+    def start(args: list[str], env: dict[str, str] | None = None, *, terminal: bool = False) -> Training:
+        started.append(Training(args, cwd, env, terminal=terminal))
         return started[-1]
 
     try:
