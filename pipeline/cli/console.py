@@ -172,11 +172,11 @@ def format_summary(summary: dict[str, Any]) -> list[str]:
     ]
     if run_id is None:
         lines.append(f"  to send it  pipeline sync {summary['run_dir']}")
-    elif uri.startswith("sqlite:"):
+    elif uri.startswith("sqlite:") and not summary["mlflow_public_url"]:
         lines.append(f"  look at it  mlflow ui --port 5000 --backend-store-uri {uri}")
         lines.append(f"              then open http://127.0.0.1:5000/{page}")
     else:
-        lines.append(f"  look at it  {uri.rstrip('/')}/{page}")
+        lines.append(f"  look at it  {(summary['mlflow_public_url'] or uri).rstrip('/')}/{page}")
     if summary["status"] == "interrupted":
         lines.append(f"  go on with  pipeline train --resume {summary['run_dir']}")
     return lines

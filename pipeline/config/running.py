@@ -38,6 +38,9 @@ class MlflowConfig(Section):
     uri: str | None = setting(
         None, "the tracking server or database; null: $MLFLOW_TRACKING_URI, else mlflow.db in run.storage"
     )
+    public_url: str | None = setting(
+        None, "where people reach the server, for the links that are printed: behind an Ingress or a port-forward"
+    )
     experiment: str = setting("pipeline", "the experiment that runs belong to")
     checkpoints: Literal["all", "best", "last", "none"] = setting("last", "which checkpoints are uploaded as artifacts")
     log_model: bool = setting(True, "log the final model, with its signature")
@@ -55,6 +58,9 @@ class MlflowConfig(Section):
         refuse_credentials("mlflow.uri", self.uri)
         legal = self.uri is None or ("://" in self.uri and not self.uri.startswith("file:"))
         self.require(legal, "uri", "MLflow keeps no runs in plain files; use sqlite:///FILE.db or http://HOST:PORT")
+        refuse_credentials("mlflow.public_url", self.public_url)
+        legal = self.public_url is None or re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", self.public_url) is not None
+        self.require(legal, "public_url", "must be http://HOST:PORT or https://HOST, as a browser takes it")
 
 
 @dataclass(frozen=True)

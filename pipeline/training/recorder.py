@@ -288,6 +288,7 @@ class Recorder(AbstractContextManager["Recorder"]):
             "best_checkpoint": top and str(top.place),
             **self._attempt.facts(),
             "mlflow_uri": self._mlflow.target.uri,
+            "mlflow_public_url": self._spec.cfg.mlflow.public_url,
             "mlflow_experiment_id": self._mlflow.experiment_id,
             "mlflow_run_id": self._mlflow.run_id,
             "mlflow_waiting": waiting,

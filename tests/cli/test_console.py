@@ -1,14 +1,15 @@
-"""What people see ends nothing when nobody looks any more."""
+"""What people see: links that open, and nothing that ends a training when nobody looks any more."""
 
 import contextlib
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import PIPELINE, ROOT, Run
 
-from pipeline.cli.console import TrainingView, WorkView
+from pipeline.cli.console import TrainingView, WorkView, format_summary
 from pipeline.cluster import supervisor
 from pipeline.events import AttemptStarted, CheckpointWritten, Event, RunOpened
 from pipeline.failures import Interrupted
@@ -25,6 +26,24 @@ def test_a_reader_that_has_gone_ends_no_training(view: type[TrainingView] | type
             shown.print("x" * 100_000)
     with contextlib.suppress(BrokenPipeError):  # of what is left in its buffer
         file.close()
+
+
+@pytest.mark.parametrize(
+    ("uri", "public_url", "shown"),
+    [
+        ("http://mlflow:5000", None, "http://mlflow:5000/#/experiments/3/runs/abc"),
+        ("http://mlflow:5000", "http://localhost:5000/", "http://localhost:5000/#/experiments/3/runs/abc"),
+        ("sqlite:////a/mlflow.db", "https://ml.example.com/x", "https://ml.example.com/x/#/experiments/3/runs/abc"),
+        ("sqlite:////a/mlflow.db", None, "mlflow ui --port 5000 --backend-store-uri sqlite:////a/mlflow.db"),
+    ],
+)
+def test_the_link_to_a_run_is_one_that_people_can_open(uri: str, public_url: str | None, shown: str) -> None:
+    """On a cluster the server's address holds in its pods alone."""
+    summary: dict[str, Any] = {"mlflow_uri": uri, "mlflow_public_url": public_url, "mlflow_run_id": "abc"}
+    summary |= {"mlflow_experiment_id": "3", "status": "done", "step": 1, "num_steps": 1, "top1": None, "top5": None}
+    summary |= {"images_per_s": None, "seconds": {}, "goodput": 1.0, "checkpoint": "/a/x"}
+    [line] = [line for line in format_summary(summary) if "look at it" in line]
+    assert line.removeprefix("  look at it  ") == shown
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])

@@ -76,6 +76,7 @@ WRONG = {
     "run.name=../escape": "use letters, digits,",
     "run.name=.hidden": "use letters, digits,",
     "run.seed=-1": "must be at least 0",
+    "mlflow.public_url=mlflow:5000": "must be http://HOST:PORT or https://HOST, as a browser takes it",
     "mlflow.uri=file:/tmp/x": "MLflow keeps no runs in plain files; use sqlite:///FILE.db or http://HOST:PORT",
     "mlflow.checkpoints=some": "must be one of all, best, last, none",
     "cluster.workers=0": "must be a whole number, at least 1, or [min,max] of them",
