@@ -148,4 +148,11 @@ def _give_up(as_json: bool, code: int, result: dict[str, str]) -> int:
     with suppress(OSError):  # nobody reads: the exit code says it
         if as_json:
             print(json.dumps(result), flush=True)
+    if code == WRONG and os.environ.get("PIPELINE_RAYJOB"):  # of k8s/
+        from pipeline.cluster.jobs import client as jobs
+
+        try:
+            jobs.end_as_stopped()
+        except (UserError, ConnectionError) as e:
+            warn(f"pipeline: KubeRay will try again, in vain: {e}")
     return code

@@ -1,15 +1,14 @@
 """Two hosts, each a network namespace with an address of its own; one is cut off while they train together."""
 
-import os
 import re
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from commands import PIPELINE, ROOT, Start, loss_series
+from hosts import Host, bridge
 from nodes import AUTHENTICATION, Node
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(400)]
@@ -17,53 +16,14 @@ pytestmark = [pytest.mark.chaos, pytest.mark.timeout(400)]
 TIMEOUT_S = 30  # cluster.timeout_s
 
 
-def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True)
-
-
-class Host:
-    """A network namespace, joined to a bridge by an interface called eth0."""
-
-    def __init__(self, number: int, bridge: str):
-        self.name, self.address = f"{bridge}h{number}", f"10.213.7.{number}"
-        self.cable = f"{bridge}v{number}"
-        self.inside = ("ip", "netns", "exec", self.name)
-        ip("netns", "add", self.name)
-        ip("link", "add", self.cable, "type", "veth", "peer", "name", "eth0", "netns", self.name)
-        ip("link", "set", self.cable, "master", bridge, "up")
-        for words in (["link", "set", "lo", "up"], ["addr", "add", f"{self.address}/24", "dev", "eth0"]):
-            ip("-n", self.name, *words)
-        ip("-n", self.name, "link", "set", "eth0", "up")
-
-    def cut_off(self) -> None:
-        ip("link", "set", self.cable, "down")
-
-    def remove(self) -> None:
-        ip("netns", "del", self.name)
+@pytest.fixture
+def hosts() -> Iterator[list[Host]]:
+    with bridge(2) as made:
+        yield made
 
 
 @pytest.fixture
-def hosts() -> Iterator[tuple[Host, Host]]:
-    if os.geteuid() != 0:
-        pytest.skip("network namespaces need root")
-    bridge = f"p{os.getpid() % 100000}"
-    made: list[Host] = []
-    try:
-        try:
-            ip("link", "add", bridge, "type", "bridge")
-            ip("link", "set", bridge, "up")
-            made += [Host(1, bridge), Host(2, bridge)]
-        except (OSError, subprocess.CalledProcessError) as e:
-            pytest.skip(f"this machine does not let root make network namespaces: {e}")
-        yield made[0], made[1]
-    finally:
-        for host in made:
-            host.remove()
-        subprocess.run(["ip", "link", "del", bridge], check=False, capture_output=True)
-
-
-@pytest.fixture
-def nodes(hosts: tuple[Host, Host], monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Node]]:
+def nodes(hosts: list[Host], monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Node]]:
     """A Ray node on each host, with room for one worker."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")  # this machine's name stands for neither host
     head, other = hosts
@@ -82,7 +42,7 @@ def nodes(hosts: tuple[Host, Host], monkeypatch: pytest.MonkeyPatch) -> Iterator
 
 
 def test_a_host_that_is_cut_off_is_noticed_and_done_without(
-    hosts: tuple[Host, Host], nodes: list[Node], digits: Path, start: Start, tmp_path: Path
+    hosts: list[Host], nodes: list[Node], digits: Path, start: Start, tmp_path: Path
 ) -> None:
     head, other = hosts
     data = [f"data.train={digits}/train", f"data.val={digits}/val"]

@@ -40,6 +40,10 @@ from pipeline.config.schema import Config
 
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 CRDS = ROOT.parent / "shared" / "kuberay-crds"
+FIXED = ("PersistentVolumeClaim", "StatefulSet", "Job")  # objects that cannot be changed, or not all of them
+RAY = ("ray-head", "ray-worker")
+NODE_MONITOR_GRACE_S = 50  # of Kubernetes since 1.32; 40 before
+RAYJOB_STATUS_CHECK_TIMEOUT_S = 300  # of KubeRay
 POD_VOLUMES = {"emptyDir", "persistentVolumeClaim", "projected", "configMap", "secret"}
 
 
@@ -129,6 +133,7 @@ def test_kuberay_accepts(variant: str) -> None:
     for job in of_kind(rendered(variant), "RayJob"):
         assert job["spec"]["shutdownAfterJobFinishes"]
         assert "suspend" not in job["spec"]  # applied again, it would suspend what Kueue has started
+        assert job["spec"]["preRunningDeadlineSeconds"] >= 600  # else it would be "Initializing" for ever
         assert "command" not in job["spec"]["submitterPodTemplate"]["spec"]["containers"][0]
         assert job["spec"]["submitterPodTemplate"]["spec"]["restartPolicy"] == "Never"
 
@@ -194,8 +199,8 @@ def test_containers_are_bounded_and_watched(variant: str) -> None:
             assert one["imagePullPolicy"] == "IfNotPresent"
             assert re.fullmatch(r"[a-z]+:\d+\.\d+(\.\d+)?(-bookworm)?", one["image"]), one["image"]
             assert not one["image"].startswith("pipeline:") or one["image"] == f"pipeline:{VERSION}"
-        if component(template) == "submitter":
-            continue  # it follows a log and ends: there is nothing to be ready for, and KubeRay restarts it if it fails
+        if component(template) in ("submitter", "make-secrets"):
+            continue  # they end: there is nothing to be ready for, and they are started again if they fail
         for one in template["spec"]["containers"]:
             assert {"startupProbe", "readinessProbe", "livenessProbe"} <= one.keys(), one["name"]
 
@@ -216,6 +221,33 @@ def test_pods_end_in_peace(variant: str) -> None:
                 before = int(seconds)
                 assert drain <= 15, "a deleted job's head would keep its room, for which the next one waits"
             assert before + drain < pod["terminationGracePeriodSeconds"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_lost_head_is_done_without(variant: str) -> None:
+    """By the constants of Kubernetes and KubeRay; tests/e2e/test_rayjob.py cuts a head off."""
+    for spec in ray_specs(rendered(variant)):
+        leaves = {
+            one["key"]: one["tolerationSeconds"]
+            for one in spec["headGroupSpec"]["template"]["spec"]["tolerations"]
+            if one["effect"] == "NoExecute"
+        }
+        assert leaves.keys() == {"node.kubernetes.io/unreachable", "node.kubernetes.io/not-ready"}
+        assert all(NODE_MONITOR_GRACE_S + seconds <= 60 for seconds in leaves.values())
+    for job in of_kind(rendered(variant), "RayJob"):
+        [submitter] = job["spec"]["submitterPodTemplate"]["spec"]["containers"]
+        probe = submitter["livenessProbe"]
+        tries = 1 + 2  # the submitter's backoffLimit is KubeRay's default
+        each_s = probe["periodSeconds"] * probe["failureThreshold"] + probe["terminationGracePeriodSeconds"] + 5
+        assert tries * each_s + 10 + 20 < RAYJOB_STATUS_CHECK_TIMEOUT_S
+        assert "submitterConfig" not in job["spec"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_wrong_setting_is_not_tried_again(variant: str) -> None:
+    for job in of_kind(rendered(variant), "RayJob"):
+        [head] = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"]
+        assert {"name": "PIPELINE_RAYJOB", "value": "true"} in head["env"]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -266,7 +298,7 @@ def test_the_demo_fits_a_small_node() -> None:
             totals[kind] = total + count * max(main, first, *inits)
     assert totals["cpu"] <= 0.9  # of 2: kind's own pods and the operator ask for one
     assert totals["memory"] < 12 * 2**30
-    assert {component(template) for _, template in demo} == {"ray-head", "ray-worker", "submitter", "mlflow"}
+    assert {component(template) for _, template in demo} == {*RAY, "submitter", "mlflow", "make-secrets"}
     assert all("nvidia.com/gpu" not in json.dumps(template) for _, template in demo)
 
 
@@ -281,14 +313,13 @@ def test_settings_reach_all_they_are_for(tmp_path: Path, monkeypatch: pytest.Mon
         ('nodes: "2"', 'nodes: "4"'),
         ('gpus: "8"', 'gpus: "2"'),
         ("workers=16", "workers=8"),
+        ("http://localhost:5000", "https://mlflow.example.com"),
+        ("ReadWriteMany", "ReadWriteOnce"),
+        ("# storageClassName: NAME", "storageClassName: fast"),
     ):
         assert old in text
         text = text.replace(old, new)
     settings.write_text(text)
-    file = tmp_path / "base" / "kustomization.yaml"
-    file.write_text(
-        file.read_text().replace("newName: pipeline, newTag: 0.2.0", "newName: registry/mine, newTag: 1.2.3")
-    )
     objects = kustomize(tmp_path / "base")
     [job] = of_kind(objects, "RayJob")
     cfg = train_config(job, monkeypatch)
@@ -298,8 +329,52 @@ def test_settings_reach_all_they_are_for(tmp_path: Path, monkeypatch: pytest.Mon
     assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (4, 4, 4)
     for resources in group["template"]["spec"]["containers"][0]["resources"].values():
         assert resources["nvidia.com/gpu"] == "2"
-    images = [one["image"] for _, template in pods(objects) for one in containers(template)]
-    assert sorted(set(images)) == ["postgres:17.6-bookworm", "registry/mine:1.2.3"]
+    assert cfg.mlflow.public_url == "https://mlflow.example.com"
+    claims = [one["spec"] for one in of_kind(objects, "PersistentVolumeClaim")]
+    claims += [
+        one["spec"]
+        for server in of_kind(objects, "StatefulSet")
+        for one in server["spec"].get("volumeClaimTemplates", [])
+    ]
+    assert len(claims) == 4
+    assert all((one["storageClassName"], one["accessModes"]) == ("fast", ["ReadWriteOnce"]) for one in claims)
+
+
+def test_images_are_named_in_one_place(tmp_path: Path) -> None:
+    """By digest, too; in the lists that overlays replace, too."""
+    shutil.copytree(K8S, tmp_path / "k8s", symlinks=True)
+    file = tmp_path / "k8s" / "base" / "kustomization.yaml"
+    text, digests = file.read_text(), [f"sha256:{char * 64}" for char in "ab"]
+    for old, new in zip(("pipeline, newTag: 0.2.0", "postgres, newTag: 17.6-bookworm"), digests, strict=True):
+        assert f"newName: {old}" in text
+        text = text.replace(f"newName: {old}", f"newName: registry/{old.partition(',')[0]}, digest: {new!r}")
+    file.write_text(text)
+    wanted = {f"registry/{name}@{digest}" for name, digest in zip(("pipeline", "postgres"), digests, strict=True)}
+    for variant in VARIANTS:
+        objects = kustomize(tmp_path / "k8s" / variant)
+        images = {one["image"] for _, template in pods(objects) for one in containers(template)}
+        assert images <= wanted, variant
+
+
+def namespace(variant: str) -> str:
+    [found] = of_kind(rendered(variant), "Namespace")
+    return str(found["metadata"]["name"])
+
+
+def test_overlays_can_be_applied_over_each_other() -> None:
+    """The API server refuses to change claims and most of a StatefulSet, and applies the rest all the same."""
+
+    def fixed(one: Object) -> Object:
+        return {key: value for key, value in one["spec"].items() if one["kind"] != "StatefulSet" or key != "template"}
+
+    base = {identity(one): fixed(one) for one in rendered("base") if one["kind"] in FIXED}
+    for variant in VARIANTS:
+        if variant == "overlays/cpu-demo":  # what it changes is refused; so it is elsewhere
+            assert namespace(variant) != namespace("base")
+            continue
+        for one in rendered(variant):
+            if one["kind"] in FIXED:
+                assert fixed(one) == base[identity(one)], (variant, identity(one))
 
 
 def test_labels_and_names() -> None:
@@ -307,7 +382,7 @@ def test_labels_and_names() -> None:
         for one in rendered(variant):
             assert one["metadata"]["labels"]["app.kubernetes.io/part-of"] == "pipeline", identity(one)
             if one["kind"] != "Namespace":
-                assert one["metadata"]["namespace"] == "pipeline", identity(one)
+                assert one["metadata"]["namespace"] == namespace(variant), identity(one)
             assert "generateName" not in one["metadata"]
 
 

@@ -31,8 +31,8 @@ OPEN: list[tuple[Any, Any, int]] = [
     (PROMETHEUS, "ray-head", 8080),
     (PROMETHEUS, "ray-worker", 8080),
     ("mlflow", "postgres", 5432),
-    ("mlflow", None, 443),
-    ("mlflow", None, 6443),
+    ("make-secrets", None, 443),
+    ("make-secrets", None, 6443),
 ]
 CLOSED: list[tuple[Any, Any, int]] = [
     ("ray-head", "postgres", 5432),
@@ -45,7 +45,9 @@ CLOSED: list[tuple[Any, Any, int]] = [
     ("ray-worker", None, 80),
     ("ray-head", None, 6443),
     ("mlflow", "ray-head", 8265),
-    ("mlflow", None, 80),
+    *(("mlflow", None, port) for port in (80, 443, 6443)),
+    ("make-secrets", "mlflow", 5000),
+    ("make-secrets", "postgres", 5432),
     ("postgres", "mlflow", 5000),
     ("postgres", None, 443),
     (STRANGER, "ray-head", 8265),

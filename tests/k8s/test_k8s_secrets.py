@@ -7,29 +7,34 @@ import sys
 from functools import cache
 
 import pytest
+from commands import ROOT
 from manifests import VARIANTS, Object, component, containers, identity, of_kind, pods, rendered
 from secrets_api import FakeApi
 
 
-def make_secrets(objects: list[Object]) -> Object:
-    [found] = [one for _, template in pods(objects) for one in containers(template) if one["name"] == "make-secrets"]
-    return found
+def make_secrets(objects: list[Object]) -> list[str]:
+    """The Job's command, as it runs here."""
+    [job] = of_kind(objects, "Job")
+    [container] = job["spec"]["template"]["spec"]["containers"]
+    program, script, namespace, *names = container["command"]
+    assert (program, namespace) == ("python", "$(NAMESPACE)")
+    return [sys.executable, str(ROOT / script), job["metadata"]["namespace"], *names]
 
 
 def made_secrets(objects: list[Object]) -> dict[str, dict[str, str]]:
-    """What the init container really makes, of an API server that has nothing yet."""
-    return _made_secrets(json.dumps(make_secrets(objects)["command"]))
+    """What the Job really makes, of an API server that has nothing yet."""
+    return _made_secrets(json.dumps(make_secrets(objects)))
 
 
 @cache
 def _made_secrets(command: str) -> dict[str, dict[str, str]]:
     with FakeApi() as api:
-        api.run([sys.executable, *json.loads(command)[1:]])
+        api.run(json.loads(command))
         return api.secrets
 
 
 def test_secrets_are_made_once() -> None:
-    command = [sys.executable, *make_secrets(rendered("base"))["command"][1:]]
+    command = make_secrets(rendered("base"))
     with FakeApi() as api:
         api.secrets["postgres"] = {"password": "of the user's own"}
         api.run(command)
@@ -82,7 +87,11 @@ def test_one_account_may_do_one_thing(variant: str) -> None:
     [binding] = of_kind(objects, "RoleBinding", "ClusterRoleBinding")
     [role] = of_kind(objects, "Role", "ClusterRole")
     assert role["rules"] == [{"apiGroups": [""], "resources": ["secrets"], "verbs": ["create"]}]
-    assert [one["name"] for one in binding["subjects"]] == ["mlflow"]
+    assert [one["name"] for one in binding["subjects"]] == ["make-secrets"]
+    users = [
+        component(template) for _, template in pods(objects) if template["spec"]["serviceAccountName"] == "make-secrets"
+    ]
+    assert users == ["make-secrets"]
     assert all(one["automountServiceAccountToken"] is False for one in of_kind(objects, "ServiceAccount"))
     holders = [
         one["name"]

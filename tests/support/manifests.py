@@ -1,6 +1,5 @@
 """The manifests of k8s/ as objects, for tests; `kubectl kustomize` renders the overlays, and asks no API server."""
 
-import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -11,6 +10,8 @@ from typing import Any
 import pytest
 import yaml
 from commands import ROOT
+
+from pipeline.cluster.doctor.manifests import thousandths
 
 K8S = ROOT / "k8s"
 VARIANTS = ["base", *(f"overlays/{path.name}" for path in sorted((K8S / "overlays").iterdir()))]
@@ -52,6 +53,8 @@ def pods(objects: list[Object]) -> Iterator[tuple[int, Object]]:
             yield group["replicas"], group["template"]
     for job in of_kind(objects, "RayJob"):
         yield 1, job["spec"]["submitterPodTemplate"]
+    for job in of_kind(objects, "Job"):
+        yield 1, job["spec"]["template"]
 
 
 def component(template: Object) -> str:
@@ -64,6 +67,4 @@ def containers(template: Object) -> list[Object]:
 
 def amount(quantity: str) -> float:
     """A quantity of Kubernetes: CPUs, or bytes."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(m|Ki|Mi|Gi)?", quantity)
-    assert match, quantity
-    return float(match[1]) * {None: 1, "m": 1e-3, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}[match[2]]
+    return thousandths(quantity) / 1000

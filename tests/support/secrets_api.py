@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import ssl
 import subprocess
 import tempfile
@@ -32,7 +33,10 @@ class FakeApi:
                 name = body["metadata"]["name"]
                 if self.headers["Authorization"] != f"Bearer {TOKEN}" or api.refuse:
                     code = 403
-                elif self.path != "/api/v1/namespaces/pipeline/secrets" or body["kind"] != "Secret":
+                elif (
+                    not re.fullmatch("/api/v1/namespaces/pipeline(-demo)?/secrets", self.path)
+                    or body["kind"] != "Secret"
+                ):
                     code = 404
                 elif name in api.secrets:
                     code = 409
@@ -62,5 +66,5 @@ class FakeApi:
     def run(self, command: list[str]) -> None:
         """Run a pod's command, with what a pod knows of the API server."""
         host, port = self._server.server_address[:2]
-        env = {"KUBERNETES_SERVICE_HOST": str(host), "KUBERNETES_SERVICE_PORT": str(port), "NAMESPACE": "pipeline"}
+        env = {"KUBERNETES_SERVICE_HOST": str(host), "KUBERNETES_SERVICE_PORT": str(port)}
         subprocess.run(command, check=True, env=os.environ | env | {"ACCOUNT": self._folder.name}, capture_output=True)

@@ -1,6 +1,7 @@
 """Jobs on a Ray cluster, over HTTP: submitting a training, following its log, listing and stopping."""
 
 import asyncio
+import json
 import logging
 import os
 import re
@@ -106,6 +107,17 @@ def submit(client: Client, submission: Submission) -> str:
 def list_jobs(client: Client) -> list[JobDetails]:
     """All jobs that were submitted, the newest last."""
     return sorted((job for job in client.list_jobs() if job.submission_id), key=lambda job: job.start_time or 0)
+
+
+def end_as_stopped() -> None:
+    """End this process, a job's, as if somebody had stopped the job: KubeRay starts a new cluster for one that failed.
+
+    Raises:
+        UserError, ConnectionError: the dashboard did not take it.
+    """
+    job = json.loads(os.environ["RAY_JOB_CONFIG_JSON_ENV_VAR"])["metadata"]["job_submission_id"]
+    connect("http://127.0.0.1:8265").stop_job(job)
+    time.sleep(REQUEST_TIMEOUT_S)  # until Ray ends this process: SIGTERM
 
 
 def run_of(job: JobDetails) -> str | None:
