@@ -27,7 +27,8 @@ ROOMS = {
         open_run inference checkpoint_report""",
     "cluster": """oom ending supervisor ray_start ray_cluster connection affinity channel worker prometheus trainer
         controller driver""",
-    "cluster.doctor": "node_checks node_hardware check_results check_gpus check_network examine",
+    "cluster.doctor": """node_checks node_hardware check_results check_gpus check_network examine kubectl manifests
+        placement check_volumes check_kubernetes stuck examine_kubernetes""",
     "cluster.jobs": "submission client",
     "bench.planning": "assumptions failure_model cost_model plan view",
     "bench": "common loader_baselines loader_process loader host verdict step train scaling",

@@ -3,9 +3,10 @@
 import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-from cyclopts import Parameter
+from cyclopts import App, CycloptsError, Parameter
 
 from pipeline.cli.common import (
     DONE,
@@ -22,7 +23,11 @@ from pipeline.cli.common import (
     people,
     warn,
 )
+from pipeline.cli.train import config_to_train, train
 from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.config import schema
 
 JOB = "A job's id, or a run's name: its newest job."
 
@@ -120,22 +125,55 @@ def stop(
 
 
 def doctor(
-    config: Config | None = None, /, *overrides: Overrides, cluster: bool = True, as_json: Json = False
+    config: Config | None = None,
+    /,
+    *overrides: Overrides,
+    cluster: bool = True,
+    kubernetes: bool = False,
+    as_json: Json = False,
 ) -> Outcome:
     """Say whether a cluster can train a configuration, and what to fix if not.
 
     Args:
-        config: A YAML file; without it, data are not checked.
+        config: A YAML file; without it, data are not checked. With --kubernetes a folder of manifests, or k8s/base.
         cluster: Look at the cluster of cluster.address or $RAY_ADDRESS, else at this machine as one; always so.
+        kubernetes: Look at the cluster that kubectl is set to: what it lacks for the manifests, before they are
+            applied, and why what was applied is stuck. Nothing is changed there.
     """
-    from pipeline.cluster.doctor.examine import NOT_GIVEN, examine
+    if kubernetes:
+        from pipeline.cluster.doctor import examine_kubernetes
 
-    words = [config, *overrides] if config else []
-    if words and "=" not in words[0]:
-        cfg = load(words[0], words[1:])
+        if overrides:
+            raise UserError(f"{overrides[0]}: --kubernetes takes a folder alone; settings are in its manifests")
+        checks = examine_kubernetes.examine(Path(config or "k8s/base"), _read_command)
     else:
-        cfg = load(None, [f"data.train={NOT_GIVEN}", f"data.val={NOT_GIVEN}", *words])
-    with redirect_stdout(sys.stderr):  # Ray tells there of nodes that die
-        checks = examine(cfg)
-    status, code = ("ok", DONE) if all(check.ok for check in checks) else ("bad", FAILED)
-    return {"status": status, "checks": [asdict(check) for check in checks]}, [str(check) for check in checks], code
+        from pipeline.cluster.doctor.examine import NOT_GIVEN, examine
+
+        words = [config, *overrides] if config else []
+        if words and "=" not in words[0]:
+            cfg = load(words[0], words[1:])
+        else:
+            cfg = load(None, [f"data.train={NOT_GIVEN}", f"data.val={NOT_GIVEN}", *words])
+        with redirect_stdout(sys.stderr):  # Ray tells there of nodes that die
+            checks = examine(cfg)
+    states = {check.ok for check in checks}
+    status = "bad" if False in states else "not known" if None in states else "ok"
+    result = {"status": status, "checks": [asdict(check) for check in checks]}
+    return result, [str(check) for check in checks], FAILED if status == "bad" else DONE
+
+
+def _read_command(words: list[str]) -> "schema.Config":
+    """The configuration of a `pipeline train` that a cluster is to run, checked as that command does, and submit."""
+    from pipeline.cluster.jobs import submission
+    from pipeline.config import loading
+
+    app = App(print_error=False, exit_on_error=False)
+    app.command(train)
+    try:
+        _, bound, _ = app.parse_args(["train", *words])
+    except CycloptsError as e:
+        raise UserError(" ".join(str(e).split())) from None
+    config, *overrides = bound.args or (None,)
+    cfg = config_to_train(config, overrides, None)[0]
+    submission.check_places(loading.flatten(cfg))
+    return cfg

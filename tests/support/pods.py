@@ -132,6 +132,8 @@ class Pod:
 
     def delete(self) -> None:
         """As the kubelet does, and wait for it."""
+        if self._unshare.poll() is not None:
+            return
         deadline = time.monotonic() + self.spec["terminationGracePeriodSeconds"]
         if self._pre_stop:
             with suppress(subprocess.TimeoutExpired):

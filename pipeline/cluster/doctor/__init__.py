@@ -1,4 +1,4 @@
 """`pipeline doctor`: what is wrong with a cluster, and what to do.
 
-`examine.examine` is the way in.
+`examine.examine` is the way in for Ray, `examine_kubernetes.examine` for Kubernetes.
 """

@@ -17,16 +17,18 @@ MAX_SKEW_S = 1.0
 
 @dataclass(frozen=True)
 class Check:
-    """A line: what was looked at, whether it is well, what was found, and how to fix it."""
+    """A line: what was looked at, whether it is well (None: not known), what was found, and how to fix it."""
 
     name: str
-    ok: bool
+    ok: bool | None
     text: str
     fix: str = ""
     figures: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return f"ok  {self.name}: {self.text}" if self.ok else f"bad {self.name}: {self.text}; {self.fix}"
+        if self.ok:
+            return f"ok  {self.name}: {self.text}"
+        return f"{'?  ' if self.ok is None else 'bad'} {self.name}: {self.text}; {self.fix}"
 
 
 def check_nodes(nodes: Mapping[str, Node], answers: Mapping[str, Answer], timeout_s: float) -> Check:

@@ -51,7 +51,7 @@ def plan(config: str, overrides: Sequence[str], secrets: Sequence[str], image: b
         settings = dict(map(parse_override, overrides))
     else:
         settings = flatten(load(config, overrides))
-    _check_places(settings)
+    check_places(settings)
     name = settings.get("run.name")
     run = f"{Path(config).stem}-{time.strftime('%Y%m%d-%H%M%S')}" if name is None else str(name)
     RunConfig(name=run)
@@ -64,7 +64,12 @@ def plan(config: str, overrides: Sequence[str], secrets: Sequence[str], image: b
     return Submission(run, f"exec {shlex.join(words)}", tree)  # no shell between it and the signal to stop
 
 
-def _check_places(settings: Mapping[str, Any]) -> None:
+def check_places(settings: Mapping[str, Any]) -> None:
+    """Refuse secrets, and places that only the machine knows on which the command was written.
+
+    Raises:
+        UserError: there is one.
+    """
     for key, value in settings.items():
         refuse_credentials(key, value)
         relative = key in PLACES and isinstance(value, str) and "://" not in value and not value.startswith("/")
