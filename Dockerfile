@@ -50,7 +50,7 @@ RUN apt-get update && \
     find / -xdev -type d -perm -0002 ! -path /tmp -exec chmod o-w {} +
 COPY --from=project /project /opt/venv
 WORKDIR /app
-COPY scripts/make_digits.py scripts/mlflow_server.sh scripts/pre_stop.sh scripts/
+COPY scripts/make_digits.py scripts/make_secrets.py scripts/mlflow_server.sh scripts/pre_stop.sh scripts/
 COPY configs configs
 # The root file system may be read-only; what is written goes to /tmp. Ray would kill a job 3 s after it was asked to
 # stop, before it has saved a checkpoint; the head's own environment says otherwise. Of the driver NVIDIA's runtime brings

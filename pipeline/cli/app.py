@@ -25,7 +25,7 @@ from cyclopts import (
 from pipeline import environment
 from pipeline.cli import bench, cluster, data, models, train
 from pipeline.cli.common import DONE, FAILED, INTERRUPTED, WRONG, drop_unread, warn
-from pipeline.errors import UserError
+from pipeline.errors import HopelessError, UserError
 
 MEASURE = Group("Measure", sort_key=5)
 GROUPS: dict[Group, tuple[Any, ...]] = {
@@ -107,7 +107,11 @@ def _run(words: Sequence[str], as_json: bool) -> int:
         result, lines, code = command(*bound.args, **bound.kwargs)
     except CycloptsError as e:
         way = " ".join(["pipeline", *(e.command_chain or []), "--help"])
-        return _give_up(as_json, WRONG, {"status": "wrong", "error": f"{_in_words(e)}; see {way}"})
+        _give_up(as_json, WRONG, {"status": "wrong", "error": f"{_in_words(e)}; see {way}"})
+        return _end_job()
+    except HopelessError as e:
+        _give_up(as_json, WRONG, {"status": "wrong", "error": str(e)})
+        return _end_job()
     except UserError as e:
         return _give_up(as_json, WRONG, {"status": "wrong", "error": str(e)})
     except OSError as e:  # a storage that does not answer, a full disk
@@ -148,11 +152,16 @@ def _give_up(as_json: bool, code: int, result: dict[str, str]) -> int:
     with suppress(OSError):  # nobody reads: the exit code says it
         if as_json:
             print(json.dumps(result), flush=True)
-    if code == WRONG and os.environ.get("PIPELINE_RAYJOB"):  # of k8s/
+    return code
+
+
+def _end_job() -> int:
+    """Where this is the job of a RayJob, end it as stopped, so that KubeRay does not make the request again."""
+    if os.environ.get("PIPELINE_RAYJOB") and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         from pipeline.cluster.jobs import client as jobs
 
         try:
             jobs.end_as_stopped()
         except (UserError, ConnectionError) as e:
             warn(f"pipeline: KubeRay will try again, in vain: {e}")
-    return code
+    return WRONG

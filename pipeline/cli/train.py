@@ -27,7 +27,7 @@ from pipeline.cli.common import (
     people,
     warn,
 )
-from pipeline.errors import UserError
+from pipeline.errors import HopelessError, UserError
 
 if TYPE_CHECKING:
     from pipeline.config import schema
@@ -61,10 +61,15 @@ def train(
     if lacking := [name for name in needs or [] if not os.environ.get(name)]:
         fix = "give it to the cluster, from a Kubernetes Secret or in the environment of `ray start`"
         raise UserError(f"{', '.join(lacking)}: not set in the environment here, and this training needs it; {fix}")
-    cfg, label, resume_from = config_to_train(config, overrides, resume)
+    try:
+        cfg, label, resume_from = config_to_train(config, overrides, resume)
+    except UserError as e:
+        raise HopelessError(str(e)) from None
     with TrainingView(people(as_json)) as view:
         try:
             result = supervisor.train(cfg, label, resume_from, view, began=clock.BEGAN)
+        except UserError as e:
+            raise (e if _may_have_checkpoint(cfg) else HopelessError(str(e))) from None
         except TrainingFailedError as e:
             return {"status": "failed", "run": view.run, "error": str(e)}, [f"failed: {e}"], FAILED
         except Interrupted:
@@ -75,6 +80,17 @@ def train(
     result = summary.complete(result)
     summary.save(result, warn)
     return result, format_summary(result), INTERRUPTED if result["status"] == "interrupted" else DONE
+
+
+def _may_have_checkpoint(cfg: "schema.Config") -> bool:
+    """Whether the run has trained before: then a storage that is away, or another command, may be what is wrong now."""
+    from pipeline.runs.spec import CHECKPOINTS
+    from pipeline.tracking.find import open_storage
+
+    try:
+        return bool(cfg.run.name and (open_storage(cfg.run.storage) / cfg.run.name / CHECKPOINTS).names())
+    except OSError:
+        return True
 
 
 def config_to_train(

@@ -11,10 +11,10 @@ from commands import ROOT, Start, Training
 
 KUBECTL = """#!/bin/sh
 cd {folder}
+echo "$*" >>calls
 case "$*" in
 *" logs --follow "*) for pod; do :; done; cat "log-$pod" ;;
-*" get rayjob digits --output=name"*) [ -f rayjob ] && echo rayjob.ray.io/digits ;;
-*" get rayjob digits "*) cat rayjob ;;
+*" get rayjob digits --ignore-not-found "*) [ ! -f rayjob ] || cat rayjob ;;
 *" get pods --selector="*) cat submitters ;;
 *" get pods "*) cat pods ;;
 *) echo "$*" >&2; exit 1 ;;
@@ -43,37 +43,54 @@ def follow(cluster: Path, start: Start) -> Callable[[], Training]:
 def test_from_the_first_second_through_a_retry_to_the_end(cluster: Path, follow: Callable[[], Training]) -> None:
     script = follow()
     script.wait_for(re.escape("there is no RayJob of this name in the namespace pipeline-demo yet"))
-    (cluster / "pods").write_text(
-        "digits-abc-head Pending 0/1 nodes are available: 1 Insufficient cpu.\nother-x Pending\n"
-    )
-    (cluster / "rayjob").write_text("Initializing  ")
-    script.wait_for(re.escape("Initializing digits-abc-head Pending 0/1 nodes are available: 1 Insufficient cpu."))
+    (cluster / "rayjob").write_text("error: You must be logged in to the server")
+    script.wait_for("digits: error: You must be logged in")
+    (cluster / "pods").write_text("other-x 0/1 Pending 0 1s\ndigits-abc-head 0/1 ImagePullBackOff 0 1s\n")
+    (cluster / "rayjob").write_text("is Initializing  ")
+    script.wait_for("digits: Initializing digits-abc-head ImagePullBackOff")
     (cluster / "log-digits-1").write_text("step 1/3\n")
-    (cluster / "pods").write_text("")
-    (cluster / "submitters").write_text("digits-1\n")
-    (cluster / "rayjob").write_text("Running RUNNING ")
-    script.wait_for(re.escape("step 1/3"))
+    (cluster / "pods").write_text("digits-abc-head 1/1 Running 0 1m\n")
+    (cluster / "submitters").write_text("digits-1 Succeeded\n")
+    (cluster / "rayjob").write_text("is Running RUNNING ")
+    script.wait_for("step 1/3")
     (cluster / "submitters").write_text("")
-    (cluster / "rayjob").write_text("Retrying FAILED AppFailed")
-    script.wait_for(re.escape("Retrying, FAILED"))
+    (cluster / "rayjob").write_text("is Retrying FAILED AppFailed")
+    script.wait_for("digits: Retrying FAILED AppFailed")
     (cluster / "log-digits-2").write_text("step 3/3\n")
-    (cluster / "submitters").write_text("digits-2\n")
-    (cluster / "rayjob").write_text("Running RUNNING ")
-    script.wait_for(re.escape("step 3/3"))
-    (cluster / "rayjob").write_text("Complete SUCCEEDED ")
+    (cluster / "submitters").write_text("digits-2 Succeeded\n")
+    (cluster / "rayjob").write_text("is Running RUNNING ")
+    script.wait_for("step 3/3")
+    (cluster / "rayjob").write_text("is Complete SUCCEEDED ")
     assert script.finish() == 0
     assert script.out == ["step 1/3\n", "step 3/3\n"]
+
+
+def test_a_stream_that_breaks_is_taken_up_again(cluster: Path, follow: Callable[[], Training]) -> None:
+    """From where it was; and a RayJob that somebody deletes is told."""
+    (cluster / "rayjob").write_text("is Running RUNNING ")
+    (cluster / "submitters").write_text("digits-1 Running\n")
+    (cluster / "log-digits-1").write_text("step 1/3\n")
+    script = follow()
+    script.wait_for("step 1/3\nstep 1/3")
+    (cluster / "submitters").write_text("")
+    (cluster / "rayjob").unlink()
+    assert script.finish() == 1
+    script.wait_for("digits: is deleted")
+    assert re.search(r"logs --follow --since-time=20\d\d-\d\d-\d\dT[\d:]+Z digits-1", (cluster / "calls").read_text())
 
 
 @pytest.mark.parametrize(
     ("status", "told"),
     [
-        ("Complete STOPPED ", "digits: STOPPED"),
         (
-            "Failed  PreRunningDeadlineExceeded",
-            "digits: failed: PreRunningDeadlineExceeded; what it lacked: pipeline doctor",
+            "is Complete STOPPED ",
+            "digits: Complete STOPPED; to start it again: kubectl --namespace pipeline-demo delete rayjob",
         ),
-        ("Failed FAILED AppFailed", "digits: failed: AppFailed"),
+        (
+            "is Failed  PreRunningDeadlineExceeded",
+            "digits: Failed PreRunningDeadlineExceeded; what it lacked: pipeline doctor",
+        ),
+        ("is Failed FAILED AppFailed", "digits: Failed FAILED AppFailed"),
     ],
 )
 def test_another_end_than_success_is_told(

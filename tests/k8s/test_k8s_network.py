@@ -32,7 +32,7 @@ OPEN: list[tuple[Any, Any, int]] = [
     (PROMETHEUS, "ray-worker", 8080),
     ("mlflow", "postgres", 5432),
     ("make-secrets", None, 443),
-    ("make-secrets", None, 6443),
+    *(("make-secrets", None, port) for port in (6443, 8443, 16443)),
 ]
 CLOSED: list[tuple[Any, Any, int]] = [
     ("ray-head", "postgres", 5432),
