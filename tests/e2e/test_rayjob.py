@@ -15,7 +15,7 @@ from manifests import of_kind, rendered
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
-NUM_STEPS = 150
+NUM_STEPS = 100
 SMALL = f"model.depth=18 model.compile=none train.precision=fp32 train.global_batch=16 train.steps={NUM_STEPS}"
 QUIET = "train.log_every=1 train.eval_every=1000 checkpoint.every=1000 mlflow.log_model=false mlflow.report=false"
 
@@ -50,6 +50,12 @@ def ended(volumes: Path) -> tuple[int, str]:
     return max(steps), found.info.status
 
 
+def resumed_at(job: RayJob) -> int:
+    found = re.search(r"step (\d+) of \d+, resumed from", job.read_log())
+    assert found, job.read_log()
+    return int(found[1])
+
+
 def last_step(job: RayJob) -> int:
     return max(int(step) for step in re.findall(r"^step (\d+)/", job.read_log(), re.MULTILINE))
 
@@ -68,7 +74,7 @@ def test_deleted_suspended_and_applied_again_it_goes_on_where_it_was(
 
     job = apply(f"{SMALL} {QUIET}")
     job.wait_for_step(step + 20)
-    assert f"step {step} of {NUM_STEPS}, resumed from" in job.read_log()
+    assert resumed_at(job) == step
     job.suspend()
     job.wait_for("Suspended")
     job.wait_for_pods_to_end()
@@ -79,7 +85,7 @@ def test_deleted_suspended_and_applied_again_it_goes_on_where_it_was(
     job.suspend(False)
     job.wait_for("Complete")
     assert job.job_status == "SUCCEEDED"
-    assert f"step {suspended_at} of {NUM_STEPS}, resumed from" in job.read_log()
+    assert resumed_at(job) == suspended_at
     assert ended(volumes) == (NUM_STEPS, "FINISHED")
 
 
@@ -93,7 +99,7 @@ def test_a_job_that_fails_is_tried_again_and_a_wrong_setting_is_not(
     job.wait_for("Retrying")
     assert job.history[-1] == "Retrying AppFailed"
     job.wait_for("Complete")
-    assert re.search(rf"step [2-9]0 of {NUM_STEPS}, resumed from", job.read_log())
+    assert resumed_at(job) >= 20
     assert ended(volumes) == (NUM_STEPS, "FINISHED")
     job.delete()
 
@@ -119,5 +125,5 @@ def test_a_lost_head_is_done_without(apply: Callable[[str], RayJob], volumes: Pa
     print(f"{loss}: tried again after {time.monotonic() - began:.0f} s")
     assert job.history[-1] == "Retrying SubmissionFailed"
     job.wait_for("Complete")
-    assert re.search(rf"step [2-9]0 of {NUM_STEPS}, resumed from", job.read_log())
+    assert resumed_at(job) >= 20
     assert ended(volumes) == (NUM_STEPS, "FINISHED")
