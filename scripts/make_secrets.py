@@ -46,7 +46,10 @@ def make(namespace: str, name: str) -> bool:
     request = urllib.request.Request(
         f"https://{host}:{port}/api/v1/namespaces/{namespace}/secrets",
         json.dumps(secret).encode(),
-        {"Content-Type": "application/json", "Authorization": "Bearer " + (account / "token").read_text()},
+        {
+            "Content-Type": "application/json",
+            "Authorization": "Bearer " + (account / "token").read_text(encoding="utf-8"),
+        },
         method="POST",
     )
     context = ssl.create_default_context(cafile=str(account / "ca.crt"))
