@@ -5,7 +5,7 @@ class UserError(ValueError):
     """A request that cannot be carried out as it stands; its text is one line for the user."""
 
 
-class HopelessError(UserError):
+class NonRetryableError(UserError):
     """A request that would be refused each time: whoever makes requests by himself should not make it again."""
 
 

@@ -8,6 +8,10 @@ if [ $# -ne 2 ]; then
     echo "usage: scripts/follow_rayjob.sh NAMESPACE RAYJOB, such as: pipeline-demo digits" >&2
     exit 2
 fi
+if ! command -v kubectl >/dev/null; then
+    echo "follow_rayjob.sh: kubectl is not here" >&2
+    exit 2
+fi
 namespace=$1 rayjob=$2 told='' pod='' since=''
 
 tell() { # each line once in a row
@@ -15,8 +19,12 @@ tell() { # each line once in a row
     told=$1
 }
 
-ask() { # what kubectl cannot be told is said, and asked again
-    kubectl --namespace "$namespace" --request-timeout=20s get "$@" 2>&1 || echo "error: kubectl get $1"
+errors=$(mktemp)
+trap 'rm -f "$errors"' EXIT
+
+ask() { # an error is told, and asked again; but not kubectl's own log, which has another clock each time
+    kubectl --namespace "$namespace" --request-timeout=20s get "$@" 2>"$errors" ||
+        echo "error: $(grep -v '^[EWI][0-9]\{4\} ' "$errors" || echo "kubectl get $1 fails")"
 }
 
 waits() { # the first of its pods that does not run, and why
@@ -40,13 +48,13 @@ while :; do
         fi
         tell "there is no RayJob of this name in the namespace $namespace yet; waiting for kubectl apply"
         ;;
-    *error:* | *"Error from server"*) tell "$state" ;;
+    *error:*) tell "$state" ;;
     *)
         if [ -n "${phase:-}" ] && [ "$newest" != error: ] && { [ "$newest" != "$pod" ] || [ "$phase" = Running ]; }; then
             [ "$newest" = "$pod" ] || since='' # a stream that breaks is taken up again
             pod=$newest
-            kubectl --namespace "$namespace" logs --follow ${since:+"--since-time=$since"} "$pod" || true
-            since=$(date -u +%Y-%m-%dT%H:%M:%SZ)
+            kubectl --namespace "$namespace" logs --follow $since "$pod" || true
+            since=--since=5s # by the cluster's clock; some lines may come twice
             sleep 1
             continue
         fi
@@ -57,11 +65,12 @@ while :; do
             exit 1
             ;;
         'is Failed'*)
-            tell "$(echo ${state#is }); what it lacked: pipeline doctor --kubernetes"
+            tell "$(echo ${state#is }); the log says why, or: pipeline doctor --kubernetes FOLDER, the one that you applied"
             exit 1
             ;;
         esac
-        tell "$(echo ${state#is } $(waits))"
+        state=$(echo ${state#is })
+        tell "$(echo ${state:-KubeRay has not looked at it yet} $(waits))"
         ;;
     esac
     sleep 3

@@ -67,5 +67,12 @@ if __name__ == "__main__":
     if not names or not VALUES.keys() >= set(names):
         print(f"usage: make_secrets.py NAMESPACE NAME...; names: {', '.join(VALUES)}", file=sys.stderr)
         sys.exit(2)
-    for name in names:
-        print("made" if make(namespace, name) else "there already:", name)
+    if "ACCOUNT" not in environ:
+        print("make_secrets.py: run it in a pod, as k8s/base/35-secrets.yaml does", file=sys.stderr)
+        sys.exit(2)
+    try:
+        for name in names:
+            print("made" if make(namespace, name) else "there already:", name)
+    except urllib.error.URLError as e:  # and HTTPError
+        fix = "may its account create Secrets, and is the API server's port in the NetworkPolicy make-secrets?"
+        sys.exit(f"make_secrets.py: the API server does not take {name}: {e}; {fix}")

@@ -25,7 +25,7 @@ from cyclopts import (
 from pipeline import environment
 from pipeline.cli import bench, cluster, data, models, train
 from pipeline.cli.common import DONE, FAILED, INTERRUPTED, WRONG, drop_unread, warn
-from pipeline.errors import HopelessError, UserError
+from pipeline.errors import NonRetryableError, UserError
 
 MEASURE = Group("Measure", sort_key=5)
 GROUPS: dict[Group, tuple[Any, ...]] = {
@@ -109,7 +109,7 @@ def _run(words: Sequence[str], as_json: bool) -> int:
         way = " ".join(["pipeline", *(e.command_chain or []), "--help"])
         _give_up(as_json, WRONG, {"status": "wrong", "error": f"{_in_words(e)}; see {way}"})
         return _end_job()
-    except HopelessError as e:
+    except NonRetryableError as e:
         _give_up(as_json, WRONG, {"status": "wrong", "error": str(e)})
         return _end_job()
     except UserError as e:

@@ -27,7 +27,7 @@ from pipeline.cli.common import (
     people,
     warn,
 )
-from pipeline.errors import HopelessError, UserError
+from pipeline.errors import NonRetryableError, UserError
 
 if TYPE_CHECKING:
     from pipeline.config import schema
@@ -64,12 +64,10 @@ def train(
     try:
         cfg, label, resume_from = config_to_train(config, overrides, resume)
     except UserError as e:
-        raise HopelessError(str(e)) from None
+        raise (e if resume else NonRetryableError(str(e))) from None  # a run to resume may be there the next time
     with TrainingView(people(as_json)) as view:
         try:
             result = supervisor.train(cfg, label, resume_from, view, began=clock.BEGAN)
-        except UserError as e:
-            raise (e if _may_have_checkpoint(cfg) else HopelessError(str(e))) from None
         except TrainingFailedError as e:
             return {"status": "failed", "run": view.run, "error": str(e)}, [f"failed: {e}"], FAILED
         except Interrupted:
@@ -80,17 +78,6 @@ def train(
     result = summary.complete(result)
     summary.save(result, warn)
     return result, format_summary(result), INTERRUPTED if result["status"] == "interrupted" else DONE
-
-
-def _may_have_checkpoint(cfg: "schema.Config") -> bool:
-    """Whether the run has trained before: then a storage that is away, or another command, may be what is wrong now."""
-    from pipeline.runs.spec import CHECKPOINTS
-    from pipeline.tracking.find import open_storage
-
-    try:
-        return bool(cfg.run.name and (open_storage(cfg.run.storage) / cfg.run.name / CHECKPOINTS).names())
-    except OSError:
-        return True
 
 
 def config_to_train(

@@ -59,7 +59,10 @@ class MlflowConfig(Section):
         legal = self.uri is None or ("://" in self.uri and not self.uri.startswith("file:"))
         self.require(legal, "uri", "MLflow keeps no runs in plain files; use sqlite:///FILE.db or http://HOST:PORT")
         refuse_credentials("mlflow.public_url", self.public_url)
-        legal = self.public_url is None or re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", self.public_url) is not None
+        legal = (
+            self.public_url is None
+            or re.fullmatch(r"https?://[^\s/?#:]+(:[1-9]\d{0,4})?(/[^\s?#]*)?", self.public_url) is not None
+        )
         self.require(legal, "public_url", "must be http://HOST:PORT or https://HOST, as a browser takes it")
 
 

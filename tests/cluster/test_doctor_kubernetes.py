@@ -303,10 +303,15 @@ def test_a_wrong_setting_is_told_in_the_line_of_train(
         (lambda text: text.replace("/storage/runs", "runs"), "bad {}: run.storage=runs: means nothing on a cluster"),
         (lambda text: f"{text} --resum=x", "bad {}: Unknown option"),
         (lambda text: text.replace("configs/digits.yaml", ""), "bad {}: name a config file"),
-        (lambda text: text.replace("workers=2", "workers=3"), "bad {}: valid; it needs 3 workers, and its pods hold 2"),
+        (lambda text: text.replace("workers=2", "workers=3"), "bad {}: it needs 3 workers, and its pods hold 2"),
         (lambda text: text.replace("workers=2", "workers=[1,3]"), "ok  {}: valid; it needs 1 workers"),
-        (lambda text: text.replace("digits.yaml", "x.yaml"), "?   {}: not looked at: configs/x.yaml is not here"),
-        (lambda _: "python mine.py", "?   {}: not looked at; `pipeline train CONFIG ...` would be"),
+        (lambda text: text.replace("digits.yaml", "x.yaml"), "bad {}: configs/x.yaml: is not here; name a file"),
+        (
+            lambda text: f"{text} train.epochs=3 train.epochs=4",
+            "bad {}: train.epochs twice: k8s/base/kustomization.yaml",
+        ),
+        (lambda text: text.replace("train ", "trian "), "bad {}: pipeline trian: is no training"),
+        (lambda _: "python mine.py", "?   {}: python mine.py: is no training that is known here; write"),
     ],
 )
 def test_commands(change: Callable[[str], str], expected: str, kind: FakeKubectl, doctor: Doctor) -> None:
@@ -563,10 +568,12 @@ def test_other_pods_take_room_and_our_own_do_not(gpus: FakeKubectl, doctor: Doct
     text = line(doctor(bad=True), "bad room: no node takes 1 of 2 pods resnet152/gpu")
     assert "none is left with enough of all at once; add nodes" in text
     gpus.says("api-versions", f"{BUILT_IN} ray.io/v1 kueue.x-k8s.io/v1beta2")
-    assert "(as if no other pods ran, since Kueue waits for their end)" in line(doctor("overlays/kueue"), "ok  room: ")
+    assert "(beside pods that never end, since Kueue waits for others" in line(doctor("overlays/kueue"), "ok  room: ")
     status = {"jobDeploymentStatus": "Running", "rayClusterName": "resnet152-abcde"}
     gpus.has("rayjobs", {"kind": "RayJob", "metadata": meta("resnet152"), "status": status})
     assert line(doctor(), "ok  room: ")
+    gpus.has("pods-everywhere", *(pod(f"own-{n}", "kube-system", on=f"gpu-{n}", cpu="100") for n in (1, 2)))
+    assert line(doctor("overlays/kueue", bad=True), "bad room: no node takes 2 of 2 pods resnet152/gpu")
 
 
 def test_nodes_that_take_no_pods() -> None:

@@ -37,6 +37,7 @@ class RayJob:
         self.name = str(manifest["metadata"]["name"])
         self.status, self.job_status, self.reason, self.failed = "New", "", "", 0
         self.history: list[str] = []
+        self.retries: list[str] = []  # the reason of each
         self.pods: list[Pod] = []  # of the newest cluster
         self._made: list[Pod] = []
         self._hosts, self._volumes = hosts, volumes
@@ -104,9 +105,10 @@ class RayJob:
             self._reconcile()
             if self.status == "Failed" and self.failed < self.spec["backoffLimit"] and self.reason not in FINAL:
                 self.failed += 1
+                self.retries.append(self.reason)
                 self.status = "Retrying"
             if self.status != before:
-                self.history.append(f"{self.status} {self.reason}".strip())
+                self.history.append(self.status)
             self._deleted.wait(REQUEUE_S)
         if self._over.is_set():
             return

@@ -1,6 +1,7 @@
 """Lines of `pipeline doctor --kubernetes` about a RayJob's command, and what a cluster has for it: KubeRay, network."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,12 +39,19 @@ def check_command(job: Object, folder: Path, read: Callable[[list[str]], Config]
         return Check(name, False, f"two shells read it, and change what has {' '.join(odd)} in it", fix)
     program, words = command.split()[:2], command.split()[2:]
     if program != ["pipeline", "train"] or "--resume" in words:
-        return Check(name, None, "not looked at", "`pipeline train CONFIG ...` would be")
+        is_typo = program[:1] == ["pipeline"] and "--resume" not in words
+        text, fix = f"{' '.join(program)}: is no training that is known here", "write `pipeline train CONFIG ...`"
+        return Check(name, False if is_typo else None, text, fix)
+    keys = Counter(word.partition("=")[0] for word in words if "=" in word)
+    if twice := [key for key, count in keys.items() if count > 1]:
+        text = f"{name_some(twice)} twice: k8s/base/kustomization.yaml replaces words by their place"
+        return Check(name, False, text, "add settings after the last word only, in `more` of k8s/base/settings.yaml")
     for place, word in enumerate(words):
         if word.endswith((".yaml", ".yml")) and "=" not in word:  # in the image as in the project's folder
             files = [base / word for base in (Path(), *folder.resolve().parents) if (base / word).is_file()]
             if not files:
-                return Check(name, None, f"not looked at: {word} is not here", "run this in the project's folder")
+                is_typo, fix = Path("configs").is_dir(), "name a file of the image; run this in the project's folder"
+                return Check(name, False if is_typo else None, f"{word}: is not here", fix)
             words[place] = str(files[0])
     try:
         cfg = read(words)
@@ -53,8 +61,9 @@ def check_command(job: Object, folder: Path, read: Callable[[list[str]], Config]
     if "headGroupSpec" not in spec:
         return Check(name, True, "valid; its cluster is not made by it")
     room = sum(_num_workers(group, cfg) for group in (spec["headGroupSpec"], *spec.get("workerGroupSpecs", [])))
-    text = f"valid; it needs {wanted} workers, and its pods hold {room}"
-    return Check(name, room >= wanted, text, "let cluster.workers be nodes times GPUs; see k8s/base/settings.yaml")
+    text = f"{'valid; ' if room >= wanted else ''}it needs {wanted} workers, and its pods hold {room}"
+    fix = "let cluster.workers, and their cluster.cpus_per_worker, fit the pods' replicas, CPUs and GPUs"
+    return Check(name, room >= wanted, text, fix)
 
 
 def _num_workers(group: Object, cfg: Config) -> int:

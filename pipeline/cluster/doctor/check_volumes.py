@@ -60,6 +60,8 @@ def _check_old(claim: Object, wanted: Object | None, cluster: Cluster) -> Check:
         return Check(
             name, False, f"{text}: {warning}", f"{delete}; {MANY_FIX if MANY in spec['accessModes'] else CLASS_FIX}"
         )
+    if phase == "Pending":  # without a warning; that there is no class is told as none
+        return _check_new(name_of(claim), spec, cluster)
     return Check(name, phase != "Lost", text, f"its volume is gone: {delete}")
 
 
@@ -67,7 +69,7 @@ def warning_of(one: Object, cluster: Cluster) -> str:
     """The last warning about an object; empty where there is none."""
     own = [event for event in cluster("warnings") if event["involvedObject"].get("uid") == one["metadata"]["uid"]]
     last = max(own, key=lambda event: event.get("lastTimestamp") or event.get("eventTime") or "", default=None)
-    return f"{last['reason']}: {' '.join(last['message'].split())}" if last else ""
+    return f"{last.get('reason')}: {' '.join((last.get('message') or '').split())}" if last else ""
 
 
 def _check_new(name: str, spec: Object, cluster: Cluster) -> Check:

@@ -74,13 +74,20 @@ def _questions(namespace: str, versions: set[str]) -> dict[str, list[str]]:
 def _check_room(objects: Sequence[Object], cluster: Cluster, namespace: str) -> Iterator[Check]:
     groups, rays = list(manifests.pods(objects)), manifests.rays(objects)
     if any(stuck.QUEUE in manifests.labels_of(one) for one in rays):
-        running, note = [], " (as if no other pods ran, since Kueue waits for their end)"
+        running = [one for one in cluster("running") if _stays(one)]
+        note = " (beside pods that never end, since Kueue waits for others; its quotas are not looked at)"
     else:
         names = {manifests.name_of(one) for one in rays}
         jobs = [one for one in cluster("rayjobs") if manifests.name_of(one) in names]
         names |= {one.get("status", {}).get("rayClusterName") for one in jobs}
         running, note = [one for one in cluster("running") if not _is_ours(one, groups, names, namespace)], ""
     yield from placement.check_room(groups, placement.rooms(cluster("nodes"), running), note)
+
+
+def _stays(pod: Object) -> bool:
+    """Whether it is one of the cluster's own, which run on a node for as long as that is there."""
+    owners = {owner["kind"] for owner in pod["metadata"].get("ownerReferences", [])}
+    return pod["metadata"]["namespace"] == "kube-system" or not owners.isdisjoint({"DaemonSet", "Node"})
 
 
 def _is_ours(pod: Object, groups: Sequence[manifests.Pods], ray_clusters: set[str], namespace: str) -> bool:

@@ -41,7 +41,7 @@ def requests(spec: Object) -> "Counter[str]":
     total, first = Counter(pods=1000), Counter[str]()
     for container in spec["containers"]:
         total += _asked(container)
-    for container in spec.get("initContainers", []):
+    for container in spec.get("initContainers") or []:
         if container.get("restartPolicy") == "Always":  # it runs beside the others
             total += _asked(container)
         else:
@@ -51,7 +51,7 @@ def requests(spec: Object) -> "Counter[str]":
 
 def _asked(container: Object) -> "Counter[str]":
     resources = container.get("resources") or {}
-    asked = resources.get("limits", {}) | resources.get("requests", {})
+    asked = (resources.get("limits") or {}) | (resources.get("requests") or {})
     return Counter({kind: thousandths(quantity) for kind, quantity in asked.items()})
 
 
@@ -64,7 +64,7 @@ def rays(objects: Sequence[Object]) -> list[Object]:
 
 
 def name_of(one: Object) -> str:
-    return str(one["metadata"]["name"])
+    return str(one["metadata"].get("name") or one["metadata"]["generateName"])
 
 
 def labels_of(one: Object) -> dict[str, str]:
@@ -92,7 +92,7 @@ def pods(objects: Sequence[Object]) -> Iterator[Pods]:
             yield Pods(f"{name}/head", 1, head["spec"], labels_of(head))
         for group in ray_spec(one).get("workerGroupSpecs", []):
             spec = group["template"]["spec"]
-            spec = spec | {"initContainers": [*spec.get("initContainers", []), WAITS_FOR_HEAD]}
+            spec = spec | {"initContainers": [*(spec.get("initContainers") or []), WAITS_FOR_HEAD]}
             yield Pods(f"{name}/{group['groupName']}", group.get("replicas", 1), spec, labels_of(group["template"]))
         if template := one["spec"].get("submitterPodTemplate"):
             yield Pods(f"{name}/submitter", 1, template["spec"], labels_of(template))
@@ -121,7 +121,7 @@ def secrets(objects: Sequence[Object]) -> dict[str, list[str]]:
 
 
 def _secrets_of(spec: Object) -> Iterator[str]:
-    containers = [*spec["containers"], *spec.get("initContainers", [])]
+    containers = [*spec["containers"], *(spec.get("initContainers") or [])]
     sources = [source.get("secretRef") for one in containers for source in one.get("envFrom", [])]
     sources += [env.get("valueFrom", {}).get("secretKeyRef") for one in containers for env in one.get("env", [])]
     sources += [volume.get("secret") for volume in spec.get("volumes", [])] + spec.get("imagePullSecrets", [])

@@ -64,7 +64,10 @@ def _check_ray(ray: Object, is_hindered: bool, now: datetime) -> Check:
 
 def _trouble(pod: Object, cluster: Cluster, now: datetime) -> tuple[str, str] | None:
     """Why a pod does not run, and the fix; None: it runs, starts or has ended well."""
-    status, more = pod["status"], f"kubectl -n {pod['metadata']['namespace']} describe pod {name_of(pod)}"
+    status, more = (
+        {"phase": "Unknown"} | pod["status"],
+        f"kubectl -n {pod['metadata']['namespace']} describe pod {name_of(pod)}",
+    )
     if end := pod["metadata"].get("deletionTimestamp"):
         late = now - datetime.fromisoformat(end)
         text = f"Terminating, {late.total_seconds() / 60:.0f} minutes after its grace period"
@@ -76,7 +79,7 @@ def _trouble(pod: Object, cluster: Cluster, now: datetime) -> tuple[str, str] | 
             return f"{condition.get('reason')}: {condition.get('message')}", fix
     for one in (*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])):
         waiting, now_ended = one["state"].get("waiting", {}), one["state"].get("terminated", {})
-        ended = now_ended or one.get("lastState", {}).get("terminated", {})
+        ended = now_ended or ({} if one.get("ready") else one.get("lastState", {}).get("terminated", {}))
         if ended.get("reason") == "OOMKilled":
             return f"{one['name']} was killed for want of memory (OOMKilled)", "raise the memory of these pods"
         if (reason := waiting.get("reason", STARTING[0])) not in STARTING:

@@ -117,7 +117,7 @@ def end_as_stopped() -> None:
     """
     job = json.loads(os.environ["RAY_JOB_CONFIG_JSON_ENV_VAR"])["metadata"]["job_submission_id"]
     connect("http://127.0.0.1:8265").stop_job(job)
-    time.sleep(REQUEST_TIMEOUT_S)  # until Ray ends this process: SIGTERM
+    time.sleep(60)  # Ray ends this process meanwhile: SIGTERM
 
 
 def run_of(job: JobDetails) -> str | None:
