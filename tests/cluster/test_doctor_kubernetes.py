@@ -290,7 +290,7 @@ def test_a_wrong_setting_is_told_in_the_line_of_train(
 ) -> None:
     objects = with_command(lambda command: f"{command} {setting}")
     [job] = of_kind(objects, "RayJob")
-    told = run(*job["spec"]["entrypoint"].split()[1:])[2].strip().removeprefix("pipeline: ")
+    told = run(*job["spec"]["entrypoint"].split()[2:])[2].strip().removeprefix("pipeline: ")
     assert setting.partition("=")[0] in told
     fix = "correct the entrypoint, before a cluster is made for it"
     assert line(doctor(objects, bad=True), "bad command of digits: ") == f"bad command of digits: {told}; {fix}"

@@ -56,8 +56,8 @@ def plain() -> list[Object]:
 def train_config(job: Object, monkeypatch: pytest.MonkeyPatch) -> Config:
     """The configuration that a RayJob's entrypoint means, as on a laptop."""
     monkeypatch.chdir(ROOT)
-    program, *words = shlex.split(job["spec"]["entrypoint"])
-    assert program == "pipeline"
+    execs, program, *words = shlex.split(job["spec"]["entrypoint"])
+    assert (execs, program) == ("exec", "pipeline")  # no shell in between, which would leave a stopped job unreaped
     command, bound, _ = make_app().parse_args(words)
     assert command is train
     config, *overrides = bound.args

@@ -37,7 +37,8 @@ def check_command(job: Object, folder: Path, read: Callable[[list[str]], Config]
     fix = "correct the entrypoint, before a cluster is made for it"
     if odd := sorted(SHELLS & {*command}):
         return Check(name, False, f"two shells read it, and change what has {' '.join(odd)} in it", fix)
-    program, words = command.split()[:2], command.split()[2:]
+    words = command.removeprefix("exec ").split()
+    program, words = words[:2], words[2:]
     if program != ["pipeline", "train"] or "--resume" in words:
         is_typo = program[:1] == ["pipeline"] and "--resume" not in words
         text, fix = f"{' '.join(program)}: is no training that is known here", "write `pipeline train CONFIG ...`"
